@@ -1,0 +1,52 @@
+# Everything runs in its own virtual environment: none has to be active.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out/demo
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.fxq-installed
+export OMP_NUM_THREADS ?= 1
+# A tool started from here must not pick up another environment or another copy of the package.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint format clean
+
+help: ## print every target
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the pinned requirements and fxq
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: '$(PYTHON)' not found; install Python 3.11 or newer, or run: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"error: fxq needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+# One resolution installs everything, so that torch's own dependencies meet the pins.
+$(STAMP): requirements.txt pyproject.toml | $(BIN)/python
+	@echo "installing the pinned requirements into $(VENV); the first time this takes a minute or more"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## quantize the shipped video model and write a report to out/demo
+	$(BIN)/fxq demo --out $(OUT)
+
+lint: $(STAMP) ## formatting, lint rules and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint ## lint and the fast tests
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+test: lint ## lint and every test that needs no GPU
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu"
+
+format: $(STAMP) ## rewrite the sources in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove build products, keep .venv
+	rm -rf build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

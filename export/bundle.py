@@ -1,0 +1,194 @@
+"""The bundle: a folder with ``model.safetensors``, ``graph.json`` and ``manifest.json``. docs/bundle.md is the format."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import fx
+
+import fxq.kernels  # noqa: F401  (registers the operators a bundle's graph calls)
+from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
+from fxq.ir import QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.verify import RuleError, check
+
+FORMAT_VERSION = 1
+MANIFEST, TENSORS, GRAPH = "manifest.json", "model.safetensors", "graph.json"
+
+
+class BundleError(ValueError):
+    """A bundle that cannot be written or that is missing, damaged, altered or of an unknown version."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """Dtype (torch name) and shape of one stored tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """One linear: its plan (scheme or reason) and the names of its tensors."""
+
+    plan: dict[str, Any]
+    tensors: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a bundle holds. ``facts``: recipe, sensitivity, calibration hash, environment; ``files``: sha256 by name."""
+
+    format_version: int
+    fxq_version: str
+    facts: dict[str, Any]
+    layers: dict[str, LayerEntry]
+    tensors: dict[str, TensorEntry]
+    files: dict[str, str]
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
+    """Write a bundle. The folder appears whole or not at all; an older bundle there is replaced.
+
+    Args:
+        module: made by :func:`fxq.quantize` or :func:`fxq.load`.
+        path: the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        BundleError: when the module is not a finished quantized graph or the place is taken by something else.
+    """
+    out = pathlib.Path(path)
+    try:
+        facts = facts_of(module)
+        check(QuantGraph(module, Stage.FROZEN), "before save")
+        graph = graph_to_json(module)
+    except (ValueError, RuleError) as error:
+        raise BundleError(f"cannot save {out}: {error}") from None
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"cannot save {out}: it is a file; a bundle is a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise BundleError(f"cannot save {out}: the folder has other content; choose an empty or new folder")
+    tensors = tensors_of(module)
+    layers = {}
+    for layer, (plan, _) in planned(module).items():
+        names = tuple(n for n in tensors if n.rpartition(".")[0] == layer)
+        layers[layer] = LayerEntry(plan=plan.to_json(), tensors=names)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        shared: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            if tensor.data_ptr() in shared and tensor.numel():
+                tensors[name] = tensor.clone()
+            shared[tensors[name].data_ptr()] = name
+        save_file(tensors, part / TENSORS, metadata={"format": "pt", "fxq": json.dumps({"format_version": FORMAT_VERSION})})
+        (part / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            fxq_version=fxq.__version__,
+            facts=facts,
+            layers=layers,
+            tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
+            files={name: _sha256(part / name) for name in (TENSORS, GRAPH)},
+        )
+        (part / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+        part.chmod(0o755)
+        if out.exists():
+            old = part.with_name(part.name + ".old")
+            out.rename(old)
+            part.rename(out)
+            shutil.rmtree(old)
+        else:
+            part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return out
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and validate a bundle's manifest without loading tensors.
+
+    Raises:
+        BundleError: missing, malformed, or of a format this version does not know.
+    """
+    file = pathlib.Path(path) / MANIFEST
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"{file}: {error.strerror or error}; a bundle is a folder made by fxq.save") from None
+    except ValueError as error:
+        raise BundleError(f"{file} is not valid JSON ({error}); the bundle is damaged, save it again") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; load it with the fxq version that wrote it "
+            f"({data.get('fxq_version', 'unknown') if isinstance(data, dict) else 'unknown'})"
+        )
+    try:
+        return TypeAdapter(Manifest).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BundleError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the bundle is damaged") from None
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
+    """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
+
+    Args:
+        path: folder written by :func:`save`.
+        device: where tensors go.
+
+    Raises:
+        BundleError: when a file is missing, truncated, altered, of an unknown version or inconsistent.
+    """
+    folder = pathlib.Path(path)
+    manifest = read_manifest(folder)
+    if set(manifest.files) != {TENSORS, GRAPH}:
+        raise BundleError(f"{folder / MANIFEST}: lists files {sorted(manifest.files)}, expected {GRAPH} and {TENSORS}")
+    for name, digest in manifest.files.items():
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name} is missing; copy the whole folder")
+        if _sha256(folder / name) != digest:
+            raise BundleError(f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again")
+    try:
+        with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise BundleError(f"{folder / TENSORS} cannot be read: {error}") from None
+    found = {n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()}
+    if found != manifest.tensors:
+        wrong = [n for n in sorted({*found, *manifest.tensors}) if found.get(n) != manifest.tensors.get(n)]
+        raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
+    try:
+        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors)
+        set_facts(module, manifest.facts)
+        check(QuantGraph(module, Stage.FROZEN), "after load")
+    except (GraphFormatError, RuleError, ValueError) as error:
+        raise BundleError(f"{folder / GRAPH}: {error}") from None
+    plans = {layer: plan.to_json() for layer, (plan, _) in planned(module).items()}
+    if plans != {layer: entry.plan for layer, entry in manifest.layers.items()}:
+        raise BundleError(f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent")
+    return module

@@ -1,0 +1,43 @@
+"""fxq: a compiler-style quantizer for autoregressive video diffusion models. The whole API on one screen."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+from fxq.calibrate import Batch, CalibrationError
+from fxq.config import Recipe, RecipeError, Rule, Scheme
+from fxq.export import BundleError, load, save
+from fxq.passes import OutlierChannels, detect_outliers
+from fxq.quantize import quantize, sensitivity
+from fxq.recipes import PRESETS, load_recipe
+from fxq.rollout import Call, Draws, Rollout, Span, State
+from fxq.sensitivity import ChunkSensitivity
+from fxq.summary import Summary, summary
+from fxq.trace import TraceError
+
+__all__ = [
+    "PRESETS",
+    "Batch",
+    "BundleError",
+    "CalibrationError",
+    "Call",
+    "ChunkSensitivity",
+    "Draws",
+    "OutlierChannels",
+    "Recipe",
+    "RecipeError",
+    "Rollout",
+    "Rule",
+    "Scheme",
+    "Span",
+    "State",
+    "Summary",
+    "TraceError",
+    "detect_outliers",
+    "load",
+    "load_recipe",
+    "quantize",
+    "save",
+    "sensitivity",
+    "summary",
+]

@@ -1,0 +1,84 @@
+"""Small fx helpers: find linears, look at their parameters, compare values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, fx
+
+from fxq.ir import get_tensor
+
+_LINEAR = torch.ops.aten.linear.default
+_CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearSite:
+    """One ``aten.linear`` node. ``layer`` is the weight's name without ``.weight``; weight None: not a parameter."""
+
+    node: fx.Node
+    layer: str
+    weight_name: str | None
+    bias_name: str | None
+
+    def weight(self, module: torch.nn.Module) -> Tensor:
+        """Float weight [N, K]."""
+        assert self.weight_name is not None
+        return get_tensor(module, self.weight_name).detach()
+
+    def bias(self, module: torch.nn.Module) -> Tensor | None:
+        """Float bias [N] or None."""
+        return None if self.bias_name is None else get_tensor(module, self.bias_name).detach()
+
+
+def _parameter_name(argument: object) -> str | None:
+    node = argument
+    while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _CASTS:
+        node = node.args[0]
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def linear_sites(module: fx.GraphModule) -> Iterator[LinearSite]:
+    """Every linear of the graph in execution order; a weight used twice gives two sites of one layer."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target != _LINEAR:
+            continue
+        weight = _parameter_name(node.args[1])
+        bias_argument = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        bias = _parameter_name(bias_argument)
+        if bias_argument is not None and bias is None:
+            weight = None
+        layer = node.name if weight is None else weight.removesuffix(".weight")
+        yield LinearSite(node, layer, weight, bias)
+
+
+def unused_tensors(module: fx.GraphModule) -> list[str]:
+    """Names of parameters and buffers that no node reads."""
+    used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    return [name for name in names if name not in used]
+
+
+def drop_unread_attributes(graph: fx.Graph) -> None:
+    """Erase ``get_attr`` nodes without users."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
+
+
+def graph_text(module: fx.GraphModule) -> str:
+    """The graph as stable text: one node a line with its plan, for golden files and diffs."""
+    from fxq.ir import plan_of
+
+    lines = []
+    for node in module.graph.nodes:
+        plan = plan_of(node)
+        note = ""
+        if plan is not None:
+            what = plan.scheme.label if plan.scheme else f"kept: {plan.reason}"
+            note = f"    # {plan.layer}: {what}" + (f", {len(plan.outliers)} outliers" if plan.outliers else "")
+        lines.append(f"{node.format_node()}{note}")
+    return "\n".join(lines) + "\n"

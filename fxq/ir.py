@@ -1,0 +1,226 @@
+"""The graph with its stage, and the note on each linear. Only this file reads or writes node notes."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxq.config import Scheme
+
+_KEY = "fxq"
+
+
+class Stage(enum.IntEnum):
+    """How far a graph is along the straight line."""
+
+    TRACED = 0
+    PLANNED = 1
+    CALIBRATED = 2
+    LOWERED = 3
+    FROZEN = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """What is to be done, or was done, with one linear.
+
+    ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``.
+    ``outliers`` are input channels with their own scale, ascending. ``input_sqnr``/``output_sqnr`` in dB are
+    measured on calibration rows once the integers are chosen.
+    """
+
+    layer: str
+    in_features: int
+    out_features: int
+    scheme: Scheme | None = None
+    reason: str = ""
+    outliers: tuple[int, ...] = ()
+    outlier_reason: str = ""
+    output_sqnr: float | None = None
+
+    @property
+    def split(self) -> int:
+        """Number of normal input channels."""
+        return self.in_features - len(self.outliers)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form; what lies on the node."""
+        return dataclasses.asdict(self) | {"outliers": list(self.outliers)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerPlan:
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            TypeError: on unknown or missing fields.
+        """
+        scheme = data["scheme"]
+        return cls(
+            **{
+                **data,
+                "scheme": None if scheme is None else Scheme(**scheme),
+                "outliers": tuple(data["outliers"]),
+            }
+        )
+
+
+def plan_of(node: fx.Node) -> LayerPlan | None:
+    """The node's plan, or None."""
+    data = (node.meta.get("custom") or {}).get(_KEY)
+    return None if data is None else LayerPlan.from_json(data)
+
+
+def set_plan(node: fx.Node, plan: LayerPlan) -> None:
+    """Write or replace the node's plan."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: plan.to_json()}
+
+
+def clear_plan(node: fx.Node) -> None:
+    """Remove the plan of a node that is about to be replaced."""
+    custom = dict(node.meta.get("custom") or {})
+    custom.pop(_KEY, None)
+    node.meta["custom"] = custom
+
+
+def inherit_meta(new: fx.Node, old: fx.Node, value: Any) -> None:
+    """Give a new node the origin of the node it replaces; ``value`` is its example (fake) value."""
+    for key in ("nn_module_stack", "stack_trace", "torch_fn"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    new.meta["val"] = value
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value recorded when the node was traced, or None."""
+    return node.meta.get("val")
+
+
+def planned(module: fx.GraphModule) -> dict[str, tuple[LayerPlan, list[fx.Node]]]:
+    """Plans by layer with the nodes that carry them, in graph order."""
+    found: dict[str, tuple[LayerPlan, list[fx.Node]]] = {}
+    for node in module.graph.nodes:
+        if (plan := plan_of(node)) is not None:
+            found.setdefault(plan.layer, (plan, []))[1].append(node)
+    return found
+
+
+def facts_of(module: fx.GraphModule) -> dict[str, Any]:
+    """JSON facts of a quantized module: recipe, sensitivity, calibration hash, environment."""
+    facts = module.meta.get(_KEY)
+    if facts is None:
+        raise ValueError("this GraphModule was not made by fxq.quantize or fxq.load; it carries no fxq facts")
+    return dict(facts)
+
+
+def set_facts(module: fx.GraphModule, facts: dict[str, Any]) -> None:
+    """Attach JSON facts to a quantized module."""
+    module.meta[_KEY] = dict(facts)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LayerStatistics:
+    """What calibration saw of one linear's input.
+
+    ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
+    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows.
+    """
+
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    chunks: Tensor
+    seen: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
+
+    ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
+    int32 [G].
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+
+@dataclasses.dataclass
+class QuantGraph:
+    """A graph on its way along the line.
+
+    ``statistics`` and ``updates`` map layer names to what calibration saw and what methods chose; ``chunk_weights``
+    float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds).
+    """
+
+    module: fx.GraphModule
+    stage: Stage = Stage.TRACED
+    statistics: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
+    updates: dict[str, LayerUpdate] = dataclasses.field(default_factory=dict)
+    chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))
+    log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def plans(self) -> dict[str, LayerPlan]:
+        """Plan of every linear, in graph order."""
+        return {layer: plan for layer, (plan, _) in planned(self.module).items()}
+
+    @property
+    def quantized_plans(self) -> dict[str, LayerPlan]:
+        """Plans of the linears that are to be quantized."""
+        return {layer: plan for layer, plan in self.plans.items() if plan.scheme is not None}
+
+    def fork(self) -> QuantGraph:
+        """A copy whose graph can be rewritten on its own; tensors are shared."""
+        root = torch.nn.Module()
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.module.graph, values)
+        graph.output(output)
+        graph._codegen = self.module.graph._codegen
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                put_tensor(root, str(node.target), get_tensor(self.module, str(node.target)))
+        module = fx.GraphModule(root, graph, self.module.__class__.__name__)
+        module.meta.update(self.module.meta)
+        return QuantGraph(
+            module, self.stage, dict(self.statistics), dict(self.updates), self.chunk_weights, list(self.log)
+        )
+
+
+def put_tensor(module: torch.nn.Module, name: str, tensor: Tensor) -> None:
+    """Register ``tensor`` under a dotted name, making the modules on the way; replaces what was there."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if not isinstance(getattr(module, part, None), torch.nn.Module):
+            module.add_module(part, torch.nn.Module())
+        module = getattr(module, part)
+    drop_tensor(module, leaf)
+    if isinstance(tensor, torch.nn.Parameter):
+        module.register_parameter(leaf, tensor)
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def drop_tensor(module: torch.nn.Module, name: str) -> None:
+    """Remove a parameter, buffer or plain tensor attribute if present; ``name`` may be dotted."""
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    if hasattr(module, leaf):
+        delattr(module, leaf)
+
+
+def get_tensor(module: torch.nn.Module, name: str) -> Tensor:
+    """The tensor registered under a dotted name."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+    return value

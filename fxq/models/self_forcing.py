@@ -1,0 +1,225 @@
+"""Rollout of Self-Forcing and its chunk-wise relatives on :class:`~fxq.models.causal_wan.CausalWan`.
+
+The official few-step loop (arXiv 2506.08009): per chunk a few denoising calls with renoising between them,
+then one context call that writes clean keys and values. Causal-Forcing's frame-wise chunks and its own step
+list for the first chunk are settings of the same loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from fxq.models.causal_wan import CausalWan, rope_tables
+from fxq.models.schedule import FlowSchedule
+from fxq.rollout import Call, Condition, Draws, OnCall, Rollout, Span, State
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """The few-step loop: what is sampled, in which chunks and steps, with which cache policy.
+
+    ``steps`` are nominal (1000, 750, ...) and warped onto the shifted grid unless ``warp`` is off;
+    ``first_chunk_steps`` replaces them in the first generated chunk. ``window`` is the attention span in frames
+    (-1: everything so far), of which ``sink`` frames from the start are never evicted.
+    """
+
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    first_chunk_steps: tuple[float, ...] | None = None
+    warp: bool = True
+    frames_per_chunk: int = 3
+    context_noise: float = 0.0
+    window: int = -1
+    sink: int = 0
+    schedule: FlowSchedule = FlowSchedule()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "first_chunk_steps"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.schedule, dict):
+            object.__setattr__(self, "schedule", FlowSchedule(**self.schedule))
+        if not self.steps:
+            raise ValueError("steps is empty: a chunk needs at least one denoising step")
+        if self.window != -1 and self.window < self.sink + self.frames_per_chunk:
+            raise ValueError(
+                f"window of {self.window} frames cannot hold {self.sink} sink frames and a chunk of "
+                f"{self.frames_per_chunk}; use -1 or at least {self.sink + self.frames_per_chunk}"
+            )
+
+    def timesteps(self, first: bool) -> tuple[float, ...]:
+        """Timesteps of a chunk; ``first`` for the first generated one."""
+        steps = self.first_chunk_steps if first and self.first_chunk_steps is not None else self.steps
+        return self.schedule.warp(steps) if self.warp else tuple(float(s) for s in steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfForcingState(State):
+    """Caches per layer: ``keys``/``values`` [B, P, heads, head_dim], ``cross_k``/``cross_v`` [B, L, ...]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    cross_k: tuple[Tensor, ...]
+    cross_v: tuple[Tensor, ...]
+    calls: int
+
+
+class SelfForcingRollout(Rollout):
+    """Chunk-wise few-step rollout with a K/V cache.
+
+    A condition has ``prompt_embeds`` [B, L, text_dim] and optionally ``initial_latent`` [B, F0, C, H, W], frames
+    that are given; F0 must be a whole number of chunks. Draws hold noise for the generated frames only.
+
+    Args:
+        model: the denoiser.
+        batches: (condition, draws) pairs.
+        sampler: the loop's settings.
+    """
+
+    def __init__(
+        self, model: CausalWan, batches: Sequence[tuple[Condition, Draws]], sampler: SamplerConfig | None = None
+    ) -> None:
+        super().__init__(model, batches)
+        self.model = model
+        self.sampler = sampler or SamplerConfig()
+
+    def _given(self, condition: Condition) -> int:
+        latent = condition.get("initial_latent")
+        return 0 if latent is None else latent.shape[1]
+
+    def units(self, condition: Condition, draws: Draws) -> int:
+        """Chunks of the video, given ones included."""
+        size = self.sampler.frames_per_chunk
+        frames = self._given(condition) + draws.shape[0]
+        if frames % size or draws.shape[0] % size:
+            raise ValueError(
+                f"{self._given(condition)} given and {draws.shape[0]} generated frames are not whole chunks of {size}"
+            )
+        return frames // size
+
+    def begin(self, condition: Condition, draws: Draws) -> SelfForcingState:
+        """Empty caches."""
+        config, batch = self.model.config, draws.batch
+        prompt = condition["prompt_embeds"]
+        if prompt.ndim != 3 or prompt.shape[0] != batch or prompt.shape[2] != config.text_dim:
+            raise ValueError(
+                f"prompt_embeds has shape {tuple(prompt.shape)}, expected [{batch}, tokens, {config.text_dim}]"
+            )
+        if prompt.shape[1] > config.text_len:
+            raise ValueError(f"prompt_embeds has {prompt.shape[1]} tokens, the model takes at most {config.text_len}")
+        weight = self.model.patch_embedding.weight
+        empty = weight.new_zeros(batch, 0, config.num_heads, config.head_dim)
+        none = (empty,) * config.num_layers
+        latents = weight.new_zeros(batch, 0, *draws.shape[1:])
+        return SelfForcingState(condition, draws, 0, latents, none, none, none, none, 0)
+
+    def advance(self, state: State, on_call: OnCall | None = None) -> SelfForcingState:
+        """One chunk: denoising calls, then the context call; a given chunk is one context-like call."""
+        state = cast(SelfForcingState, state)
+        sampler, weight = self.sampler, self.model.patch_embedding.weight
+        size, unit = sampler.frames_per_chunk, state.next_unit
+        given = self._given(state.condition) // size
+        lo, hi = unit * size, (unit + 1) * size
+        state = self._evict(state)
+        if unit < given:
+            latents = state.condition["initial_latent"][:, lo:hi].to(weight.device, weight.dtype)
+            state = self._write(state, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
+        else:
+            first = unit == given
+            offset = (unit - given) * size
+            x = state.draws.noise[:, offset : offset + size].to(weight.device, weight.dtype)
+            timesteps = sampler.timesteps(first)
+            for step, timestep in enumerate(timesteps):
+                span = Span(unit, step, (lo, hi), timestep)
+                output, state, _ = self._call(state, x, "denoise", span, on_call)
+                t = torch.full(x.shape[:2], timestep, device=x.device)
+                latents = sampler.schedule.x0(x, output, t)
+                if step + 1 < len(timesteps):
+                    noise = state.draws.renoise(unit - given, step, size).to(weight.device, weight.dtype)
+                    following = torch.full(x.shape[:2], timesteps[step + 1], device=x.device)
+                    x = sampler.schedule.renoise(latents, noise, following)
+            span = Span(unit, len(timesteps), (lo, hi), sampler.context_noise)
+            state = self._write(state, latents, "context", span, on_call)
+        return dataclasses.replace(state, next_unit=unit + 1, latents=torch.cat((state.latents, latents), dim=1))
+
+    def _tokens_per_frame(self, state: State) -> int:
+        _, ph, pw = self.model.config.patch_size
+        return (state.draws.shape[2] // ph) * (state.draws.shape[3] // pw)
+
+    def _evict(self, state: SelfForcingState) -> SelfForcingState:
+        """Drop the oldest non-sink tokens so that the next chunk fits the window."""
+        if self.sampler.window == -1:
+            return state
+        tokens = self._tokens_per_frame(state)
+        sink = self.sampler.sink * tokens
+        excess = state.keys[0].shape[1] + (self.sampler.frames_per_chunk - self.sampler.window) * tokens
+        if excess <= 0:
+            return state
+
+        def keep(cache: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat((c[:, :sink], c[:, sink + excess :]), dim=1) for c in cache)
+
+        return dataclasses.replace(state, keys=keep(state.keys), values=keep(state.values))
+
+    def _call(
+        self, state: SelfForcingState, x: Tensor, kind: str, span: Span, on_call: OnCall | None
+    ) -> tuple[Tensor, SelfForcingState, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        config, weight = self.model.config, self.model.patch_embedding.weight
+        prompt = state.condition["prompt_embeds"].to(weight.device, weight.dtype)
+        if state.calls:
+            prompt = prompt[:, :0]
+        elif prompt.shape[1] < config.text_len:
+            prompt = torch.nn.functional.pad(prompt, (0, 0, 0, config.text_len - prompt.shape[1]))
+        _, ph, pw = config.patch_size
+        cos, sin = rope_tables(config.head_dim, x.shape[1], x.shape[3] // ph, x.shape[4] // pw, span.frames[0])
+        output, k, v, cross_k, cross_v = self.call(
+            Call(state.calls, kind, (span,), self._tokens_per_frame(state)),
+            x,
+            torch.full(x.shape[:2], span.timestep, device=x.device),
+            prompt,
+            list(state.cross_k),
+            list(state.cross_v),
+            list(state.keys),
+            list(state.values),
+            cos.to(x.device),
+            sin.to(x.device),
+            on_call=on_call,
+        )
+        after = dataclasses.replace(state, cross_k=tuple(cross_k), cross_v=tuple(cross_v), calls=state.calls + 1)
+        return output, after, (tuple(k), tuple(v))
+
+    def _write(
+        self, state: SelfForcingState, latents: Tensor, kind: str, span: Span, on_call: OnCall | None
+    ) -> SelfForcingState:
+        _, state, (new_k, new_v) = self._call(state, latents, kind, span, on_call)
+
+        def append(cache: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(pair, dim=1) for pair in zip(cache, new, strict=True))
+
+        return dataclasses.replace(state, keys=append(state.keys, new_k), values=append(state.values, new_v))
+
+    def example_call(self) -> tuple[tuple[Any, ...], Any]:
+        """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic."""
+        config, weight, draws = self.model.config, self.model.patch_embedding.weight, self.batches[0][1]
+        generator = torch.Generator().manual_seed(0)
+        frames, (_, channels, height, width) = self.sampler.frames_per_chunk, draws.shape
+        _, ph, pw = config.patch_size
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+
+        def cache(tokens: int) -> list[Tensor]:
+            return [normal(2, tokens, config.num_heads, config.head_dim) for _ in range(config.num_layers)]
+
+        x = normal(2, frames, channels, height, width)
+        t = torch.full((2, frames), 500.0, device=weight.device)
+        cos, sin = (r.to(weight.device) for r in rope_tables(config.head_dim, frames, height // ph, width // pw, 3))
+        args = (x, t, normal(2, 4, config.text_dim), cache(3), cache(3), cache(6), cache(6), cos, sin)
+        auto, none = Dim.AUTO, None
+        cached = [{0: auto, 1: auto} for _ in range(config.num_layers)]
+        return args, ({0: auto}, {0: auto}, {0: auto, 1: auto}, cached, cached, cached, cached, none, none)

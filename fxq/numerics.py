@@ -1,0 +1,146 @@
+"""The reference numerics: every kernel, lowering and file format agrees with this file.
+
+Pure tensor math in float32 and int32. Conventions:
+
+* A linear's input channels are ordered ``[normal | outlier]``; ``split`` counts the normal ones (``split == K``: one
+  scale). Group 0 is the normal part, group 1 the outlier part; G is 1 or 2.
+* Activations are static per tensor and asymmetric: ``q = clip(round(x * (1 / scale[g])) + zero_point[g], qmin, qmax)``,
+  round half to even, stored in int8 whatever the bit width.
+* Weights are symmetric per output channel: ``q = clip(round(w / scale[g, n]), qmin, qmax)``, int8 or packed int4.
+* ``y = sum_g input_scale[g] * weight_scale[g, n] * sum_k q_x q_w + offset[n]`` where the offset holds the bias and the
+  zero points: ``offset[n] = bias[n] - sum_g input_scale[g] weight_scale[g, n] zero_point[g] sum_k q_w``.
+
+Equations follow Q-ARVD (arXiv 2605.21072); its asymmetric weights would need a row sum of activations at run
+time, so weights are symmetric here.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PACK_BLOCK = 32
+"""Channels per packing block of int4 weights; every group's width is a multiple of it."""
+
+
+def integer_range(bits: int) -> tuple[int, int]:
+    """Smallest and largest value of a signed ``bits``-bit integer, 2 <= bits <= 8."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits = {bits}: expected 2..8")
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def group_slices(width: int, split: int) -> tuple[slice, ...]:
+    """Channel slices of the groups, normal first; one slice when ``split == width``.
+
+    Raises:
+        ValueError: when ``split`` is not in 1..width.
+    """
+    if not 0 < split <= width:
+        raise ValueError(f"split = {split}: expected 1..{width}")
+    return (slice(0, width),) if split == width else (slice(0, split), slice(split, width))
+
+
+def quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+    """Quantize activations whose channels are already in ``[normal | outlier]`` order.
+
+    Args:
+        x: float [..., K].
+        scale: float32 [G].
+        zero_point: int32 [G].
+        split: number of normal channels.
+        bits: 2..8.
+
+    Returns:
+        int8 [..., K].
+    """
+    low, high = integer_range(bits)
+    parts = []
+    for g, part in enumerate(group_slices(x.shape[-1], split)):
+        scaled = x[..., part].float() * scale[g].reciprocal()
+        z = zero_point[g]
+        parts.append((scaled.clamp(low - z, high - z).round() + z).to(torch.int8))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def dequantize_input(q: Tensor, scale: Tensor, zero_point: Tensor, split: int) -> Tensor:
+    """float32 [..., K] of int8 activations; inverse of :func:`quantize_input` up to rounding and clipping."""
+    parts = [
+        (q[..., part].float() - zero_point[g]) * scale[g] for g, part in enumerate(group_slices(q.shape[-1], split))
+    ]
+    return torch.cat(parts, dim=-1)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, split: int, bits: int) -> Tensor:
+    """Round-to-nearest integers int8 [N, K] of a float weight in ``[normal | outlier]`` order; ``scale`` [G, N]."""
+    low, high = integer_range(bits)
+    parts = [
+        (weight[:, part].float() / scale[g].unsqueeze(1)).round().clamp(low, high).to(torch.int8)
+        for g, part in enumerate(group_slices(weight.shape[1], split))
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def dequantize_weight(q: Tensor, scale: Tensor, split: int) -> Tensor:
+    """float32 [N, K] of int8 weights with ``scale`` [G, N]."""
+    parts = [q[:, part].float() * scale[g].unsqueeze(1) for g, part in enumerate(group_slices(q.shape[1], split))]
+    return torch.cat(parts, dim=1)
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Pack int8 values in -8..7, [N, K] with K a multiple of 32, into uint8 [N, K / 2].
+
+    In each block of 32 channels, byte j holds channel j in its low nibble and channel j + 16 in its high nibble,
+    both in two's complement.
+
+    Raises:
+        ValueError: when K is not a multiple of 32 or a value does not fit.
+    """
+    if q.ndim != 2 or q.shape[1] % PACK_BLOCK:
+        raise ValueError(f"int4 packing needs [N, K] with K a multiple of {PACK_BLOCK}, got {tuple(q.shape)}")
+    if q.numel() and (int(q.min()) < -8 or int(q.max()) > 7):
+        raise ValueError(f"int4 packing needs values in -8..7, got {int(q.min())}..{int(q.max())}")
+    halves = q.reshape(q.shape[0], -1, 2, PACK_BLOCK // 2).to(torch.int32) & 15
+    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).to(torch.uint8).flatten(1)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """int8 [N, K] of uint8 [N, K / 2]; inverse of :func:`pack_int4`."""
+    blocks = packed.reshape(packed.shape[0], packed.shape[1] * 2 // PACK_BLOCK, PACK_BLOCK // 2).to(torch.int8)
+    low = (blocks << 4) >> 4
+    high = blocks >> 4
+    return torch.stack((low, high), dim=2).flatten(1)
+
+
+def fold_offset(
+    bias: Tensor | None, q: Tensor, weight_scale: Tensor, input_scale: Tensor, zero_point: Tensor, split: int
+) -> Tensor:
+    """Per-output constant float32 [N]: the bias less the zero points' share of the product.
+
+    Args:
+        bias: float [N] or None.
+        q: int8 [N, K] weights, unpacked.
+        weight_scale: float32 [G, N].
+        input_scale: float32 [G].
+        zero_point: int32 [G].
+        split: number of normal channels.
+    """
+    offset = torch.zeros(q.shape[0], dtype=torch.float64, device=q.device)
+    if bias is not None:
+        offset += bias.double()
+    for g, part in enumerate(group_slices(q.shape[1], split)):
+        sums = q[:, part].sum(dim=1, dtype=torch.int64).double()
+        offset -= input_scale[g].double() * weight_scale[g].double() * zero_point[g].double() * sums
+    return offset.float()
+
+
+def dual_scale_matmul(
+    q_x: Tensor, q_w: Tensor, weight_scale: Tensor, input_scale: Tensor, offset: Tensor, split: int
+) -> Tensor:
+    """``y`` float32 [..., N] of int8 activations [..., K] and int8 weights [N, K], accumulated exactly in int32."""
+    flat = q_x.reshape(-1, q_x.shape[-1])
+    y = offset.expand(flat.shape[0], -1)
+    for g, part in enumerate(group_slices(q_x.shape[-1], split)):
+        accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
+        y = y + accumulator.float() * (input_scale[g] * weight_scale[g])
+    return y.reshape(*q_x.shape[:-1], q_w.shape[0])

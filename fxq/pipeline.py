@@ -1,0 +1,83 @@
+"""What a pass is, and the one loop that runs passes with rules before and after each."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from fxq.ir import QuantGraph, Stage
+from fxq.verify import check
+
+
+class PassError(RuntimeError):
+    """A pass that ran at the wrong stage or broke its own promise."""
+
+
+class Pass(ABC):
+    """A step on a graph. Subclasses are frozen dataclasses whose fields are their options."""
+
+    needs: ClassVar[Stage]
+    gives: ClassVar[Stage]
+
+    @property
+    def name(self) -> str:
+        """Class name, for logs and messages."""
+        return type(self).__name__
+
+    @abstractmethod
+    def run(self, graph: QuantGraph) -> int:
+        """Do the step; returns the number of nodes (or layers) touched."""
+
+
+class Analysis(Pass):
+    """Writes notes, statistics or updates; the graph's structure stays."""
+
+
+class Rewrite(Pass):
+    """Changes the graph's structure; notes of nodes that stay are kept."""
+
+
+def _structure(graph: QuantGraph) -> str:
+    return "\n".join(str(node.format_node()) for node in graph.module.graph.nodes)
+
+
+def run_passes(
+    graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str], None] | None = None
+) -> QuantGraph:
+    """Run passes in order, in place.
+
+    Args:
+        graph: the graph.
+        passes: the passes.
+        on_pass: told each pass's name before it runs.
+
+    Returns:
+        The same graph, at the stage the last pass gives.
+
+    Raises:
+        PassError: when a pass needs a later stage than the graph has, or an Analysis changed the structure.
+        fxq.verify.RuleError: when a rule is broken before or after a pass; the message says which and when.
+    """
+    for step in passes:
+        if graph.stage < step.needs:
+            raise PassError(
+                f"{step.name} needs a {step.needs.name} graph, this one is {graph.stage.name}; run the passes before it"
+            )
+        if on_pass is not None:
+            on_pass(step.name)
+        check(graph, f"before {step.name}")
+        before = _structure(graph) if isinstance(step, Analysis) else ""
+        start = time.perf_counter()
+        touched = step.run(graph)
+        seconds = time.perf_counter() - start
+        if isinstance(step, Analysis) and _structure(graph) != before:
+            raise PassError(f"{step.name} is an Analysis but changed the graph")
+        if isinstance(step, Rewrite):
+            graph.module.graph.lint()
+            graph.module.recompile()
+        graph.stage = max(graph.stage, step.gives)
+        check(graph, f"after {step.name}")
+        graph.log.append((step.name, touched, seconds))
+    return graph

@@ -1,0 +1,229 @@
+"""The straight line: trace, plan, calibrate, rewrite, freeze."""
+
+from __future__ import annotations
+
+import pathlib
+import platform
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrate
+from fxq.config import Recipe
+from fxq.ir import QuantGraph, Stage, set_facts
+from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
+from fxq.pipeline import run_passes
+from fxq.progress import Progress
+from fxq.recipes import get_recipe, recipe_to_json
+from fxq.rollout import Rollout
+from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
+from fxq.trace import trace
+
+Model = nn.Module | fx.GraphModule | ExportedProgram
+ForwardLoop = Callable[[Callable[..., Any]], None]
+
+
+def quantize(
+    model: Model,
+    calib_loader: Iterable[Any] | Rollout | None = None,
+    recipe: Recipe | str | pathlib.Path = "w4a8",
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    forward_loop: ForwardLoop | None = None,
+    checkpoint_dir: str | pathlib.Path | None = None,
+    sensitivity: ChunkSensitivity | None = None,
+    progress: bool = True,
+) -> fx.GraphModule:
+    """Quantize a model with calibration data.
+
+    Args:
+        model: nn.Module, GraphModule or ExportedProgram; never changed.
+        calib_loader: any iterable (dict = kwargs, tuple or list = args, Tensor = one argument, :class:`fxq.Batch`), or
+            a :class:`fxq.Rollout`, which knows chunks. Exactly one of it and ``forward_loop``.
+        recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``), a :class:`fxq.Recipe` or a recipe file.
+        example_inputs: inputs to trace with, in a loader item's form; default: the rollout's example call or the first
+            batch.
+        dynamic_shapes: as for ``torch.export.export``; default: the rollout's, else ``Dim.AUTO`` nowhere (static).
+        forward_loop: closure that calls the callable it is given as it would the model.
+        checkpoint_dir: one file per finished layer; a killed run resumes there.
+        sensitivity: a measured chunk sensitivity, to skip measuring it again.
+        progress: show progress bars on stderr.
+
+    Returns:
+        A new GraphModule, callable like the model, that stores int8 or packed int4 weights and computes on integers.
+
+    Raises:
+        fxq.RecipeError: recipe unknown, malformed, or matching nothing; weights with NaN.
+        fxq.TraceError: the model cannot be captured or its graph differs from eager.
+        fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
+    """
+    chosen = get_recipe(recipe)
+    if (calib_loader is None) == (forward_loop is None):
+        raise CalibrationError("give exactly one of calib_loader and forward_loop: static scales are measured on data")
+    with Progress(progress) as bar:
+        loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
+        with bar.step("trace"):
+            graph = trace(model, example.args, dict(example.kwargs), shapes)
+        with bar.step("plan"):
+            run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
+        calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
+        measured = sensitivity
+        if isinstance(loader, Rollout):
+            measured = weigh_chunks(graph, loader, chosen, measured, bar)
+        directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
+        with bar.step("reconstruct") as on_layer:
+            run_passes(graph, (_methods(chosen, directory, lambda _, done, total: on_layer(done, total)),))
+        with bar.step("rewrite"):
+            run_passes(graph, (LowerLinear(), Freeze()))
+    set_facts(graph.module, _facts(chosen, calibration_hash, measured, graph, _never_called(model, graph)))
+    return graph.module
+
+
+def calibrate_graph(
+    graph: QuantGraph,
+    loader: Iterable[Any] | Rollout | None,
+    recipe: Recipe,
+    forward_loop: ForwardLoop | None,
+    bar: Progress,
+) -> str:
+    """Collect statistics and move the graph to CALIBRATED; returns the calibration hash."""
+    collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed)
+    with bar.step("calibrate") as on_progress:
+        digest = calibrate(graph, loader, forward_loop, collector, on_progress)
+    graph.stage = Stage.CALIBRATED
+    return digest
+
+
+def weigh_chunks(
+    graph: QuantGraph, rollout: Rollout, recipe: Recipe, measured: ChunkSensitivity | None, bar: Progress
+) -> ChunkSensitivity | None:
+    """Set the graph's chunk weights, measuring sensitivity when the recipe's weighting needs it."""
+    if measured is None and recipe.weighting not in ("uniform", "exponential"):
+        with bar.step("sensitivity") as on_progress:
+            measured = measure(graph, rollout, recipe, on_progress)
+    chunks = max(rollout.units(c, d) for c, d in rollout.batches)
+    graph.chunk_weights = chunk_weights(None if measured is None else measured.alpha, chunks, recipe.weighting)
+    return measured
+
+
+def measure(
+    graph: QuantGraph, rollout: Rollout, recipe: Recipe, on_progress: Callable[[int, int], None] | None = None
+) -> ChunkSensitivity:
+    """Sensitivity of a CALIBRATED graph under the recipe's first method (initialised, not reconstructed)."""
+    fork = graph.fork()
+    run_passes(fork, (_methods(recipe, None, None, first_only=True), LowerLinear()))
+    return chunk_sensitivity(rollout, fork.module, graph.module, on_progress)
+
+
+def sensitivity(
+    rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False
+) -> ChunkSensitivity:
+    """Chunk-wise sensitivity of a rollout's denoiser under a recipe.
+
+    Args:
+        rollout: prompts and noise; they serve as calibration data as well.
+        recipe: preset, recipe or file; its first method initialises the integers, nothing is reconstructed.
+        progress: show progress bars on stderr.
+
+    Returns:
+        ``alpha`` float64 [chunks], normalised to sum 1, and the per-video errors behind it.
+
+    Raises:
+        As :func:`quantize`.
+    """
+    chosen = get_recipe(recipe)
+    with Progress(progress) as bar:
+        args, shapes = rollout.example_call()
+        with bar.step("trace"):
+            graph = trace(rollout.denoiser, args, None, shapes)
+        run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
+        calibrate_graph(graph, rollout, chosen, None, bar)
+        with bar.step("sensitivity") as on_progress:
+            return measure(graph, rollout, chosen, on_progress)
+
+
+def _methods(
+    recipe: Recipe,
+    directory: pathlib.Path | None,
+    on_layer: Callable[[str, int, int], None] | None,
+    first_only: bool = False,
+) -> ApplyMethods:
+    methods = recipe.methods[:1] if first_only else recipe.methods
+    return ApplyMethods(methods, recipe.weighting, recipe.seed, directory, on_layer)
+
+
+def _example(
+    loader: Iterable[Any] | Rollout | None, example_inputs: Any, dynamic_shapes: Any
+) -> tuple[Iterable[Any] | Rollout | None, Batch, Any]:
+    """The loader (its first batch put back), the inputs to trace with, and dynamic shapes."""
+    if example_inputs is not None:
+        return loader, as_batch(example_inputs), dynamic_shapes
+    if isinstance(loader, Rollout):
+        args, shapes = loader.example_call()
+        return loader, Batch(args), dynamic_shapes if dynamic_shapes is not None else shapes
+    if loader is None:
+        raise CalibrationError("forward_loop shows no inputs before tracing: pass example_inputs")
+    iterator = iter(loader)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError("the calibration loader yielded no batch; static scales need at least one") from None
+    rest: Iterable[Any] = loader if iterator is not loader else _chain(first, iterator)
+    return rest, as_batch(first), dynamic_shapes
+
+
+def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
+    yield first
+    yield from rest
+
+
+def _never_called(model: Model, graph: QuantGraph) -> list[str]:
+    if not isinstance(model, nn.Module):
+        return []
+    known = set(graph.plans)
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in known]
+
+
+def _facts(
+    recipe: Recipe,
+    calibration_hash: str,
+    measured: ChunkSensitivity | None,
+    graph: QuantGraph,
+    never_called: list[str],
+) -> dict[str, Any]:
+    return {
+        "recipe": recipe_to_json(recipe),
+        "calibration_hash": calibration_hash,
+        "sensitivity": None if measured is None else [float(a) for a in measured.alpha],
+        "chunk_weights": [float(w) for w in graph.chunk_weights],
+        "never_called": never_called,
+        "passes": [[name, touched] for name, touched, _ in graph.log],
+        "environment": environment(),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, as stored in manifests and result files."""
+    import fxq
+
+    return {
+        "fxq": fxq.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _processor() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,164 @@
+"""Presets, and recipes on disk (TOML or JSON, one format in two spellings)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import pathlib
+import tomllib
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fxq.config import Recipe, RecipeError, Rule, Scheme
+from fxq.passes.methods import Method
+from fxq.passes.methods.adaround import AdaRound
+from fxq.passes.methods.ranges import MinMax, RangeSearch
+
+_T = TypeVar("_T")
+
+METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+"""Methods by the name they have in recipe files."""
+
+_KEPT = (
+    ("time_embedding*", "time embedding: tiny and sensitive"),
+    ("time_projection*", "time projection: tiny and sensitive"),
+    ("head*", "prediction head: tiny and sensitive"),
+    ("*time_embed*", "time embedding: tiny and sensitive"),
+    ("*timestep_embed*", "time embedding: tiny and sensitive"),
+    ("*time_proj*", "time projection: tiny and sensitive"),
+    ("proj_out*", "prediction head: tiny and sensitive"),
+)
+_ONCE = ("text_embedding*", "*cross_attn.k", "*cross_attn.v")
+
+
+def wan_recipe(
+    name: str,
+    scheme: Scheme,
+    methods: tuple[Method, ...] = (RangeSearch(), AdaRound()),
+    weighting: str = "sensitivity",
+    seed: int = 0,
+) -> Recipe:
+    """The default rules for Wan-like transformers around one scheme.
+
+    Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
+    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072).
+    """
+    once = dataclasses.replace(scheme, reconstruct=False)
+    rules = tuple(Rule(pattern, None, reason, optional=True) for pattern, reason in _KEPT)
+    rules += tuple(Rule(pattern, once, optional=True) for pattern in _ONCE)
+    return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
+
+
+PRESETS: dict[str, Recipe] = {
+    "w8a8": wan_recipe("w8a8", Scheme(weight_bits=8, input_bits=8)),
+    "w4a8": wan_recipe("w4a8", Scheme(weight_bits=4, input_bits=8)),
+    "w4a6": wan_recipe("w4a6", Scheme(weight_bits=4, input_bits=6)),
+}
+
+
+def minmax(recipe: Recipe) -> Recipe:
+    """The MinMax baseline of a recipe: same bits and layers, one scale, no search, no reconstruction."""
+    rules = tuple(
+        rule if rule.scheme is None else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, dual_scale=False))
+        for rule in recipe.rules
+    )
+    return dataclasses.replace(
+        recipe, name=f"{recipe.name}-minmax", rules=rules, methods=(MinMax(),), weighting="uniform"
+    )
+
+
+def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
+    """A recipe from itself, a preset's name, or a path to a TOML or JSON file.
+
+    Raises:
+        RecipeError: when the name is unknown or the file is missing, malformed or has unknown keys.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and recipe.lower() in PRESETS:
+        return PRESETS[recipe.lower()]
+    path = pathlib.Path(recipe)
+    if path.suffix.lower() in (".toml", ".json"):
+        return load_recipe(path)
+    close = difflib.get_close_matches(str(recipe).lower(), PRESETS, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(
+        f"unknown recipe {str(recipe)!r}{hint} Presets: {', '.join(PRESETS)}; a recipe file ends in .toml or .json"
+    )
+
+
+def load_recipe(path: pathlib.Path) -> Recipe:
+    """Read a recipe file; see :func:`recipe_to_json` for its keys.
+
+    Raises:
+        RecipeError: naming the file and the key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+    except OSError as error:
+        raise RecipeError(f"recipe file {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RecipeError(f"recipe file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+    try:
+        return recipe_from_json(data)
+    except RecipeError as error:
+        raise RecipeError(f"recipe file {path}: {error}") from None
+
+
+def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    """JSON form: the fields of :class:`~fxq.config.Recipe`, methods as ``{"method": name, ...options}``."""
+    data = dataclasses.asdict(dataclasses.replace(recipe, methods=()))
+    data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
+    return data
+
+
+def recipe_from_json(data: Any) -> Recipe:
+    """Inverse of :func:`recipe_to_json`; ``rules`` may omit defaults, and a rule without ``scheme`` keeps layers.
+
+    Raises:
+        RecipeError: on unknown keys (naming close ones), wrong types or unknown methods.
+    """
+    if not isinstance(data, dict):
+        raise RecipeError(f"a recipe is a table of keys, got {type(data).__name__}")
+    _refuse_unknown(data, Recipe, "recipe")
+    rules = []
+    for i, entry in enumerate(data.get("rules", [])):
+        _refuse_unknown(entry, Rule, f"rules[{i}]")
+        scheme = entry.get("scheme")
+        if scheme is not None:
+            _refuse_unknown(scheme, Scheme, f"rules[{i}].scheme")
+            scheme = _validated(Scheme, scheme, f"rules[{i}].scheme")
+        rules.append(_validated(Rule, {**entry, "scheme": scheme}, f"rules[{i}]"))
+    methods = []
+    for i, entry in enumerate(data.get("methods", [])):
+        options = dict(entry)
+        name = options.pop("method", None)
+        if name not in METHODS:
+            raise RecipeError(f"methods[{i}]: unknown method {name!r}; known: {', '.join(METHODS)}")
+        _refuse_unknown(options, METHODS[name], f"methods[{i}]")
+        methods.append(_validated(METHODS[name], options, f"methods[{i}]"))
+    rest = {key: value for key, value in data.items() if key not in ("rules", "methods")}
+    return _validated(Recipe, {**rest, "rules": tuple(rules), "methods": tuple(methods)}, "recipe")
+
+
+def _refuse_unknown(entry: Any, cls: type[Any], where: str) -> None:
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{where}: expected a table of keys, got {type(entry).__name__}")
+    known = [field.name for field in dataclasses.fields(cls)]
+    for key in entry:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _validated(cls: type[_T], data: dict[str, Any], where: str) -> _T:
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}{'.' + place if place else ''}: {first['msg']}") from None

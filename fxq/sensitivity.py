@@ -1,0 +1,94 @@
+"""Chunk-wise sensitivity: how much an error made in one chunk costs the whole video (Q-ARVD, arXiv 2605.21072, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxq.rollout import Rollout, State
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkSensitivity:
+    """``alpha`` float64 [chunks], sum 1; ``mse`` float64 [videos, chunks], the latent MSE behind it, per video."""
+
+    alpha: Tensor
+    mse: Tensor
+
+
+def chunk_sensitivity(
+    rollout: Rollout,
+    quantized: Callable[..., Any],
+    full_precision: Callable[..., Any] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ChunkSensitivity:
+    """Measure each chunk's sensitivity by forked rollouts.
+
+    Run i is the full-precision rollout except that every denoiser call of chunk i, context call included, goes through
+    ``quantized``. It starts from the full-precision run's state before chunk i, so N (N + 1) / 2 chunks are computed
+    beside the full-precision video and not N^2.
+
+    Args:
+        rollout: prompts and noise.
+        quantized: stand-in for the denoiser in chunk i.
+        full_precision: the denoiser elsewhere; the rollout's own by default.
+        on_progress: told (chunks computed, total).
+
+    Returns:
+        Normalised sensitivities and the errors they come from.
+    """
+    reference = full_precision or rollout.denoiser
+    units = [rollout.units(condition, draws) for condition, draws in rollout.batches]
+    total = sum(n + n * (n + 1) // 2 for n in units)
+    done = 0
+    errors = []
+
+    def advance(state: State, module: Callable[..., Any]) -> State:
+        nonlocal done
+        with rollout.using(module):
+            state = rollout.advance(state)
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+        return state
+
+    for (condition, draws), count in zip(rollout.batches, units, strict=True):
+        before = []
+        state = rollout.begin(condition, draws)
+        for _ in range(count):
+            before.append(state)
+            state = advance(rollout.fork(state), reference)
+        want = state.latents
+        per_chunk = []
+        for unit in range(count):
+            state = advance(rollout.fork(before[unit]), quantized)
+            for _ in range(unit + 1, count):
+                state = advance(state, reference)
+            per_chunk.append((state.latents.double() - want.double()).square().flatten(1).mean(1))
+        errors.append(torch.stack(per_chunk, dim=1))
+    mse = torch.cat(errors)
+    mean = mse.mean(0)
+    return ChunkSensitivity(mean / mean.sum().clamp_min(1e-300), mse)
+
+
+def chunk_weights(alpha: Tensor | None, chunks: int, weighting: str) -> Tensor:
+    """Loss weight of each chunk, float32 [chunks] with mean 1.
+
+    Args:
+        alpha: measured sensitivities; needed by every weighting but ``uniform`` and ``exponential``.
+        chunks: number of chunks.
+        weighting: see :class:`fxq.Recipe`.
+    """
+    if weighting == "uniform":
+        raw = torch.ones(chunks)
+    elif weighting == "exponential":
+        raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)
+    else:
+        if alpha is None:
+            raise ValueError(f"weighting {weighting!r} needs measured sensitivities")
+        raw = alpha.flip(0) if weighting == "reversed" else alpha
+    return (raw / raw.mean()).float()

@@ -1,0 +1,128 @@
+"""What happened to every linear, read off a quantized module."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import fx
+
+from fxq import kernels
+from fxq.graph import linear_sites
+from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs."""
+
+    layer: str
+    quantized: bool
+    reason: str
+    bits: str
+    shape: tuple[int, int]
+    outliers: int
+    output_sqnr: float | None
+    bytes: int
+    bf16_bytes: int
+    kernel: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs."""
+
+    rows: tuple[LayerRow, ...]
+    facts: dict[str, Any]
+
+    @property
+    def quantized(self) -> tuple[LayerRow, ...]:
+        """Rows of quantized layers."""
+        return tuple(row for row in self.rows if row.quantized)
+
+    @property
+    def kept(self) -> tuple[LayerRow, ...]:
+        """Rows of layers in model dtype."""
+        return tuple(row for row in self.rows if not row.quantized)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the quantized linears (scales, permutations and offsets included) over their size in bf16."""
+        size = sum(row.bf16_bytes for row in self.quantized)
+        return sum(row.bytes for row in self.quantized) / size if size else 1.0
+
+    def to_json(self) -> str:
+        """JSON text with totals, facts and one object per layer."""
+        return json.dumps(
+            {
+                "quantized": len(self.quantized),
+                "kept": len(self.kept),
+                "size_ratio_to_bf16": self.ratio,
+                "facts": self.facts,
+                "layers": [dataclasses.asdict(row) for row in self.rows],
+            },
+            indent=1,
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16")
+        for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("output SQNR dB", justify="right")
+        table.add_column("kernel or reason")
+        for row in self.rows:
+            table.add_row(
+                row.layer,
+                row.bits,
+                f"{row.shape[0]}x{row.shape[1]}",
+                str(row.outliers or "-"),
+                "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
+                row.kernel if row.quantized else row.reason,
+                style=None if row.quantized else "dim",
+            )
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=140, record=True, file=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _row(module: fx.GraphModule, plan: LayerPlan) -> LayerRow:
+    quantized = plan.scheme is not None
+    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset") + (("perm",) if plan.outliers else ())
+    tensors = [get_tensor(module, f"{plan.layer}.{name}") for name in names] if quantized else []
+    device = tensors[0].device.type if tensors else "cpu"
+    return LayerRow(
+        layer=plan.layer,
+        quantized=quantized,
+        reason=plan.reason,
+        bits=plan.scheme.label if plan.scheme else "-",
+        shape=(plan.out_features, plan.in_features),
+        outliers=len(plan.outliers),
+        output_sqnr=plan.output_sqnr,
+        bytes=sum(t.numel() * t.element_size() for t in tensors),
+        bf16_bytes=2 * plan.out_features * (plan.in_features + 1),
+        kernel=kernels.used("dual_scale_linear", device) if quantized else "",
+    )
+
+
+def summary(module: fx.GraphModule) -> Summary:
+    """Summarise a module made by :func:`fxq.quantize` or :func:`fxq.load`.
+
+    Raises:
+        ValueError: when the module carries no fxq facts.
+    """
+    facts = facts_of(module)
+    rows = [_row(module, plan) for plan, _ in planned(module).values()]
+    known = {row.layer for row in rows}
+    for site in linear_sites(module):
+        if plan_of(site.node) is None and site.layer not in known:
+            rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
+    for layer in facts.get("never_called", []):
+        rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
+    return Summary(tuple(rows), facts)

@@ -1,0 +1,146 @@
+"""The rules of the line: one function per rule, each with the stage from which it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fxq.graph import linear_sites, unused_tensors
+from fxq.ir import QuantGraph, Stage, get_tensor, plan_of, planned
+
+_GEMM = "fxq.dual_scale_linear.default"
+
+
+class RuleError(RuntimeError):
+    """A graph that breaks a rule; the message lists every violation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A sentence about graphs that holds from ``since`` (until ``until`` if given)."""
+
+    check: Callable[[QuantGraph], Iterator[str]]
+    since: Stage
+    until: Stage | None = None
+
+    @property
+    def name(self) -> str:
+        """The sentence."""
+        return self.check.__name__.replace("_", " ")
+
+
+RULES: list[Rule] = []
+
+
+def rule(
+    since: Stage, until: Stage | None = None
+) -> Callable[[Callable[[QuantGraph], Iterator[str]]], Callable[[QuantGraph], Iterator[str]]]:
+    """Declare a rule; each line it yields is one violation."""
+
+    def add(check: Callable[[QuantGraph], Iterator[str]]) -> Callable[[QuantGraph], Iterator[str]]:
+        RULES.append(Rule(check, since, until))
+        return check
+
+    return add
+
+
+@rule(Stage.PLANNED)
+def every_linear_is_decided(graph: QuantGraph) -> Iterator[str]:
+    """A linear has a plan with a scheme or with a reason."""
+    for site in linear_sites(graph.module):
+        plan = plan_of(site.node)
+        if plan is None:
+            yield f"{site.layer}: no plan"
+        elif plan.scheme is None and not plan.reason:
+            yield f"{site.layer}: neither scheme nor reason"
+
+
+@rule(Stage.PLANNED)
+def call_sites_of_one_weight_agree(graph: QuantGraph) -> Iterator[str]:
+    """A weight used at several sites has one plan."""
+    for layer, (plan, nodes) in planned(graph.module).items():
+        if any(plan_of(node) != plan for node in nodes):
+            yield f"{layer}: its call sites carry different plans"
+
+
+@rule(Stage.CALIBRATED, until=Stage.LOWERED)
+def every_planned_layer_was_seen(graph: QuantGraph) -> Iterator[str]:
+    """A layer that is to be quantized has calibration rows (or already its integers)."""
+    for layer in graph.quantized_plans:
+        if layer not in graph.statistics and layer not in graph.updates:
+            yield f"{layer}: planned, but calibration has no rows of it"
+
+
+@rule(Stage.LOWERED)
+def no_planned_linear_is_left(graph: QuantGraph) -> Iterator[str]:
+    """A linear with a scheme was replaced."""
+    for site in linear_sites(graph.module):
+        plan = plan_of(site.node)
+        if plan is not None and plan.scheme is not None:
+            yield f"{site.layer}: planned as {plan.scheme.label} but still a float linear"
+
+
+@rule(Stage.LOWERED)
+def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
+    """Weights are int8 or packed uint8 of the planned shape, scales float32 and finite."""
+    for layer, (plan, nodes) in planned(graph.module).items():
+        if plan.scheme is None:
+            continue
+        for node in nodes:
+            if str(node.target) != _GEMM:
+                yield f"{layer}: the plan lies on {node.target}"
+                continue
+            q, weight, weight_scale, input_scale, offset = node.args[:5]
+            del q
+            tensors = [get_tensor(graph.module, str(n.target)) for n in (weight, weight_scale, input_scale, offset)]  # type: ignore[union-attr]
+            stored, scale, x_scale, constant = tensors
+            packed = node.args[6] == 4
+            width = plan.in_features // 2 if packed else plan.in_features
+            if tuple(stored.shape) != (plan.out_features, width):
+                yield f"{layer}: weight {tuple(stored.shape)}, expected {(plan.out_features, width)}"
+            if stored.dtype != (torch.uint8 if packed else torch.int8):
+                yield f"{layer}: weight dtype {stored.dtype}"
+            groups = 2 if plan.outliers else 1
+            if tuple(scale.shape) != (groups, plan.out_features) or tuple(x_scale.shape) != (groups,):
+                yield f"{layer}: scales {tuple(scale.shape)} and {tuple(x_scale.shape)}, expected {groups} groups"
+            if not all(bool(t.isfinite().all()) for t in (scale, x_scale, constant)):
+                yield f"{layer}: a scale or offset is not finite"
+            if node.args[5] != plan.split:
+                yield f"{layer}: split {node.args[5]}, the plan says {plan.split}"
+
+
+@rule(Stage.FROZEN)
+def no_unused_tensor_is_left(graph: QuantGraph) -> Iterator[str]:
+    """Float weights of quantized layers are gone."""
+    for name in unused_tensors(graph.module):
+        yield f"{name}: stored but never read"
+
+
+@rule(Stage.FROZEN)
+def four_bit_weights_are_packed(graph: QuantGraph) -> Iterator[str]:
+    """A 4-bit layer stores half a byte per weight."""
+    for layer, (plan, nodes) in planned(graph.module).items():
+        if plan.scheme is not None and plan.scheme.weight_bits == 4:
+            for node in nodes:
+                if node.args[6] != 4:
+                    yield f"{layer}: 4-bit weights in {node.args[6]}-bit storage"
+
+
+def check(graph: QuantGraph, moment: str) -> None:
+    """Check every rule that holds at the graph's stage.
+
+    Args:
+        graph: the graph.
+        moment: when, for the message: ``"before LowerLinear"``.
+
+    Raises:
+        RuleError: listing every violation.
+    """
+    broken = []
+    for item in RULES:
+        if graph.stage >= item.since and (item.until is None or graph.stage < item.until):
+            broken += [f"{moment}: {item.name}: {line}" for line in item.check(graph)]
+    if broken:
+        raise RuleError("\n".join(broken))

@@ -1,0 +1,33 @@
+"""Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``."""
+
+from fxq.kernels.gemm import dual_scale_linear
+from fxq.kernels.op import Op
+from fxq.kernels.quantize import quantize_act
+
+OPS: tuple[Op, ...] = (quantize_act, dual_scale_linear)
+
+__all__ = ["OPS", "Op", "dual_scale_linear", "quantize_act", "used"]
+
+
+def used(op_name: str, device: str) -> str:
+    """Name of the implementation of an operator that runs on a device type, for reports.
+
+    Args:
+        op_name: as "dual_scale_linear"; a leading "fxq::" and a trailing ".default" are ignored.
+        device: as "cpu" or "cuda"; an index as in "cuda:0" is ignored.
+
+    Returns:
+        "triton", "int_mm", "eager", or "reference" where nothing faster is bound.
+
+    Raises:
+        ValueError: when there is no such operator.
+    """
+    name = op_name.removeprefix("fxq::").removesuffix(".default")
+    for op in OPS:
+        if op.name == name:
+            return op.used(device.split(":", 1)[0])
+    raise ValueError(f"no operator {op_name!r}: expected one of {', '.join(op.name for op in OPS)}")
+
+
+if __name__ != "fxq.kernels":
+    raise ImportError("import fxq.kernels")

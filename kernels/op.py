@@ -1,0 +1,143 @@
+"""Operators of the ``fxq`` namespace: declared once, bound per device.
+
+A declaration is a schema, the shape rule ("fake"), sample arguments, the argument check, and the reference as the
+decorated function. The reference runs on any device; :meth:`Op.on` binds a faster kernel for one of them::
+
+    @declare("double(Tensor x) -> Tensor", fake=..., samples=..., supports=...)
+    def double(x: Tensor) -> Tensor:
+        return x * 2
+
+    @double.on("cuda", "triton")
+    def launch(x: Tensor) -> Tensor: ...
+
+The graph holds ``double.definition`` and the dispatcher picks the kernel. Operators are defined through
+``torch.library.Library``: a call costs a third of one through ``torch.library.custom_op``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+NAMESPACE = "fxq"
+
+Arguments = tuple[Any, ...]
+Kernel = TypeVar("Kernel", bound=Callable[..., Tensor])
+
+
+@dataclass
+class _Registry:
+    """The library and what was registered in it; operators vanish when the library is garbage-collected."""
+
+    library: Library
+    done: set[tuple[str, str]] = field(default_factory=set)
+
+
+def _process_registry() -> _Registry:
+    """The registry of this process: a second load of this module finds the first one and registers nothing twice."""
+    namespace = getattr(torch.ops, NAMESPACE)
+    if "declared" not in vars(namespace):
+        namespace.declared = _Registry(Library(NAMESPACE, "DEF"))  # type: ignore[no-untyped-call]
+    registry: _Registry = namespace.declared
+    return registry
+
+
+_REGISTRY = _process_registry()
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operator.
+
+    Attributes:
+        name: name inside the ``fxq`` namespace.
+        schema: the declared schema.
+        definition: the overload that graphs hold.
+        samples: builds argument tuples on the CPU; tests run every kernel on them.
+        supports: takes the operator's arguments; the reason why they are not supported, or "".
+        max_error: largest difference a kernel may show from the reference, relative to the largest reference value.
+        implementations: device type -> name of the kernel bound to it.
+    """
+
+    name: str
+    schema: str
+    definition: Callable[..., Tensor]
+    samples: Callable[[], Sequence[Arguments]]
+    supports: Callable[..., str]
+    max_error: float
+    implementations: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, *args: object) -> Tensor:
+        """Call through the dispatcher.
+
+        Raises:
+            ValueError: with the reason from ``supports``.
+        """
+        return self.definition(*args)
+
+    def on(self, device: str, implementation: str) -> Callable[[Kernel], Kernel]:
+        """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
+
+        def bind(kernel: Kernel) -> Kernel:
+            _register(self.name, device.upper(), _checked(self.name, self.supports, kernel))
+            self.implementations[device] = implementation
+            return kernel
+
+        return bind
+
+    def used(self, device: str) -> str:
+        """Name of the implementation that runs on a device type; "reference" where nothing faster is bound."""
+        return self.implementations.get(device, "reference")
+
+
+def declare(
+    schema: str,
+    *,
+    fake: Callable[..., Tensor],
+    samples: Callable[[], Sequence[Arguments]],
+    supports: Callable[..., str],
+    max_error: float = 0.0,
+) -> Callable[[Callable[..., Tensor]], Op]:
+    """Declare an operator; the decorated function is its reference and runs on every device without a kernel.
+
+    Args:
+        schema: ``name(arguments) -> Tensor`` in the dispatcher's language.
+        fake: shape, dtype and strides of the result for the same arguments.
+        samples: see :class:`Op`.
+        supports: see :class:`Op`; asked before every call, so it compares shapes and dtypes only, never values.
+        max_error: see :class:`Op`.
+    """
+    name = schema.split("(", 1)[0]
+
+    def bind(reference: Callable[..., Tensor]) -> Op:
+        if (name, "schema") not in _REGISTRY.done:
+            _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+            register_fake(f"{NAMESPACE}::{name}", _checked(name, supports, fake), lib=_REGISTRY.library)
+            _REGISTRY.done.add((name, "schema"))
+        _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
+        definition = getattr(getattr(torch.ops, NAMESPACE), name).default
+        return Op(name, schema, definition, samples, supports, max_error)
+
+    return bind
+
+
+def _register(name: str, key: str, kernel: Callable[..., Tensor]) -> None:
+    if (name, key) not in _REGISTRY.done:
+        _REGISTRY.library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        _REGISTRY.done.add((name, key))
+
+
+def _checked(name: str, supports: Callable[..., str], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(kernel)
+    def run(*args: object) -> Tensor:
+        if reason := supports(*args):
+            raise ValueError(f"{NAMESPACE}::{name}: {reason}")
+        return kernel(*args)
+
+    return run

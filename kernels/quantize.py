@@ -1,0 +1,207 @@
+"""Quantize activations with static scales, gathering the channels into ``[normal | outlier]`` order on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.kernels.jit import HAS_TRITON, Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.op import Arguments, declare
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 1 << 20  # elements per pass on a CPU: the temporaries stay in the cache and out of the page allocator
+
+
+def _supports(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> str:
+    if x.ndim < 1 or x.dtype not in FLOATS:
+        return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [..., K]; cast it first"
+    width = x.shape[-1]
+    if not 2 <= bits <= 8:
+        return f"bits = {bits}: expected 2..8"
+    if not 0 < split <= width:
+        return f"split = {split}: expected 1..{width}, the number of normal channels of x"
+    groups = 1 if split == width else 2
+    if scale.dtype != torch.float32 or scale.shape != (groups,):
+        return f"scale is {scale.dtype} {tuple(scale.shape)}: expected float32 ({groups},) for split = {split}"
+    if zero_point.dtype != torch.int32 or zero_point.shape != (groups,):
+        return (
+            f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}: expected int32 ({groups},)"
+            f" for split = {split}"
+        )
+    if perm is not None and (perm.dtype != torch.int32 or perm.shape != (width,)):
+        return f"perm is {perm.dtype} {tuple(perm.shape)}: expected int32 ({width},), or None to keep the order"
+    return ""
+
+
+def _fake(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+def _samples() -> Sequence[Arguments]:
+    random = torch.Generator().manual_seed(0)
+    cases: list[Arguments] = []
+    for shape, split, bits, dtype, gather in (
+        ((5, 96), 96, 8, torch.float32, False),
+        ((2, 7, 96), 64, 8, torch.bfloat16, True),
+        ((33, 130), 97, 4, torch.float16, True),
+        ((1, 40), 8, 6, torch.float32, True),
+        ((0, 64), 32, 8, torch.bfloat16, False),
+        ((48,), 48, 2, torch.float32, False),
+    ):
+        groups = 1 if split == shape[-1] else 2
+        x = torch.randn(shape, generator=random).to(dtype)
+        perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
+        scale = torch.rand(groups, generator=random) * 0.05 + 0.005
+        zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
+        cases.append((x, perm, scale, zero_point, split, bits))
+    return cases
+
+
+@declare(
+    "quantize_act(Tensor x, Tensor? perm, Tensor scale, Tensor zero_point, int split, int bits) -> Tensor",
+    fake=_fake,
+    samples=_samples,
+    supports=_supports,
+)
+def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+    """Static asymmetric quantization of activations with one scale, or with one per channel group.
+
+    Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Infinities saturate; the
+    integer of a NaN is unspecified.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K].
+        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
+        scale: float32 [G], positive; G = 2 when ``split < K`` (Q-ARVD, arXiv 2605.21072), else 1.
+        zero_point: int32 [G], less than 2**21 in absolute value.
+        split: number of normal channels, 1..K.
+        bits: 2..8.
+
+    Returns:
+        int8 [..., K], contiguous.
+
+    Raises:
+        ValueError: on a wrong dtype or shape.
+    """
+    ordered = x if perm is None else x.index_select(-1, perm)
+    return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
+
+
+@quantize_act.on("cpu", "eager")
+def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+    """The reference in chunks of rows, in place: several times faster, bit-equal."""
+    low, high = numerics.integer_range(bits)
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    step = max(1, min(rows.shape[0], CHUNK // width))
+    buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
+    gathered = buffer if perm is None else torch.empty_like(buffer)
+    groups = list(
+        zip(numerics.group_slices(width, split), scale.reciprocal().unbind(), zero_point.tolist(), strict=True)
+    )
+    for start in range(0, rows.shape[0], step):
+        chunk = rows[start : start + step]
+        values = gathered[: len(chunk)]
+        if perm is None:
+            values.copy_(chunk)
+        else:
+            torch.index_select(buffer[: len(chunk)].copy_(chunk), 1, perm, out=values)
+        for part, inverse, zero in groups:
+            values[:, part].mul_(inverse).clamp_(low - zero, high - zero).round_().add_(zero)
+        q[start : start + step] = values
+    return q.reshape(x.shape)
+
+
+@jit
+def quantize_kernel(
+    x_ptr: Pointer,
+    perm_ptr: Pointer,
+    scale_ptr: Pointer,
+    zero_ptr: Pointer,
+    q_ptr: Pointer,
+    M: Scalar,
+    K: Scalar,
+    SPLIT: Scalar,
+    x_stride: Scalar,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_K: constexpr,
+) -> None:
+    """One [BLOCK_M, BLOCK_K] tile of int8 from float rows of x."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = columns < K
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    zero = tl.load(zero_ptr)
+    if DUAL:
+        inverse = tl.where(columns < SPLIT, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))[None, :]
+        zero = tl.where(columns < SPLIT, zero, tl.load(zero_ptr + 1))[None, :]
+    source = columns
+    if GATHER:
+        source = tl.load(perm_ptr + columns, mask=inside, other=0)
+    mask = (rows[:, None] < M) & inside[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + source[None, :], mask=mask, other=0.0)
+    # The clamp stands between product and sum: they cannot contract to one FMA, which would round differently.
+    scaled = tl.maximum(x.to(tl.float32) * inverse, (LOW - zero).to(tl.float32))
+    scaled = tl.minimum(scaled, (HIGH - zero).to(tl.float32))
+    # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits of the mantissa.
+    integer = (scaled + 12582912.0).to(tl.int32, bitcast=True) + zero
+    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], integer.to(tl.int8), mask=mask)
+
+
+def launch(
+    x: Tensor,
+    perm: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    split: int,
+    bits: int,
+    *,
+    blocks: tuple[int, int] = (16, 256),
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run the Triton kernel on the current device; ``out`` int8 [M, K] is allocated when it is not given."""
+    low, high = numerics.integer_range(bits)
+    width = x.shape[-1]
+    rows = x.reshape(-1, width)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    q = torch.empty(rows.shape, dtype=torch.int8, device=x.device) if out is None else out
+    if rows.numel():
+        grid = (triton.cdiv(rows.shape[0], blocks[0]), triton.cdiv(width, blocks[1]))
+        quantize_kernel[grid](
+            rows,
+            scale if perm is None else perm.contiguous(),
+            scale.contiguous(),
+            zero_point.contiguous(),
+            q,
+            rows.shape[0],
+            width,
+            split,
+            rows.stride(0),
+            LOW=low,
+            HIGH=high,
+            GATHER=perm is not None,
+            DUAL=split < width,
+            BLOCK_M=blocks[0],
+            BLOCK_K=blocks[1],
+            num_warps=4,
+        )
+    return q.reshape(x.shape)
+
+
+if HAS_TRITON:
+
+    @quantize_act.on("cuda", "triton")
+    def quantize_cuda(
+        x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int
+    ) -> Tensor:
+        """Launch on the device that holds x."""
+        with torch.cuda.device(x.device):
+            return launch(x, perm, scale, zero_point, split, bits)

@@ -1,0 +1,65 @@
+"""Tile sizes of the GEMM as data, and the pure function that chooses among them. Nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of one GEMM program.
+
+    Attributes:
+        block_m: rows of the activations.
+        block_n: output channels.
+        block_k: input channels per step of the normal segment; at least 64, so that half a block feeds a tensor core.
+        warps: warps per program.
+        stages: depth of the software pipeline.
+        block_outlier: input channels per step of the outlier segment, at least 64.
+        group_m: row blocks that run next to each other, so that they share the weights in the L2 cache.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    block_outlier: int = 64
+    group_m: int = 8
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of the pipeline, at most."""
+        return (self.block_m + self.block_n) * self.block_k * self.stages
+
+
+TABLE = (
+    Tiles(128, 256, 64, warps=8, stages=3),
+    Tiles(128, 128, 128, warps=8, stages=3),
+    Tiles(64, 128, 128, warps=4, stages=3),
+    Tiles(64, 64, 128, warps=4, stages=3),
+    Tiles(16, 64, 128, warps=4, stages=4),
+)
+"""All tiles, largest first. Each fits the 99 KiB of shared memory of sm_86, 89 and 120."""
+
+PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
+"""Streaming multiprocessors of the usual GPU of each architecture (A100, A6000, 4090, H100, B200, 5090)."""
+
+_LOAD_COST = 32
+"""Multiply-adds per row and channel of the tile that take as long as loading one byte of an operand."""
+
+
+def choose(m: int, n: int, k: int, arch: int) -> Tiles:
+    """Tiles for ``[m, k] @ [k, n]`` on ``sm_{arch}``; an unknown architecture counts as the next older known one.
+
+    The estimate is (waves of programs) * (arithmetic + loads of one program). Small m never takes rows it cannot fill.
+    """
+    processors = PROCESSORS[max((known for known in PROCESSORS if known <= arch), default=min(PROCESSORS))]
+
+    def cost(tiles: Tiles) -> int:
+        programs = -(-m // tiles.block_m) * -(-n // tiles.block_n)
+        work = tiles.block_m * tiles.block_n + _LOAD_COST * (tiles.block_m + tiles.block_n)
+        return -(-programs // processors) * work
+
+    best = min(TABLE, key=cost)
+    return replace(best, block_k=64) if k <= 64 else best

@@ -1,0 +1,104 @@
+"""Analysis: which input channels of a linear are outliers and get their own scale (Q-ARVD, arXiv 2605.21072, Eq. 9-12)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxq.graph import linear_sites
+from fxq.ir import QuantGraph, Stage, plan_of, set_plan
+from fxq.pipeline import Analysis
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlierChannels:
+    """Outcome of the rule on one weight.
+
+    ``count`` outliers after alignment, ``indices`` int64 [count] ascending, ``median``, ``mad`` and ``threshold`` of
+    the channel norms, ``norms`` float32 [K] themselves and ``raw_count`` channels above the threshold.
+    """
+
+    count: int
+    indices: Tensor
+    median: float
+    mad: float
+    threshold: float
+    norms: Tensor
+    raw_count: int
+
+
+def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align: int = 32) -> OutlierChannels:
+    """Find input channels whose L2 norm stands out.
+
+    Channel j is an outlier iff ``v_j > max(median + tau / 0.6745 * MAD, alpha * median)`` with ``v_j = ||W[:, j]||_2``. The
+    count is rounded up to a multiple of ``align`` and capped at half the channels (at the largest multiple of
+    ``align`` below it); the outliers are then the channels of largest norm. MAD below 1e-8 means none.
+
+    Args:
+        weight: float [N, K].
+        tau: distance from the median in robust standard deviations.
+        alpha: least ratio to the median.
+        align: multiple the count is rounded to; the model's width if that is smaller.
+
+    Returns:
+        The outliers and the statistics behind them.
+
+    Raises:
+        ValueError: when the weight is not a matrix or has NaN or infinity.
+
+    Source: Q-ARVD (arXiv 2605.21072), Eq. 9-12.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"detect_outliers needs a weight [N, K], got shape {tuple(weight.shape)}")
+    norms = torch.linalg.vector_norm(weight.detach().float(), dim=0)
+    if not bool(norms.isfinite().all()):
+        raise ValueError("detect_outliers: the weight has NaN or infinity")
+    width = weight.shape[1]
+    align = min(align, width)
+    # An even count takes the mean of the two middle values; torch.median would take the lower one.
+    median = float(norms.quantile(0.5))
+    mad = float((norms - median).abs().quantile(0.5))
+    threshold = max(median + tau / 0.6745 * mad, alpha * median)
+    raw = 0 if mad < 1e-8 else int((norms > threshold).sum())
+    count = min(-(-raw // align) * align, width // 2 // align * align)
+    indices = norms.topk(count).indices.sort().values
+    return OutlierChannels(count, indices, median, mad, threshold, norms, raw)
+
+
+def inside_block(layer: str) -> bool:
+    """Whether a layer lies inside a numbered block such as ``blocks.3.ffn.0``."""
+    return any(part.isdigit() for part in layer.split(".")[:-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectOutliers(Analysis):
+    """Writes outlier channels, or why there are none, into the plan of every layer to be quantized."""
+
+    needs: ClassVar[Stage] = Stage.PLANNED
+    gives: ClassVar[Stage] = Stage.PLANNED
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of layers with outliers."""
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for site in linear_sites(graph.module):
+            plan = plan_of(site.node)
+            if plan is None or plan.scheme is None:
+                continue
+            scheme = plan.scheme
+            if site.layer not in found:
+                if not scheme.dual_scale:
+                    found[site.layer] = (), "dual scale is off in the recipe"
+                elif not inside_block(site.layer):
+                    found[site.layer] = (), "outside the transformer blocks"
+                elif plan.in_features % scheme.align:
+                    found[site.layer] = (), f"in_features {plan.in_features} is not a multiple of {scheme.align}"
+                else:
+                    outliers = detect_outliers(site.weight(graph.module), scheme.tau, scheme.alpha, scheme.align)
+                    reason = "" if outliers.count else "no channel above the threshold"
+                    found[site.layer] = tuple(outliers.indices.tolist()), reason
+            channels, reason = found[site.layer]
+            set_plan(site.node, dataclasses.replace(plan, outliers=channels, outlier_reason=reason))
+        return sum(bool(channels) for channels, _ in found.values())

@@ -1,0 +1,55 @@
+"""Rewrite: pack the integers, give them their final names, and drop every tensor nothing reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from fxq import numerics
+from fxq.graph import drop_unread_attributes, unused_tensors
+from fxq.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor
+from fxq.pipeline import Rewrite
+
+
+@dataclasses.dataclass(frozen=True)
+class Freeze(Rewrite):
+    """After it the module holds what a deployment needs and nothing else.
+
+    ``<layer>.weight`` is int8 [N, K] or packed int4 uint8 [N, K / 2]; float weights of quantized layers are gone; tensors
+    kept in model dtype are copies, so the user's model can change or be freed.
+    """
+
+    needs: ClassVar[Stage] = Stage.LOWERED
+    gives: ClassVar[Stage] = Stage.FROZEN
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of layers packed."""
+        module = graph.module
+        count = 0
+        for layer, (plan, nodes) in planned(module).items():
+            if plan.scheme is None:
+                continue
+            stored = get_tensor(module, f"{layer}.weight_int")
+            bits = plan.scheme.weight_bits
+            if bits == 4:
+                stored = numerics.pack_int4(stored)
+            drop_tensor(module, f"{layer}.weight_int")
+            put_tensor(module, f"{layer}.weight", stored)
+            for node in nodes:
+                read = node.args[1]
+                assert isinstance(read, fx.Node)
+                read.target = f"{layer}.weight"
+                node.update_arg(6, bits)
+            count += 1
+        drop_unread_attributes(module.graph)
+        for name in unused_tensors(module):
+            drop_tensor(module, name)
+        for name in [name for name, _ in module.named_parameters(remove_duplicate=False)]:
+            value = get_tensor(module, name).detach().clone()
+            drop_tensor(module, name)
+            put_tensor(module, name, value)
+        graph.statistics.clear()
+        graph.updates.clear()
+        return count

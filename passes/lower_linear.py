@@ -1,0 +1,113 @@
+"""Rewrite: a planned linear becomes quantize + dual-scale GEMM on integers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxq import kernels, numerics
+from fxq.graph import LinearSite, drop_unread_attributes, linear_sites
+from fxq.ir import (
+    LayerPlan,
+    LayerUpdate,
+    QuantGraph,
+    Stage,
+    clear_plan,
+    example_value,
+    inherit_meta,
+    plan_of,
+    put_tensor,
+    set_plan,
+)
+from fxq.passes.apply_methods import group_order
+from fxq.pipeline import Rewrite
+
+
+class LoweringError(RuntimeError):
+    """A planned layer that no op can run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerLinear(Rewrite):
+    """Replaces every planned linear by ``fxq::quantize_act`` and ``fxq::dual_scale_linear``.
+
+    Integers stay one per byte here; :class:`~fxq.passes.freeze.Freeze` packs them. Tensors are registered under the layer's
+    name: ``weight_int`` [N, K], ``weight_scale`` [G, N], ``input_scale`` [G], ``input_zero_point`` [G], ``offset`` [N] and,
+    for dual-scale layers, ``perm`` [K].
+    """
+
+    needs: ClassVar[Stage] = Stage.CALIBRATED
+    gives: ClassVar[Stage] = Stage.LOWERED
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of linears replaced."""
+        count = 0
+        registered: set[str] = set()
+        for site in list(linear_sites(graph.module)):
+            plan = plan_of(site.node)
+            if plan is None or plan.scheme is None:
+                continue
+            if plan.layer not in registered:
+                self._register(graph.module, site, plan, graph.updates[plan.layer])
+                registered.add(plan.layer)
+            self._replace(graph.module, site, plan)
+            count += 1
+        drop_unread_attributes(graph.module.graph)
+        return count
+
+    def _register(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate) -> None:
+        bound = 2 ** (8 - 1 + (plan.scheme.weight_bits if plan.scheme else 8) - 1) * plan.in_features
+        if bound >= 2**31:
+            raise LoweringError(f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator")
+        tensors: dict[str, Tensor] = {
+            "weight_int": update.weight,
+            "weight_scale": update.weight_scale,
+            "input_scale": update.input_scale,
+            "input_zero_point": update.input_zero_point,
+            "offset": numerics.fold_offset(
+                site.bias(module),
+                update.weight,
+                update.weight_scale,
+                update.input_scale,
+                update.input_zero_point,
+                plan.split,
+            ),
+        }
+        if plan.outliers:
+            tensors["perm"] = group_order(plan).to(torch.int32)
+        device = site.weight(module).device
+        for name, tensor in tensors.items():
+            put_tensor(module, f"{plan.layer}.{name}", tensor.to(device))
+
+    def _replace(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan) -> None:
+        old, scheme = site.node, plan.scheme
+        assert scheme is not None
+        graph, value, x = module.graph, example_value(old), old.args[0]
+        assert isinstance(x, fx.Node)
+        dtype = site.weight(module).dtype if value is None else value.dtype
+        with graph.inserting_before(old):
+
+            def get(name: str) -> fx.Node:
+                node = graph.get_attr(f"{plan.layer}.{name}")
+                inherit_meta(node, old, None)
+                return node
+
+            perm = get("perm") if plan.outliers else None
+            scale, zero = get("input_scale"), get("input_zero_point")
+            q = graph.call_function(
+                kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, scheme.input_bits)
+            )
+            x_value = example_value(x)
+            inherit_meta(q, old, None if x_value is None else x_value.new_empty(x_value.shape, dtype=torch.int8))
+            y = graph.call_function(
+                kernels.dual_scale_linear.definition,
+                (q, get("weight_int"), get("weight_scale"), scale, get("offset"), plan.split, 8, dtype),
+            )
+        inherit_meta(y, old, value)
+        set_plan(y, plan)
+        clear_plan(old)
+        old.replace_all_uses_with(y)
+        graph.erase_node(old)

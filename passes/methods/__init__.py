@@ -1,0 +1,63 @@
+"""Methods choose the integers and scales of one linear. A method is one file: pure math, then a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.config import Scheme
+from fxq.ir import LayerUpdate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerProblem:
+    """One linear as methods see it; input channels in ``[normal | outlier]`` order.
+
+    ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled inputs,
+    ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices.
+    """
+
+    layer: str
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    row_weights: Tensor
+    scheme: Scheme
+    split: int
+    seed: int
+
+    @property
+    def groups(self) -> tuple[slice, ...]:
+        """Channel slices, normal first."""
+        return numerics.group_slices(self.weight.shape[1], self.split)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Turns a problem and the update of the method before it into a better update."""
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Choose integers and scales; ``update`` is None for the first method of a recipe."""
+        ...
+
+
+def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -> float:
+    """Signal to quantization-noise ratio of the layer's output in dB on up to ``limit`` calibration rows."""
+    x = problem.rows[:limit]
+    q = numerics.quantize_input(
+        x, update.input_scale, update.input_zero_point, problem.split, problem.scheme.input_bits
+    )
+    x_hat = numerics.dequantize_input(q, update.input_scale, update.input_zero_point, problem.split)
+    w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
+    want = x @ problem.weight.T
+    noise = (want - x_hat @ w_hat.T).square().sum().clamp_min(1e-30)
+    return float(10 * torch.log10(want.square().sum().clamp_min(1e-30) / noise))
+
+
+if __name__ != "fxq.passes.methods":
+    raise ImportError("import fxq.passes.methods")

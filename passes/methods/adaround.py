@@ -1,0 +1,126 @@
+"""AdaRound with a learned activation scale: round weights to fit the layer's output (arXiv 2004.10568, 2605.21072)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.ir import LayerUpdate
+from fxq.passes.methods import LayerProblem
+
+_ZETA, _GAMMA = 1.1, -0.1
+
+
+def rectified_sigmoid(a: Tensor) -> Tensor:
+    """``clip(1.2 sigmoid(a) - 0.1, 0, 1)``: the soft choice between rounding down (0) and up (1)."""
+    return (torch.sigmoid(a) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
+
+
+def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
+    """The ``a`` for which :func:`rectified_sigmoid` gives ``h``, 0 <= h <= 1."""
+    p = (h - _GAMMA) / (_ZETA - _GAMMA)
+    return torch.log(p / (1 - p))
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize ``x``; differentiable in ``scale`` [] by a straight-through estimator."""
+    low, high = numerics.integer_range(bits)
+    rounded: Tensor = _RoundSTE.apply(x / scale)  # type: ignore[no-untyped-call]
+    return (rounded.clamp(low - zero_point, high - zero_point)) * scale
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaRound:
+    """Layer reconstruction ``min E[w_i ||X W - Q(X) Q(W)||^2]`` over rounding and activation scales.
+
+    Published settings: 2000 iterations, rounding rate 2e-3, activation rate 4e-5 with cosine decay, regulariser 0.01
+    with its exponent going 20 -> 2 after 20 % of the iterations. Two are expressed without units here, so that they fit
+    layers of any size: the regulariser is relative to the layer's round-to-nearest error, and the activation rate is
+    relative to the scale. ``rows`` calibration rows make one step.
+    """
+
+    iterations: int = 2000
+    rows: int = 1024
+    rounding_rate: float = 1e-2
+    scale_rate: float = 5e-4
+    regulariser: float = 0.01
+    warmup: float = 0.2
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Refine ``update``; layers whose scheme says ``reconstruct=False`` pass unchanged.
+
+        Raises:
+            ValueError: when no method has chosen scales before.
+        """
+        if update is None:
+            raise ValueError("AdaRound refines scales chosen before it: put RangeSearch or MinMax first in the recipe")
+        if not problem.scheme.reconstruct:
+            return update
+        bits, x_bits = problem.scheme.weight_bits, problem.scheme.input_bits
+        low, high = numerics.integer_range(bits)
+        generator = torch.Generator().manual_seed(problem.seed)
+        step = torch.cat(
+            [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(update.weight_scale, problem.groups, strict=True)], 1
+        )
+        scaled = problem.weight / step
+        floor = scaled.floor()
+        a = inverse_rectified_sigmoid(scaled - floor).requires_grad_()
+        gain = torch.zeros(len(problem.groups), requires_grad=True)
+        zero = update.input_zero_point
+        target = problem.rows @ problem.weight.T
+        reference = self._error(problem, update, target)
+        optimizer = torch.optim.Adam(
+            [{"params": [a], "lr": self.rounding_rate}, {"params": [gain], "lr": self.scale_rate}]
+        )
+        warm = int(self.warmup * self.iterations)
+        for i in range(self.iterations):
+            optimizer.param_groups[1]["lr"] = self.scale_rate * 0.5 * (1 + math.cos(math.pi * i / self.iterations))
+            index = torch.randint(len(problem.rows), (self.rows,), generator=generator)
+            x = problem.rows[index]
+            scales = update.input_scale * torch.exp(gain)
+            parts = [
+                fake_quantize_input(x[:, part], scales[g], zero[g], x_bits) for g, part in enumerate(problem.groups)
+            ]
+            x_hat = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            h = rectified_sigmoid(a)
+            w_hat = (floor + h).clamp(low, high) * step
+            error = (x_hat @ w_hat.T - target[index]).square().sum(1)
+            loss = (error * problem.row_weights[index]).mean() / reference
+            if i >= warm:
+                progress = (i - warm) / max(1, self.iterations - warm)
+                exponent = 20 + (2 - 20) * progress
+                loss = loss + self.regulariser * (1 - (2 * h - 1).abs().pow(exponent)).sum() / math.sqrt(h.numel())
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        rounded = (floor + (a.detach() >= 0)).clamp(low, high).to(torch.int8)
+        learned = dataclasses.replace(
+            update, weight=rounded, input_scale=(update.input_scale * torch.exp(gain.detach())).float()
+        )
+        return learned if self._error(problem, learned, target) < reference else update
+
+    def _error(self, problem: LayerProblem, update: LayerUpdate, target: Tensor, limit: int = 4096) -> float:
+        """Weighted squared error of the layer's output with integers, on up to ``limit`` rows."""
+        index = torch.arange(0, len(target), -(-len(target) // limit))
+        x = problem.rows[index]
+        q = numerics.quantize_input(
+            x, update.input_scale, update.input_zero_point, problem.split, problem.scheme.input_bits
+        )
+        x_hat = numerics.dequantize_input(q, update.input_scale, update.input_zero_point, problem.split)
+        w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
+        error = (x_hat @ w_hat.T - target[index]).square().sum(1)
+        return max(float((error * problem.row_weights[index]).mean()), 1e-30)

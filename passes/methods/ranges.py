@@ -1,0 +1,137 @@
+"""Scales from ranges: MinMax, and the percentile search of Q-ARVD (arXiv 2605.21072); both round to nearest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.ir import LayerUpdate
+from fxq.passes.methods import LayerProblem
+
+_SORT_LIMIT = 1 << 20
+
+
+def affine(low: float, high: float, bits: int) -> tuple[float, int]:
+    """Scale and zero point that map [low, high] onto the signed ``bits``-bit integers.
+
+    A range without width is widened to contain zero; an all-zero one gets scale 1.
+    """
+    if high - low < 1e-8:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low < 1e-8:
+        return 1.0, 0
+    scale = (high - low) / (2**bits - 1)
+    return scale, round(-low / scale) + numerics.integer_range(bits)[0]
+
+
+def search_input_range(values: Tensor, bits: int, percentiles: Sequence[float]) -> tuple[float, int]:
+    """Scale and zero point of least squared error over clipping percentiles of both tails.
+
+    Args:
+        values: float32 sample of one group's activations, any shape.
+        bits: 2..8.
+        percentiles: fractions in 0.5..1, 1 meaning no clipping.
+    """
+    flat = values.flatten()
+    if len(flat) > _SORT_LIMIT:
+        flat = flat[:: -(-len(flat) // _SORT_LIMIT)]
+    ordered = flat.sort().values
+    low_bit, high_bit = numerics.integer_range(bits)
+    best: tuple[float, float, int] | None = None
+    for p in percentiles:
+        last = len(ordered) - 1
+        low, high = float(ordered[round((1 - p) * last)]), float(ordered[round(p * last)])
+        scale, zero = affine(low, high, bits)
+        q = (ordered / scale).round().add_(zero).clamp_(low_bit, high_bit)
+        error = float((q.sub_(zero).mul_(scale) - ordered).square().mean())
+        if best is None or error < best[0]:
+            best = (error, scale, zero)
+    assert best is not None
+    return best[1], best[2]
+
+
+def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """Per-output-channel scale of least squared error.
+
+    Args:
+        weight: float32 [N, K].
+        bits: 4 or 8.
+        percentiles: of ``|w|`` per channel that are tried as clipping points.
+        ratios: fractions of the channel's absolute maximum that are tried as clipping points.
+
+    Returns:
+        float32 [N].
+    """
+    low, high = numerics.integer_range(bits)
+    magnitude = weight.abs()
+    top = magnitude.amax(1)
+    ordered = magnitude.sort(1).values
+    clips = [ordered[:, round(p * (weight.shape[1] - 1))] for p in percentiles] + [top * r for r in ratios]
+    best_scale = torch.where(top > 0, top / high, 1.0)
+    best_error = torch.full_like(top, torch.inf)
+    for clip in clips:
+        scale = torch.where(clip > 0, clip / high, best_scale)
+        q = (weight / scale[:, None]).round_().clamp_(low, high)
+        error = q.mul_(scale[:, None]).sub_(weight).square_().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def _rounded(
+    problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]
+) -> LayerUpdate:
+    scale = torch.stack(weight_scales)
+    return LayerUpdate(
+        weight=numerics.quantize_weight(problem.weight, scale, problem.split, problem.scheme.weight_bits),
+        weight_scale=scale,
+        input_scale=torch.tensor([s for s, _ in inputs], dtype=torch.float32),
+        input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MinMax:
+    """The baseline: absolute maximum per weight channel, exact minimum and maximum of activations."""
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Choose scales; replaces ``update``."""
+        bits = problem.scheme.weight_bits
+        high = numerics.integer_range(bits)[1]
+        weights, inputs = [], []
+        for part in problem.groups:
+            top = problem.weight[:, part].abs().amax(1)
+            weights.append(torch.where(top > 0, top / high, 1.0))
+            extremes = float(problem.low[part].min()), float(problem.high[part].max())
+            inputs.append(affine(*extremes, problem.scheme.input_bits))
+        return _rounded(problem, weights, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class RangeSearch:
+    """Ranges of least squared error: clipping percentiles for activations, percentiles and ratios for weights.
+
+    The published search uses the percentiles .999, .9999 and .99999 for both. Unclipped activations are added here,
+    and for weights ``ratios`` of the absolute maximum: at 4 bits a channel of a few hundred weights has no percentile
+    between "clip nothing" and "clip one". ``ratios=()`` with the three percentiles is the published search.
+    """
+
+    percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
+    ratios: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Choose scales; replaces ``update``."""
+        weights, inputs = [], []
+        for part in problem.groups:
+            weights.append(
+                search_weight_scale(
+                    problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios
+                )
+            )
+            inputs.append(search_input_range(problem.rows[:, part], problem.scheme.input_bits, self.percentiles))
+        return _rounded(problem, weights, inputs)

@@ -1,0 +1,39 @@
+import os
+import pathlib
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fxq")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+if not torch.cuda.is_available():
+    # Uninitialised memory is filled with NaN (integers with their maximum), so an unwritten output fails.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+GOLDEN_BESIDE_CHECKOUT = "../shared/golden"
+
+
+def golden_files() -> list[pathlib.Path]:
+    """Dumps of the official code: from $FXQ_GOLDEN, or else from the folder beside the checkout."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    folder = pathlib.Path(os.environ.get("FXQ_GOLDEN") or root / GOLDEN_BESIDE_CHECKOUT)
+    return sorted(folder.glob("*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc):
+    if "golden_path" in metafunc.fixturenames:
+        files = golden_files()
+        reason = f"no *.safetensors in $FXQ_GOLDEN or {GOLDEN_BESIDE_CHECKOUT}"
+        params = files or [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+        metafunc.parametrize("golden_path", params, ids=[f.stem for f in files] or ["absent"])
