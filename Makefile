@@ -6,7 +6,6 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fxq-installed
-export OMP_NUM_THREADS ?= 1
 # A tool started from here must not pick up another environment or another copy of the package.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -39,10 +38,10 @@ lint: $(STAMP) ## formatting, lint rules and types
 	$(BIN)/mypy
 
 check: lint ## lint and the fast tests
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 test: lint ## lint and every test that needs no GPU
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not gpu"
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .

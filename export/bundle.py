@@ -1,4 +1,4 @@
-"""The bundle: a folder with ``model.safetensors``, ``graph.json`` and ``manifest.json``. docs/bundle.md is the format."""
+"""The bundle: a folder of ``model.safetensors``, ``graph.json`` and ``manifest.json``; see docs/bundle.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import fx
 
-import fxq.kernels  # noqa: F401  (registers the operators a bundle's graph calls)
+import fxq.kernels  # registers the operators a bundle's graph calls
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
 from fxq.ir import QuantGraph, Stage, facts_of, planned, set_facts
 from fxq.verify import RuleError, check
@@ -80,7 +80,7 @@ def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         BundleError: when the module is not a finished quantized graph or the place is taken by something else.
     """
-    out = pathlib.Path(path)
+    out = pathlib.Path(path).absolute()
     try:
         facts = facts_of(module)
         check(QuantGraph(module, Stage.FROZEN), "before save")
@@ -89,43 +89,70 @@ def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
         raise BundleError(f"cannot save {out}: {error}") from None
     if out.exists() and not out.is_dir():
         raise BundleError(f"cannot save {out}: it is a file; a bundle is a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise BundleError(f"cannot save {out}: the folder has other content; choose an empty or new folder")
+    other = {entry.name for entry in out.iterdir()} - {MANIFEST, TENSORS, GRAPH} if out.is_dir() else set()
+    if other:
+        raise BundleError(
+            f"cannot save {out}: the folder has other content ({', '.join(sorted(other)[:3])}); "
+            "choose an empty or new folder"
+        )
     tensors = tensors_of(module)
     layers = {}
     for layer, (plan, _) in planned(module).items():
         names = tuple(n for n in tensors if n.rpartition(".")[0] == layer)
         layers[layer] = LayerEntry(plan=plan.to_json(), tensors=names)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        shared: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() in shared and tensor.numel():
-                tensors[name] = tensor.clone()
-            shared[tensors[name].data_ptr()] = name
-        save_file(tensors, part / TENSORS, metadata={"format": "pt", "fxq": json.dumps({"format_version": FORMAT_VERSION})})
-        (part / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            fxq_version=fxq.__version__,
-            facts=facts,
-            layers=layers,
-            tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
-            files={name: _sha256(part / name) for name in (TENSORS, GRAPH)},
-        )
-        (part / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
-        part.chmod(0o755)
-        if out.exists():
-            old = part.with_name(part.name + ".old")
-            out.rename(old)
-            part.rename(out)
-            shutil.rmtree(old)
-        else:
-            part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            _write(part, tensors, graph, layers, facts)
+            part.chmod(0o755)
+            _swap(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise BundleError(f"cannot save {out}: {error}") from error
     return out
+
+
+def _write(
+    folder: pathlib.Path,
+    tensors: dict[str, torch.Tensor],
+    graph: dict[str, Any],
+    layers: dict[str, LayerEntry],
+    facts: dict[str, Any],
+) -> None:
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensors[name] = tensor.clone()
+        storages.add(tensors[name].untyped_storage().data_ptr())
+    metadata = {"format": "pt", "fxq": json.dumps({"format_version": FORMAT_VERSION})}
+    save_file(tensors, folder / TENSORS, metadata=metadata)
+    (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        fxq_version=fxq.__version__,
+        facts=facts,
+        layers=layers,
+        tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
+        files={name: _sha256(folder / name) for name in (TENSORS, GRAPH)},
+    )
+    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+
+
+def _swap(part: pathlib.Path, out: pathlib.Path) -> None:
+    """Put ``part`` in the place of ``out``; what was there comes back when that fails."""
+    if not out.exists():
+        part.rename(out)
+        return
+    old = part.with_name(part.name + ".old")
+    out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -144,14 +171,17 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; load it with the fxq version that wrote it "
+            f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; "
+            "load it with the fxq version that wrote it "
             f"({data.get('fxq_version', 'unknown') if isinstance(data, dict) else 'unknown'})"
         )
     try:
         return TypeAdapter(Manifest).validate_python(data)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BundleError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the bundle is damaged") from None
+        raise BundleError(
+            f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the bundle is damaged"
+        ) from None
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
@@ -172,7 +202,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         if not (folder / name).is_file():
             raise BundleError(f"{folder / name} is missing; copy the whole folder")
         if _sha256(folder / name) != digest:
-            raise BundleError(f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again")
+            raise BundleError(
+                f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again"
+            )
     try:
         with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -183,12 +215,14 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         wrong = [n for n in sorted({*found, *manifest.tensors}) if found.get(n) != manifest.tensors.get(n)]
         raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
     try:
-        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors)
+        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
         set_facts(module, manifest.facts)
         check(QuantGraph(module, Stage.FROZEN), "after load")
     except (GraphFormatError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from None
     plans = {layer: plan.to_json() for layer, (plan, _) in planned(module).items()}
     if plans != {layer: entry.plan for layer, entry in manifest.layers.items()}:
-        raise BundleError(f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent")
+        raise BundleError(
+            f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent"
+        )
     return module

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx._pytree import tree_flatten_spec
+from torch.utils import _pytree as pytree
 
 from fxq.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.rollout import Rollout, current_call
@@ -126,27 +129,38 @@ def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]
         call_ = current_call()
         if call_ is not None:
             collector.chunk = call_.chunk
-        flat = module.graph.process_inputs(*_positional(module, args, kwargs))
+        flat = _flat(module, args, kwargs)
         return module.graph.process_outputs(observer.run(*flat, enable_io_processing=False))
 
     return call
 
 
-def _positional(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
-    """Arguments in the order of the graph's own calling convention."""
-    if not kwargs:
-        return args
-    codegen = module.graph._codegen
-    names = codegen.pytree_info.orig_args if hasattr(codegen, "pytree_info") else []
-    ordered = [name for name in names if name != "self"][len(args) :]
-    missing = [name for name in ordered if name not in kwargs]
-    unknown = [name for name in kwargs if name not in ordered]
-    if missing or unknown:
+def _flat(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    """Arguments as the flat list of the graph's placeholders, nested dicts in the example's order."""
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    names = [name for name in info.orig_args if name != "self"]
+    missing = [name for name in names[len(args) :] if name not in kwargs]
+    unknown = [name for name in kwargs if name not in names[len(args) :]]
+    if missing or unknown or len(args) > len(names):
         raise CalibrationError(
-            f"calibration keywords do not fit the captured call: missing {missing}, unknown {unknown}; every batch must "
-            "use the arguments of the example"
+            f"calibration arguments do not fit the captured call {tuple(names)}: {len(args)} positional, missing "
+            f"{missing}, unknown {unknown}; every batch must use the arguments of the example"
         )
-    return [*args, *(kwargs[name] for name in ordered)]
+    values = [*args, *(kwargs[name] for name in names[len(args) :])]
+    positional = info.in_spec.child(0).num_children
+    call = (tuple(values[:positional]), dict(zip(names[positional:], values[positional:], strict=True)))
+    leaves, spec = pytree.tree_flatten(call)
+    if spec == info.in_spec:
+        return leaves
+    try:
+        ordered: list[Any] = tree_flatten_spec(call, info.in_spec)
+    except (LookupError, TypeError, ValueError):
+        ordered = []
+    if len(ordered) != len(leaves):
+        raise CalibrationError(
+            f"calibration arguments are nested in another way than the example: {spec}, expected {info.in_spec}"
+        )
+    return ordered
 
 
 def calibrate(
@@ -189,7 +203,7 @@ def calibrate(
                             on_progress(done, total)
         else:
             assert loader is not None
-            length = len(loader) if hasattr(loader, "__len__") else None
+            length = operator.length_hint(loader) or None
             for item in loader:
                 batch = as_batch(item)
                 collector.chunk = batch.chunk
@@ -214,9 +228,10 @@ def calibrate(
     if unseen:
         raise CalibrationError(
             f"{len(unseen)} planned layer(s) received no calibration row: {', '.join(unseen[:8])}"
-            f"{' ...' if len(unseen) > 8 else ''}. Feed data that reaches them, or exclude them by a rule with scheme None"
+            f"{' ...' if len(unseen) > 8 else ''}. Feed data that reaches them, or exclude them "
+            "by a rule with scheme None"
         )
-    graph.statistics = statistics
+    graph.adopt(statistics)
     return statistics_hash(statistics)
 
 

@@ -103,7 +103,17 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:
             raise RecipeError(f"weighting {self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}")
+        for name in ("rows_per_call", "max_rows"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} = {getattr(self, name)}: expected at least 1")
+        for method in self.methods:
+            if isinstance(method, type) or not dataclasses.is_dataclass(method) or not hasattr(method, "apply"):
+                raise RecipeError(
+                    f"method {method!r}: expected an instance of a dataclass with apply(problem, update), as RangeSearch()"
+                )
         for rule in self.rules:
+            if rule.scheme is not None and not isinstance(rule.scheme, Scheme):
+                raise RecipeError(f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None")
             if rule.rank == 2:
                 try:
                     re.compile(rule.pattern[3:])

@@ -54,6 +54,44 @@ def linear_sites(module: fx.GraphModule) -> Iterator[LinearSite]:
         yield LinearSite(node, layer, weight, bias)
 
 
+def sharing_conflicts(module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:
+    """Layers whose weight cannot be replaced by integers without changing something else, with the reason.
+
+    Args:
+        module: the graph.
+        names: what the integers, scales and the rest would be called under the layer's name.
+    """
+    sites = [site for site in linear_sites(module) if site.weight_name is not None]
+    weights = {site.weight_name: site.layer for site in sites}
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    biases: dict[str, set[str | None]] = {}
+    for site in sites:
+        biases.setdefault(site.layer, set()).add(site.bias_name)
+    conflicts = {
+        layer: "its weight is shared by linears with different biases"
+        for layer, found in biases.items()
+        if len(found) > 1
+    }
+    for layer in biases:
+        own = {f"{layer}.weight", f"{layer}.bias"}
+        if taken := [name for name in names if f"{layer}.{name}" in read - own]:
+            conflicts[layer] = f"the model has a tensor of its own named {layer}.{taken[0]}"
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and (layer := weights.get(str(node.target))) is not None:
+            for reader in _readers(node):
+                conflicts[layer] = f"its weight is also read by {reader.name}"
+    return conflicts
+
+
+def _readers(tensor: fx.Node) -> Iterator[fx.Node]:
+    """Nodes that read a tensor, through casts, as anything but a linear's weight."""
+    for user in tensor.users:
+        if user.target in _CASTS and user.args[0] is tensor:
+            yield from _readers(user)
+        elif user.target != _LINEAR or [i for i, arg in enumerate(user.args) if arg is tensor] != [1]:
+            yield user
+
+
 def unused_tensors(module: fx.GraphModule) -> list[str]:
     """Names of parameters and buffers that no node reads."""
     used = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
@@ -63,9 +101,9 @@ def unused_tensors(module: fx.GraphModule) -> list[str]:
 
 
 def drop_unread_attributes(graph: fx.Graph) -> None:
-    """Erase ``get_attr`` nodes without users."""
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and not node.users:
+    """Erase ``get_attr`` nodes without users, and casts that only they fed."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and (node.op == "get_attr" or node.target in _CASTS):
             graph.erase_node(node)
 
 

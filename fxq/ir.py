@@ -13,6 +13,9 @@ from fxq.config import Scheme
 
 _KEY = "fxq"
 
+LAYER_TENSORS = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset", "perm")
+"""What a quantized layer stores under its name; ``perm`` only with outliers."""
+
 
 class Stage(enum.IntEnum):
     """How far a graph is along the straight line."""
@@ -94,6 +97,12 @@ def inherit_meta(new: fx.Node, old: fx.Node, value: Any) -> None:
     new.meta["val"] = value
 
 
+def module_path(node: fx.Node) -> str:
+    """Path of the user's module whose forward made the node; empty for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]).removeprefix("L['self'].") if stack else ""
+
+
 def example_value(node: fx.Node) -> Any:
     """The fake value recorded when the node was traced, or None."""
     return node.meta.get("val")
@@ -110,9 +119,9 @@ def planned(module: fx.GraphModule) -> dict[str, tuple[LayerPlan, list[fx.Node]]
 
 def facts_of(module: fx.GraphModule) -> dict[str, Any]:
     """JSON facts of a quantized module: recipe, sensitivity, calibration hash, environment."""
-    facts = module.meta.get(_KEY)
+    facts = getattr(module, "meta", {}).get(_KEY)
     if facts is None:
-        raise ValueError("this GraphModule was not made by fxq.quantize or fxq.load; it carries no fxq facts")
+        raise ValueError(f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts")
     return dict(facts)
 
 
@@ -175,6 +184,11 @@ class QuantGraph:
         """Plans of the linears that are to be quantized."""
         return {layer: plan for layer, plan in self.plans.items() if plan.scheme is not None}
 
+    def adopt(self, statistics: dict[str, LayerStatistics]) -> None:
+        """Take statistics collected on another fork of the same traced model; the graph becomes CALIBRATED."""
+        self.statistics = dict(statistics)
+        self.stage = Stage.CALIBRATED
+
     def fork(self) -> QuantGraph:
         """A copy whose graph can be rewritten on its own; tensors are shared."""
         root = torch.nn.Module()
@@ -194,10 +208,14 @@ class QuantGraph:
 
 
 def put_tensor(module: torch.nn.Module, name: str, tensor: Tensor) -> None:
-    """Register ``tensor`` under a dotted name, making the modules on the way; replaces what was there."""
+    """Register ``tensor`` under a dotted name, making the modules on the way; replaces what was there.
+
+    A tensor that stands where a module is needed goes too: the integers of a parameter ``w1`` lie under ``w1.weight``.
+    """
     *path, leaf = name.split(".")
     for part in path:
         if not isinstance(getattr(module, part, None), torch.nn.Module):
+            drop_tensor(module, part)
             module.add_module(part, torch.nn.Module())
         module = getattr(module, part)
     drop_tensor(module, leaf)

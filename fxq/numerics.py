@@ -100,7 +100,7 @@ def pack_int4(q: Tensor) -> Tensor:
         raise ValueError(f"int4 packing needs [N, K] with K a multiple of {PACK_BLOCK}, got {tuple(q.shape)}")
     if q.numel() and (int(q.min()) < -8 or int(q.max()) > 7):
         raise ValueError(f"int4 packing needs values in -8..7, got {int(q.min())}..{int(q.max())}")
-    halves = q.reshape(q.shape[0], -1, 2, PACK_BLOCK // 2).to(torch.int32) & 15
+    halves = q.reshape(q.shape[0], q.shape[1] // PACK_BLOCK, 2, PACK_BLOCK // 2).to(torch.int32) & 15
     return (halves[:, :, 0] | (halves[:, :, 1] << 4)).to(torch.uint8).flatten(1)
 
 

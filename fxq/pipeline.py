@@ -43,9 +43,7 @@ def _structure(graph: QuantGraph) -> str:
     return "\n".join(str(node.format_node()) for node in graph.module.graph.nodes)
 
 
-def run_passes(
-    graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str], None] | None = None
-) -> QuantGraph:
+def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str], None] | None = None) -> QuantGraph:
     """Run passes in order, in place.
 
     Args:
@@ -57,7 +55,8 @@ def run_passes(
         The same graph, at the stage the last pass gives.
 
     Raises:
-        PassError: when a pass needs a later stage than the graph has, or an Analysis changed the structure.
+        PassError: when a pass does not fit the graph's stage, an Analysis changed the structure, or a Rewrite broke the
+            graph.
         fxq.verify.RuleError: when a rule is broken before or after a pass; the message says which and when.
     """
     for step in passes:
@@ -65,6 +64,8 @@ def run_passes(
             raise PassError(
                 f"{step.name} needs a {step.needs.name} graph, this one is {graph.stage.name}; run the passes before it"
             )
+        if isinstance(step, Rewrite) and graph.stage >= step.gives:
+            raise PassError(f"{step.name} gives a {step.gives.name} graph, this one is {graph.stage.name} already")
         if on_pass is not None:
             on_pass(step.name)
         check(graph, f"before {step.name}")
@@ -75,7 +76,10 @@ def run_passes(
         if isinstance(step, Analysis) and _structure(graph) != before:
             raise PassError(f"{step.name} is an Analysis but changed the graph")
         if isinstance(step, Rewrite):
-            graph.module.graph.lint()
+            try:
+                graph.module.graph.lint()
+            except RuntimeError as error:
+                raise PassError(f"{step.name} left a malformed graph: {error}") from error
             graph.module.recompile()
         graph.stage = max(graph.stage, step.gives)
         check(graph, f"after {step.name}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 import pathlib
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrate
-from fxq.config import Recipe
-from fxq.ir import QuantGraph, Stage, set_facts
+from fxq.config import Recipe, RecipeError
+from fxq.ir import QuantGraph, set_facts
 from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
 from fxq.pipeline import run_passes
 from fxq.progress import Progress
@@ -62,25 +64,26 @@ def quantize(
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
     """
     chosen = get_recipe(recipe)
+    if not chosen.methods:
+        raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
     if (calib_loader is None) == (forward_loop is None):
         raise CalibrationError("give exactly one of calib_loader and forward_loop: static scales are measured on data")
-    with Progress(progress) as bar:
+    # Methods learn by gradients and tensors must outlive the call, whatever mode the caller is in.
+    with torch.inference_mode(False), torch.enable_grad(), Progress(progress) as bar:
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
         with bar.step("trace"):
             graph = trace(model, example.args, dict(example.kwargs), shapes)
         with bar.step("plan"):
             run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
         calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
-        measured = sensitivity
-        if isinstance(loader, Rollout):
-            measured = weigh_chunks(graph, loader, chosen, measured, bar)
+        measured = weigh_chunks(graph, loader, chosen, sensitivity, bar)
         directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
         with bar.step("reconstruct") as on_layer:
             run_passes(graph, (_methods(chosen, directory, lambda _, done, total: on_layer(done, total)),))
         with bar.step("rewrite"):
             run_passes(graph, (LowerLinear(), Freeze()))
-    set_facts(graph.module, _facts(chosen, calibration_hash, measured, graph, _never_called(model, graph)))
-    return graph.module
+    alpha = None if measured is None else measured.alpha.tolist()
+    return finish(graph, chosen, calibration_hash, alpha, _never_called(model, graph))
 
 
 def calibrate_graph(
@@ -94,19 +97,36 @@ def calibrate_graph(
     collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed)
     with bar.step("calibrate") as on_progress:
         digest = calibrate(graph, loader, forward_loop, collector, on_progress)
-    graph.stage = Stage.CALIBRATED
     return digest
 
 
 def weigh_chunks(
-    graph: QuantGraph, rollout: Rollout, recipe: Recipe, measured: ChunkSensitivity | None, bar: Progress
+    graph: QuantGraph,
+    loader: Iterable[Any] | Rollout | None,
+    recipe: Recipe,
+    measured: ChunkSensitivity | None,
+    bar: Progress,
 ) -> ChunkSensitivity | None:
-    """Set the graph's chunk weights, measuring sensitivity when the recipe's weighting needs it."""
-    if measured is None and recipe.weighting not in ("uniform", "exponential"):
-        with bar.step("sensitivity") as on_progress:
-            measured = measure(graph, rollout, recipe, on_progress)
-    chunks = max(rollout.units(c, d) for c, d in rollout.batches)
-    graph.chunk_weights = chunk_weights(None if measured is None else measured.alpha, chunks, recipe.weighting)
+    """Set the graph's chunk weights, measuring sensitivity when the recipe needs it and the loader is a rollout.
+
+    Other loaders name chunks by :class:`fxq.Batch`; without a measured sensitivity their chunks weigh the same.
+
+    Raises:
+        CalibrationError: when the given sensitivity is of another number of chunks.
+    """
+    if isinstance(loader, Rollout):
+        chunks = max(loader.units(c, d) for c, d in loader.batches)
+        if measured is None and recipe.weighting not in ("uniform", "exponential"):
+            with bar.step("sensitivity") as on_progress:
+                measured = measure(graph, loader, recipe, on_progress)
+    else:
+        chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)
+    if measured is not None and len(measured.alpha) < chunks:
+        raise CalibrationError(f"sensitivity has {len(measured.alpha)} chunks, the calibration data {chunks}")
+    if measured is None and recipe.weighting != "exponential":
+        graph.chunk_weights = torch.ones(chunks)
+    else:
+        graph.chunk_weights = chunk_weights(None if measured is None else measured.alpha, chunks, recipe.weighting)
     return measured
 
 
@@ -136,7 +156,7 @@ def sensitivity(
         As :func:`quantize`.
     """
     chosen = get_recipe(recipe)
-    with Progress(progress) as bar:
+    with torch.inference_mode(False), torch.enable_grad(), Progress(progress) as bar:
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)
@@ -167,43 +187,56 @@ def _example(
         return loader, Batch(args), dynamic_shapes if dynamic_shapes is not None else shapes
     if loader is None:
         raise CalibrationError("forward_loop shows no inputs before tracing: pass example_inputs")
+    if not isinstance(loader, Iterable):
+        raise CalibrationError(f"calib_loader is {type(loader).__name__}, expected an iterable of batches or a Rollout")
     iterator = iter(loader)
     try:
         first = next(iterator)
     except StopIteration:
         raise CalibrationError("the calibration loader yielded no batch; static scales need at least one") from None
-    rest: Iterable[Any] = loader if iterator is not loader else _chain(first, iterator)
-    return rest, as_batch(first), dynamic_shapes
+    return _PutBack(first, iterator, operator.length_hint(loader)), as_batch(first), dynamic_shapes
 
 
-def _chain(first: Any, rest: Iterable[Any]) -> Iterable[Any]:
-    yield first
-    yield from rest
+@dataclasses.dataclass(frozen=True)
+class _PutBack(Iterable[Any]):
+    """A loader whose first batch was looked at: it is iterated once, so one-shot loaders lose nothing."""
+
+    first: Any
+    rest: Iterator[Any]
+    length: int
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.first
+        yield from self.rest
+
+    def __length_hint__(self) -> int:
+        return self.length
 
 
 def _never_called(model: Model, graph: QuantGraph) -> list[str]:
     if not isinstance(model, nn.Module):
         return []
-    known = set(graph.plans)
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in known]
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.Linear)}
+    known = {f"{layer}.weight" for layer in graph.plans} | set(graph.plans)
+    called = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in known}
+    return [name for name, m in modules.items() if id(m.weight) not in called]
 
 
-def _facts(
-    recipe: Recipe,
-    calibration_hash: str,
-    measured: ChunkSensitivity | None,
-    graph: QuantGraph,
-    never_called: list[str],
-) -> dict[str, Any]:
-    return {
+def finish(
+    graph: QuantGraph, recipe: Recipe, calibration_hash: str, alpha: list[float] | None, never_called: list[str]
+) -> fx.GraphModule:
+    """Attach the facts that summaries and manifests show to a FROZEN graph's module and return it."""
+    facts = {
         "recipe": recipe_to_json(recipe),
         "calibration_hash": calibration_hash,
-        "sensitivity": None if measured is None else [float(a) for a in measured.alpha],
-        "chunk_weights": [float(w) for w in graph.chunk_weights],
+        "sensitivity": alpha,
+        "chunk_weights": graph.chunk_weights.tolist(),
         "never_called": never_called,
         "passes": [[name, touched] for name, touched, _ in graph.log],
         "environment": environment(),
     }
+    set_facts(graph.module, facts)
+    return graph.module
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import pathlib
 import tomllib
 from typing import Any, TypeVar
@@ -61,7 +62,9 @@ PRESETS: dict[str, Recipe] = {
 def minmax(recipe: Recipe) -> Recipe:
     """The MinMax baseline of a recipe: same bits and layers, one scale, no search, no reconstruction."""
     rules = tuple(
-        rule if rule.scheme is None else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, dual_scale=False))
+        rule
+        if rule.scheme is None
+        else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, dual_scale=False))
         for rule in recipe.rules
     )
     return dataclasses.replace(
@@ -79,22 +82,25 @@ def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
         return recipe
     if isinstance(recipe, str) and recipe.lower() in PRESETS:
         return PRESETS[recipe.lower()]
+    if not isinstance(recipe, str | os.PathLike):
+        raise RecipeError(f"recipe is {type(recipe).__name__}, expected fxq.Recipe, a preset's name or a path")
     path = pathlib.Path(recipe)
     if path.suffix.lower() in (".toml", ".json"):
         return load_recipe(path)
     close = difflib.get_close_matches(str(recipe).lower(), PRESETS, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = f"; did you mean {close[0]!r}?" if close else "."
     raise RecipeError(
         f"unknown recipe {str(recipe)!r}{hint} Presets: {', '.join(PRESETS)}; a recipe file ends in .toml or .json"
     )
 
 
-def load_recipe(path: pathlib.Path) -> Recipe:
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """Read a recipe file; see :func:`recipe_to_json` for its keys.
 
     Raises:
         RecipeError: naming the file and the key.
     """
+    path = pathlib.Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
@@ -125,7 +131,7 @@ def recipe_from_json(data: Any) -> Recipe:
         raise RecipeError(f"a recipe is a table of keys, got {type(data).__name__}")
     _refuse_unknown(data, Recipe, "recipe")
     rules = []
-    for i, entry in enumerate(data.get("rules", [])):
+    for i, entry in enumerate(_tables(data, "rules")):
         _refuse_unknown(entry, Rule, f"rules[{i}]")
         scheme = entry.get("scheme")
         if scheme is not None:
@@ -133,15 +139,22 @@ def recipe_from_json(data: Any) -> Recipe:
             scheme = _validated(Scheme, scheme, f"rules[{i}].scheme")
         rules.append(_validated(Rule, {**entry, "scheme": scheme}, f"rules[{i}]"))
     methods = []
-    for i, entry in enumerate(data.get("methods", [])):
+    for i, entry in enumerate(_tables(data, "methods")):
         options = dict(entry)
         name = options.pop("method", None)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise RecipeError(f"methods[{i}]: unknown method {name!r}; known: {', '.join(METHODS)}")
         _refuse_unknown(options, METHODS[name], f"methods[{i}]")
         methods.append(_validated(METHODS[name], options, f"methods[{i}]"))
     rest = {key: value for key, value in data.items() if key not in ("rules", "methods")}
     return _validated(Recipe, {**rest, "rules": tuple(rules), "methods": tuple(methods)}, "recipe")
+
+
+def _tables(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = data.get(key, [])
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+        raise RecipeError(f"{key}: expected a list of tables")
+    return list(entries)
 
 
 def _refuse_unknown(entry: Any, cls: type[Any], where: str) -> None:

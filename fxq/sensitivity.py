@@ -1,4 +1,4 @@
-"""Chunk-wise sensitivity: how much an error made in one chunk costs the whole video (Q-ARVD, arXiv 2605.21072, section 3.2)."""
+"""Chunk-wise sensitivity: how much an error made in one chunk costs the whole video (Q-ARVD, arXiv 2605.21072)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,15 @@ def chunk_sensitivity(
         on_progress: told (chunks computed, total).
 
     Returns:
-        Normalised sensitivities and the errors they come from.
+        Normalised sensitivities and the errors they come from; uniform ones when no chunk had an error.
+
+    Raises:
+        ValueError: when videos differ in their number of chunks.
     """
     reference = full_precision or rollout.denoiser
     units = [rollout.units(condition, draws) for condition, draws in rollout.batches]
+    if len(set(units)) > 1:
+        raise ValueError(f"sensitivity averages over videos of equal length, got {units} chunks; measure them apart")
     total = sum(n + n * (n + 1) // 2 for n in units)
     done = 0
     errors = []
@@ -72,7 +77,9 @@ def chunk_sensitivity(
         errors.append(torch.stack(per_chunk, dim=1))
     mse = torch.cat(errors)
     mean = mse.mean(0)
-    return ChunkSensitivity(mean / mean.sum().clamp_min(1e-300), mse)
+    if not mean.any():
+        mean = torch.ones_like(mean)
+    return ChunkSensitivity(mean / mean.sum(), mse)
 
 
 def chunk_weights(alpha: Tensor | None, chunks: int, weighting: str) -> Tensor:

@@ -68,7 +68,9 @@ class Summary:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16")
+        table = Table(
+            title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16"
+        )
         for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         table.add_column("output SQNR dB", justify="right")
@@ -94,7 +96,9 @@ class Summary:
 
 def _row(module: fx.GraphModule, plan: LayerPlan) -> LayerRow:
     quantized = plan.scheme is not None
-    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset") + (("perm",) if plan.outliers else ())
+    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset") + (
+        ("perm",) if plan.outliers else ()
+    )
     tensors = [get_tensor(module, f"{plan.layer}.{name}") for name in names] if quantized else []
     device = tensors[0].device.type if tensors else "cpu"
     return LayerRow(

@@ -10,8 +10,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.ir import QuantGraph, Stage
+from fxq.ir import QuantGraph, Stage, get_tensor, module_path
 
+_SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
+_REMEDIES = {  # by the higher-order operator whose body is a graph of its own
+    "wrap_with_autocast": "cast the model with .to(dtype) and take torch.autocast out of its forward",
+    "cond": "choose the branch outside the model, so that one call has one path",
+}
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
@@ -60,24 +65,72 @@ def trace(
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in _CHECKS:
             module.graph.erase_node(node)
+    _inline_grad_modes(module)
     module.graph.eliminate_dead_code()
     module.recompile()
+    _refuse_regions(module)
     _compare(module, eager, args, kwargs, tolerance)
     return QuantGraph(module, Stage.TRACED).fork()
+
+
+def _inline_grad_modes(module: fx.GraphModule) -> None:
+    """Put the nodes of ``no_grad`` and ``enable_grad`` regions into the graph: inference has no gradients."""
+    graph = module.graph
+    while regions := [node for node in graph.nodes if node.target is _SET_GRAD]:
+        for region in regions:
+            _, source, *operands = region.args
+            inner = getattr(module, str(source.target))
+            values: dict[fx.Node, Any] = {}
+            values.update(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+            with graph.inserting_before(region):
+                for node in inner.graph.nodes:
+                    if node.op in ("call_function", "get_attr"):
+                        values[node] = graph.node_copy(node, values.__getitem__)
+                        if node.op == "get_attr":
+                            values[node].target = f"{source.target}.{node.target}"
+                    elif node.op == "output":
+                        results = fx.map_arg(node.args[0], values.__getitem__)
+            for user in list(region.users):
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(region)
+
+
+def _refuse_regions(module: fx.GraphModule) -> None:
+    """Linears inside submodules of the graph would stay unseen, and nothing downstream could write them."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        try:
+            get_tensor(module, str(node.target))
+        except TypeError as error:
+            user = next(iter(node.users), node)
+            name = str(user.target).rpartition(".")[2]
+            place = f" in {path}" if (path := module_path(user)) else ""
+            remedy = _REMEDIES.get(name, "keep it outside the model that is quantized")
+            raise TraceError(f"the captured graph has a region {name} ({user.name}{place}): {remedy} ({error})") from None
 
 
 def _compare(
     module: fx.GraphModule, eager: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
 ) -> None:
+    mode = " The model is in training mode; call .eval() first." if eager is not None and eager.training else ""
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
     with torch.no_grad():
+        inputs, options = copy.deepcopy((args, kwargs))
         try:
-            got = pytree.tree_leaves(module(*args, **kwargs))
+            got = pytree.tree_leaves(module(*inputs, **options))
         except Exception as error:
             raise TraceError(f"the captured graph does not run on the example inputs: {error}") from error
+        written = [n for n, (now, old) in buffers.items() if not torch.allclose(now, old, 0, 0, equal_nan=True)]
+        for name in written:
+            buffers[name][0].copy_(buffers[name][1])
+        if written:
+            raise TraceError(
+                f"the forward writes to buffer {', '.join(written[:4])}: a call would change the model.{mode} "
+                "Make caches inputs and outputs of the forward"
+            )
         if eager is None:
             return
         inputs, options = copy.deepcopy((args, kwargs))
-        training = eager.training
         want = pytree.tree_leaves(eager(*inputs, **options))
     if len(got) != len(want):
         raise TraceError(f"the captured graph returns {len(got)} values, the model {len(want)}")
@@ -91,7 +144,6 @@ def _compare(
         scale = b.double().abs().max().clamp_min(1e-12)
         error_ = ((a.double() - b.double()).abs().max() / scale).item()
         if not error_ <= tolerance:
-            mode = " The model is in training mode; call .eval() first." if training else ""
             raise TraceError(
                 f"output {i}: the captured graph differs from eager by {error_:.2e} relative, allowed {tolerance:.0e}."
                 f"{mode} Hidden state or randomness in forward is the usual cause"

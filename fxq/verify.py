@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import fx
 
 from fxq.graph import linear_sites, unused_tensors
 from fxq.ir import QuantGraph, Stage, get_tensor, plan_of, planned
@@ -92,10 +93,11 @@ def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
             if str(node.target) != _GEMM:
                 yield f"{layer}: the plan lies on {node.target}"
                 continue
-            q, weight, weight_scale, input_scale, offset = node.args[:5]
-            del q
-            tensors = [get_tensor(graph.module, str(n.target)) for n in (weight, weight_scale, input_scale, offset)]  # type: ignore[union-attr]
-            stored, scale, x_scale, constant = tensors
+            operands = node.args[1:5]
+            if len(node.args) != 8 or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in operands):
+                yield f"{layer}: {node.name} does not read stored tensors in the operator's order"
+                continue
+            stored, scale, x_scale, constant = (get_tensor(graph.module, str(n.target)) for n in operands)  # type: ignore[union-attr]
             packed = node.args[6] == 4
             width = plan.in_features // 2 if packed else plan.in_features
             if tuple(stored.shape) != (plan.out_features, width):

@@ -111,6 +111,11 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] of int8 [M, K] and [N, K] by the CPU's integer instructions; exact where it has VNNI."""
+    if a.shape[1] == 1:
+        return exact_matmul(a, b)
+    # _int_mm takes the stride of a dimension of size 1 for a row length and then returns uninitialised memory
+    # (pytorch/pytorch#195066): a copy has the right one.
+    a, b = (t.clone(memory_format=torch.contiguous_format) if t.shape[0] == 1 else t for t in (a, b))
     return torch._int_mm(a, b.T)
 
 
@@ -182,7 +187,10 @@ def dual_scale_linear(
 
 
 def _has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits; older x86 instructions saturate pairs of products at 16 bits."""
+    """Whether int8 products add up in 32 bits.
+
+    Older x86 instructions saturate pairs of products at 16 bits, and ``_int_mm`` uses them (pytorch/pytorch#136746).
+    """
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
@@ -208,9 +216,7 @@ if _has_vnni():
 def _round(x: Block, PTX: constexpr) -> Block:
     """Nearest int32; floor(x + 0.5) would move integers above 2**23."""
     if PTX:
-        result = tl.inline_asm_elementwise(
-            "cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1
-        )
+        result = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
     else:
         below = tl.floor(x)
         result = below.to(tl.int32) + (x - below >= 0.5).to(tl.int32)

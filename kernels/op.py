@@ -43,7 +43,7 @@ def _process_registry() -> _Registry:
     """The registry of this process: a second load of this module finds the first one and registers nothing twice."""
     namespace = getattr(torch.ops, NAMESPACE)
     if "declared" not in vars(namespace):
-        namespace.declared = _Registry(Library(NAMESPACE, "DEF"))  # type: ignore[no-untyped-call]
+        namespace.declared = _Registry(Library(NAMESPACE, "DEF"))
     registry: _Registry = namespace.declared
     return registry
 
@@ -117,7 +117,7 @@ def declare(
 
     def bind(reference: Callable[..., Tensor]) -> Op:
         if (name, "schema") not in _REGISTRY.done:
-            _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+            _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             register_fake(f"{NAMESPACE}::{name}", _checked(name, supports, fake), lib=_REGISTRY.library)
             _REGISTRY.done.add((name, "schema"))
         _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
@@ -129,7 +129,7 @@ def declare(
 
 def _register(name: str, key: str, kernel: Callable[..., Tensor]) -> None:
     if (name, key) not in _REGISTRY.done:
-        _REGISTRY.library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        _REGISTRY.library.impl(name, kernel, key)
         _REGISTRY.done.add((name, key))
 
 

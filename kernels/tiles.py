@@ -38,7 +38,7 @@ TABLE = (
     Tiles(128, 128, 128, warps=8, stages=3),
     Tiles(64, 128, 128, warps=4, stages=3),
     Tiles(64, 64, 128, warps=4, stages=3),
-    Tiles(16, 64, 128, warps=4, stages=4),
+    Tiles(16, 64, 128, warps=2, stages=4),
 )
 """All tiles, largest first. Each fits the 99 KiB of shared memory of sm_86, 89 and 120."""
 
@@ -47,6 +47,11 @@ PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 
 _LOAD_COST = 32
 """Multiply-adds per row and channel of the tile that take as long as loading one byte of an operand."""
+
+
+def candidates(arch: int) -> tuple[Tiles, ...]:
+    """The tiles whose kernels compile for ``sm_{arch}`` without spills: the largest does not from sm_100 on."""
+    return TABLE[1:] if arch >= 100 else TABLE
 
 
 def choose(m: int, n: int, k: int, arch: int) -> Tiles:
@@ -61,5 +66,5 @@ def choose(m: int, n: int, k: int, arch: int) -> Tiles:
         work = tiles.block_m * tiles.block_n + _LOAD_COST * (tiles.block_m + tiles.block_n)
         return -(-programs // processors) * work
 
-    best = min(TABLE, key=cost)
+    best = min(candidates(arch), key=cost)
     return replace(best, block_k=64) if k <= 64 else best

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
 from fxq.passes.freeze import Freeze
-from fxq.passes.lower_linear import LowerLinear, LoweringError
+from fxq.passes.lower_linear import LoweringError, LowerLinear
 from fxq.passes.plan_layers import PlanLayers
 
 ORDER = (PlanLayers, DetectOutliers, ApplyMethods, LowerLinear, Freeze)

@@ -105,7 +105,13 @@ class ApplyMethods(Analysis):
         return update
 
     def _key(self, problem: LayerProblem) -> str:
-        settings = [problem.layer, problem.split, problem.seed, dataclasses.asdict(problem.scheme), _describe(self.methods)]
+        settings = [
+            problem.layer,
+            problem.split,
+            problem.seed,
+            dataclasses.asdict(problem.scheme),
+            _describe(self.methods),
+        ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for tensor in (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights):
             digest.update(tensor.contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""Analysis: which input channels of a linear are outliers and get their own scale (Q-ARVD, arXiv 2605.21072, Eq. 9-12)."""
+"""Analysis: which input channels get their own scale (Q-ARVD, arXiv 2605.21072, Eq. 9-12)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class OutlierChannels:
 def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align: int = 32) -> OutlierChannels:
     """Find input channels whose L2 norm stands out.
 
-    Channel j is an outlier iff ``v_j > max(median + tau / 0.6745 * MAD, alpha * median)`` with ``v_j = ||W[:, j]||_2``. The
-    count is rounded up to a multiple of ``align`` and capped at half the channels (at the largest multiple of
+    Channel j is an outlier iff ``v_j > max(median + tau / 0.6745 * MAD, alpha * median)`` with ``v_j = ||W[:, j]||_2``.
+    The count is rounded up to a multiple of ``align`` and capped at half the channels (at the largest multiple of
     ``align`` below it); the outliers are then the channels of largest norm. MAD below 1e-8 means none.
 
     Args:
@@ -47,13 +47,15 @@ def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align:
         The outliers and the statistics behind them.
 
     Raises:
-        ValueError: when the weight is not a matrix or has NaN or infinity.
+        ValueError: when the weight is not a matrix, has NaN or infinity, or ``align`` is not positive.
 
     Source: Q-ARVD (arXiv 2605.21072), Eq. 9-12.
     """
     if weight.ndim != 2:
         raise ValueError(f"detect_outliers needs a weight [N, K], got shape {tuple(weight.shape)}")
     norms = torch.linalg.vector_norm(weight.detach().float(), dim=0)
+    if align < 1:
+        raise ValueError(f"detect_outliers: align = {align}, expected at least 1")
     if not bool(norms.isfinite().all()):
         raise ValueError("detect_outliers: the weight has NaN or infinity")
     width = weight.shape[1]
@@ -98,6 +100,8 @@ class DetectOutliers(Analysis):
                 else:
                     outliers = detect_outliers(site.weight(graph.module), scheme.tau, scheme.alpha, scheme.align)
                     reason = "" if outliers.count else "no channel above the threshold"
+                    if outliers.raw_count and not outliers.count:
+                        reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"
                     found[site.layer] = tuple(outliers.indices.tolist()), reason
             channels, reason = found[site.layer]
             set_plan(site.node, dataclasses.replace(plan, outliers=channels, outlier_reason=reason))

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxq import numerics
 from fxq.graph import drop_unread_attributes, unused_tensors
-from fxq.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor
+from fxq.ir import LAYER_TENSORS, QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor
 from fxq.pipeline import Rewrite
 
 
@@ -17,8 +17,8 @@ from fxq.pipeline import Rewrite
 class Freeze(Rewrite):
     """After it the module holds what a deployment needs and nothing else.
 
-    ``<layer>.weight`` is int8 [N, K] or packed int4 uint8 [N, K / 2]; float weights of quantized layers are gone; tensors
-    kept in model dtype are copies, so the user's model can change or be freed.
+    ``<layer>.weight`` is int8 [N, K] or packed int4 uint8 [N, K / 2]; float weights of quantized layers are gone;
+    tensors kept in model dtype are copies, so the user's model can change or be freed.
     """
 
     needs: ClassVar[Stage] = Stage.LOWERED
@@ -46,10 +46,9 @@ class Freeze(Rewrite):
         drop_unread_attributes(module.graph)
         for name in unused_tensors(module):
             drop_tensor(module, name)
-        for name in [name for name, _ in module.named_parameters(remove_duplicate=False)]:
-            value = get_tensor(module, name).detach().clone()
-            drop_tensor(module, name)
-            put_tensor(module, name, value)
+        made = {f"{layer}.{name}" for layer, plan in graph.quantized_plans.items() for name in LAYER_TENSORS}
+        for name in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} - made):
+            put_tensor(module, name, get_tensor(module, name).detach().clone())
         graph.statistics.clear()
         graph.updates.clear()
         return count

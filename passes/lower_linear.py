@@ -34,9 +34,9 @@ class LoweringError(RuntimeError):
 class LowerLinear(Rewrite):
     """Replaces every planned linear by ``fxq::quantize_act`` and ``fxq::dual_scale_linear``.
 
-    Integers stay one per byte here; :class:`~fxq.passes.freeze.Freeze` packs them. Tensors are registered under the layer's
-    name: ``weight_int`` [N, K], ``weight_scale`` [G, N], ``input_scale`` [G], ``input_zero_point`` [G], ``offset`` [N] and,
-    for dual-scale layers, ``perm`` [K].
+    Integers stay one per byte here; :class:`~fxq.passes.freeze.Freeze` packs them. Tensors are registered under the
+    layer's name: ``weight_int`` [N, K], ``weight_scale`` [G, N], ``input_scale`` [G], ``input_zero_point`` [G],
+    ``offset`` [N] and, for dual-scale layers, ``perm`` [K].
     """
 
     needs: ClassVar[Stage] = Stage.CALIBRATED
@@ -44,21 +44,26 @@ class LowerLinear(Rewrite):
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of linears replaced."""
+        stored: dict[str, dict[str, Tensor]] = {}
         count = 0
-        registered: set[str] = set()
         for site in list(linear_sites(graph.module)):
             plan = plan_of(site.node)
             if plan is None or plan.scheme is None:
                 continue
-            if plan.layer not in registered:
-                self._register(graph.module, site, plan, graph.updates[plan.layer])
-                registered.add(plan.layer)
+            if plan.layer not in stored:
+                stored[plan.layer] = self._tensors(graph.module, site, plan, graph.updates[plan.layer])
             self._replace(graph.module, site, plan)
             count += 1
         drop_unread_attributes(graph.module.graph)
+        # Only now is the float weight unread: its name may be needed.
+        for layer, tensors in stored.items():
+            for name, tensor in tensors.items():
+                put_tensor(graph.module, f"{layer}.{name}", tensor)
         return count
 
-    def _register(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate) -> None:
+    def _tensors(
+        self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate
+    ) -> dict[str, Tensor]:
         bound = 2 ** (8 - 1 + (plan.scheme.weight_bits if plan.scheme else 8) - 1) * plan.in_features
         if bound >= 2**31:
             raise LoweringError(f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator")
@@ -79,8 +84,7 @@ class LowerLinear(Rewrite):
         if plan.outliers:
             tensors["perm"] = group_order(plan).to(torch.int32)
         device = site.weight(module).device
-        for name, tensor in tensors.items():
-            put_tensor(module, f"{plan.layer}.{name}", tensor.to(device))
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def _replace(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan) -> None:
         old, scheme = site.node, plan.scheme
@@ -91,7 +95,7 @@ class LowerLinear(Rewrite):
         with graph.inserting_before(old):
 
             def get(name: str) -> fx.Node:
-                node = graph.get_attr(f"{plan.layer}.{name}")
+                node = graph.create_node("get_attr", f"{plan.layer}.{name}")
                 inherit_meta(node, old, None)
                 return node
 

@@ -6,8 +6,8 @@ import dataclasses
 from typing import ClassVar
 
 from fxq.config import Recipe, RecipeError
-from fxq.graph import linear_sites
-from fxq.ir import LayerPlan, QuantGraph, Stage, set_plan
+from fxq.graph import linear_sites, sharing_conflicts
+from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
 from fxq.numerics import PACK_BLOCK
 from fxq.pipeline import Analysis
 
@@ -17,7 +17,8 @@ class PlanLayers(Analysis):
     """Writes a :class:`~fxq.ir.LayerPlan` on every linear.
 
     Cases: 1. the weight is not a parameter of its own: kept; 2. a rule says None: kept, with the rule's reason; 3. no
-    rule matches: kept; 4. the shape cannot be stored at the asked bits: kept; 5. otherwise the rule's scheme.
+    rule matches: kept; 4. the weight is shared in a way that integers cannot serve: kept; 5. the shape cannot be stored
+    at the asked bits: kept; 6. otherwise the rule's scheme.
     """
 
     recipe: Recipe
@@ -32,31 +33,30 @@ class PlanLayers(Analysis):
         """
         sites = list(linear_sites(graph.module))
         self.recipe.check_patterns(site.layer for site in sites)
+        conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
         chosen = set()
         for site in sites:
-            value = site.node.args[1]
-            if site.weight_name is None:
-                shape = (0, 0)
-            else:
-                shape = tuple(site.weight(graph.module).shape)
-            plan = LayerPlan(layer=site.layer, in_features=shape[1], out_features=shape[0])
+            out_features, in_features = (0, 0) if site.weight_name is None else site.weight(graph.module).shape
+            plan = LayerPlan(layer=site.layer, in_features=in_features, out_features=out_features)
             rule = self.recipe.rule_for(site.layer)
             if site.weight_name is None:
-                plan = dataclasses.replace(plan, reason=f"its weight or bias is computed ({value}), not a parameter")
+                plan = dataclasses.replace(plan, reason="its weight or bias is computed in the graph, not a parameter")
             elif rule is None:
                 plan = dataclasses.replace(plan, reason="no rule of the recipe matches")
             elif rule.scheme is None:
                 plan = dataclasses.replace(plan, reason=rule.reason or f"kept by rule {rule.pattern!r}")
-            elif rule.scheme.weight_bits == 4 and shape[1] % PACK_BLOCK:
-                reason = f"in_features {shape[1]} is not a multiple of {PACK_BLOCK}, the int4 packing block"
+            elif site.layer in conflicts:
+                plan = dataclasses.replace(plan, reason=conflicts[site.layer])
+            elif rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:
+                reason = f"in_features {in_features} is not a multiple of {PACK_BLOCK}, the int4 packing block"
                 plan = dataclasses.replace(plan, reason=reason)
             else:
                 weight = site.weight(graph.module)
                 if not bool(weight.isfinite().all()):
                     bad = int((~weight.isfinite()).sum())
                     raise RecipeError(
-                        f"layer {site.layer}: {bad} of {weight.numel()} weights are NaN or infinite; repair the checkpoint "
-                        "or exclude the layer by a rule with scheme None"
+                        f"layer {site.layer}: {bad} of {weight.numel()} weights are NaN or infinite; repair the "
+                        "checkpoint or exclude the layer by a rule with scheme None"
                     )
                 plan = dataclasses.replace(plan, scheme=rule.scheme)
                 chosen.add(site.layer)

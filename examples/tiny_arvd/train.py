@@ -54,6 +54,7 @@ class TeacherForcing:
         self.cos, self.sin = torch.cat((cos[:clean], cos)), torch.cat((sin[:clean], sin))
 
     def __call__(self, attn: CausalSelfAttention, x: Tensor) -> Tensor:
+        """Attention output [B, S, dim] of the whole training sequence."""
         n = self.chunks
         q, k, v = (z.split(TOKENS, dim=1) for z in attn.qkv(x, self.cos, self.sin))
         clean, noisy = [], []
@@ -121,7 +122,11 @@ def main() -> None:
     average = {k: v.detach().clone() for k, v in parameters.items()}
     done = 0
     for p in parameters.values():
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     if state_file.exists():
         saved = load_file(state_file)
         done = int(saved["done"])
@@ -176,7 +181,12 @@ def main() -> None:
             done += 1
             losses.append(loss.item())
             if done % 50 == 0:
-                row = {"step": done, "chunks": stage.chunks, "loss": sum(losses) / len(losses), "s": time.time() - clock}
+                row = {
+                    "step": done,
+                    "chunks": stage.chunks,
+                    "loss": sum(losses) / len(losses),
+                    "s": time.time() - clock,
+                }
                 losses, clock = [], time.time()
                 with log_file.open("a") as log:
                     log.write(json.dumps(row) + "\n")

@@ -1,0 +1,1 @@
+"""Measures of quantized against full-precision video."""

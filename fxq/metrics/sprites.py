@@ -38,13 +38,9 @@ _ROWS = (
     "11100111 11100111 11100111 11100111 11100111 11100111 11100111 11100111",
 )
 SHAPES = torch.tensor([[[float(c) for c in row] for row in rows.split()] for rows in _ROWS])
-COLOURS = torch.tensor(
-    [[1, 0.2, 0.2], [0.2, 1, 0.2], [0.3, 0.5, 1], [1, 1, 0.2], [1, 0.3, 1], [0.95, 0.95, 0.95]]
-)
+COLOURS = torch.tensor([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.3, 0.5, 1], [1, 1, 0.2], [1, 0.3, 1], [0.95, 0.95, 0.95]])
 _RAMP = 0.35 * torch.linspace(0, 1, SIZE)
-BACKGROUNDS = torch.stack(
-    [torch.zeros(SIZE, SIZE), _RAMP[:, None].expand(SIZE, SIZE), _RAMP[None].expand(SIZE, SIZE)]
-)
+BACKGROUNDS = torch.stack([torch.zeros(SIZE, SIZE), _RAMP[:, None].expand(SIZE, SIZE), _RAMP[None].expand(SIZE, SIZE)])
 _STEP = torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]])
 _TEMPLATES = torch.zeros(len(SHAPES), SIZE, SIZE)
 _TEMPLATES[:, :8, :8] = SHAPES

@@ -1,0 +1,1 @@
+"""Model families: the denoisers and how they are sampled."""

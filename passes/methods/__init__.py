@@ -17,8 +17,8 @@ from fxq.ir import LayerUpdate
 class LayerProblem:
     """One linear as methods see it; input channels in ``[normal | outlier]`` order.
 
-    ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled inputs,
-    ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices.
+    ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
+    inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices.
     """
 
     layer: str

@@ -74,7 +74,8 @@ class AdaRound:
         low, high = numerics.integer_range(bits)
         generator = torch.Generator().manual_seed(problem.seed)
         step = torch.cat(
-            [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(update.weight_scale, problem.groups, strict=True)], 1
+            [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(update.weight_scale, problem.groups, strict=True)],
+            1,
         )
         scaled = problem.weight / step
         floor = scaled.floor()
@@ -105,7 +106,7 @@ class AdaRound:
                 exponent = 20 + (2 - 20) * progress
                 loss = loss + self.regulariser * (1 - (2 * h - 1).abs().pow(exponent)).sum() / math.sqrt(h.numel())
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         rounded = (floor + (a.detach() >= 0)).clamp(low, high).to(torch.int8)
         learned = dataclasses.replace(

@@ -9,22 +9,26 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.config import RecipeError
 from fxq.ir import LayerUpdate
 from fxq.passes.methods import LayerProblem
 
 _SORT_LIMIT = 1 << 20
+_LEAST_WEIGHT = 1e-30  # an output channel below it counts as zero: its scale would not be a normal float32
+_MAX_ZERO_POINT = 1 << 20  # beyond it float32 no longer resolves single integers
 
 
 def affine(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero point that map [low, high] onto the signed ``bits``-bit integers.
 
-    A range without width is widened to contain zero; an all-zero one gets scale 1.
+    A range without width is widened to contain zero; an all-zero one gets scale 1. A range far from zero gets fewer
+    levels than there are, so that the zero point stays below 2**20.
     """
     if high - low < 1e-8:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-8:
         return 1.0, 0
-    scale = (high - low) / (2**bits - 1)
+    scale = max((high - low) / (2**bits - 1), abs(low) / _MAX_ZERO_POINT)
     return scale, round(-low / scale) + numerics.integer_range(bits)[0]
 
 
@@ -71,10 +75,10 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
     top = magnitude.amax(1)
     ordered = magnitude.sort(1).values
     clips = [ordered[:, round(p * (weight.shape[1] - 1))] for p in percentiles] + [top * r for r in ratios]
-    best_scale = torch.where(top > 0, top / high, 1.0)
+    best_scale = torch.where(top > _LEAST_WEIGHT, top / high, 1.0)
     best_error = torch.full_like(top, torch.inf)
     for clip in clips:
-        scale = torch.where(clip > 0, clip / high, best_scale)
+        scale = torch.where(clip > _LEAST_WEIGHT, clip / high, best_scale)
         q = (weight / scale[:, None]).round_().clamp_(low, high)
         error = q.mul_(scale[:, None]).sub_(weight).square_().sum(1)
         better = error < best_error
@@ -83,9 +87,7 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
     return best_scale
 
 
-def _rounded(
-    problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]
-) -> LayerUpdate:
+def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
     scale = torch.stack(weight_scales)
     return LayerUpdate(
         weight=numerics.quantize_weight(problem.weight, scale, problem.split, problem.scheme.weight_bits),
@@ -106,7 +108,7 @@ class MinMax:
         weights, inputs = [], []
         for part in problem.groups:
             top = problem.weight[:, part].abs().amax(1)
-            weights.append(torch.where(top > 0, top / high, 1.0))
+            weights.append(torch.where(top > _LEAST_WEIGHT, top / high, 1.0))
             extremes = float(problem.low[part].min()), float(problem.high[part].max())
             inputs.append(affine(*extremes, problem.scheme.input_bits))
         return _rounded(problem, weights, inputs)
@@ -124,14 +126,18 @@ class RangeSearch:
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
     ratios: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
+    def __post_init__(self) -> None:
+        if not self.percentiles or not all(0.5 <= p <= 1 for p in self.percentiles):
+            raise RecipeError(f"RangeSearch: percentiles = {self.percentiles}, expected at least one in 0.5..1")
+        if not all(0 < r <= 1 for r in self.ratios):
+            raise RecipeError(f"RangeSearch: ratios = {self.ratios}, expected values in 0..1")
+
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
         weights, inputs = [], []
         for part in problem.groups:
             weights.append(
-                search_weight_scale(
-                    problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios
-                )
+                search_weight_scale(problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios)
             )
             inputs.append(search_input_range(problem.rows[:, part], problem.scheme.input_bits, self.percentiles))
         return _rounded(problem, weights, inputs)

@@ -56,7 +56,9 @@ def linear(m: int, n: int, k: int, split: int, bits: int, exact: bool, scattered
     gemm.launch(q, stored, weight_scale, input_scale, offset, split, bits, torch.float32, tiles=tiles, out=y)
     error = (y.double() - expected).abs()
     allowed = torch.zeros(n) if exact else 2**-22 * magnitude + (0.5 * unit[0] if groups == 2 else 0)
-    assert bool((error <= allowed).all()), f"largest error {error.max()}, everything written: {bool(y.isfinite().all())}"
+    assert bool((error <= allowed).all()), (
+        f"largest error {error.max()}, everything written: {bool(y.isfinite().all())}"
+    )
 
 
 def rescale_of_large_integers() -> None:
@@ -78,9 +80,7 @@ def rescale_of_large_integers() -> None:
     assert torch.equal(y, expected), (y, expected)
 
 
-def quantize(
-    x: Tensor, scale: list[float], zero_point: list[int], split: int, bits: int, gather: bool
-) -> None:
+def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, bits: int, gather: bool) -> None:
     """Bit-equal integers."""
     from fxq.kernels.quantize import launch
 

@@ -1,6 +1,7 @@
 """The functional cache against the official in-place rule: fixed slots, two end indices, eviction by moving left."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -111,3 +112,28 @@ def test_the_in_place_cache_keeps_sink_and_newest_tokens():
             new = torch.arange(start, start + 2.0).reshape(1, 2, 1, 1)
             seen, _ = cache.write(new, new, start, 2, 6, True)
     assert seen.flatten().tolist() == [0, 1, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize("first_label", [0, -1])
+@pytest.mark.parametrize("latents_named", [True, False])
+def test_the_replay_finds_given_latents_however_they_are_stored(tmp_path, first_label, latents_named):
+    path = tmp_path / "dump.safetensors"
+    dump(path, small_model(), args={**SETTINGS, "frames_per_chunk": 1, "initial_chunks": 1, "batch": 2})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    calls, tensors = json.loads(metadata["calls"]), load_file(path)
+    for call in calls:
+        call["chunk"] += first_label
+    if first_label:
+        tensors = {re.sub(r"^cache\.(\d+)", lambda m: f"cache.{int(m[1]) - 1:02d}", k): v for k, v in tensors.items()}
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("cache.-1")}
+    given = tensors.pop("in.initial_latent")
+    if latents_named:
+        tensors["in.initial"] = given
+    else:
+        tensors["in.noise"] = torch.cat((given, tensors["in.noise"]), dim=1)
+        tensors["out.latents"] = tensors["out.latents"][:, 1:].contiguous()
+    save_file(tensors, path, metadata={**metadata, "calls": json.dumps(calls)})
+    errors = replay(path)
+    assert max(errors.values()) < 2e-5
+    assert sum(name.startswith("cache.") for name in errors) == (5 if first_label == 0 else 4) * 4

@@ -1,0 +1,1 @@
+"""Reports: one data structure, and the pages and tables made of it."""

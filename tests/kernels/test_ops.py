@@ -1,0 +1,270 @@
+"""Generic over OPS: a new operator needs no new test of what every operator promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fxq.kernels
+from fxq import numerics
+from fxq.kernels import OPS, dual_scale_linear, gemm, quantize_act, used
+
+EVERY_SAMPLE = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in OPS for i, sample in enumerate(op.samples())]
+
+
+def expected(name: str, arguments: tuple) -> torch.Tensor:
+    """What numerics says."""
+    if name == "quantize_act":
+        x, perm, *rest = arguments
+        return numerics.quantize_input(x if perm is None else x[..., perm], *rest)
+    q, weight, weight_scale, input_scale, offset, split, bits, dtype = arguments
+    w = numerics.unpack_int4(weight) if bits <= 4 else weight
+    return numerics.dual_scale_matmul(q, w, weight_scale, input_scale, offset, split).to(dtype)
+
+
+def linear_arguments(m: int, n: int, k: int, split: int, bits: int) -> list:
+    low, high = numerics.integer_range(bits)
+    groups = 1 if split == k else 2
+    w = torch.randint(low, high + 1, (n, k), dtype=torch.int8)
+    return [
+        torch.randint(-128, 128, (m, k), dtype=torch.int8),
+        numerics.pack_int4(w) if bits <= 4 else w,
+        torch.rand(groups, n) + 0.1,
+        torch.rand(groups) + 0.1,
+        torch.randn(n),
+        split,
+        bits,
+        torch.float32,
+    ]
+
+
+@pytest.mark.parametrize(("op", "sample"), EVERY_SAMPLE)
+def test_schema_fake_and_autograd_registration_hold(op, sample):
+    torch.library.opcheck(op.definition, sample)
+
+
+@pytest.mark.parametrize(("op", "sample"), EVERY_SAMPLE)
+def test_the_cpu_kernel_and_the_reference_equal_numerics(op, sample):
+    reference = getattr(torch.ops.fxq, op.name).default.redispatch
+    want = expected(op.name, sample)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+    for got in (op(*sample), reference(keys, *sample)):
+        assert got.dtype == want.dtype and got.shape == want.shape and got.is_contiguous()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "sample"), EVERY_SAMPLE)
+def test_the_gpu_kernel_agrees_with_the_reference(op, sample):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in sample]
+    got, want = op(*moved).cpu(), expected(op.name, sample)
+    assert got.dtype == want.dtype and got.shape == want.shape
+    if want.numel():
+        assert float((got.double() - want.double()).abs().max()) <= op.max_error * float(want.abs().max())
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_quantize_act_equals_numerics_for_any_shape(data):
+    draw = data.draw
+    width = draw(st.integers(1, 70))
+    rows = draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3)]))
+    split = draw(st.integers(1, width))
+    groups = 1 if split == width else 2
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    bits = draw(st.integers(2, 8))
+    x = (torch.randn(*rows, width) * draw(st.sampled_from([0.1, 1.0, 50.0]))).to(dtype)
+    perm = torch.randperm(width).to(torch.int32) if draw(st.booleans()) else None
+    scale = torch.tensor(draw(st.lists(st.sampled_from([0.001, 0.03, 0.5, 2.0]), min_size=groups, max_size=groups)))
+    zero = torch.tensor(draw(st.lists(st.integers(-200, 200), min_size=groups, max_size=groups)), dtype=torch.int32)
+    got = quantize_act(x, perm, scale, zero, split, bits)
+    assert got.shape == x.shape
+    assert torch.equal(got, expected("quantize_act", (x, perm, scale, zero, split, bits)))
+
+
+def test_quantize_act_in_several_chunks_of_strided_rows(monkeypatch):
+    import fxq.kernels.quantize as module
+
+    monkeypatch.setattr(module, "CHUNK", 100)
+    x = torch.randn(40, 13).T
+    arguments = (x, torch.randperm(40).to(torch.int32), torch.tensor([0.1, 0.3]), torch.tensor([3, -4]).int(), 30, 8)
+    assert torch.equal(quantize_act(*arguments), expected("quantize_act", arguments))
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_dual_scale_linear_equals_numerics_for_any_shape(data):
+    bits = data.draw(st.integers(2, 8))
+    unit = 32 if bits <= 4 else 1
+    k = unit * data.draw(st.integers(1, 5 if unit == 32 else 90))
+    split = unit * data.draw(st.integers(1, k // unit))
+    arguments = linear_arguments(
+        data.draw(st.sampled_from([0, 1, 2, 16, 17, 33])), data.draw(st.integers(1, 40)), k, split, bits
+    )
+    assert torch.equal(dual_scale_linear(*arguments), expected("dual_scale_linear", tuple(arguments)))
+
+
+def test_dual_scale_linear_in_chunks_of_strided_operands(monkeypatch):
+    monkeypatch.setattr(gemm, "CHUNK", 70)
+    arguments = linear_arguments(23, 19, 96, 61, 8)
+    arguments[0] = torch.randint(-128, 128, (23, 130), dtype=torch.int8)[:, 7:103]
+    arguments[1] = torch.randint(-128, 128, (96, 19), dtype=torch.int8).T
+    assert torch.equal(dual_scale_linear(*arguments), expected("dual_scale_linear", tuple(arguments)))
+
+
+@pytest.mark.parametrize("matmul", [gemm.int_mm, gemm.exact_matmul])
+@pytest.mark.parametrize("k", [1, 1024, 3001])
+def test_extreme_integers_add_up_exactly(matmul, k):
+    if matmul is gemm.int_mm and used("dual_scale_linear", "cpu") != "int_mm":
+        pytest.skip("this CPU has no VNNI: the reference is used")
+    a = torch.full((3, k), -128, dtype=torch.int8)
+    b = torch.full((2, k), -128, dtype=torch.int8)
+    b[1] = 127
+    got = matmul(a, b)
+    assert got.dtype == torch.int32
+    assert got.tolist() == [[16384 * k, -16256 * k]] * 3
+
+
+@pytest.mark.parametrize("stride", [0, 1, 5])
+def test_a_single_row_of_any_stride_is_multiplied(stride):
+    arguments = linear_arguments(1, 24, 64, 64, 8)
+    want = expected("dual_scale_linear", tuple(arguments))
+    arguments[0] = arguments[0].as_strided((1, 64), (stride, 1))
+    assert torch.equal(dual_scale_linear(*arguments), want)
+    one = linear_arguments(9, 1, 64, 64, 8)
+    one[1] = one[1].as_strided((1, 64), (stride, 1))
+    assert torch.equal(dual_scale_linear(*one), expected("dual_scale_linear", tuple(one)))
+
+
+def test_the_reference_is_exact_under_autocast():
+    a, b = torch.randint(-128, 128, (4, 300), dtype=torch.int8), torch.randint(-128, 128, (5, 300), dtype=torch.int8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = gemm.exact_matmul(a, b)
+    assert torch.equal(got, a.int() @ b.int().T)
+
+
+def test_quantized_layer_is_close_to_the_float_layer():
+    x, w, bias = torch.randn(30, 128), torch.randn(20, 128), torch.randn(20)
+    x[:, 96:] *= 20
+    scale, zero = torch.tensor([8 / 255, 160 / 255]), torch.tensor([3, -7], dtype=torch.int32)
+    weight_scale = torch.stack([w[:, :96].abs().amax(1), w[:, 96:].abs().amax(1)]) / 127
+    q_w = numerics.quantize_weight(w, weight_scale, 96, 8)
+    offset = numerics.fold_offset(bias, q_w, weight_scale, scale, zero, 96)
+    q = quantize_act(x, None, scale, zero, 96, 8)
+    y = dual_scale_linear(q, q_w, weight_scale, scale, offset, 96, 8, torch.float32)
+    want = torch.nn.functional.linear(x, w, bias)
+    assert float((y - want).norm() / want.norm()) < 0.02
+
+
+def test_a_graph_keeps_the_operators_and_any_number_of_rows():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight, weight_scale, scale, zero, offset):
+            q = torch.ops.fxq.quantize_act(x, None, scale, zero, 64, 8)
+            return torch.ops.fxq.dual_scale_linear(q, weight, weight_scale, scale, offset, 64, 8, torch.bfloat16)
+
+    _, weight, weight_scale, scale, offset, *_ = linear_arguments(4, 24, 96, 64, 8)
+    rest = (weight, weight_scale, scale, torch.zeros(2, dtype=torch.int32), offset)
+    rows = {0: torch.export.Dim("rows", min=2)}
+    program = torch.export.export(
+        Layer(), (torch.randn(4, 96), *rest), dynamic_shapes=(rows, None, None, None, None, None)
+    )
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == [quantize_act.definition, dual_scale_linear.definition]
+    x = torch.randn(11, 96)
+    assert torch.equal(program.module()(x, *rest), Layer()(x, *rest))
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 96), r"q is torch.float32 \(2, 96\): expected int8"),
+        (1, torch.zeros(4, 96, dtype=torch.uint8), r"expected torch.int8 \[N, 96\]"),
+        (2, torch.ones(1, 8), r"weight_scale is torch.float32 \(1, 8\): expected float32 \(2, 8\)"),
+        (3, torch.ones(2).double(), "input_scale is torch.float64"),
+        (4, torch.ones(9), r"offset is .* expected float32 \(8,\)"),
+        (5, 97, r"split = 97: expected 1\.\.96"),
+        (6, 9, r"bits = 9: expected 2\.\.8"),
+        (7, torch.int32, "dtype = torch.int32"),
+    ],
+)
+def test_wrong_arguments_of_dual_scale_linear_are_named(position, value, message):
+    arguments = linear_arguments(2, 8, 96, 64, 8)
+    arguments[position] = value
+    assert dual_scale_linear.supports(*arguments)
+    with pytest.raises(ValueError, match=f"fxq::dual_scale_linear: .*{message}"):
+        dual_scale_linear(*arguments)
+
+
+def test_packed_weights_need_whole_blocks():
+    arguments = linear_arguments(2, 8, 96, 64, 4)
+    arguments[5] = 50
+    assert dual_scale_linear.supports(*arguments) == "K = 96, split = 50: packed weights need multiples of 32"
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 96, dtype=torch.float64), "x is torch.float64"),
+        (1, torch.arange(96), "perm is torch.int64"),
+        (2, torch.ones(1), r"expected float32 \(2,\) for split = 64"),
+        (3, torch.zeros(2), "zero_point is torch.float32"),
+        (4, 0, r"split = 0: expected 1\.\.96"),
+        (5, 1, r"bits = 1: expected 2\.\.8"),
+    ],
+)
+def test_wrong_arguments_of_quantize_act_are_named(position, value, message):
+    arguments = [torch.zeros(2, 96), None, torch.ones(2), torch.zeros(2, dtype=torch.int32), 64, 8]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"fxq::quantize_act: .*{message}"):
+        quantize_act(*arguments)
+
+
+def test_the_kernel_in_use_has_a_name():
+    assert used("quantize_act", "cpu") == "eager"
+    assert used("fxq::dual_scale_linear.default", "cpu") in ("int_mm", "reference")
+    assert used("dual_scale_linear", "cuda:0") in ("triton", "reference")
+    assert used("dual_scale_linear", "xpu") == "reference"
+    with pytest.raises(ValueError, match="expected one of quantize_act, dual_scale_linear"):
+        used("conv", "cpu")
+
+
+def run(code: str) -> str:
+    """Output of a Python program run at the root of the repository."""
+    root = Path(fxq.kernels.__file__).absolute().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_the_package_loads_twice_in_one_process():
+    code = """
+import gc, importlib, sys, torch, fxq.kernels as first
+for name in [n for n in sys.modules if n.startswith("fxq.kernels")]: del sys.modules[name]
+import fxq.kernels as second
+assert first is not second
+del first; gc.collect()
+for op in second.OPS: op(*op.samples()[0])
+print("twice", second.used("quantize_act", "cpu"))
+"""
+    assert run(code).strip() == "twice eager"
+
+
+def test_the_library_works_without_triton():
+    code = """
+import sys; sys.modules["triton"] = None
+import fxq.kernels as k
+for op in k.OPS: op(*op.samples()[0])
+print(k.used("dual_scale_linear", "cuda"))
+"""
+    assert run(code).strip() == "reference"
+
+
+def test_the_folder_is_imported_as_part_of_fxq():
+    assert "ImportError: import fxq.kernels" in run("import kernels")

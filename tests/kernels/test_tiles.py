@@ -1,0 +1,31 @@
+import pytest
+
+from fxq.kernels.tiles import PROCESSORS, TABLE, candidates, choose
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHAPES = [(1, 1536, 1536), (16, 64, 32), (70, 1536, 8960), (1560, 1536, 1536), (4680, 8960, 1536), (9360, 5120, 13824)]
+
+
+@pytest.mark.parametrize("arch", sorted(PROCESSORS))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_a_choice_fits_the_architecture(shape, arch):
+    tiles = choose(*shape, arch)
+    assert tiles == choose(*shape, arch)
+    assert tiles.shared_bytes <= SHARED_KIB[arch] * 1024
+    assert tiles.block_k >= 64 and tiles.block_outlier >= 64
+    assert any((t.block_m, t.block_n) == (tiles.block_m, tiles.block_n) for t in candidates(arch))
+
+
+def test_few_rows_take_the_smallest_tile_and_many_a_large_one():
+    assert choose(1, 1536, 1536, 80) == TABLE[-1]
+    assert choose(4680, 8960, 1536, 80) in TABLE[:2]
+    assert choose(4680, 8960, 1536, 120) == TABLE[1]
+
+
+def test_an_unknown_architecture_counts_as_the_next_older_one():
+    assert choose(4680, 1536, 1536, 87) == choose(4680, 1536, 1536, 86)
+    assert choose(4680, 1536, 1536, 75) == choose(4680, 1536, 1536, 80)
+
+
+def test_a_narrow_product_takes_narrow_steps():
+    assert choose(512, 512, 48, 90).block_k == 64

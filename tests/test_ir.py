@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+
+from fxq.config import Scheme
+from fxq.graph import graph_text, linear_sites
+from fxq.ir import LayerPlan, clear_plan, get_tensor, plan_of, planned, put_tensor, set_plan
+from fxq.trace import trace
+from tests.toys import rows, toy
+
+PLAN = LayerPlan(layer="blocks.0.up", in_features=96, out_features=64, scheme=Scheme(weight_bits=4), outliers=(3, 7))
+
+
+@pytest.mark.parametrize("plan", [PLAN, LayerPlan(layer="a", in_features=5, out_features=3, reason="why not")])
+def test_a_plan_survives_json(plan):
+    assert LayerPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("change", [{"color": 1}, {"scheme": {"bits": 4}}])
+def test_a_plan_with_unknown_fields_is_refused(change):
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        LayerPlan.from_json(PLAN.to_json() | change)
+
+
+def test_the_split_counts_normal_channels():
+    assert PLAN.split == 94
+
+
+def test_plans_are_written_read_replaced_and_removed():
+    graph = trace(toy(), (rows(3, 96),))
+    node = next(linear_sites(graph.module)).node
+    assert plan_of(node) is None
+    set_plan(node, PLAN)
+    assert plan_of(node) == PLAN and planned(graph.module) == {"blocks.0.up": (PLAN, [node])}
+    clear_plan(node)
+    assert plan_of(node) is None and not planned(graph.module)
+
+
+def test_a_fork_is_rewritten_on_its_own_and_shares_tensors():
+    graph = trace(toy(), (rows(3, 96),))
+    before = graph_text(graph.module)
+    fork = graph.fork()
+    node = next(linear_sites(fork.module)).node
+    set_plan(node, PLAN)
+    put_tensor(fork.module, "blocks.0.up.extra", torch.ones(1))
+    fork.module.graph.erase_node(next(iter(reversed(fork.module.graph.nodes))))
+    assert graph_text(graph.module) == before
+    assert not hasattr(graph.module.get_submodule("blocks.0.up"), "extra")
+    assert get_tensor(graph.module, "head.weight") is get_tensor(fork.module, "head.weight")
+
+
+def test_put_tensor_makes_the_path_and_replaces_tensors_on_it():
+    root = torch.nn.Module()
+    put_tensor(root, "w", torch.nn.Parameter(torch.ones(2)))
+    put_tensor(root, "w.weight", torch.zeros(3))
+    put_tensor(root, "w.weight", torch.zeros(4))
+    assert dict(root.named_parameters()) == {}
+    assert get_tensor(root, "w.weight").shape == (4,)
+
+
+def test_what_is_not_a_tensor_is_named():
+    with pytest.raises(TypeError, match="blocks is a ModuleList, expected a tensor"):
+        get_tensor(toy(), "blocks")

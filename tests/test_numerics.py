@@ -1,0 +1,153 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxq import numerics
+from fxq.passes.methods.ranges import affine
+
+BITS = st.integers(2, 8)
+SEEDS = st.integers(0, 2**30)
+
+
+
+@st.composite
+def inputs(draw):
+    """(x [M, K], scale [G], zero_point [G], split, bits) with values inside and outside the range."""
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    width, bits = draw(st.integers(1, 70)), draw(BITS)
+    split = draw(st.integers(1, width))
+    groups = len(numerics.group_slices(width, split))
+    scale = torch.rand(groups, generator=generator) * 10.0 ** draw(st.integers(-3, 3)) + 1e-4
+    zero = torch.randint(-300, 300, (groups,), generator=generator, dtype=torch.int32)
+    x = torch.randn(draw(st.integers(1, 5)), width, generator=generator) * scale.max() * 2**bits
+    return x, scale, zero, split, bits
+
+
+@given(inputs())
+def test_quantizing_a_dequantized_input_gives_the_same_integers(case):
+    x, scale, zero, split, bits = case
+    q = numerics.quantize_input(x, scale, zero, split, bits)
+    x_hat = numerics.dequantize_input(q, scale, zero, split)
+    assert q.dtype == torch.int8
+    assert torch.equal(numerics.quantize_input(x_hat, scale, zero, split, bits), q)
+
+
+@given(inputs())
+def test_inside_the_range_the_error_is_half_a_scale_and_outside_the_input_is_clipped(case):
+    x, scale, zero, split, bits = case
+    low, high = numerics.integer_range(bits)
+    x_hat = numerics.dequantize_input(numerics.quantize_input(x, scale, zero, split, bits), scale, zero, split)
+    for g, part in enumerate(numerics.group_slices(x.shape[1], split)):
+        least, most = (low - zero[g]) * scale[g], (high - zero[g]) * scale[g]
+        error = (x_hat[:, part] - x[:, part].clamp(least, most)).abs()
+        assert bool((error <= scale[g] * 0.5001 + 1e-6 * x.abs().max()).all())
+        assert bool((x_hat[:, part] >= least).all() and (x_hat[:, part] <= most).all())
+
+
+@given(inputs())
+def test_quantization_is_monotone(case):
+    x, scale, zero, split, bits = case
+    q = numerics.quantize_input(x.sort(0).values, scale, zero, split, bits)
+    assert bool((q.to(torch.int16).diff(dim=0) >= 0).all())
+
+
+@given(seed=SEEDS, bits=st.sampled_from([4, 8]), width=st.integers(1, 70), outputs=st.integers(1, 9))
+def test_weight_quantization_is_idempotent_and_bounded(seed, bits, width, outputs):
+    generator = torch.Generator().manual_seed(seed)
+    split = int(torch.randint(1, width + 1, (1,), generator=generator))
+    weight = torch.randn(outputs, width, generator=generator)
+    groups = numerics.group_slices(width, split)
+    high = numerics.integer_range(bits)[1]
+    scale = torch.stack([weight[:, part].abs().amax(1).clamp_min(1e-6) / high for part in groups])
+    q = numerics.quantize_weight(weight, scale, split, bits)
+    w_hat = numerics.dequantize_weight(q, scale, split)
+    assert torch.equal(numerics.quantize_weight(w_hat, scale, split, bits), q)
+    for g, part in enumerate(groups):
+        assert bool(((w_hat - weight)[:, part].abs() <= scale[g][:, None] * 0.5001).all())
+
+
+@given(seed=SEEDS, outputs=st.integers(0, 7), blocks=st.integers(1, 4))
+def test_int4_packing_round_trips(seed, outputs, blocks):
+    q = torch.randint(-8, 8, (outputs, 32 * blocks), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+    packed = numerics.pack_int4(q)
+    assert packed.dtype == torch.uint8 and packed.shape == (outputs, 16 * blocks)
+    assert torch.equal(numerics.unpack_int4(packed), q)
+
+
+def test_int4_packing_has_the_documented_bytes():
+    q = torch.zeros(1, 32, dtype=torch.int8)
+    q[0, 0], q[0, 16], q[0, 5], q[0, 21] = -8, 7, -1, 1
+    packed = numerics.pack_int4(q)
+    assert packed[0, 0] == 0x78 and packed[0, 5] == 0x1F and int(packed.sum()) == 0x78 + 0x1F
+
+
+@pytest.mark.parametrize("shape", [(2, 31), (2, 33), (32,), (1, 2, 32)])
+def test_int4_packing_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match="K a multiple of 32"):
+        numerics.pack_int4(torch.zeros(shape, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("value", [-9, 8, 127])
+def test_int4_packing_refuses_values_that_do_not_fit(value):
+    with pytest.raises(ValueError, match=rf"values in -8..7, got .*{value}"):
+        numerics.pack_int4(torch.full((1, 32), value, dtype=torch.int8))
+
+
+@given(inputs(), st.booleans(), SEEDS)
+def test_the_integer_path_with_folded_zero_points_equals_the_float_path(case, with_bias, seed):
+    x, scale, zero, split, bits = case
+    generator = torch.Generator().manual_seed(seed)
+    outputs, width = 5, x.shape[1]
+    q_w = torch.randint(-128, 128, (outputs, width), dtype=torch.int8, generator=generator)
+    w_scale = torch.rand(len(scale), outputs, generator=generator) + 0.1
+    bias = torch.randn(outputs, generator=generator) if with_bias else None
+    q_x = numerics.quantize_input(x, scale, zero, split, bits)
+    offset = numerics.fold_offset(bias, q_w, w_scale, scale, zero, split)
+    got = numerics.dual_scale_matmul(q_x, q_w, w_scale, scale, offset, split).double()
+    x_hat = numerics.dequantize_input(q_x, scale, zero, split).double()
+    w_hat = numerics.dequantize_weight(q_w, w_scale, split).double()
+    want = x_hat @ w_hat.T + (0 if bias is None else bias.double())
+    size = x_hat.abs().amax().clamp_min(float(scale.max()) * 300) * w_hat.abs().amax() * width
+    assert float((got - want).abs().max()) <= 1e-5 * float(size) + 1e-5
+
+
+def test_rounding_is_half_to_even():
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5]])
+    q = numerics.quantize_input(x, torch.ones(1), torch.zeros(1, dtype=torch.int32), 5, 8)
+    assert q.tolist() == [[0, 2, 2, 0, -2]]
+
+
+def test_infinities_saturate():
+    x = torch.tensor([[torch.inf, -torch.inf]])
+    q = numerics.quantize_input(x, torch.ones(1), torch.tensor([3], dtype=torch.int32), 2, 6)
+    assert q.tolist() == [[31, -32]]
+
+
+@given(
+    low=st.floats(-1e6, 1e6, width=32), span=st.floats(0, 1e6, width=32), bits=BITS
+)
+def test_an_affine_range_covers_its_ends_and_keeps_the_zero_point_small(low, span, bits):
+    high = low + span
+    scale, zero = affine(low, high, bits)
+    least, most = numerics.integer_range(bits)
+    assert scale > 0 and abs(zero) < 2**21
+    if span >= 1e-8:
+        slack = 0.51 * scale
+        assert (least - zero) * scale <= low + slack and (most - zero) * scale >= high - slack
+
+
+def test_a_range_of_zeros_has_scale_one():
+    assert affine(0.0, 0.0, 8) == (1.0, 0)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, -4])
+def test_bit_widths_outside_2_to_8_are_refused(bits):
+    with pytest.raises(ValueError, match=f"bits = {bits}: expected 2..8"):
+        numerics.integer_range(bits)
+
+
+@pytest.mark.parametrize("split", [0, 65, -1])
+def test_a_split_outside_the_width_is_refused(split):
+    with pytest.raises(ValueError, match=f"split = {split}: expected 1..64"):
+        numerics.group_slices(64, split)

@@ -1,0 +1,142 @@
+import dataclasses
+import json
+
+import pytest
+
+from fxq.config import RecipeError, Scheme
+from fxq.passes.methods.adaround import AdaRound
+from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.recipes import PRESETS, get_recipe, load_recipe, minmax, recipe_from_json, recipe_to_json
+
+TOML = """
+name = "mine"
+weighting = "uniform"
+seed = 7
+
+[[rules]]
+pattern = "head*"
+reason = "tiny"
+optional = true
+
+[[rules]]
+pattern = "*"
+scheme = { weight_bits = 4, input_bits = 6, dual_scale = false }
+
+[[methods]]
+method = "RangeSearch"
+percentiles = [0.999, 1.0]
+
+[[methods]]
+method = "AdaRound"
+iterations = 3
+"""
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "w4a6"])
+def test_a_preset_has_the_bits_of_its_name(name):
+    recipe = get_recipe(name.upper())
+    assert recipe is PRESETS[name]
+    assert recipe.rule_for("blocks.3.ffn.0").scheme.label.lower() == name
+    assert recipe.rule_for("blocks.3.ffn.0").scheme.reconstruct
+    assert not recipe.rule_for("blocks.3.cross_attn.k").scheme.reconstruct
+    for kept in ("head.head", "time_embedding.0", "time_projection.1", "proj_out"):
+        assert recipe.rule_for(kept).scheme is None and recipe.rule_for(kept).reason
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_recipe_survives_json(name):
+    recipe = PRESETS[name]
+    assert recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe)))) == recipe
+    assert recipe_from_json(recipe_to_json(minmax(recipe))) == minmax(recipe)
+
+
+def test_toml_and_json_are_two_spellings_of_one_recipe(tmp_path):
+    (tmp_path / "r.toml").write_text(TOML)
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert recipe.name == "mine" and recipe.seed == 7
+    assert recipe.rules[0].scheme is None and recipe.rules[0].optional
+    assert recipe.rules[1].scheme == Scheme(weight_bits=4, input_bits=6, dual_scale=False)
+    assert recipe.methods == (RangeSearch(percentiles=(0.999, 1.0)), AdaRound(iterations=3))
+    (tmp_path / "r.json").write_text(json.dumps(recipe_to_json(recipe)))
+    assert load_recipe(str(tmp_path / "r.json")) == recipe == get_recipe(tmp_path / "r.toml")
+
+
+def test_minmax_keeps_layers_and_bits_and_drops_the_rest():
+    recipe = minmax(PRESETS["w4a6"])
+    assert recipe.methods == (MinMax(),) and recipe.weighting == "uniform" and recipe.name == "w4a6-minmax"
+    for before, after in zip(PRESETS["w4a6"].rules, recipe.rules, strict=True):
+        assert (before.pattern, before.scheme is None) == (after.pattern, after.scheme is None)
+        if after.scheme is not None:
+            assert not after.scheme.dual_scale and after.scheme.label == before.scheme.label
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a9", r"unknown recipe 'w4a9'; did you mean 'w4a\d'\? Presets: w8a8, w4a8, w4a6"),
+        ("zzz", r"unknown recipe 'zzz'\. Presets"),
+        (5, "recipe is int, expected fxq.Recipe"),
+        (None, "recipe is NoneType"),
+    ],
+)
+def test_an_unknown_recipe_is_refused(name, message):
+    with pytest.raises(RecipeError, match=message):
+        get_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seed = 7", "sed = 7", r"recipe: unknown key 'sed'; did you mean 'seed'\?"),
+        ("weight_bits = 4", "weight_bit = 4", r"rules\[1\].scheme: unknown key 'weight_bit'; did you mean 'weight_bits'"),
+        ('reason = "tiny"', 'xyzzy = "tiny"', r"rules\[0\]: unknown key 'xyzzy'; known: pattern, scheme"),
+        ("iterations = 3", "iteration = 3", r"methods\[1\]: unknown key 'iteration'; did you mean 'iterations'"),
+        ("iterations = 3", 'iterations = "many"', r"methods\[1\].iterations: Input should be a valid integer"),
+        ('method = "AdaRound"', 'method = "Ada"', r"methods\[1\]: unknown method 'Ada'; known: MinMax"),
+        ('method = "AdaRound"', "method = [1]", r"methods\[1\]: unknown method \[1\]"),
+        ("weight_bits = 4", "weight_bits = 5", "weight_bits = 5: expected 4 or 8"),
+        ('pattern = "*"', 'pattern = "re:("', "is not a regular expression"),
+        ('name = "mine"', "", "recipe.name"),
+        ('weighting = "uniform"', "methods = 3", "methods|twice|overwrite"),
+        ("percentiles = [0.999, 1.0]", "percentiles = []", "percentiles = .*expected at least one in 0.5..1"),
+        ("[[rules]]", "[[rules", "is not valid TOML"),
+    ],
+)
+def test_a_recipe_file_with_a_fault_is_refused_by_file_and_key(tmp_path, old, new, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(TOML.replace(old, new, 1))
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "a recipe is a table of keys, got list"),
+        ({"name": "x", "rules": 5}, "rules: expected a list of tables"),
+        ({"name": "x", "rules": ["*"]}, "rules: expected a list of tables"),
+        ({"name": "x", "methods": ["MinMax"]}, "methods: expected a list of tables"),
+        ({"name": "x", "methods": {"method": "MinMax"}}, "methods: expected a list of tables"),
+        ({"name": "x", "rules": [{"pattern": "*", "scheme": 8}]}, r"rules\[0\].scheme: expected a table of keys"),
+    ],
+)
+def test_json_of_another_shape_is_refused(data, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_json(data)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"absent\.json: No such file"):
+        get_recipe(tmp_path / "absent.json")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecipeError, match="bytes.toml is not valid TOML"):
+        get_recipe(str(tmp_path / "bytes.toml"))
+
+
+def test_every_method_option_reaches_the_file():
+    for method in (MinMax(), RangeSearch(), AdaRound()):
+        recipe = dataclasses.replace(PRESETS["w8a8"], methods=(method,))
+        assert recipe_to_json(recipe)["methods"] == [
+            {"method": type(method).__name__, **dataclasses.asdict(method)}
+        ]
