@@ -126,8 +126,8 @@ def _write(
         if tensor.untyped_storage().data_ptr() in storages:
             tensors[name] = tensor.clone()
         storages.add(tensors[name].untyped_storage().data_ptr())
-    metadata = {"format": "pt", "fxq": json.dumps({"format_version": FORMAT_VERSION})}
-    save_file(tensors, folder / TENSORS, metadata=metadata)
+    # One key only: safetensors writes several in random order, and equal models should give equal bytes.
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -81,7 +81,7 @@ def find_target(name: str, node: str) -> Any:
         found = getattr(getattr(getattr(torch.ops, namespace), packet_name), overload)
     except (AttributeError, RuntimeError):
         found = None
-    if not isinstance(found, torch._ops.OpOverload):
+    if not isinstance(found, torch._ops.OpOverload) or str(found) != name:
         raise GraphFormatError(
             f"node {node}: operator {name!r} does not exist in torch {torch.__version__}; "
             "the bundle was made with another version"
@@ -164,9 +164,9 @@ def _decode(value: Any, nodes: dict[str, fx.Node], node: str, device: torch.devi
         return nodes[content]
     if kind in ("list", "tuple", "slice") and isinstance(content, list):
         items = [_decode(v, nodes, node, device) for v in content]
-        if kind == "slice" and len(items) == 3:
-            return slice(*items)
-        return items if kind == "list" else tuple(items)
+        if kind == "slice" and len(items) != 3:
+            raise GraphFormatError(f"node {node}: malformed argument {value}")
+        return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
     if kind == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
     if kind == "device" and isinstance(content, str):

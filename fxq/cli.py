@@ -100,7 +100,7 @@ def demo(
     out: Annotated[
         pathlib.Path, typer.Option(help="Folder for report.html, report.json and the bundles.")
     ] = pathlib.Path("out/demo"),
-    videos: Annotated[int, typer.Option(min=8, help="Unseen videos to evaluate on.")] = 128,
+    videos: Annotated[int, typer.Option(min=8, help="Unseen videos to evaluate on.")] = 64,
     calibration_videos: Annotated[int, typer.Option(min=1, help="Videos to calibrate on.")] = 16,
     iterations: Annotated[int, typer.Option(min=1, help="Reconstruction iterations a layer.")] = 500,
     seed: SeedOption = 1,

@@ -109,11 +109,14 @@ class Recipe:
         for method in self.methods:
             if isinstance(method, type) or not dataclasses.is_dataclass(method) or not hasattr(method, "apply"):
                 raise RecipeError(
-                    f"method {method!r}: expected an instance of a dataclass with apply(problem, update), as RangeSearch()"
+                    f"method {method!r}: expected an instance of a dataclass with apply(problem, update), "
+                    "as RangeSearch()"
                 )
         for rule in self.rules:
             if rule.scheme is not None and not isinstance(rule.scheme, Scheme):
-                raise RecipeError(f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None")
+                raise RecipeError(
+                    f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None"
+                )
             if rule.rank == 2:
                 try:
                     re.compile(rule.pattern[3:])

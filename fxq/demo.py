@@ -61,7 +61,7 @@ class DemoSettings:
     """Size of the job: videos to calibrate and evaluate on, reconstruction iterations, seed and bit widths."""
 
     calibration_videos: int = 16
-    evaluation_videos: int = 128
+    evaluation_videos: int = 64
     iterations: int = 500
     seed: int = 1
     bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a6")

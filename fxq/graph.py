@@ -67,7 +67,7 @@ def sharing_conflicts(module: fx.GraphModule, names: tuple[str, ...]) -> dict[st
     biases: dict[str, set[str | None]] = {}
     for site in sites:
         biases.setdefault(site.layer, set()).add(site.bias_name)
-    conflicts = {
+    conflicts: dict[str, str] = {
         layer: "its weight is shared by linears with different biases"
         for layer, found in biases.items()
         if len(found) > 1
@@ -77,9 +77,9 @@ def sharing_conflicts(module: fx.GraphModule, names: tuple[str, ...]) -> dict[st
         if taken := [name for name in names if f"{layer}.{name}" in read - own]:
             conflicts[layer] = f"the model has a tensor of its own named {layer}.{taken[0]}"
     for node in module.graph.nodes:
-        if node.op == "get_attr" and (layer := weights.get(str(node.target))) is not None:
+        if node.op == "get_attr" and (owner := weights.get(str(node.target))) is not None:
             for reader in _readers(node):
-                conflicts[layer] = f"its weight is also read by {reader.name}"
+                conflicts[owner] = f"its weight is also read by {reader.name}"
     return conflicts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from typing import Any
 
 import torch
@@ -121,13 +122,15 @@ def facts_of(module: fx.GraphModule) -> dict[str, Any]:
     """JSON facts of a quantized module: recipe, sensitivity, calibration hash, environment."""
     facts = getattr(module, "meta", {}).get(_KEY)
     if facts is None:
-        raise ValueError(f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts")
+        raise ValueError(
+            f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts"
+        )
     return dict(facts)
 
 
 def set_facts(module: fx.GraphModule, facts: dict[str, Any]) -> None:
-    """Attach JSON facts to a quantized module."""
-    module.meta[_KEY] = dict(facts)
+    """Attach facts to a quantized module, in the form that JSON gives back."""
+    module.meta[_KEY] = json.loads(json.dumps(facts))
 
 
 @dataclasses.dataclass(kw_only=True)

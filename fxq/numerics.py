@@ -134,6 +134,20 @@ def fold_offset(
     return offset.float()
 
 
+def ratio_limit(width: int, split: int) -> float:
+    """Largest safe ratio of a layer's outlier scale to its normal scale.
+
+    GPU kernels finish the outlier sum first, multiply the int32 accumulator by
+    ``ratio = input_scale[1] weight_scale[1, n] / (input_scale[0] weight_scale[0, n])`` and go on with the normal sum
+    in it; ``2^14 (split + ratio (width - split)) < 2^31`` keeps that in range.
+
+    Args:
+        width: input channels K.
+        split: normal channels, less than ``width``.
+    """
+    return (2**17 - 1 - split) / (width - split)
+
+
 def dual_scale_matmul(
     q_x: Tensor, q_w: Tensor, weight_scale: Tensor, input_scale: Tensor, offset: Tensor, split: int
 ) -> Tensor:

@@ -106,7 +106,9 @@ def _refuse_regions(module: fx.GraphModule) -> None:
             name = str(user.target).rpartition(".")[2]
             place = f" in {path}" if (path := module_path(user)) else ""
             remedy = _REMEDIES.get(name, "keep it outside the model that is quantized")
-            raise TraceError(f"the captured graph has a region {name} ({user.name}{place}): {remedy} ({error})") from None
+            raise TraceError(
+                f"the captured graph has a region {name} ({user.name}{place}): {remedy} ({error})"
+            ) from None
 
 
 def _compare(
@@ -141,8 +143,10 @@ def _compare(
             raise TraceError(f"output {i}: the captured graph returns shape {tuple(a.shape)}, eager {tuple(b.shape)}")
         if not a.numel():
             continue
-        scale = b.double().abs().max().clamp_min(1e-12)
-        error_ = ((a.double() - b.double()).abs().max() / scale).item()
+        a, b = a.double(), b.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        scale = b.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-12)
+        error_ = (torch.where(same, 0.0, (a - b).abs()).max() / scale).item()
         if not error_ <= tolerance:
             raise TraceError(
                 f"output {i}: the captured graph differs from eager by {error_:.2e} relative, allowed {tolerance:.0e}."

@@ -97,7 +97,12 @@ def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
             if len(node.args) != 8 or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in operands):
                 yield f"{layer}: {node.name} does not read stored tensors in the operator's order"
                 continue
-            stored, scale, x_scale, constant = (get_tensor(graph.module, str(n.target)) for n in operands)  # type: ignore[union-attr]
+            names = [str(n.target) for n in operands]  # type: ignore[union-attr]
+            try:
+                stored, scale, x_scale, constant = (get_tensor(graph.module, name) for name in names)
+            except AttributeError as error:
+                yield f"{layer}: a tensor is missing: {error}"
+                continue
             packed = node.args[6] == 4
             width = plan.in_features // 2 if packed else plan.in_features
             if tuple(stored.shape) != (plan.out_features, width):

@@ -64,9 +64,7 @@ class LowerLinear(Rewrite):
     def _tensors(
         self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate
     ) -> dict[str, Tensor]:
-        bound = 2 ** (8 - 1 + (plan.scheme.weight_bits if plan.scheme else 8) - 1) * plan.in_features
-        if bound >= 2**31:
-            raise LoweringError(f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator")
+        self._check_range(plan, update)
         tensors: dict[str, Tensor] = {
             "weight_int": update.weight,
             "weight_scale": update.weight_scale,
@@ -85,6 +83,23 @@ class LowerLinear(Rewrite):
             tensors["perm"] = group_order(plan).to(torch.int32)
         device = site.weight(module).device
         return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def _check_range(self, plan: LayerPlan, update: LayerUpdate) -> None:
+        """Refuse integers that could overflow an int32 accumulator."""
+        if plan.in_features >= 2**17:
+            raise LoweringError(
+                f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; "
+                "exclude it by a rule"
+            )
+        if plan.outliers:
+            scale = update.input_scale[:, None] * update.weight_scale
+            ratio = float((scale[1] / scale[0]).max())
+            limit = numerics.ratio_limit(plan.in_features, plan.split)
+            if not ratio <= limit:
+                raise LoweringError(
+                    f"layer {plan.layer}: outlier scales are {ratio:.3g} times the normal ones, at most {limit:.3g} "
+                    "fits the int32 accumulator; set dual_scale to false for it"
+                )
 
     def _replace(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan) -> None:
         old, scheme = site.node, plan.scheme

@@ -132,7 +132,7 @@ def test_activations_that_are_not_finite_are_refused_by_layer(value):
     graph = planned_graph(toy(), (x,))
     bad = x.clone()
     bad[2, 5] = value
-    with pytest.raises(CalibrationError, match="layer blocks.0.up: its input has NaN or infinity"):
+    with pytest.raises(CalibrationError, match=r"layer blocks.0.up: its input has NaN or infinity"):
         collected(graph, [x, bad])
 
 
@@ -149,7 +149,7 @@ def test_a_layer_without_rows_is_refused_by_name():
 
 def test_a_forward_loop_that_calls_nothing_is_refused():
     graph = planned_graph(toy(), (rows(4, 96),))
-    with pytest.raises(CalibrationError, match="received no calibration row: blocks.0.up, blocks.0.down"):
+    with pytest.raises(CalibrationError, match=r"received no calibration row: blocks.0.up, blocks.0.down"):
         calibrate(graph, None, lambda run: None, Collector(1, 1, 0))
 
 

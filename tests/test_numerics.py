@@ -10,7 +10,6 @@ BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 2**30)
 
 
-
 @st.composite
 def inputs(draw):
     """(x [M, K], scale [G], zero_point [G], split, bits) with values inside and outside the range."""
@@ -124,9 +123,7 @@ def test_infinities_saturate():
     assert q.tolist() == [[31, -32]]
 
 
-@given(
-    low=st.floats(-1e6, 1e6, width=32), span=st.floats(0, 1e6, width=32), bits=BITS
-)
+@given(low=st.floats(-1e6, 1e6, width=32), span=st.floats(0, 1e6, width=32), bits=BITS)
 def test_an_affine_range_covers_its_ends_and_keeps_the_zero_point_small(low, span, bits):
     high = low + span
     scale, zero = affine(low, high, bits)

@@ -88,7 +88,11 @@ def test_an_unknown_recipe_is_refused(name, message):
     ("old", "new", "message"),
     [
         ("seed = 7", "sed = 7", r"recipe: unknown key 'sed'; did you mean 'seed'\?"),
-        ("weight_bits = 4", "weight_bit = 4", r"rules\[1\].scheme: unknown key 'weight_bit'; did you mean 'weight_bits'"),
+        (
+            "weight_bits = 4",
+            "weight_bit = 4",
+            r"rules\[1\].scheme: unknown key 'weight_bit'; did you mean 'weight_bits'",
+        ),
         ('reason = "tiny"', 'xyzzy = "tiny"', r"rules\[0\]: unknown key 'xyzzy'; known: pattern, scheme"),
         ("iterations = 3", "iteration = 3", r"methods\[1\]: unknown key 'iteration'; did you mean 'iterations'"),
         ("iterations = 3", 'iterations = "many"', r"methods\[1\].iterations: Input should be a valid integer"),
@@ -130,13 +134,11 @@ def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"absent\.json: No such file"):
         get_recipe(tmp_path / "absent.json")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(RecipeError, match="bytes.toml is not valid TOML"):
+    with pytest.raises(RecipeError, match=r"bytes.toml is not valid TOML"):
         get_recipe(str(tmp_path / "bytes.toml"))
 
 
 def test_every_method_option_reaches_the_file():
     for method in (MinMax(), RangeSearch(), AdaRound()):
         recipe = dataclasses.replace(PRESETS["w8a8"], methods=(method,))
-        assert recipe_to_json(recipe)["methods"] == [
-            {"method": type(method).__name__, **dataclasses.asdict(method)}
-        ]
+        assert recipe_to_json(recipe)["methods"] == [{"method": type(method).__name__, **dataclasses.asdict(method)}]

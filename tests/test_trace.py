@@ -45,7 +45,7 @@ def branch(self, x):
 
 
 def test_a_data_dependent_branch_is_refused_with_the_reason():
-    with pytest.raises(TraceError, match="cannot capture Small: .*data-dependent.*free of data-dependent"):
+    with pytest.raises(TraceError, match=r"cannot capture Small: .*data-dependent.*free of data-dependent"):
         traced(branch)
 
 

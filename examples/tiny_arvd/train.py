@@ -16,6 +16,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -89,6 +90,21 @@ def sample_sigma(shape: tuple[int, ...]) -> Tensor:
     return torch.where(torch.rand(shape) < 0.8, levels[torch.randint(len(levels), shape)], continuous).clamp(min=0.02)
 
 
+def training_loss(
+    forward: Callable[..., Tensor], model: CausalWan, batch: int, chunks: int, generator: torch.Generator
+) -> Tensor:
+    """Weighted x0 error on ``batch`` fresh clips of ``chunks`` chunks."""
+    conditions = sprites.sample_conditions(batch, generator, unseen=False)
+    clip = sprites.render(conditions, generator, chunks * CHUNK)
+    sigma = sample_sigma((batch, chunks))
+    s = sigma.repeat_interleave(CHUNK, 1)[:, :, None, None, None]
+    dirt = (0.1 * torch.rand(batch, chunks)).repeat_interleave(CHUNK, 1)[:, :, None, None, None]
+    clean = clip + dirt * torch.randn_like(clip)
+    noisy = (1 - s) * clip + s * torch.randn_like(clip)
+    output = forward(model, clean, noisy, sigma * 1000, sprites.prompt_embeds(conditions))
+    return ((output - clip).square() / s.clamp(min=0.3).square()).mean()
+
+
 def evaluate(model: CausalWan, count: int, seed: int) -> dict[str, float]:
     """Scores of a rollout on unseen conditions."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,9 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--stages", type=Stage.parse, nargs="+", required=True, metavar="CHUNKS:BATCH:STEPS")
+    parser.add_argument("--first", type=int, default=64, help="extra clips of chunk 0 alone in every step of longer clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--final", type=int, default=2000, help="steps of the closing learning-rate decay")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eager", action="store_true", help="do not compile the training step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -153,7 +171,7 @@ def main() -> None:
     begin, losses, clock = 0, [], time.time()
     for stage in args.stages:
         end = begin + stage.steps
-        forward = torch.compile(predict, dynamic=False)
+        forward = predict if args.eager else torch.compile(predict, dynamic=False)
         while done < end:
             rate = min(1.0, (done + 1) / 200)
             if total - done < args.final:
@@ -162,15 +180,9 @@ def main() -> None:
                 group["lr"] = args.lr * rate
             generator = torch.Generator().manual_seed(1_000_000 + done)
             torch.manual_seed(2_000_000 + done)
-            conditions = sprites.sample_conditions(stage.batch, generator, unseen=False)
-            clip = sprites.render(conditions, generator, stage.chunks * CHUNK)
-            sigma = sample_sigma((stage.batch, stage.chunks))
-            s = sigma.repeat_interleave(CHUNK, 1)[:, :, None, None, None]
-            dirt = (0.1 * torch.rand(stage.batch, stage.chunks)).repeat_interleave(CHUNK, 1)[:, :, None, None, None]
-            clean = clip + dirt * torch.randn_like(clip)
-            noisy = (1 - s) * clip + s * torch.randn_like(clip)
-            output = forward(model, clean, noisy, sigma * 1000, sprites.prompt_embeds(conditions))
-            loss = ((output - clip).square() / s.clamp(min=0.3).square()).mean()
+            loss = training_loss(forward, model, stage.batch, stage.chunks, generator)
+            if stage.chunks > 1 and args.first:
+                loss = loss + 0.5 * training_loss(forward, model, args.first, 1, generator)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

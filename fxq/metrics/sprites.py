@@ -77,9 +77,14 @@ def describe(condition: Tensor) -> str:
 
 
 def render(conditions: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:
-    """Clips of the asked prompts, float32 [B, frames, 3, 20, 20] in -1..1; the offset in the cell is random."""
+    """Clips of the asked prompts, float32 [B, frames, 3, 20, 20] in -1..1.
+
+    The prompt leaves open whether the sprite starts at the left edge of its cell or two pixels to the right.
+    """
     batch = len(conditions)
-    offset = 2 * torch.randint(2, (batch, 2), generator=generator)
+    offset = torch.stack(
+        (torch.zeros(batch, dtype=torch.int64), 2 * torch.randint(2, (batch,), generator=generator)), dim=1
+    )
     start = conditions[:, 5:7] * CELL + offset
     position = (start[:, None] + velocity(conditions)[:, None] * torch.arange(frames)[None, :, None]) % SIZE
     axis = torch.arange(SIZE)

@@ -242,7 +242,7 @@ def outlier_curve(view: LayerView, top: float) -> Markup:
         x = np.arange(len(norms)) + 1
         if view.outliers:
             axes.axvspan(0.5, view.outliers + 0.5, color=OUTLIER, alpha=0.16, linewidth=0)
-            axes.axvspan(0.5, view.raw_outliers + 0.5, color=OUTLIER, alpha=0.22, linewidth=0)
+            axes.axvspan(0.5, min(view.raw_outliers, view.outliers) + 0.5, color=OUTLIER, alpha=0.22, linewidth=0)
         axes.axhline(1, color=MUTED, linewidth=0.9)
         if 0 < view.threshold / unit <= top:
             axes.axhline(view.threshold / unit, color=OUTLIER, linewidth=1.1, dashes=(4, 2))

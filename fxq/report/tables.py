@@ -23,9 +23,11 @@ LOWER_IS_BETTER = {"latent_mse": True, "psnr": False, "teacher_forced": True}
 
 
 def mean_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Mean over videos with its 95 % bootstrap bounds; NaN for no videos."""
+    """Mean over videos with its 95 % bootstrap bounds; NaN for no videos, no bounds for infinite values."""
     if not len(values):
         return (math.nan,) * 3
+    if not np.isfinite(values).all():
+        return float(values.mean()), math.nan, math.nan
     low, high = bootstrap(values)
     return float(values.mean()), float(low), float(high)
 

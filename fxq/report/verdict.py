@@ -165,32 +165,39 @@ def _and(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def _models(variants: Sequence[Variant], notes: Sequence[str] = ()) -> str:
+    """``Q-ARVD at W8A8 and W4A8``; notes in brackets after each."""
+    bits = [
+        v.bits + (f" ({note})" if note else "") for v, note in zip(variants, notes or [""] * len(variants), strict=True)
+    ]
+    methods = {v.method for v in variants}
+    if len(methods) == 1:
+        return f"{variants[0].method} at {_and(bits)}"
+    return _and([f"{v.method} {text}" for v, text in zip(variants, bits, strict=True)])
+
+
 def _score_lead(report: Report, groups: Iterable[str]) -> str:
-    kept, broken, gained, unmeasured = [], [], [], []
+    found: dict[str, list[Variant]] = {}
+    lost: list[str] = []
     for bits in groups:
         variant = candidate_of(report, bits)
         gaps = score_gaps(report, variant)
-        lost = [str(g) for g in gaps if g.outcome == "lower"]
-        label = f"{variant.method} {bits}"
-        if not gaps:
-            unmeasured.append(label)
-        elif lost:
-            broken.append(f"{label} ({', '.join(lost)})")
-        elif any(g.outcome == "higher" for g in gaps):
-            gained.append(label)
-        else:
-            kept.append(label)
+        kinds = {g.outcome for g in gaps}
+        kind = next((k for k in ("lower", "higher", "unresolved") if k in kinds), "unmeasured")
+        found.setdefault(kind, []).append(variant)
+        if kind == "lower":
+            lost.append(", ".join(str(g) for g in gaps if g.outcome == "lower"))
     parts = []
-    if kept:
-        parts.append(f"the scorer cannot tell {_and(kept)} from full precision")
-    if gained:
-        parts.append(f"it scores {_and(gained)} above full precision" if parts else f"{_and(gained)} score above it")
-    if broken:
-        parts.append(f"it sees a loss at {_and(broken)}" if parts else f"the scorer sees a loss at {_and(broken)}")
-    if unmeasured:
-        parts.append(f"nothing was scored for {_and(unmeasured)}")
-    text = "; ".join(parts)
-    return text[:1].upper() + text[1:] + "." if text else ""
+    if "unresolved" in found:
+        parts.append(f"cannot tell {_models(found['unresolved'])} from full precision")
+    if "higher" in found:
+        parts.append(f"puts {_models(found['higher'])} above full precision")
+    if "lower" in found:
+        parts.append(f"sees a loss for {_models(found['lower'], lost)}")
+    sentences = ["The scorer " + "; it ".join(parts) + "."] if parts else []
+    if "unmeasured" in found:
+        sentences.append(f"Nothing was scored for {_models(found['unmeasured'])}.")
+    return " ".join(sentences)
 
 
 def _comparison_lead(report: Report) -> str:

@@ -89,6 +89,10 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
 
 def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
     scale = torch.stack(weight_scales)
+    if len(inputs) == 2:
+        # Half the limit leaves room for methods that move the input scales afterwards.
+        limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
+        scale[0] = torch.maximum(scale[0], scale[1] * (inputs[1][0] / inputs[0][0] / limit))
     return LayerUpdate(
         weight=numerics.quantize_weight(problem.weight, scale, problem.split, problem.scheme.weight_bits),
         weight_scale=scale,

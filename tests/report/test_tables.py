@@ -62,18 +62,19 @@ def with_scores(report, **scores):
 
 def test_the_lead_follows_the_scores(report):
     same = verdict(with_scores(report, **report.full_precision))
-    assert "cannot tell Q-ARVD W8A8, Q-ARVD W4A8 and Q-ARVD W4A6 from full precision" in same.lead
+    assert "The scorer cannot tell Q-ARVD at W8A8, W4A8 and W4A6 from full precision." in same.lead
     lost = verdict(with_scores(report, motion=0.2))
     assert "cannot tell" not in lost.lead
-    assert "sees a loss at Q-ARVD W8A8 (motion 0.20 vs 0.95)" in lost.lead
+    assert "sees a loss for Q-ARVD at W8A8 (motion 0.20 vs 0.95)" in lost.lead
     gained = verdict(with_scores(dataclasses.replace(report, full_precision={"motion": 0.2}), motion=0.9))
-    assert "above full precision" in gained.lead
+    assert "puts Q-ARVD at W8A8, W4A8 and W4A6 above full precision" in gained.lead
     unscored = verdict(dataclasses.replace(report, full_precision={}))
-    assert "nothing was scored" in unscored.lead.lower()
+    assert unscored.lead.startswith("Nothing was scored for Q-ARVD at W8A8")
+    assert "The scorer" not in unscored.lead
 
 
 def test_few_videos_are_called_few():
-    few = example_report(videos=6, clip_count=0)
+    few = example_report(videos=6, clip_count=1)
     assert "6 videos, which is few" in verdict(few).caveat
 
 

@@ -1,0 +1,153 @@
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxq.ir import LayerPlan, Stage
+from fxq.passes import ApplyMethods
+from fxq.passes.apply_methods import group_order
+from fxq.passes.methods import LayerProblem
+from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.pipeline import run_passes
+from tests.test_verify import at
+from tests.toys import QUICK
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """MinMax that remembers the problems it saw."""
+
+    tag: int = 0
+    seen: list[LayerProblem] = dataclasses.field(default_factory=list, compare=False, repr=False)
+
+    def apply(self, problem, update):
+        self.seen.append(problem)
+        return MinMax().apply(problem, update)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def solved(directory=None, method=None, **options):
+    graph = at(Stage.CALIBRATED)
+    graph.updates.clear()
+    method = method or Fresh()
+    run_passes(graph, (ApplyMethods((method,), "uniform", checkpoint_dir=directory, **options),))
+    return graph, CALLS.pop("count", 0)
+
+
+CALLS: dict[str, int] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """MinMax that counts its calls."""
+
+    tag: int = 0
+
+    def apply(self, problem, update):
+        CALLS["count"] = CALLS.get("count", 0) + 1
+        return MinMax().apply(problem, update)
+
+
+def equal(a, b):
+    return a.updates.keys() == b.updates.keys() and all(
+        torch.equal(getattr(a.updates[layer], f.name), getattr(b.updates[layer], f.name))
+        for layer in a.updates
+        for f in dataclasses.fields(a.updates[layer])
+    )
+
+
+@given(width=st.integers(1, 80), data=st.data())
+def test_the_group_order_is_a_permutation_with_outliers_last(width, data):
+    outliers = sorted(data.draw(st.sets(st.integers(0, width - 1), max_size=width // 2)))
+    plan = LayerPlan(layer="x", in_features=width, out_features=1, outliers=tuple(outliers))
+    order = group_order(plan)
+    assert order.dtype == torch.int64 and sorted(order.tolist()) == list(range(width))
+    assert order[plan.split :].tolist() == outliers
+    assert order[: plan.split].tolist() == sorted(set(range(width)) - set(outliers))
+    inverse = order.argsort()
+    assert torch.equal(torch.arange(width)[order][inverse], torch.arange(width))
+
+
+def test_a_rerun_reads_every_finished_layer(tmp_path):
+    first, calls = solved(tmp_path)
+    again, repeated = solved(tmp_path)
+    assert (calls, repeated) == (2, 0) and equal(first, again)
+    assert first.plans == again.plans
+
+
+def test_a_killed_run_resumes_at_the_layer_it_was_at(tmp_path):
+    first, _ = solved(tmp_path)
+    (tmp_path / "blocks.0.down.safetensors").unlink()
+    again, calls = solved(tmp_path)
+    assert calls == 1 and equal(first, again)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", None])
+def test_a_damaged_checkpoint_is_worked_out_again(tmp_path, damage):
+    first, _ = solved(tmp_path)
+    file = tmp_path / "blocks.0.up.safetensors"
+    file.write_bytes(file.read_bytes()[:-7] if damage is None else damage)
+    again, calls = solved(tmp_path)
+    assert calls == 1 and equal(first, again)
+    assert solved(tmp_path)[1] == 0
+
+
+def test_other_settings_are_worked_out_again(tmp_path):
+    solved(tmp_path)
+    assert solved(tmp_path, Fresh(tag=1))[1] == 2
+    assert solved(tmp_path, Fresh(tag=1), seed=4)[1] == 2
+    assert solved(tmp_path, Fresh(tag=1), seed=4)[1] == 0
+
+
+def test_progress_counts_layers():
+    told = []
+    solved(on_layer=lambda *args: told.append(args))
+    assert told == [("blocks.0.up", 0, 2), ("blocks.0.down", 1, 2), ("", 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weights"),
+    [("sensitivity", ([1.5, 0.5], [1.5, 0.5])), ("single_scale_only", ([1.0, 1.0], [1.5, 0.5]))],
+)
+def test_rows_weigh_what_their_chunk_weighs(weighting, weights):
+    graph = at(Stage.CALIBRATED)
+    graph.chunk_weights = torch.tensor([1.5, 0.5])
+    for statistics in graph.statistics.values():
+        statistics.chunks = torch.arange(len(statistics.rows)) % 3
+    method = Counting()
+    run_passes(graph, (ApplyMethods((method,), weighting),))
+    for problem, (first, second) in zip(method.seen, weights, strict=True):
+        assert problem.row_weights[:3].tolist() == [first, second, second]
+
+
+def test_methods_see_channels_in_group_order():
+    graph, method = at(Stage.CALIBRATED), Counting()
+    weight = graph.module.get_parameter("blocks.0.up.weight").detach()
+    run_passes(graph, (ApplyMethods((method,), "uniform"),))
+    plan, seen = graph.plans["blocks.0.up"], method.seen[0]
+    assert torch.equal(seen.weight[:, plan.split :], weight[:, list(plan.outliers)])
+    assert torch.equal(seen.rows[:, plan.split :], graph.statistics["blocks.0.up"].rows[:, list(plan.outliers)])
+    assert seen.groups == (slice(0, plan.split), slice(plan.split, 96))
+
+
+def test_plans_get_the_measured_quality():
+    graph = at(Stage.CALIBRATED)
+    assert all(plan.output_sqnr > 10 for plan in graph.quantized_plans.values())
+    assert graph.plans["head"].output_sqnr is None
+
+
+def test_methods_follow_each_other():
+    graph = at(Stage.CALIBRATED)
+    run_passes(graph, (ApplyMethods((MinMax(), *QUICK), "uniform"),))
+    alone = at(Stage.CALIBRATED)
+    run_passes(alone, (ApplyMethods((RangeSearch(*QUICK[0].__dict__.values()),), "uniform"),))
+    assert equal(graph, alone)
+
+
+def test_a_recipe_without_methods_is_refused():
+    with pytest.raises(ValueError, match="the recipe has no method"):
+        run_passes(at(Stage.CALIBRATED), (ApplyMethods(()),))

@@ -1,0 +1,233 @@
+import dataclasses
+import os
+import pathlib
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxq
+from fxq import numerics
+from fxq.config import Scheme
+from fxq.graph import graph_text, linear_sites
+from fxq.ir import LayerPlan, LayerStatistics, LayerUpdate, Stage, get_tensor, plan_of, set_plan
+from fxq.passes import LoweringError, LowerLinear
+from fxq.passes.apply_methods import group_order
+from fxq.pipeline import run_passes
+from fxq.trace import trace
+from tests.test_verify import at
+from tests.toys import recipe, relative_error, rows, toy
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+
+
+def golden(name, text):
+    """Compare with a file; FXQ_GOLDEN_REWRITE=1 writes it instead."""
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("FXQ_GOLDEN_REWRITE"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{file} differs; FXQ_GOLDEN_REWRITE=1 pytest {__file__} rewrites it"
+
+
+@pytest.mark.parametrize(
+    "stage", [Stage.TRACED, Stage.PLANNED, Stage.LOWERED, Stage.FROZEN], ids=lambda stage: stage.name.lower()
+)
+def test_the_graph_reads_as_the_golden_file(stage):
+    golden(f"toy_w4_{stage.name.lower()}", graph_text(at(stage).module))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dual_scale_layer_computes_the_unpermuted_float_simulation(bits, bias):
+    model, x = toy(bias=bias), rows(40, 96)
+    q = fxq.quantize(model, [x], recipe(bits))
+    row = {r.layer: r for r in fxq.summary(q).rows}["blocks.0.up"]
+    assert row.outliers == 32
+    layer = "blocks.0.up"
+    perm = get_tensor(q, f"{layer}.perm").long()
+    stored = get_tensor(q, f"{layer}.weight")
+    integers = numerics.unpack_int4(stored) if bits == 4 else stored
+    scale, x_scale, zero = (get_tensor(q, f"{layer}.{n}") for n in ("weight_scale", "input_scale", "input_zero_point"))
+    weight = numerics.dequantize_weight(integers, scale, 64)[:, perm.argsort()]
+    x_hat = numerics.dequantize_input(numerics.quantize_input(x[:, perm], x_scale, zero, 64, 8), x_scale, zero, 64)
+    simulated = F.linear(x_hat[:, perm.argsort()], weight, model.blocks[0].up.bias)
+    integer = fxq.kernels.quantize_act(x, perm.int(), x_scale, zero, 64, 8)
+    offset = get_tensor(q, f"{layer}.offset")
+    got = fxq.kernels.dual_scale_linear(integer, stored, scale, x_scale, offset, 64, bits, torch.float32)
+    torch.testing.assert_close(got, simulated, atol=1e-4, rtol=1e-5)
+
+
+def with_update(weight, zero=0):
+    """A traced graph of one linear whose integers are given."""
+    outputs, width = weight.shape
+    graph = trace(nn.Sequential(nn.Linear(width, outputs, bias=False)).eval(), (rows(2, width),))
+    plan = LayerPlan(layer="0", in_features=width, out_features=outputs, scheme=Scheme())
+    set_plan(next(linear_sites(graph.module)).node, plan)
+    ends = torch.zeros(width)
+    seen = torch.zeros(1, width)
+    graph.adopt({"0": LayerStatistics(low=ends, high=ends, rows=seen, chunks=torch.zeros(1), seen=1)})
+    graph.updates["0"] = LayerUpdate(
+        weight=weight,
+        weight_scale=torch.ones(1, outputs),
+        input_scale=torch.ones(1),
+        input_zero_point=torch.tensor([zero], dtype=torch.int32),
+    )
+    return graph
+
+
+def test_given_integers_are_what_runs():
+    weight = torch.tensor([[1, -2, 3], [0, 5, -7]], dtype=torch.int8)
+    graph = run_passes(with_update(weight, zero=11), (LowerLinear(),))
+    x = torch.tensor([[1.0, 2.0, -3.0], [7.0, 0.0, 1.0]])
+    assert torch.equal(graph.module(x), x @ weight.float().T)
+
+
+def test_a_layer_that_could_overflow_is_refused():
+    graph = with_update(torch.zeros(1, 2**17, dtype=torch.int8))
+    with pytest.raises(LoweringError, match="layer 0: 131072 inputs can overflow the int32 accumulator"):
+        run_passes(graph, (LowerLinear(),))
+
+
+def test_plans_move_to_the_gemm_and_its_notes_stay():
+    graph = at(Stage.LOWERED)
+    nodes = [node for node in graph.module.graph.nodes if plan_of(node)]
+    assert [(plan_of(n).layer, str(n.target)) for n in nodes] == [
+        ("blocks.0.up", "fxq.dual_scale_linear.default"),
+        ("blocks.0.down", "fxq.dual_scale_linear.default"),
+        ("head", "aten.linear.default"),
+    ]
+    assert nodes[0].meta["val"].shape == (40, 64) and nodes[0].meta["nn_module_stack"]
+
+
+def test_group_order_is_what_is_stored():
+    q = fxq.quantize(toy(), [rows(9, 96)], recipe())
+    plan = next(plan_of(n) for n in q.graph.nodes if plan_of(n))
+    assert torch.equal(get_tensor(q, "blocks.0.up.perm").long(), group_order(plan))
+    assert not hasattr(q.get_submodule("blocks.0.down"), "perm")
+
+
+class Shared(nn.Module):
+    """One weight in several places; ``how`` says which."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64, bias=how != "plain")
+        self.b.weight = self.a.weight
+        if how == "plain":
+            self.a.bias = None
+        if how == "bias too":
+            self.b.bias = self.a.bias
+        if how == "two biases":
+            self.b.bias.data += 3
+        if how == "own offset":
+            self.b = self.a
+            self.a.offset = nn.Parameter(torch.full((64,), 5.0))
+
+    def forward(self, x):
+        y = self.b(torch.tanh(self.a(x)))
+        if self.how == "read elsewhere":
+            y = y + self.a.weight.sum(0)
+        return y + self.a.offset if self.how == "own offset" else y
+
+
+@pytest.mark.parametrize("how", ["plain", "bias too"])
+def test_a_weight_used_twice_is_stored_once(how):
+    model, x = Shared(how).eval(), rows(30, 64)
+    q = fxq.quantize(model, [x], recipe())
+    (row,) = fxq.summary(q).rows
+    assert row.quantized and row.layer in ("a", "b")  # torch.export chooses one of the names
+    assert relative_error(model, q, x) < 0.03
+    assert [name for name, b in q.named_buffers() if b.dtype == torch.int8] == [f"{row.layer}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("two biases", "its weight is shared by linears with different biases"),
+        ("read elsewhere", "its weight is also read by sum"),
+        ("own offset", r"the model has a tensor of its own named [ab]\.offset"),
+    ],
+)
+def test_a_weight_that_integers_cannot_replace_is_kept_with_the_reason(how, reason):
+    model, x = Shared(how).eval(), rows(30, 64)
+    q = fxq.quantize(model, [x], recipe())
+    (row,) = fxq.summary(q).rows
+    assert not row.quantized
+    assert re.match(reason, row.reason)
+    assert torch.equal(q(x), model(x))
+
+
+class Tied(nn.Module):
+    """An embedding that is also the last linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.last = nn.Embedding(50, 64), nn.Linear(64, 50, bias=False)
+        self.middle = nn.Linear(64, 64)
+        self.last.weight = self.embed.weight
+
+    def forward(self, index):
+        return self.last(self.middle(self.embed(index)))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_tied_embedding_is_kept_and_its_neighbours_quantized(bits):
+    model, index = Tied().eval(), torch.arange(23)
+    q = fxq.quantize(model, [index], recipe(bits))
+    (kept,), (quantized,) = fxq.summary(q).kept, fxq.summary(q).quantized
+    assert quantized.layer == "middle" and kept.reason == "its weight is also read by embedding"
+    assert relative_error(model, q, index) < 0.3
+
+
+class Raw(nn.Module):
+    """Weights that are parameters of their own, one through a cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(32, 64) / 8)
+        self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+        self.cast = nn.Linear(32, 48)
+
+    def forward(self, x):
+        y = F.linear(x, self.w1)
+        y = self.attention(y, y, y, need_weights=False)[0]
+        return F.linear(y, self.cast.weight.to(y.dtype), self.cast.bias.to(y.dtype))
+
+
+def test_weights_that_are_no_linear_module_are_quantized(tmp_path):
+    model, x = Raw().eval(), rows(2, 9, 64)
+    model.cast.to(torch.bfloat16)
+    q = fxq.quantize(model, [x], recipe())
+    layers = [row.layer for row in fxq.summary(q).rows if row.quantized]
+    assert layers == ["w1", "attention.in_proj_weight", "attention.out_proj", "cast"]
+    assert relative_error(model, q, x) < 0.05
+    assert "aten.to.dtype" not in graph_text(q)
+    assert torch.equal(fxq.load(fxq.save(q, tmp_path / "b"))(x), q(x))
+
+
+def test_a_bare_linear_is_a_model():
+    model, x = nn.Linear(64, 33).eval(), rows(5, 64)
+    q = fxq.quantize(model, [x], recipe())
+    assert relative_error(model, q, x) < 0.02 and fxq.summary(q).facts["never_called"] == []
+
+
+def test_nothing_frozen_aliases_the_model():
+    model, x = toy(), rows(9, 96)
+    model.register_buffer("shift", torch.ones(7))
+    forward = model.forward
+    model.forward = lambda x: forward(x) + model.shift
+    q = fxq.quantize(model, [x], recipe())
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    assert own.isdisjoint(t.untyped_storage().data_ptr() for t in (*q.parameters(), *q.buffers()))
+    assert not list(q.parameters())
+
+
+def test_plans_are_replaced_not_shared_between_graphs():
+    graph = at(Stage.PLANNED)
+    fork = graph.fork()
+    node = next(linear_sites(fork.module)).node
+    set_plan(node, dataclasses.replace(plan_of(node), reason="changed"))
+    assert next(iter(graph.plans.values())).reason == ""

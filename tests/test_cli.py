@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fxq
+from fxq import cli
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fxq", *arguments], capture_output=True, text=True, timeout=500)
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = str(tmp_path_factory.mktemp("cli") / "bundle")
+    data = json.loads(
+        invoke("quantize", "--out", out, "--recipe", "w8a8", "--videos", "2", "--iterations", "2", "--quiet", "--json")
+    )
+    assert data["quantized"] == 42
+    assert data["kept"] == 4
+    return out
+
+
+def test_help_names_every_command():
+    text = invoke("--help")
+    for command in ("demo", "quantize", "inspect", "sensitivity", "generate"):
+        assert command in text
+
+
+def test_quantize_writes_a_bundle_that_loads(bundle):
+    module = fxq.load(bundle)
+    assert fxq.summary(module).facts["recipe"]["name"] == "w8a8"
+
+
+def test_inspect_shows_a_bundle(bundle):
+    assert "blocks.0.self_attn.q" in invoke("inspect", bundle)
+    layers = json.loads(invoke("inspect", bundle, "--json"))["layers"]
+    assert {row["layer"] for row in layers if not row["quantized"]} == {
+        "time_embedding.0",
+        "time_embedding.2",
+        "time_projection.1",
+        "head.head",
+    }
+
+
+def test_inspect_shows_a_plan_without_data():
+    rows = json.loads(invoke("inspect", "tiny", "--recipe", "w4a6", "--json"))
+    by_layer = {row["layer"]: row for row in rows}
+    assert by_layer["blocks.0.ffn.0"]["bits"] == "W4A6"
+    assert by_layer["head.head"]["reason"] == "prediction head: tiny and sensitive"
+    assert all(row["outliers"] % 32 == 0 for row in rows)
+    assert "threshold" in invoke("inspect", "tiny")
+
+
+def test_sensitivity_prints_shares_that_sum_to_one():
+    data = json.loads(invoke("sensitivity", "--videos", "2", "--recipe", "w4a8", "--quiet", "--json"))
+    assert len(data["alpha"]) == 7
+    assert sum(data["alpha"]) == pytest.approx(1)
+
+
+def test_generate_writes_the_asked_video_from_model_and_bundle(bundle, tmp_path):
+    prompt = "ring red right slow black row1 column2"
+    for name, extra in (("a.gif", ()), ("b.webp", ("--bundle", bundle))):
+        data = json.loads(invoke("generate", "--out", str(tmp_path / name), "--prompt", prompt, "--json", *extra))
+        assert data["prompt"] == prompt
+        assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantize", "--out", "x", "--recipe", "w8a9"), "did you mean 'w8a8'"),
+        (("quantize", "--out", "x", "--model", "nope"), "unknown model 'nope'"),
+        (("quantize", "--out", "x", "--model", "no_such_module:f"), "No module named 'no_such_module'"),
+        (("inspect", "nothing-here"), "unknown model 'nothing-here'"),
+        (("generate", "--out", "x.mp4"), ".gif, .webp, .png"),
+        (("generate", "--out", "x.gif", "--prompt", "rign red right slow black row1 column2"), "did you mean 'ring'"),
+    ],
+)
+def test_a_refusal_is_one_clear_line_and_exit_code_one(arguments, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "fxq", *arguments], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_wrong_usage_is_exit_code_two():
+    assert run("quantize").returncode == 2
+
+
+def test_a_damaged_bundle_is_refused_by_inspect(bundle, tmp_path):
+    module = fxq.load(bundle)
+    fxq.save(module, tmp_path / "b")
+    (tmp_path / "b" / "graph.json").write_text("{}")
+    result = run("inspect", str(tmp_path / "b"))
+    assert result.returncode == 1
+    assert "truncated or altered" in result.stderr
+
+
+def test_same_seed_same_video(bundle):
+    first, second = (
+        cli._generate(cli.tiny_rollout(cli.load_tiny(), 1, seed=3, unseen=True)[0], fxq.load(bundle)) for _ in range(2)
+    )
+    assert torch.equal(first, second)

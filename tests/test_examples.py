@@ -1,0 +1,37 @@
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("name", ["quantize_module.py", "own_rollout.py"])
+def test_the_example_runs(name, capsys):
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "linears quantized" in text
+    error = next(line for line in text.splitlines() if "error" in line)
+    assert float(error.split()[-1]) < 0.2
+
+
+@pytest.mark.slow
+def test_training_runs_saves_and_resumes(tmp_path):
+    script = [sys.executable, str(EXAMPLES / "tiny_arvd" / "train.py"), "--out", str(tmp_path), "--threads", "1"]
+    for stages in (["1:2:2"], ["1:2:2", "2:2:2"]):
+        done = subprocess.run([*script, "--eager", "--stages", *stages], capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+    assert "'done': 4" in done.stdout
+    assert "'done': 2" not in done.stdout
+    assert (tmp_path / "tiny.safetensors").stat().st_size > 1_000_000
+
+
+def test_the_scorer_script_reports_real_and_shuffled_clips(capsys):
+    runpy.run_path(str(EXAMPLES / "tiny_arvd" / "score.py"), run_name="fxq_example")["main"](
+        ["--videos", "16", "--no-model"]
+    )
+    text = capsys.readouterr().out
+    assert "real clips" in text
+    assert "shuffled prompts" in text
