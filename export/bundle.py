@@ -20,6 +20,7 @@ from torch import fx
 import fxq.kernels  # registers the operators a bundle's graph calls
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
 from fxq.ir import QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.signature import guard_inputs
 from fxq.verify import RuleError, check
 
 FORMAT_VERSION = 1
@@ -225,4 +226,4 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         raise BundleError(
             f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent"
         )
-    return module
+    return guard_inputs(module, manifest.facts["inputs"])

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx._pytree import tree_flatten_spec
-from torch.utils import _pytree as pytree
 
 from fxq.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.rollout import Rollout, current_call
+from fxq.signature import check_sizes, flatten_call, input_sizes
 
 OnProgress = Callable[[int, int | None], None]
 """Told (batches or calls done, total or None)."""
@@ -123,44 +122,17 @@ class _Observer(fx.Interpreter):
 
 def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]:
     """A callable like ``module`` that also feeds ``collector``."""
-    observer = _Observer(module, collector)
+    observer, sizes = _Observer(module, collector), input_sizes(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         call_ = current_call()
         if call_ is not None:
             collector.chunk = call_.chunk
-        flat = _flat(module, args, kwargs)
+        flat = flatten_call(module, args, kwargs)
+        check_sizes(module, sizes, flat)
         return module.graph.process_outputs(observer.run(*flat, enable_io_processing=False))
 
     return call
-
-
-def _flat(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
-    """Arguments as the flat list of the graph's placeholders, nested dicts in the example's order."""
-    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    names = [name for name in info.orig_args if name != "self"]
-    missing = [name for name in names[len(args) :] if name not in kwargs]
-    unknown = [name for name in kwargs if name not in names[len(args) :]]
-    if missing or unknown or len(args) > len(names):
-        raise CalibrationError(
-            f"calibration arguments do not fit the captured call {tuple(names)}: {len(args)} positional, missing "
-            f"{missing}, unknown {unknown}; every batch must use the arguments of the example"
-        )
-    values = [*args, *(kwargs[name] for name in names[len(args) :])]
-    positional = info.in_spec.child(0).num_children
-    call = (tuple(values[:positional]), dict(zip(names[positional:], values[positional:], strict=True)))
-    leaves, spec = pytree.tree_flatten(call)
-    if spec == info.in_spec:
-        return leaves
-    try:
-        ordered: list[Any] = tree_flatten_spec(call, info.in_spec)
-    except (LookupError, TypeError, ValueError):
-        ordered = []
-    if len(ordered) != len(leaves):
-        raise CalibrationError(
-            f"calibration arguments are nested in another way than the example: {spec}, expected {info.in_spec}"
-        )
-    return ordered
 
 
 def calibrate(

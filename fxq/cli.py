@@ -8,7 +8,7 @@ import json
 import pathlib
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -208,7 +208,8 @@ def inspect(
         return
     table = Table(title=f"{target} under {recipe}")
     for name in ("layer", "bits", "shape", "above", "outliers", "median", "threshold", "largest", "note"):
-        table.add_column(name, justify="left" if name in ("layer", "bits", "note") else "right")
+        justify: Literal["left", "right"] = "left" if name in ("layer", "bits", "note") else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "note")
     for row in rows:
         numbers = [f"{row[k]:.3f}" if k in row else "-" for k in ("median", "threshold", "largest")]
         shape = "x".join(map(str, row["shape"]))

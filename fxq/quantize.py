@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import operator
 import pathlib
@@ -22,7 +23,8 @@ from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
 from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
-from fxq.trace import trace
+from fxq.signature import batch_dynamic, guard_inputs, input_sizes
+from fxq.trace import TraceError, trace
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
 ForwardLoop = Callable[[Callable[..., Any]], None]
@@ -49,7 +51,8 @@ def quantize(
         recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``), a :class:`fxq.Recipe` or a recipe file.
         example_inputs: inputs to trace with, in a loader item's form; default: the rollout's example call or the first
             batch.
-        dynamic_shapes: as for ``torch.export.export``; default: the rollout's, else ``Dim.AUTO`` nowhere (static).
+        dynamic_shapes: as for ``torch.export.export``; default: the rollout's, else the first dimension
+            of every tensor may vary where the model allows it. The result refuses calls of other sizes.
         forward_loop: closure that calls the callable it is given as it would the model.
         checkpoint_dir: one file per finished layer; a killed run resumes there.
         sensitivity: a measured chunk sensitivity, to skip measuring it again.
@@ -72,7 +75,7 @@ def quantize(
     with torch.inference_mode(False), torch.enable_grad(), Progress(progress) as bar:
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
         with bar.step("trace"):
-            graph = trace(model, example.args, dict(example.kwargs), shapes)
+            graph = _trace(model, example, shapes)
         with bar.step("plan"):
             run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
         calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
@@ -176,6 +179,15 @@ def _methods(
     return ApplyMethods(methods, recipe.weighting, recipe.seed, directory, on_layer)
 
 
+def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
+    args, kwargs = example.args, dict(example.kwargs)
+    if dynamic_shapes is None and (default := batch_dynamic(args, kwargs)) is not None:
+        # Some models refuse a dynamic batch; the static capture then refuses other batches when it is called.
+        with contextlib.suppress(TraceError):
+            return trace(model, args, kwargs, default)
+    return trace(model, args, kwargs, dynamic_shapes)
+
+
 def _example(
     loader: Iterable[Any] | Rollout | None, example_inputs: Any, dynamic_shapes: Any
 ) -> tuple[Iterable[Any] | Rollout | None, Batch, Any]:
@@ -226,17 +238,18 @@ def finish(
     graph: QuantGraph, recipe: Recipe, calibration_hash: str, alpha: list[float] | None, never_called: list[str]
 ) -> fx.GraphModule:
     """Attach the facts that summaries and manifests show to a FROZEN graph's module and return it."""
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": recipe_to_json(recipe),
         "calibration_hash": calibration_hash,
         "sensitivity": alpha,
         "chunk_weights": graph.chunk_weights.tolist(),
         "never_called": never_called,
+        "inputs": input_sizes(graph.module),
         "passes": [[name, touched] for name, touched, _ in graph.log],
         "environment": environment(),
     }
     set_facts(graph.module, facts)
-    return graph.module
+    return guard_inputs(graph.module, facts["inputs"])
 
 
 def environment() -> dict[str, str]:

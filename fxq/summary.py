@@ -72,7 +72,7 @@ class Summary:
             title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16"
         )
         for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("output SQNR dB", justify="right")
         table.add_column("kernel or reason")
         for row in self.rows:

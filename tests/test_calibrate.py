@@ -25,8 +25,20 @@ class Keywords(nn.Module):
         return {"y": y if gain is None else y * gain}
 
 
-def planned_graph(model, args, kwargs=None):
-    graph = trace(model.eval(), args, kwargs)
+class Apart(nn.Module):
+    """Two linears on inputs of different lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(64, 32)
+        self.second = nn.Linear(48, 32)
+
+    def forward(self, a, b):
+        return self.first(a), self.second(b)
+
+
+def planned_graph(model, args, kwargs=None, dynamic_shapes=None):
+    graph = trace(model.eval(), args, kwargs, dynamic_shapes)
     return run_passes(graph, (PlanLayers(recipe()),))
 
 
@@ -142,9 +154,9 @@ def test_an_empty_loader_is_refused():
 
 
 def test_a_layer_without_rows_is_refused_by_name():
-    graph = planned_graph(Keywords(), ({"a": A, "b": B},))
+    graph = planned_graph(Apart(), (A, B), dynamic_shapes=({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO}))
     with pytest.raises(CalibrationError, match=r"1 planned layer\(s\) received no calibration row: second"):
-        collected(graph, [({"a": A, "b": B[:0, :, None].transpose(1, 2)},)])
+        collected(graph, [(A, B[:0])])
 
 
 def test_a_forward_loop_that_calls_nothing_is_refused():

@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--stages", type=Stage.parse, nargs="+", required=True, metavar="CHUNKS:BATCH:STEPS")
-    parser.add_argument("--first", type=int, default=64, help="extra clips of chunk 0 alone in every step of longer clips")
+    parser.add_argument("--first", type=int, default=64, help="extra chunk-0 clips in every step of longer clips")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--final", type=int, default=2000, help="steps of the closing learning-rate decay")
     parser.add_argument("--threads", type=int, default=2)
