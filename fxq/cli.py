@@ -81,6 +81,11 @@ def main() -> None:
         sys.exit(1)
 
 
+def _console() -> Console:
+    """stdout; as wide as tables need where it is not a terminal."""
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
 def _emit(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
@@ -121,7 +126,7 @@ def demo(
     if as_json:
         _emit(data)
         return
-    console = Console()
+    console = _console()
     console.print(main_table(report))
     console.print(ablation_table(report))
     for line in comparison_lines(report):
@@ -152,8 +157,8 @@ def quantize(
     if as_json:
         sys.stdout.write(result.to_json() + "\n")
     else:
-        Console().print(result)
-        Console().print(f"bundle: {out}", highlight=False)
+        _console().print(result)
+        _console().print(f"bundle: {out}", highlight=False)
 
 
 @app.command()
@@ -170,13 +175,13 @@ def inspect(
             sys.stdout.write(result.to_json() + "\n")
             return
         facts = manifest.facts
-        Console().print(result)
+        _console().print(result)
         alpha = facts.get("sensitivity")
-        Console().print(
+        _console().print(
             f"recipe {facts['recipe']['name']}, calibration {facts['calibration_hash'][:16]}", highlight=False
         )
         if alpha:
-            Console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
+            _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
         return
     rollout = make_rollout(target, 2, 0)
     args, shapes = rollout.example_call()
@@ -218,7 +223,7 @@ def inspect(
         table.add_row(
             row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers, row["reason"], style=style
         )
-    Console().print(table)
+    _console().print(table)
 
 
 @app.command()
@@ -244,7 +249,7 @@ def sensitivity(
     for i, a in enumerate(alpha):
         published = f"{PUBLISHED_SENSITIVITY[i]:.4f}" if len(alpha) == len(PUBLISHED_SENSITIVITY) else "-"
         table.add_row(str(i), f"{a:.4f}", published, "#" * round(60 * a))
-    Console().print(table)
+    _console().print(table)
 
 
 def _parse_prompt(text: str) -> torch.Tensor:
@@ -293,7 +298,7 @@ def generate(
     if as_json:
         _emit({"prompt": words, "out": str(out), "scores": scores})
     else:
-        Console().print(f"{words}: {out}", highlight=False)
+        _console().print(f"{words}: {out}", highlight=False)
 
 
 def _generate(rollout: Rollout, module: Any) -> torch.Tensor:
