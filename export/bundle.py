@@ -107,6 +107,8 @@ def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
         try:
             _write(part, tensors, graph, layers, facts)
             part.chmod(0o755)
+            for file in part.iterdir():
+                file.chmod(0o644)
             _swap(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -218,6 +220,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     try:
         module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
         set_facts(module, manifest.facts)
+        guard_inputs(module, manifest.facts.get("inputs", []))
         check(QuantGraph(module, Stage.FROZEN), "after load")
     except (GraphFormatError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from None
@@ -226,4 +229,4 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         raise BundleError(
             f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent"
         )
-    return guard_inputs(module, manifest.facts["inputs"])
+    return module

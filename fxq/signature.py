@@ -83,7 +83,14 @@ def check_sizes(module: fx.GraphModule, sizes: Sizes, leaves: Sequence[Any]) -> 
 
 
 def guard_inputs(module: fx.GraphModule, sizes: Sizes) -> fx.GraphModule:
-    """Make ``module`` refuse calls of other sizes than it was captured for: a graph would compute nonsense silently."""
+    """Make ``module`` refuse calls of other sizes than it was captured for: a graph would compute nonsense silently.
+
+    Raises:
+        ValueError: when ``sizes`` does not describe the graph's inputs.
+    """
+    inputs = module.graph.find_nodes(op="placeholder")
+    if not isinstance(sizes, list) or len(sizes) != len(inputs):
+        raise ValueError(f"the facts describe {sizes!r} as inputs, the graph has {len(inputs)}")
 
     def before(called: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(called, fx.GraphModule)

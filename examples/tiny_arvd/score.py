@@ -27,8 +27,9 @@ def show(name: str, scores: dict[str, float]) -> None:
 
 
 def write_grid(path: pathlib.Path, videos: Tensor, scale: int = 3) -> None:
-    """Videos [B, F, 3, H, W] as rows of one picture."""
+    """Videos [B, F, 3, H, W] as rows of one picture, a thin line between frames."""
     rows = torch.stack([torch.from_numpy(frames_of(video)) for video in videos])
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1, 0, 1), value=90)
     picture = rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     size = (picture.shape[1] * scale, picture.shape[0] * scale)
