@@ -19,30 +19,21 @@ import sys
 import numpy as np
 import torch
 
-from fxq.demo import Candidate, DemoSettings, Lab, ablation_recipes, evaluate, tiny_rollout, weighting_recipes
+from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, tiny_rollout, weighting_recipes
 from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
-from fxq.passes.methods.adaround import AdaRound
 from fxq.progress import Progress
 from fxq.quantize import environment
-from fxq.recipes import PRESETS
+from fxq.recipes import PRESETS, with_iterations
 
 
 def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, dict[str, list[float]]]:
     """Per-video errors of every variant under one calibration seed."""
     model = load_tiny()
-    settings = DemoSettings(seed=seed, bits=(bits,), iterations=iterations, evaluation_videos=videos)
-    recipe = dataclasses.replace(
-        PRESETS[bits],
-        seed=seed,
-        methods=tuple(
-            dataclasses.replace(m, iterations=iterations) if isinstance(m, AdaRound) else m
-            for m in PRESETS[bits].methods
-        ),
-    )
+    recipe = dataclasses.replace(with_iterations(PRESETS[bits], iterations), seed=seed)
     recipes = ablation_recipes(recipe) | {f"weights {k}": v for k, v in weighting_recipes(recipe).items()}
     with Progress(prefix=f"seed {seed} ") as bar:
-        lab = Lab(model, settings, bar)
+        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], recipe, bar)
         rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
         reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
         candidates = []

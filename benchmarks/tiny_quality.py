@@ -16,13 +16,15 @@ import sys
 
 import torch
 
-from fxq.demo import DemoSettings, Lab, sensitivity_view, tiny_rollout
+from fxq.demo import sensitivity_view
 from fxq.export import load
+from fxq.lab import Lab, tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import latent_mse, psnr
 from fxq.models.tiny import load_tiny
 from fxq.progress import Progress
 from fxq.quantize import environment
+from fxq.recipes import PRESETS
 from fxq.sensitivity import chunk_sensitivity
 
 
@@ -46,7 +48,7 @@ def main() -> None:
                 "latent_mse": float(latent_mse(video, reference).mean()),
                 "psnr": float(psnr(video, reference).mean()),
             }
-        lab = Lab(model, DemoSettings(), bar)
+        lab = Lab(tiny_rollout(model, 16, seed=1, unseen=False)[0], PRESETS["w8a8"], bar)
         views = []
         for bits in ("w8a8", "w4a8"):
             with bar.step(f"{bits} sensitivity") as on_progress:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from fxq.demo import tiny_rollout
+from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
 from fxq.rollout import Rollout
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import pathlib
@@ -18,19 +17,19 @@ from rich.table import Table
 from fxq.adapters import AdapterError, make_rollout
 from fxq.calibrate import CalibrationError
 from fxq.config import Recipe, RecipeError
-from fxq.demo import SHAPE, DemoSettings, frames_of, run_demo, tiny_rollout
+from fxq.demo import DemoSettings, run_demo
 from fxq.export import BundleError, load, read_manifest, save
 from fxq.graph import linear_sites
 from fxq.ir import planned
+from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.passes import DetectOutliers, LoweringError, PlanLayers, detect_outliers
-from fxq.passes.methods.adaround import AdaRound
 from fxq.pipeline import PassError, run_passes
 from fxq.quantize import quantize as quantize_model
 from fxq.quantize import sensitivity as measure_sensitivity
-from fxq.recipes import get_recipe
+from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.report.html import write_report
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json
@@ -92,12 +91,7 @@ def _emit(data: Any) -> None:
 
 def _recipe(name: str, iterations: int | None) -> Recipe:
     recipe = get_recipe(name)
-    if iterations is None:
-        return recipe
-    methods = tuple(
-        dataclasses.replace(m, iterations=iterations) if isinstance(m, AdaRound) else m for m in recipe.methods
-    )
-    return dataclasses.replace(recipe, methods=methods)
+    return recipe if iterations is None else with_iterations(recipe, iterations)
 
 
 @app.command()

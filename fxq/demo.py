@@ -8,52 +8,20 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from fxq.config import Recipe
 from fxq.graph import linear_sites
 from fxq.ir import QuantGraph
+from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_of, tiny_rollout
 from fxq.metrics import sprites
-from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teacher_forced
-from fxq.models.causal_wan import CausalWan
-from fxq.models.self_forcing import SelfForcingRollout
-from fxq.models.tiny import CHUNK, TINY_SAMPLER, load_tiny, tiny_facts
-from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers, detect_outliers
-from fxq.passes.methods.adaround import AdaRound
-from fxq.passes.methods.ranges import RangeSearch
-from fxq.pipeline import run_passes
+from fxq.models.tiny import CHUNK, load_tiny, tiny_facts
+from fxq.passes import detect_outliers
 from fxq.progress import Progress
-from fxq.quantize import calibrate_graph, environment, finish, measure
-from fxq.recipes import PRESETS, minmax
-from fxq.report.data import Clip, Comparison, LayerView, Report, SensitivityView, Variant
-from fxq.rollout import Draws
-from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
+from fxq.quantize import environment
+from fxq.recipes import PRESETS, minmax, with_iterations
+from fxq.report.data import Clip, LayerView, Report, SensitivityView, Variant
+from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity
 from fxq.summary import summary
-from fxq.trace import trace
-
-SHAPE = (sprites.FRAMES, 3, sprites.SIZE, sprites.SIZE)
-
-
-def tiny_rollout(
-    model: CausalWan, count: int, *, seed: int, unseen: bool, batch: int = 64
-) -> tuple[SelfForcingRollout, Tensor]:
-    """A rollout of ``count`` random prompts and their word indices int64 [count, 7].
-
-    Args:
-        model: the tiny model.
-        count: number of videos.
-        seed: of prompts and noise.
-        unseen: prompts kept from training, or prompts of the training split.
-        batch: videos per batch.
-    """
-    conditions = sprites.sample_conditions(count, torch.Generator().manual_seed(seed), unseen=unseen)
-    seeds = [1000 * seed + i for i in range(count)]
-    batches = [
-        ({"prompt_embeds": sprites.prompt_embeds(conditions[i : i + batch])}, Draws(seeds[i : i + batch], SHAPE))
-        for i in range(0, count, batch)
-    ]
-    return SelfForcingRollout(model, batches, TINY_SAMPLER), conditions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,164 +35,6 @@ class DemoSettings:
     bits: tuple[str, ...] = ("w8a8", "w4a8", "w4a6")
     ablation_bits: str = "w4a8"
     clips: int = 6
-
-
-class Lab:
-    """One traced and calibrated model, quantized in many ways without tracing or calibrating again."""
-
-    def __init__(self, model: CausalWan, settings: DemoSettings, bar: Progress) -> None:
-        self.settings, self.bar = settings, bar
-        self.calibration, _ = tiny_rollout(model, settings.calibration_videos, seed=settings.seed, unseen=False)
-        args, shapes = self.calibration.example_call()
-        with bar.step("trace"):
-            self.traced = trace(model, args, None, shapes)
-        prepared = self._planned(PRESETS[settings.bits[0]])
-        self.calibration_hash = calibrate_graph(prepared, self.calibration, PRESETS[settings.bits[0]], None, bar)
-        self.statistics = prepared.statistics
-        self._measured: dict[str, ChunkSensitivity] = {}
-
-    def _planned(self, recipe: Recipe) -> QuantGraph:
-        graph = self.traced.fork()
-        run_passes(graph, (PlanLayers(recipe), DetectOutliers()))
-        return graph
-
-    def _calibrated(self, recipe: Recipe) -> QuantGraph:
-        graph = self._planned(recipe)
-        graph.adopt(self.statistics)
-        return graph
-
-    def sensitivity(self, bits: str) -> ChunkSensitivity:
-        """Sensitivity on the calibration videos; measured once per bit width."""
-        if bits not in self._measured:
-            recipe = PRESETS[bits]
-            with self.bar.step(f"{bits} sensitivity") as on_progress:
-                self._measured[bits] = measure(self._calibrated(recipe), self.calibration, recipe, on_progress)
-        return self._measured[bits]
-
-    def initialised(self, bits: str) -> fx.GraphModule:
-        """The model with searched ranges and round-to-nearest integers: what sensitivity is measured with."""
-        recipe = PRESETS[bits]
-        graph = self._calibrated(recipe)
-        run_passes(graph, (ApplyMethods(recipe.methods[:1]), LowerLinear()))
-        return graph.module
-
-    def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
-        """A frozen model and the seconds its methods, rewrite and freeze took."""
-        alpha = None
-        if recipe.weighting not in ("uniform", "exponential"):
-            alpha = self.sensitivity(bits).alpha
-        graph = self._calibrated(recipe)
-        graph.chunk_weights = chunk_weights(alpha, sprites.FRAMES // CHUNK, recipe.weighting)
-        start = time.perf_counter()
-        with self.bar.step(recipe.name) as on_layer:
-            methods = ApplyMethods(
-                recipe.methods, recipe.weighting, recipe.seed, None, lambda _, done, total: on_layer(done, total)
-            )
-            run_passes(graph, (methods, LowerLinear(), Freeze()))
-        seconds = time.perf_counter() - start
-        return finish(graph, recipe, self.calibration_hash, None if alpha is None else alpha.tolist(), []), seconds
-
-
-def _with_iterations(recipe: Recipe, iterations: int) -> Recipe:
-    methods = tuple(
-        dataclasses.replace(m, iterations=iterations) if isinstance(m, AdaRound) else m for m in recipe.methods
-    )
-    return dataclasses.replace(recipe, methods=methods)
-
-
-def _single_scale(recipe: Recipe) -> Recipe:
-    rules = tuple(
-        r if r.scheme is None else dataclasses.replace(r, scheme=dataclasses.replace(r.scheme, dual_scale=False))
-        for r in recipe.rules
-    )
-    return dataclasses.replace(recipe, rules=rules)
-
-
-def ablation_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """What each part adds alone (Table 3 of arXiv 2605.21072), by name; the last is the whole method."""
-    nearest = dataclasses.replace(recipe, methods=(RangeSearch(),), weighting="uniform")
-    uniform = dataclasses.replace(recipe, weighting="uniform")
-    return {
-        "round to nearest": _single_scale(nearest),
-        "+ dual scale": nearest,
-        "+ reconstruction": _single_scale(uniform),
-        "+ reconstruction, weighting": _single_scale(recipe),
-        "+ reconstruction, dual scale": uniform,
-        "+ all three (Q-ARVD)": recipe,
-    }
-
-
-def weighting_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Chunk weightings (Table 4 of arXiv 2605.21072) on the whole method, by name."""
-    names = {
-        "uniform": "uniform",
-        "exponential": "2^-i",
-        "reversed": "reversed",
-        "single_scale_only": "measured, single-scale layers only",
-        "sensitivity": "measured",
-    }
-    return {label: dataclasses.replace(recipe, weighting=key) for key, label in names.items()}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A quantized module with the names it has in tables."""
-
-    method: str
-    bits: str
-    module: fx.GraphModule
-    seconds: float
-
-    @property
-    def name(self) -> str:
-        """Method and bits."""
-        return f"{self.method} {self.bits.upper()}"
-
-
-def evaluate(
-    rollout: SelfForcingRollout, conditions: Tensor, reference: Tensor, candidates: Sequence[Candidate], bar: Progress
-) -> tuple[list[Variant], dict[str, Tensor]]:
-    """Measure candidates free-running and teacher-forced; returns their rows and their videos by name."""
-    with bar.step("teacher-forced errors"):
-        forced = teacher_forced(rollout, {c.name: c.module for c in candidates})
-    variants, videos = [], {}
-    with bar.step("rollouts") as on_progress:
-        for done, candidate in enumerate(candidates):
-            on_progress(done, len(candidates))
-            with rollout.using(candidate.module):
-                video = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
-            videos[candidate.name] = video
-            facts = summary(candidate.module)
-            variants.append(
-                Variant(
-                    method=candidate.method,
-                    bits=candidate.bits.upper(),
-                    size_ratio=facts.ratio,
-                    bytes=sum(row.bytes for row in facts.quantized),
-                    latent_mse=latent_mse(video, reference),
-                    teacher_forced=forced[candidate.name],
-                    chunk_mse=chunk_mse(video, reference, CHUNK),
-                    psnr=psnr(video, reference),
-                    scores=sprites.score(video, conditions).means(),
-                    quantized=len(facts.quantized),
-                    kept=len(facts.kept),
-                    seconds=candidate.seconds,
-                )
-            )
-    return variants, videos
-
-
-def compare(a: Variant, b: Variant) -> list[Comparison]:
-    """Paired ratios of ``a`` to ``b`` in both errors."""
-    rows = []
-    for metric in ("teacher_forced", "latent_mse"):
-        ratio, low, high = paired_ratio(getattr(a, metric), getattr(b, metric))
-        rows.append(
-            Comparison(
-                metric=metric, bits=a.bits, a=a.method, b=b.method, ratio=ratio, low=low, high=high, videos=len(a.psnr)
-            )
-        )
-    return rows
 
 
 def sensitivity_view(bits: str, measured: ChunkSensitivity) -> SensitivityView:
@@ -269,12 +79,6 @@ def layer_views(module: fx.GraphModule, traced: QuantGraph) -> list[LayerView]:
     return views
 
 
-def frames_of(video: Tensor) -> NDArray[np.uint8]:
-    """Pixels uint8 [F, H, W, 3] of one video [F, C, H, W] in -1..1."""
-    pixels = ((video.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def make_clips(
     conditions: Tensor, reference: Tensor, videos: Mapping[str, Tensor], variants: Sequence[Variant], count: int
 ) -> list[Clip]:
@@ -302,20 +106,21 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
     start = time.perf_counter()
     model = load_tiny()
     with Progress(progress) as bar:
-        lab = Lab(model, settings, bar)
+        calibration, _ = tiny_rollout(model, settings.calibration_videos, seed=settings.seed, unseen=False)
+        lab = Lab(calibration, PRESETS[settings.bits[0]], bar)
         rollout, conditions = tiny_rollout(model, settings.evaluation_videos, seed=settings.seed + 1, unseen=True)
         with bar.step("full-precision videos"):
             reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
         candidates, modules = [], {}
         for bits in settings.bits:
-            recipe = _with_iterations(PRESETS[bits], settings.iterations)
+            recipe = with_iterations(PRESETS[bits], settings.iterations)
             for method, chosen in (("MinMax", minmax(recipe)), ("Q-ARVD", recipe)):
                 module, seconds = lab.quantized(chosen, bits)
                 candidates.append(Candidate(method=method, bits=bits, module=module, seconds=seconds))
                 modules[f"{method} {bits}"] = module
         bits = settings.ablation_bits
         parts = []
-        for name, chosen in ablation_recipes(_with_iterations(PRESETS[bits], settings.iterations)).items():
+        for name, chosen in ablation_recipes(with_iterations(PRESETS[bits], settings.iterations)).items():
             if name.endswith("(Q-ARVD)"):
                 continue
             module, seconds = lab.quantized(dataclasses.replace(chosen, name=f"{bits} {name}"), bits)

@@ -59,16 +59,29 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def minmax(recipe: Recipe) -> Recipe:
-    """The MinMax baseline of a recipe: same bits and layers, one scale, no search, no reconstruction."""
+def single_scale(recipe: Recipe) -> Recipe:
+    """The recipe without dual scales."""
     rules = tuple(
         rule
         if rule.scheme is None
         else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, dual_scale=False))
         for rule in recipe.rules
     )
+    return dataclasses.replace(recipe, rules=rules)
+
+
+def with_iterations(recipe: Recipe, iterations: int) -> Recipe:
+    """The recipe with another number of reconstruction iterations."""
+    methods = tuple(
+        dataclasses.replace(m, iterations=iterations) if isinstance(m, AdaRound) else m for m in recipe.methods
+    )
+    return dataclasses.replace(recipe, methods=methods)
+
+
+def minmax(recipe: Recipe) -> Recipe:
+    """The MinMax baseline of a recipe: same bits and layers, one scale, no search, no reconstruction."""
     return dataclasses.replace(
-        recipe, name=f"{recipe.name}-minmax", rules=rules, methods=(MinMax(),), weighting="uniform"
+        single_scale(recipe), name=f"{recipe.name}-minmax", methods=(MinMax(),), weighting="uniform"
     )
 
 

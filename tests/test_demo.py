@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import fxq
-from fxq.demo import DemoSettings, ablation_recipes, run_demo, tiny_rollout, weighting_recipes
+from fxq.demo import DemoSettings, run_demo
+from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
 from fxq.metrics import sprites
 from fxq.models.tiny import load_tiny
 from fxq.report.html import write_report
@@ -14,7 +15,7 @@ from fxq.report.tables import report_to_json
 
 @pytest.fixture(scope="module")
 def demo():
-    settings = DemoSettings(calibration_videos=8, evaluation_videos=24, iterations=120, clips=2)
+    settings = DemoSettings(calibration_videos=8, evaluation_videos=24, iterations=60, clips=2)
     return run_demo(settings, "fxq demo", progress=False)
 
 
@@ -63,15 +64,15 @@ def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least(demo):
     report, _ = demo
     for view in report.sensitivity:
         assert int(np.argmax(view.alpha)) == 0
-        assert view.alpha[-1] < view.alpha[0] / 4
+        assert view.alpha[-1] < view.alpha[0] / 2
+        assert view.alpha[-1] < 1.1 * min(view.alpha)
 
 
 @pytest.mark.slow
 def test_sizes_are_real(demo):
     report, modules = demo
     for variant in report.variants:
-        limit = 0.53 if variant.bits == "W8A8" else 0.30
-        assert variant.size_ratio <= limit + (0.04 if variant.bits == "W8A8" else 0.0), variant.bits
+        assert variant.size_ratio <= (0.55 if variant.bits == "W8A8" else 0.30), variant.bits
     for module in modules.values():
         stored = {t.dtype for name, t in module.named_buffers() if name.endswith("self_attn.q.weight")}
         assert stored <= {torch.int8, torch.uint8}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fxq.demo import frames_of, tiny_rollout
+from fxq.lab import frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.tiny import load_tiny
 
