@@ -11,7 +11,6 @@ from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import PRESETS, load_recipe
 from fxq.rollout import Call, Draws, Rollout, Span, State
-from fxq.sensitivity import ChunkSensitivity
 from fxq.summary import Summary, summary
 from fxq.trace import TraceError
 
@@ -21,7 +20,6 @@ __all__ = [
     "BundleError",
     "CalibrationError",
     "Call",
-    "ChunkSensitivity",
     "Draws",
     "OutlierChannels",
     "Recipe",

@@ -27,8 +27,8 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.passes import DetectOutliers, LoweringError, PlanLayers, detect_outliers
 from fxq.pipeline import PassError, run_passes
+from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
-from fxq.quantize import sensitivity as measure_sensitivity
 from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.report.html import write_report

@@ -7,11 +7,11 @@ import dataclasses
 import operator
 import pathlib
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrate
@@ -39,7 +39,7 @@ def quantize(
     dynamic_shapes: Any = None,
     forward_loop: ForwardLoop | None = None,
     checkpoint_dir: str | pathlib.Path | None = None,
-    sensitivity: ChunkSensitivity | None = None,
+    sensitivity: Sequence[float] | Tensor | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
     """Quantize a model with calibration data.
@@ -55,7 +55,7 @@ def quantize(
             of every tensor may vary where the model allows it. The result refuses calls of other sizes.
         forward_loop: closure that calls the callable it is given as it would the model.
         checkpoint_dir: one file per finished layer; a killed run resumes there.
-        sensitivity: a measured chunk sensitivity, to skip measuring it again.
+        sensitivity: chunk sensitivities measured before, [chunks], to skip measuring them again.
         progress: show progress bars on stderr.
 
     Returns:
@@ -79,14 +79,15 @@ def quantize(
         with bar.step("plan"):
             run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
         calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
-        measured = weigh_chunks(graph, loader, chosen, sensitivity, bar)
+        alpha = None if sensitivity is None else torch.as_tensor(sensitivity, dtype=torch.float64)
+        alpha = weigh_chunks(graph, loader, chosen, alpha, bar)
         directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
         with bar.step("reconstruct") as on_layer:
             run_passes(graph, (_methods(chosen, directory, lambda _, done, total: on_layer(done, total)),))
         with bar.step("rewrite"):
             run_passes(graph, (LowerLinear(), Freeze()))
-    alpha = None if measured is None else measured.alpha.tolist()
-    return finish(graph, chosen, calibration_hash, alpha, _never_called(model, graph))
+    facts = None if alpha is None else alpha.tolist()
+    return finish(graph, chosen, calibration_hash, facts, _never_called(model, graph))
 
 
 def calibrate_graph(
@@ -107,9 +108,9 @@ def weigh_chunks(
     graph: QuantGraph,
     loader: Iterable[Any] | Rollout | None,
     recipe: Recipe,
-    measured: ChunkSensitivity | None,
+    alpha: Tensor | None,
     bar: Progress,
-) -> ChunkSensitivity | None:
+) -> Tensor | None:
     """Set the graph's chunk weights, measuring sensitivity when the recipe needs it and the loader is a rollout.
 
     Other loaders name chunks by :class:`fxq.Batch`; without a measured sensitivity their chunks weigh the same.
@@ -119,18 +120,18 @@ def weigh_chunks(
     """
     if isinstance(loader, Rollout):
         chunks = max(loader.units(c, d) for c, d in loader.batches)
-        if measured is None and recipe.weighting not in ("uniform", "exponential"):
+        if alpha is None and recipe.weighting not in ("uniform", "exponential"):
             with bar.step("sensitivity") as on_progress:
-                measured = measure(graph, loader, recipe, on_progress)
+                alpha = measure(graph, loader, recipe, on_progress).alpha
     else:
         chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)
-    if measured is not None and len(measured.alpha) < chunks:
-        raise CalibrationError(f"sensitivity has {len(measured.alpha)} chunks, the calibration data {chunks}")
-    if measured is None and recipe.weighting != "exponential":
+    if alpha is not None and len(alpha) < chunks:
+        raise CalibrationError(f"sensitivity has {len(alpha)} chunks, the calibration data {chunks}")
+    if alpha is None and recipe.weighting != "exponential":
         graph.chunk_weights = torch.ones(chunks)
     else:
-        graph.chunk_weights = chunk_weights(None if measured is None else measured.alpha, chunks, recipe.weighting)
-    return measured
+        graph.chunk_weights = chunk_weights(alpha, chunks, recipe.weighting)
+    return alpha
 
 
 def measure(
@@ -142,24 +143,28 @@ def measure(
     return chunk_sensitivity(rollout, fork.module, graph.module, on_progress)
 
 
-def sensitivity(
-    rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False
-) -> ChunkSensitivity:
-    """Chunk-wise sensitivity of a rollout's denoiser under a recipe.
+def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False) -> Tensor:
+    """Chunk-wise sensitivity of a rollout's denoiser under a recipe, float64 [chunks] with sum 1.
+
+    ``alpha[i]`` is the share of the whole video's error when only chunk i is quantized (arXiv 2605.21072).
 
     Args:
         rollout: prompts and noise; they serve as calibration data as well.
         recipe: preset, recipe or file; its first method initialises the integers, nothing is reconstructed.
         progress: show progress bars on stderr.
 
-    Returns:
-        ``alpha`` float64 [chunks], normalised to sum 1, and the per-video errors behind it.
-
     Raises:
         As :func:`quantize`.
     """
+    return measure_sensitivity(rollout, recipe, progress=progress).alpha
+
+
+def measure_sensitivity(
+    rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False
+) -> ChunkSensitivity:
+    """As :func:`sensitivity`, with the per-video errors behind it."""
     chosen = get_recipe(recipe)
-    with torch.inference_mode(False), torch.enable_grad(), Progress(progress) as bar:
+    with Progress(progress) as bar:
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)

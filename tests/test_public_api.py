@@ -10,7 +10,6 @@ NAMES = {
     "BundleError",
     "CalibrationError",
     "Call",
-    "ChunkSensitivity",
     "Draws",
     "OutlierChannels",
     "Recipe",

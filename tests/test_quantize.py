@@ -247,8 +247,7 @@ def test_a_killed_run_resumes_with_the_same_result(tmp_path):
 @pytest.mark.parametrize("weighting", ["exponential", "sensitivity", "reversed"])
 def test_chunks_of_a_plain_loader_are_weighted(weighting):
     data = [fxq.Batch((rows(9, 96, seed=c),), chunk=c) for c in (0, 1)]
-    measured = fxq.ChunkSensitivity(torch.tensor([0.75, 0.25]), torch.ones(1, 2))
-    given = None if weighting == "exponential" else measured
+    given = None if weighting == "exponential" else [0.75, 0.25]
     q = fxq.quantize(toy(), data, recipe(weighting=weighting), sensitivity=given)
     want = {"exponential": [4 / 3, 2 / 3], "sensitivity": [1.5, 0.5], "reversed": [0.5, 1.5]}[weighting]
     assert fxq.summary(q).facts["chunk_weights"] == pytest.approx(want)
@@ -261,9 +260,8 @@ def test_a_plain_loader_without_sensitivity_weighs_chunks_the_same():
 
 
 def test_a_sensitivity_of_too_few_chunks_is_refused():
-    measured = fxq.ChunkSensitivity(torch.ones(1), torch.ones(1, 1))
     with pytest.raises(fxq.CalibrationError, match="sensitivity has 1 chunks, the calibration data 3"):
-        fxq.quantize(toy(), [fxq.Batch((X,), chunk=2)], recipe(weighting="sensitivity"), sensitivity=measured)
+        fxq.quantize(toy(), [fxq.Batch((X,), chunk=2)], recipe(weighting="sensitivity"), sensitivity=torch.ones(1))
 
 
 @pytest.fixture(scope="module")
