@@ -33,7 +33,7 @@ def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, di
     recipe = dataclasses.replace(with_iterations(PRESETS[bits], iterations), seed=seed)
     recipes = ablation_recipes(recipe) | {f"weights {k}": v for k, v in weighting_recipes(recipe).items()}
     with Progress(prefix=f"seed {seed} ") as bar:
-        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], recipe, bar)
+        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], PRESETS[bits], bar)
         rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
         reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
         candidates = []
