@@ -1,4 +1,4 @@
-"""Small fx helpers: find linears, look at their parameters, compare values."""
+"""Small fx helpers: find linears and their parameters, drop what nothing reads, print a graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from fxq.ir import get_tensor
+from fxq.ir import get_tensor, plan_of
 
 _LINEAR = torch.ops.aten.linear.default
 _CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
@@ -109,8 +109,6 @@ def drop_unread_attributes(graph: fx.Graph) -> None:
 
 def graph_text(module: fx.GraphModule) -> str:
     """The graph as stable text: one node a line with its plan, for golden files and diffs."""
-    from fxq.ir import plan_of
-
     lines = []
     for node in module.graph.nodes:
         plan = plan_of(node)
