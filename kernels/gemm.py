@@ -3,8 +3,8 @@
 The GPU kernel keeps one int32 accumulator. It adds up the outlier segment first, multiplies the accumulator by
 ``ratio[n] = (s_x1 * s_w1[n]) / (s_x0 * s_w0[n])``, rounds, and goes on with the normal segment: a second accumulator
 would spill. The rounding costs at most half a unit of ``s_x0 * s_w0[n]``, and the sum must stay inside int32:
-``2**14 * (K_normal + max(ratio) * K_outlier) < 2**31``, a sixteenth of that for packed weights, whose products carry
-a factor 16.
+``2**14 * (K_normal + max(ratio) * K_outlier) < 2**31``, for packed weights too, which enter as 16 times their value.
+:func:`fxq.numerics.ratio_limit` is that bound.
 """
 
 from __future__ import annotations
