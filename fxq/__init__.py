@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 from fxq.calibrate import Batch, CalibrationError
 from fxq.config import Recipe, RecipeError, Rule, Scheme
 from fxq.export import BundleError, load, save
+from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import PRESETS, load_recipe
@@ -34,6 +35,7 @@ __all__ = [
     "detect_outliers",
     "load",
     "load_recipe",
+    "optimize",
     "quantize",
     "save",
     "sensitivity",

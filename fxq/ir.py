@@ -26,6 +26,8 @@ class Stage(enum.IntEnum):
     CALIBRATED = 2
     LOWERED = 3
     FROZEN = 4
+    FUSED = 5
+    BOUND = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,8 @@ class QuantGraph:
     """A graph on its way along the line.
 
     ``statistics`` and ``updates`` map layer names to what calibration saw and what methods chose; ``chunk_weights``
-    float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds).
+    float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds);
+    ``remarks`` tell per layer what the fusion passes did with it, or why they could not.
     """
 
     module: fx.GraphModule
@@ -176,6 +179,11 @@ class QuantGraph:
     updates: dict[str, LayerUpdate] = dataclasses.field(default_factory=dict)
     chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))
     log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
+    remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def remark(self, layer: str, text: str) -> None:
+        """Add a sentence about a layer for the report."""
+        self.remarks.setdefault(layer, []).append(text)
 
     @property
     def plans(self) -> dict[str, LayerPlan]:
@@ -206,7 +214,13 @@ class QuantGraph:
         module = fx.GraphModule(root, graph, self.module.__class__.__name__)
         module.meta.update(self.module.meta)
         return QuantGraph(
-            module, self.stage, dict(self.statistics), dict(self.updates), self.chunk_weights, list(self.log)
+            module,
+            self.stage,
+            dict(self.statistics),
+            dict(self.updates),
+            self.chunk_weights,
+            list(self.log),
+            {layer: list(texts) for layer, texts in self.remarks.items()},
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxq import kernels
 from fxq.graph import linear_sites, unused_tensors
-from fxq.ir import QuantGraph, Stage, get_tensor, plan_of, planned
+from fxq.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, planned
 
 _GEMM = "fxq.dual_scale_linear.default"
 
@@ -83,7 +85,7 @@ def no_planned_linear_is_left(graph: QuantGraph) -> Iterator[str]:
             yield f"{site.layer}: planned as {plan.scheme.label} but still a float linear"
 
 
-@rule(Stage.LOWERED)
+@rule(Stage.LOWERED, until=Stage.FUSED)
 def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
     """Weights are int8 or packed uint8 of the planned shape, scales float32 and finite."""
     for layer, (plan, nodes) in planned(graph.module).items():
@@ -125,7 +127,7 @@ def no_unused_tensor_is_left(graph: QuantGraph) -> Iterator[str]:
         yield f"{name}: stored but never read"
 
 
-@rule(Stage.FROZEN)
+@rule(Stage.FROZEN, until=Stage.FUSED)
 def four_bit_weights_are_packed(graph: QuantGraph) -> Iterator[str]:
     """A 4-bit layer stores half a byte per weight."""
     for layer, (plan, nodes) in planned(graph.module).items():
@@ -133,6 +135,24 @@ def four_bit_weights_are_packed(graph: QuantGraph) -> Iterator[str]:
             for node in nodes:
                 if node.args[6] != 4:
                     yield f"{layer}: 4-bit weights in {node.args[6]}-bit storage"
+
+
+@rule(Stage.FUSED)
+def operators_fit_their_arguments(graph: QuantGraph) -> Iterator[str]:
+    """Every operator of fxq accepts the tensors it reads and the recorded values of its other arguments."""
+    known = {str(op.definition): op for op in kernels.OPS}
+
+    def value(node: fx.Node) -> Any:
+        return get_tensor(graph.module, str(node.target)) if node.op == "get_attr" else example_value(node)
+
+    for node in graph.module.graph.nodes:
+        op = known.get(str(node.target)) if node.op == "call_function" else None
+        if op is None:
+            continue
+        if missing := [n.name for n in node.all_input_nodes if value(n) is None]:
+            yield f"{node.name}: no value is recorded for {', '.join(missing)}"
+        elif reason := op.supports(*fx.map_arg(node.args, value)):
+            yield f"{node.name}: {reason}"
 
 
 def check(graph: QuantGraph, moment: str) -> None:

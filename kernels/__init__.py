@@ -1,12 +1,35 @@
 """Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``."""
 
+from fxq.kernels.attention import attention
+from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm import dual_scale_linear
+from fxq.kernels.norm import norm_quantize
 from fxq.kernels.op import Op
 from fxq.kernels.quantize import quantize_act
+from fxq.kernels.rope import rms_norm_rope
 
-OPS: tuple[Op, ...] = (quantize_act, dual_scale_linear)
+OPS: tuple[Op, ...] = (
+    quantize_act,
+    norm_quantize,
+    dual_scale_linear,
+    dual_scale_linear_quantize,
+    dual_scale_linear_add,
+    rms_norm_rope,
+    attention,
+)
 
-__all__ = ["OPS", "Op", "dual_scale_linear", "quantize_act", "used"]
+__all__ = [
+    "OPS",
+    "Op",
+    "attention",
+    "dual_scale_linear",
+    "dual_scale_linear_add",
+    "dual_scale_linear_quantize",
+    "norm_quantize",
+    "quantize_act",
+    "rms_norm_rope",
+    "used",
+]
 
 
 def used(op_name: str, device: str) -> str:

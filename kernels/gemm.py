@@ -1,102 +1,87 @@
 """Integer matrix product with one activation scale, or two: normal and outlier channels (Q-ARVD, arXiv 2605.21072).
 
-The GPU kernel keeps one int32 accumulator. It adds up the outlier segment first, multiplies the accumulator by
-``ratio[n] = (s_x1 * s_w1[n]) / (s_x0 * s_w0[n])``, rounds, and goes on with the normal segment: a second accumulator
-would spill. The rounding costs at most half a unit of ``s_x0 * s_w0[n]``, and the sum must stay inside int32:
-``2**14 * (K_normal + max(ratio) * K_outlier) < 2**31``, for packed weights too, which enter as 16 times their value.
-:func:`fxq.numerics.ratio_limit` is that bound.
+A weight comes in one of three layouts, told apart by dtype and rank: int8 [N, K], packed int4 uint8 [N, K / 2], and for
+the native CPU kernel int8 panels (:mod:`fxq.kernels.panels`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels.jit import HAS_TRITON, Block, Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels import gemm_triton, native
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
-from fxq.kernels.tiles import Tiles, choose
+from fxq.kernels.panels import pack_panels, panel_shape, unpack_panels
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 22  # int32 accumulators per pass on a CPU: more leave the cache, fewer repack the weight too often
 EXACT_BLOCK = 1024  # products of int8 are at most 2**14: sums of 1024 are exact in float32
 
 
-def _supports(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> str:
+class Operands(NamedTuple):
+    """What every operator of the family multiplies; the arguments of :func:`dual_scale_linear` but for the dtype."""
+
+    q: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    offset: Tensor
+    split: int
+    bits: int
+
+    @property
+    def width(self) -> int:
+        """Input channels K."""
+        return self.q.shape[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Output channels N."""
+        return self.offset.shape[0]
+
+
+def unfit(operands: Operands) -> str:
+    """Why the operands do not fit each other, or ""."""
+    q, weight, weight_scale, input_scale, offset, split, bits = operands
     if q.ndim < 1 or q.dtype != torch.int8:
         return f"q is {q.dtype} {tuple(q.shape)}: expected int8 [..., K] from quantize_act"
     if not 2 <= bits <= 8:
         return f"bits = {bits}: expected 2..8"
-    if dtype not in OUTPUTS:
-        return f"dtype = {dtype}: expected float32, bfloat16 or float16"
     width = q.shape[-1]
     if not 0 < split <= width:
         return f"split = {split}: expected 1..{width}, the number of normal channels of q"
-    packed = bits <= 4
+    if offset.dtype != torch.float32 or offset.ndim != 1:
+        return f"offset is {offset.dtype} {tuple(offset.shape)}: expected float32 [N]"
+    outputs = offset.shape[0]
+    packed = bits <= 4 and weight.ndim == 2
     if packed and (width % numerics.PACK_BLOCK or split % numerics.PACK_BLOCK):
         return f"K = {width}, split = {split}: packed weights need multiples of {numerics.PACK_BLOCK}"
-    stored, columns = (torch.uint8, width // 2) if packed else (torch.int8, width)
-    if weight.dtype != stored or weight.ndim != 2 or weight.shape[1] != columns:
-        form = f"{stored} [N, {columns}] for bits = {bits} and K = {width}"
+    stored, shape = (torch.uint8, (outputs, width // 2)) if packed else (torch.int8, (outputs, width))
+    shapes = [shape] if weight.ndim == 2 else [panel_shape(outputs, width, split)]
+    if weight.dtype != stored or tuple(weight.shape) not in shapes:
+        form = f"{stored} {shape} for bits = {bits}, K = {width} and an offset of {outputs}"
         return f"weight is {weight.dtype} {tuple(weight.shape)}: expected {form}"
     groups = 1 if split == width else 2
-    for name, tensor, shape in (
-        ("weight_scale", weight_scale, (groups, weight.shape[0])),
+    for name, tensor, wanted in (
+        ("weight_scale", weight_scale, (groups, outputs)),
         ("input_scale", input_scale, (groups,)),
-        ("offset", offset, (weight.shape[0],)),
     ):
-        if tensor.dtype != torch.float32 or tensor.shape != shape:
-            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected float32 {shape} for split = {split}"
+        if tensor.dtype != torch.float32 or tensor.shape != wanted:
+            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected float32 {wanted} for split = {split}"
     return ""
 
 
-def _fake(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], weight.shape[0]), dtype=dtype)
-
-
-def _samples() -> Sequence[Arguments]:
-    random = torch.Generator().manual_seed(0)
-    cases: list[Arguments] = []
-    for shape, outputs, split, bits, dtype in (
-        ((5, 96), 40, 96, 8, torch.float32),
-        ((2, 9, 160), 33, 128, 8, torch.bfloat16),
-        ((17, 75), 19, 50, 5, torch.float32),
-        ((1, 128), 64, 96, 4, torch.float32),
-        ((33, 96), 7, 96, 4, torch.float16),
-        ((0, 64), 16, 32, 8, torch.bfloat16),
-        ((64,), 1, 64, 3, torch.float32),
-    ):
-        width = shape[-1]
-        groups = 1 if split == width else 2
-        low, high = numerics.integer_range(bits)
-        q = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
-        w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
-        weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
-        input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
-        offset = torch.randn(outputs, generator=random)
-        stored = numerics.pack_int4(w) if bits <= 4 else w
-        cases.append((q, stored, weight_scale, input_scale, offset, split, bits, dtype))
-    return cases
+def plain_weight(operands: Operands) -> Tensor:
+    """int8 [N, K] whatever the layout."""
+    weight = operands.weight
+    if weight.ndim == 4:
+        return unpack_panels(weight, operands.outputs, operands.width, operands.split)
+    return numerics.unpack_int4(weight) if operands.bits <= 4 else weight
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -119,8 +104,71 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)
 
 
-def linear_in_chunks(
-    matmul: Callable[[Tensor, Tensor], Tensor],
+Finish = Callable[[Tensor, slice], Tensor]
+"""Epilogue of a chunk of rows: (float32 [rows, N], the rows) -> what is stored."""
+
+
+def in_chunks(
+    matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, dtype: torch.dtype, finish: Finish | None = None
+) -> Tensor:
+    """``numerics.dual_scale_matmul`` over chunks of rows, the same float operations in the same order.
+
+    Returns:
+        ``dtype`` [..., N]; ``finish`` sees the float32 rows before they are stored.
+    """
+    q, split, outputs = operands.q, operands.split, operands.outputs
+    rows = q.reshape(-1, operands.width)
+    w = plain_weight(operands)
+    y = torch.empty(rows.shape[0], outputs, dtype=dtype, device=q.device)
+    step = max(1, CHUNK // max(1, outputs))
+    scales = operands.input_scale.unsqueeze(1) * operands.weight_scale
+    groups = list(zip(numerics.group_slices(operands.width, split), scales, strict=True))
+    for start in range(0, rows.shape[0], step):
+        chunk = rows[start : start + step]
+        total = operands.offset
+        for part, scale in groups:
+            product = matmul(chunk[:, part], w[:, part]) * scale
+            total = product.add_(total)
+        here = slice(start, start + len(chunk))
+        y[here] = total if finish is None else finish(total, here)
+    return y.reshape(*q.shape[:-1], outputs)
+
+
+def _has_vnni() -> bool:
+    """Whether int8 products add up in 32 bits.
+
+    Older x86 instructions saturate pairs of products at 16 bits, and ``_int_mm`` uses them (pytorch/pytorch#136746).
+    """
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
+
+
+def cpu_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [M, N] of int8 [M, K] and [N, K] on a CPU, by integer instructions where they are exact."""
+    return int_mm(a, b) if _HAS_VNNI else exact_matmul(a, b)
+
+
+_HAS_VNNI = _has_vnni()
+ON_CPU = "int_mm" if _HAS_VNNI else "eager"
+"""Name of the CPU implementation for weights in the portable layouts."""
+
+
+def _supports(
+    q: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    offset: Tensor,
+    split: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> str:
+    if dtype not in OUTPUTS:
+        return f"dtype = {dtype}: expected float32, bfloat16 or float16"
+    return unfit(Operands(q, weight, weight_scale, input_scale, offset, split, bits))
+
+
+def _fake(
     q: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -130,21 +178,39 @@ def linear_in_chunks(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``numerics.dual_scale_matmul`` over chunks of rows, the same float operations in the same order."""
-    width, outputs = q.shape[-1], weight.shape[0]
-    rows = q.reshape(-1, width)
-    w = numerics.unpack_int4(weight) if bits <= 4 else weight
-    y = torch.empty(rows.shape[0], outputs, dtype=dtype, device=q.device)
-    step = max(1, CHUNK // max(1, outputs))
-    groups = list(zip(numerics.group_slices(width, split), input_scale.unsqueeze(1) * weight_scale, strict=True))
-    for start in range(0, rows.shape[0], step):
-        chunk = rows[start : start + step]
-        total = offset
-        for part, scale in groups:
-            product = matmul(chunk[:, part], w[:, part]) * scale
-            total = product.add_(total)
-        y[start : start + step] = total
-    return y.reshape(*q.shape[:-1], outputs)
+    return q.new_empty((*q.shape[:-1], offset.shape[0]), dtype=dtype)
+
+
+def sample_operands(
+    shape: tuple[int, ...], outputs: int, split: int, bits: int, random: torch.Generator, panels: bool = False
+) -> Operands:
+    """Random operands of the given sizes, for tests and samples."""
+    width = shape[-1]
+    groups = 1 if split == width else 2
+    low, high = numerics.integer_range(bits)
+    q = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
+    w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
+    weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
+    input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
+    offset = torch.randn(outputs, generator=random)
+    stored = pack_panels(w, split) if panels else numerics.pack_int4(w) if bits <= 4 else w
+    return Operands(q, stored, weight_scale, input_scale, offset, split, bits)
+
+
+def _samples() -> Sequence[Arguments]:
+    random = torch.Generator().manual_seed(0)
+    return [
+        (*sample_operands(shape, outputs, split, bits, random), dtype)
+        for shape, outputs, split, bits, dtype in (
+            ((5, 96), 40, 96, 8, torch.float32),
+            ((2, 9, 160), 33, 128, 8, torch.bfloat16),
+            ((17, 75), 19, 50, 5, torch.float32),
+            ((1, 128), 64, 96, 4, torch.float32),
+            ((33, 96), 7, 96, 4, torch.float16),
+            ((0, 64), 16, 32, 8, torch.bfloat16),
+            ((64,), 1, 64, 3, torch.float32),
+        )
+    ]
 
 
 @declare(
@@ -169,7 +235,8 @@ def dual_scale_linear(
 
     Args:
         q: int8 [..., K] in ``[normal | outlier]`` order.
-        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4.
+        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
+            int8 panels of :func:`fxq.kernels.panels.pack_panels` for any bits.
         weight_scale: float32 [G, N], positive; G = 2 when ``split < K``, else 1.
         input_scale: float32 [G], positive.
         offset: float32 [N] of :func:`fxq.numerics.fold_offset`.
@@ -183,148 +250,11 @@ def dual_scale_linear(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    return linear_in_chunks(exact_matmul, q, weight, weight_scale, input_scale, offset, split, bits, dtype)
+    return in_chunks(exact_matmul, Operands(q, weight, weight_scale, input_scale, offset, split, bits), dtype)
 
 
-def _has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits.
-
-    Older x86 instructions saturate pairs of products at 16 bits, and ``_int_mm`` uses them (pytorch/pytorch#136746).
-    """
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-
-
-if _has_vnni():
-
-    @dual_scale_linear.on("cpu", "int_mm")
-    def linear_int_mm(
-        q: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        offset: Tensor,
-        split: int,
-        bits: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Native integers; packed weights are unpacked on every call, a few per cent of the product."""
-        return linear_in_chunks(int_mm, q, weight, weight_scale, input_scale, offset, split, bits, dtype)
-
-
-@jit
-def _round(x: Block, PTX: constexpr) -> Block:
-    """Nearest int32; floor(x + 0.5) would move integers above 2**23."""
-    if PTX:
-        result = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        below = tl.floor(x)
-        result = below.to(tl.int32) + (x - below >= 0.5).to(tl.int32)
-    return result
-
-
-@jit
-def _low_nibble_x16(packed: Block, PTX: constexpr) -> Block:
-    """16 * low nibble, int8. LLVM takes int8 shifts apart byte by byte; on four packed bytes it is two instructions."""
-    if PTX:
-        result = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
-            "=r,r",
-            [packed],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        result = (packed << 4).to(tl.int8)
-    return result
-
-
-@jit
-def _accumulate(
-    acc: Block,
-    q_rows: Pointer,
-    w_rows: Pointer,
-    start: Scalar,
-    stop: Scalar,
-    BLOCK_K: constexpr,
-    PACKED: constexpr,
-    PTX: constexpr,
-) -> Block:
-    """Add one segment of the product; start and stop count the stored bytes of a weight row."""
-    if PACKED:
-        # Byte j of a block of 16 holds channels j and j + 16 of a block of 32; both nibbles stay 16 times too large.
-        byte = tl.arange(0, BLOCK_K // 2)
-        channel = byte // 16 * 32 + byte % 16
-        for k in range(start, stop, BLOCK_K // 2):
-            inside = k + byte < stop
-            w = tl.load(w_rows[None, :] + (k + byte)[:, None], mask=inside[:, None], other=0).to(tl.int8, bitcast=True)
-            low = tl.load(q_rows[:, None] + (2 * k + channel)[None, :], mask=inside[None, :], other=0)
-            high = tl.load(q_rows[:, None] + (2 * k + channel + 16)[None, :], mask=inside[None, :], other=0)
-            acc = tl.dot(low, _low_nibble_x16(w, PTX), acc, out_dtype=tl.int32)
-            acc = tl.dot(high, (w & -16).to(tl.int8), acc, out_dtype=tl.int32)
-    else:
-        offsets = tl.arange(0, BLOCK_K)
-        for k in range(start, stop, BLOCK_K):
-            inside = k + offsets < stop
-            w = tl.load(w_rows[None, :] + (k + offsets)[:, None], mask=inside[:, None], other=0)
-            q = tl.load(q_rows[:, None] + (k + offsets)[None, :], mask=inside[None, :], other=0)
-            acc = tl.dot(q, w, acc, out_dtype=tl.int32)
-    return acc
-
-
-@jit
-def linear_kernel(
-    q_ptr: Pointer,
-    w_ptr: Pointer,
-    weight_scale_ptr: Pointer,
-    input_scale_ptr: Pointer,
-    offset_ptr: Pointer,
-    y_ptr: Pointer,
-    M: Scalar,
-    N: Scalar,
-    q_stride: Scalar,
-    w_stride: Scalar,
-    w_width: Scalar,
-    w_split: Scalar,
-    DUAL: constexpr,
-    PACKED: constexpr,
-    PTX: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_N: constexpr,
-    BLOCK_K: constexpr,
-    BLOCK_OUTLIER: constexpr,
-    GROUP_M: constexpr,
-) -> None:
-    """One [BLOCK_M, BLOCK_N] tile of y; w_width and w_split are a weight row's bytes, all and of the normal part."""
-    program = tl.program_id(0)
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP_M * blocks_n) * GROUP_M
-    height = min(blocks_m - first, GROUP_M)
-    within = program % (GROUP_M * blocks_n)
-    rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-    q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
-    w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
-    in_columns = columns < N
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
-    if DUAL:
-        acc = _accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, PTX)
-        outlier = tl.load(input_scale_ptr + 1) * tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=1.0)
-        scaled = acc.to(tl.float32) * tl.div_rn(outlier, unit)[None, :]
-        acc = _round(scaled, PTX)
-    acc = _accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, PTX)
-    if PACKED:
-        unit = unit * 0.0625
-    y = acc.to(tl.float32) * unit[None, :] + tl.load(offset_ptr + columns, mask=in_columns, other=0.0)[None, :]
-    mask = (rows[:, None] < M) & in_columns[None, :]
-    tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def launch(
+@dual_scale_linear.on("cpu", ON_CPU)
+def linear_cpu(
     q: Tensor,
     weight: Tensor,
     weight_scale: Tensor,
@@ -333,43 +263,12 @@ def launch(
     split: int,
     bits: int,
     dtype: torch.dtype,
-    *,
-    tiles: Tiles,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """Run the Triton kernel on the current device; ``out`` [M, N] is allocated when it is not given."""
-    width, outputs = q.shape[-1], weight.shape[0]
-    rows = q.reshape(-1, width)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    y = torch.empty(rows.shape[0], outputs, dtype=dtype, device=q.device) if out is None else out
-    if y.numel():
-        grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(outputs, tiles.block_n),)
-        linear_kernel[grid](
-            rows,
-            weight,
-            weight_scale.contiguous(),
-            input_scale.contiguous(),
-            offset.contiguous(),
-            y,
-            rows.shape[0],
-            outputs,
-            rows.stride(0),
-            weight.stride(0),
-            weight.shape[1],
-            split // 2 if bits <= 4 else split,
-            DUAL=split < width,
-            PACKED=bits <= 4,
-            PTX=q.is_cuda,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            BLOCK_K=tiles.block_k,
-            BLOCK_OUTLIER=tiles.block_outlier,
-            GROUP_M=tiles.group_m,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-    return y.reshape(*q.shape[:-1], outputs)
+    """Native kernel for panels, else ``_int_mm``; packed weights are unpacked on every call, a few per cent of it."""
+    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
+    if weight.ndim == 4 and dtype != torch.float16 and native.ready():
+        return native.linear(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))
+    return in_chunks(cpu_matmul, operands, dtype)
 
 
 if HAS_TRITON:
@@ -386,8 +285,4 @@ if HAS_TRITON:
         dtype: torch.dtype,
     ) -> Tensor:
         """Launch on the device that holds q, with the tiles of its architecture."""
-        with torch.cuda.device(q.device):
-            major, minor = torch.cuda.get_device_capability()
-            rows = q.numel() // q.shape[-1]
-            tiles = choose(rows, weight.shape[0], q.shape[-1], 10 * major + minor)
-            return launch(q, weight, weight_scale, input_scale, offset, split, bits, dtype, tiles=tiles)
+        return gemm_triton.launch_chosen(q, weight, weight_scale, input_scale, offset, split, bits, dtype)

@@ -59,6 +59,7 @@ class Op:
         name: name inside the ``fxq`` namespace.
         schema: the declared schema.
         definition: the overload that graphs hold.
+        reference: the decorated function, for any device.
         samples: builds argument tuples on the CPU; tests run every kernel on them.
         supports: takes the operator's arguments; the reason why they are not supported, or "".
         max_error: largest difference a kernel may show from the reference, relative to the largest reference value.
@@ -68,6 +69,7 @@ class Op:
     name: str
     schema: str
     definition: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
     samples: Callable[[], Sequence[Arguments]]
     supports: Callable[..., str]
     max_error: float
@@ -122,7 +124,7 @@ def declare(
             _REGISTRY.done.add((name, "schema"))
         _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
         definition = getattr(getattr(torch.ops, NAMESPACE), name).default
-        return Op(name, schema, definition, samples, supports, max_error)
+        return Op(name, schema, definition, reference, samples, supports, max_error)
 
     return bind
 

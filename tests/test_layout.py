@@ -29,7 +29,19 @@ LAYERS = (
     ("trace", "calibrate"),
 )
 CORE = tuple(name for layer in LAYERS for name in layer)
-USER_FACING = ("quantize", "summary", "sensitivity", "backend", "report", "lab", "adapters", "cli", "demo", "fxq")
+USER_FACING = (
+    "quantize",
+    "optimize",
+    "summary",
+    "sensitivity",
+    "backend",
+    "report",
+    "lab",
+    "adapters",
+    "cli",
+    "demo",
+    "fxq",
+)
 
 # room -> rooms it must not import; "fxq" is the package's own __init__, which imports almost everything.
 FORBIDDEN: dict[str, tuple[str, ...]] = {
@@ -44,7 +56,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
     "recipes": USER_FACING,
     **{
-        name: ("adapters", "cli", "demo", "lab", "report") for name in ("quantize", "summary", "sensitivity", "backend")
+        name: ("adapters", "cli", "demo", "lab", "report")
+        for name in ("quantize", "optimize", "summary", "sensitivity", "backend")
     },
     "report": ("adapters", "cli", "demo", "lab"),
     "lab": ("adapters", "cli", "demo"),

@@ -24,6 +24,7 @@ NAMES = {
     "detect_outliers",
     "load",
     "load_recipe",
+    "optimize",
     "quantize",
     "save",
     "sensitivity",

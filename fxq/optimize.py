@@ -1,0 +1,41 @@
+"""From a frozen graph to the fastest one for a device: merge, fold, fuse, and lay out weights for its kernels."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from fxq.ir import QuantGraph, Stage, facts_of, set_facts
+from fxq.passes import FUSIONS, LayOutWeights
+from fxq.pipeline import PassError, run_passes
+from fxq.signature import guard_inputs
+
+
+def optimize(module: fx.GraphModule) -> fx.GraphModule:
+    """Merge, fuse and bind a quantized module to the fastest kernels of the device it lies on.
+
+    The result computes the same function in fewer passes over memory and is for running, not for saving: keep the
+    module it came from for :func:`fxq.save`. Float tensors are shared with it.
+
+    Args:
+        module: of :func:`fxq.quantize` or :func:`fxq.load`, not changed.
+
+    Returns:
+        A new GraphModule; :func:`fxq.summary` of it says per layer what was fused, the kernel that runs, and why not
+        where something was left.
+
+    Raises:
+        ValueError: when the module was not made by fxq.
+        fxq.pipeline.PassError: when the module is the result of this function already.
+    """
+    facts = facts_of(module)
+    if "remarks" in facts:
+        raise PassError("this module is optimized already; optimize the module it was made from")
+    graph = QuantGraph(module, Stage.FROZEN).fork()
+    before = graph.plans
+    run_passes(graph, (*FUSIONS, LayOutWeights()))
+    if lost := sorted(set(before) - set(graph.plans)):
+        raise PassError(f"optimizing lost the plans of {', '.join(lost[:4])}")
+    facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
+    facts["remarks"] = graph.remarks
+    set_facts(graph.module, facts)
+    return guard_inputs(graph.module, facts["inputs"])

@@ -1,0 +1,50 @@
+"""Rewrite: weights in the layout that the kernels of their device read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from fxq import kernels, numerics
+from fxq.ir import QuantGraph, Stage, get_tensor, plan_of, put_tensor
+from fxq.kernels import native
+from fxq.kernels.panels import pack_panels
+from fxq.pipeline import Rewrite
+
+_FAMILY = tuple(
+    op.definition
+    for op in (kernels.dual_scale_linear, kernels.dual_scale_linear_quantize, kernels.dual_scale_linear_add)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayOutWeights(Rewrite):
+    """On a CPU with native kernels weights become panels (:mod:`fxq.kernels.panels`); elsewhere they stay.
+
+    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one.
+    """
+
+    needs: ClassVar[Stage] = Stage.FROZEN
+    gives: ClassVar[Stage] = Stage.BOUND
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of weights laid out anew."""
+        module, done = graph.module, set()
+        for node in module.graph.nodes:
+            if node.op != "call_function" or node.target not in _FAMILY:
+                continue
+            read, split, bits = node.args[1], node.args[5], node.args[6]
+            assert isinstance(read, fx.Node) and isinstance(split, int) and isinstance(bits, int)
+            name = str(read.target)
+            weight = get_tensor(module, name)
+            if weight.device.type != "cpu" or name in done:
+                continue
+            if not native.ready():
+                plan = plan_of(node)
+                graph.remark(name.removesuffix(".weight") if plan is None else plan.layer, native.why_not())
+                continue
+            put_tensor(module, name, pack_panels(numerics.unpack_int4(weight) if bits <= 4 else weight, split))
+            done.add(name)
+        return len(done)
