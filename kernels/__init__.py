@@ -1,5 +1,8 @@
 """Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``."""
 
+from torch import Tensor
+
+from fxq.kernels import native
 from fxq.kernels.attention import attention
 from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm import dual_scale_linear
@@ -32,23 +35,26 @@ __all__ = [
 ]
 
 
-def used(op_name: str, device: str) -> str:
+def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
     """Name of the implementation of an operator that runs on a device type, for reports.
 
     Args:
         op_name: as "dual_scale_linear"; a leading "fxq::" and a trailing ".default" are ignored.
         device: as "cpu" or "cuda"; an index as in "cuda:0" is ignored.
+        weight: of a linear; its layout chooses the kernel on a CPU.
 
     Returns:
-        "triton", "int_mm", "eager", or "reference" where nothing faster is bound.
+        "triton", "native", "int_mm", "sdpa", "eager", or "reference" where nothing faster is bound.
 
     Raises:
         ValueError: when there is no such operator.
     """
     name = op_name.removeprefix("fxq::").removesuffix(".default")
+    kind = device.split(":", 1)[0]
     for op in OPS:
         if op.name == name:
-            return op.used(device.split(":", 1)[0])
+            panels = weight is not None and weight.ndim == 4
+            return "native" if kind == "cpu" and panels and native.ready() else op.used(kind)
     raise ValueError(f"no operator {op_name!r}: expected one of {', '.join(op.name for op in OPS)}")
 
 

@@ -79,7 +79,7 @@ def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     return out.transpose(1, 2).flatten(2).contiguous()
 
 
-@attention.on("cpu", "sdpa")
+@attention.on("cpu", native.or_else("sdpa"))
 def attention_cpu(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     """Native kernel for bfloat16, else scaled_dot_product_attention."""
     if q.dtype == torch.bfloat16 and native.ready():

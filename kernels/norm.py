@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import native
+from fxq.kernels import native, norm_triton
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
 from fxq.kernels.quantize import FLOATS, quantize_act, unfit_groups
 
@@ -152,7 +153,7 @@ def norm_quantize(
     return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
 
 
-@norm_quantize.on("cpu", "eager")
+@norm_quantize.on("cpu", native.or_else("eager"))
 def norm_quantize_cpu(
     x: Tensor,
     weight: Tensor | None,
@@ -176,3 +177,24 @@ def norm_quantize_cpu(
         framed = values.unflatten(1, (gain.shape[1], x.shape[1] // gain.shape[1]))
         framed.mul_((1 + gain.float()).unsqueeze(2)).add_(shift.float().unsqueeze(2))
     return quantize_act(values, perm, scale, zero_point, split, bits)
+
+
+if HAS_TRITON:
+
+    @norm_quantize.on("cuda", "triton")
+    def norm_quantize_cuda(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        shift: Tensor | None,
+        eps: float,
+        perm: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor,
+        split: int,
+        bits: int,
+    ) -> Tensor:
+        """Launch on the device that holds x."""
+        with torch.cuda.device(x.device):
+            return norm_triton.launch(x, weight, bias, gain, shift, eps, perm, scale, zero_point, split, bits)

@@ -63,7 +63,7 @@ class Op:
         samples: builds argument tuples on the CPU; tests run every kernel on them.
         supports: takes the operator's arguments; the reason why they are not supported, or "".
         max_error: largest difference a kernel may show from the reference, relative to the largest reference value.
-        implementations: device type -> name of the kernel bound to it.
+        implementations: device type -> name of the kernel bound to it, or a function that says it.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Op:
     samples: Callable[[], Sequence[Arguments]]
     supports: Callable[..., str]
     max_error: float
-    implementations: dict[str, str] = field(default_factory=dict)
+    implementations: dict[str, str | Callable[[], str]] = field(default_factory=dict)
 
     def __call__(self, *args: object) -> Tensor:
         """Call through the dispatcher.
@@ -83,7 +83,7 @@ class Op:
         """
         return self.definition(*args)
 
-    def on(self, device: str, implementation: str) -> Callable[[Kernel], Kernel]:
+    def on(self, device: str, implementation: str | Callable[[], str]) -> Callable[[Kernel], Kernel]:
         """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
 
         def bind(kernel: Kernel) -> Kernel:
@@ -95,7 +95,8 @@ class Op:
 
     def used(self, device: str) -> str:
         """Name of the implementation that runs on a device type; "reference" where nothing faster is bound."""
-        return self.implementations.get(device, "reference")
+        name = self.implementations.get(device, "reference")
+        return name if isinstance(name, str) else name()
 
 
 def declare(

@@ -95,7 +95,7 @@ def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tens
     return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
 
 
-@quantize_act.on("cpu", "eager")
+@quantize_act.on("cpu", native.or_else("eager"))
 def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
     """Native kernel, else the reference in chunks of rows, in place; all are bit-equal."""
     if x.dtype != torch.float16 and native.ready():

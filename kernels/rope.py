@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxq.kernels import native
+from fxq.kernels import native, rope_triton
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
 from fxq.kernels.quantize import FLOATS
 
@@ -90,7 +91,7 @@ def rms_norm_rope(
     return h.to(x.dtype).contiguous()
 
 
-@rms_norm_rope.on("cpu", "eager")
+@rms_norm_rope.on("cpu", native.or_else("eager"))
 def rms_norm_rope_cpu(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
 ) -> Tensor:
@@ -99,3 +100,14 @@ def rms_norm_rope_cpu(
         out = x.new_empty((*x.shape[:2], heads, x.shape[2] // heads))
         return native.rms_norm_rope(x, weight, eps, cos, sin, heads, out)
     return rms_norm_rope.reference(x, weight, eps, cos, sin, heads)
+
+
+if HAS_TRITON:
+
+    @rms_norm_rope.on("cuda", "triton")
+    def rms_norm_rope_cuda(
+        x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
+    ) -> Tensor:
+        """Launch on the device that holds x."""
+        with torch.cuda.device(x.device):
+            return rope_triton.launch(x, weight, eps, cos, sin, heads)

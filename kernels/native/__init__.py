@@ -1,13 +1,235 @@
-"""C++ kernels for x86 CPUs with AVX512 VNNI and BF16, compiled at first use and called through ctypes."""
+"""C++ kernels for x86 CPUs with AVX512 VNNI and BF16, compiled at first use and called through ctypes.
+
+The functions here take tensors that the operators have checked, and write into ``out``. Tensors are read with the
+strides they have as long as the last dimension is contiguous.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fxq.kernels.native.build import library
+
+if TYPE_CHECKING:
+    from fxq.kernels.gemm import Operands
+
+__all__ = [
+    "attention",
+    "linear",
+    "linear_add",
+    "linear_quantize",
+    "norm_quantize",
+    "or_else",
+    "quantize_act",
+    "ready",
+    "rms_norm_rope",
+    "why_not",
+]
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
+_STORES = {torch.float32: 0, torch.bfloat16: 1}
+_QUANTIZE, _ADD = 2, {torch.float32: 3, torch.bfloat16: 4}
+_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
+
 
 def ready() -> bool:
-    """Whether the native kernels can be called."""
-    return False
+    """Whether the native kernels can be called; the first call compiles them."""
+    return library()[0] is not None
 
 
 def why_not() -> str:
     """Why they cannot, or ""."""
-    return "not written"
+    return library()[1]
+
+
+def or_else(name: str) -> Callable[[], str]:
+    """Says "native" where the native kernels can be called and ``name`` where not."""
+    return lambda: "native" if ready() else name
+
+
+def _struct(name: str, fields: str) -> Any:
+    kinds = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
+    pairs = [field.split(":") for field in fields.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": [(field, kinds[kind]) for field, kind in pairs]})
+
+
+# The fields of the C++ structures of the same names, in their order.
+_Linear = _struct(
+    "Linear",
+    "q:p panels:p weight_scale:p input_scale:p offset:p out:p rows:l outputs:l width:l split:l q_stride:l store:i"
+    " threads:i out_scale:p out_zero_point:p out_split:l out_bits:i activation:i residual:p gate:p residual_stride:l"
+    " gate_rows:l gate_is_bfloat16:i",
+)
+_Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
+_Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
+_Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
+_Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
+_Piece = _struct("Piece", "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l")
+_Attention = _struct(
+    "Attention",
+    "q:p out:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i",
+)
+
+
+def _call(function: str, *structures: Any) -> None:
+    loaded = library()[0]
+    assert loaded is not None
+    getattr(loaded, function)(*(None if s is None else ctypes.byref(s) for s in structures))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[M, K] with contiguous rows, a view where it can be one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+
+
+def _run_linear(operands: Operands, out: Tensor, store: int, **epilogue: Any) -> Tensor:
+    q = _rows(operands.q)
+    constants = [t.contiguous() for t in (operands.weight_scale, operands.input_scale, operands.offset)]
+    panels = operands.weight.contiguous()
+    call = _Linear(
+        q=q.data_ptr(),
+        panels=panels.data_ptr(),
+        weight_scale=constants[0].data_ptr(),
+        input_scale=constants[1].data_ptr(),
+        offset=constants[2].data_ptr(),
+        out=out.data_ptr(),
+        rows=q.shape[0],
+        outputs=operands.outputs,
+        width=operands.width,
+        split=operands.split,
+        q_stride=q.stride(0),
+        store=store,
+        threads=torch.get_num_threads(),
+        **({"out_split": operands.outputs, "out_bits": 8} | epilogue),
+    )
+    _call("fxq_linear", call)
+    return out
+
+
+def linear(operands: Operands, out: Tensor) -> Tensor:
+    """``out`` float32 or bfloat16 [..., N] of panels; see :func:`fxq.kernels.gemm.dual_scale_linear`."""
+    return _run_linear(operands, out, _STORES[out.dtype])
+
+
+def linear_quantize(
+    operands: Operands, activation: str, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
+) -> Tensor:
+    """``out`` int8 [..., N]; see :func:`fxq.kernels.epilogues.dual_scale_linear_quantize`."""
+    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+    return _run_linear(
+        operands,
+        out,
+        _QUANTIZE,
+        out_scale=scale.data_ptr(),
+        out_zero_point=zero_point.data_ptr(),
+        out_split=split,
+        out_bits=bits,
+        activation=_ACTIVATIONS[activation],
+    )
+
+
+def linear_add(operands: Operands, residual: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
+    """``out`` [B, S, N] in the residual's dtype; see :func:`fxq.kernels.epilogues.dual_scale_linear_add`."""
+    rest = _rows(residual)
+    gates = None if gate is None else (gate.float() if gate.dtype == torch.float16 else gate).contiguous()
+    tokens = 1 if gates is None else residual.shape[1] // gates.shape[1]
+    return _run_linear(
+        operands,
+        out,
+        _ADD[residual.dtype],
+        residual=rest.data_ptr(),
+        residual_stride=rest.stride(0),
+        gate=_address(gates),
+        gate_rows=max(1, tokens),
+        gate_is_bfloat16=gates is not None and gates.dtype == torch.bfloat16,
+    )
+
+
+def _run_rows(x: Tensor, norm: Any, perm: Tensor | None, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensor:
+    split, bits, out = rest
+    rows = _rows(x)
+    kept = [None if t is None else t.contiguous() for t in (perm, scale, zero_point)]
+    quantization = _Quantization(*(_address(t) for t in kept), x.shape[-1], split, bits)
+    _call("fxq_quantize_rows", _rows_call(rows, out), norm, quantization)
+    return out
+
+
+def _rows_call(rows: Tensor, out: Tensor) -> Any:
+    is_bfloat16 = rows.dtype == torch.bfloat16
+    return _Rows(rows.data_ptr(), out.data_ptr(), *rows.shape, rows.stride(0), is_bfloat16, torch.get_num_threads())
+
+
+def quantize_act(
+    x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
+) -> Tensor:
+    """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.quantize_act`."""
+    return _run_rows(x, None, perm, scale, zero_point, split, bits, out)
+
+
+def norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    perm: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    split: int,
+    bits: int,
+    out: Tensor,
+) -> Tensor:
+    """``out`` int8 [B, S, K] of float32 or bfloat16 x; see :func:`fxq.kernels.norm.norm_quantize`."""
+    affine = [None if t is None else t.float().contiguous() for t in (weight, bias)]
+    frames = [None if t is None else t.to(x.dtype).contiguous() for t in (gain, shift)]
+    tokens = 1 if gain is None else x.shape[1] // gain.shape[1]
+    norm = _Norm(*(_address(t) for t in (*affine, *frames)), max(1, tokens), eps)
+    return _run_rows(x, norm, perm, scale, zero_point, split, bits, out)
+
+
+def rms_norm_rope(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int, out: Tensor
+) -> Tensor:
+    """``out`` [B, S, heads, head_dim] of float32 or bfloat16 x; see :func:`fxq.kernels.rope.rms_norm_rope`."""
+    rows = _rows(x)
+    kept = [None if t is None else t.float().contiguous() for t in (weight, cos, sin)]
+    rotary = _Rotary(*(_address(t) for t in kept), max(1, x.shape[1]), heads, x.shape[2] // heads, eps)
+    _call("fxq_rotate_rows", _rows_call(rows, out), rotary)
+    return out
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], out: Tensor) -> Tensor:
+    """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.attention`."""
+    q = _unit_stride(q)
+    keys, values = [_unit_stride(t) for t in k], [_unit_stride(t) for t in v]
+    pieces = [
+        _Piece(a.data_ptr(), b.data_ptr(), a.shape[1], *a.stride()[:3], *b.stride()[:3])
+        for a, b in zip(keys, values, strict=True)
+    ]
+    array = (_Piece * len(pieces))(*pieces)
+    call = _Attention(
+        q.data_ptr(),
+        out.data_ptr(),
+        ctypes.addressof(array),
+        len(pieces),
+        *q.shape,
+        *q.stride()[:3],
+        torch.get_num_threads(),
+    )
+    _call("fxq_attention", call)
+    return out

@@ -1,0 +1,102 @@
+// What all native kernels share: 16-lane loads and stores of float32 and bfloat16, exp, and the integer rounding.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace fxq {
+
+using bfloat16 = uint16_t;
+constexpr __mmask16 ALL = 0xFFFF;
+
+inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
+inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
+
+// Lanes of a vector of 16 that hold elements, when `left` of them are left.
+inline __mmask16 lanes(long left) { return left >= 16 ? ALL : static_cast<__mmask16>((1u << std::max(0L, left)) - 1); }
+
+inline __m512 load(const float* p, __mmask16 mask = ALL) { return _mm512_maskz_loadu_ps(mask, p); }
+
+inline __m512 load(const bfloat16* p, __mmask16 mask = ALL) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+
+inline void store(float* p, __m512 v, __mmask16 mask = ALL) { _mm512_mask_storeu_ps(p, mask, v); }
+
+inline __m256i to_bfloat16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+inline void store(bfloat16* p, __m512 v, __mmask16 mask = ALL) { _mm256_mask_storeu_epi16(p, mask, to_bfloat16(v)); }
+
+// exp(x) to about 1e-7 relative; saturates to 0 and infinity.
+inline __m512 exp(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 0x08);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// 1 / x to about 1e-7 relative for normal x >= 1; 0 at infinity.
+inline __m512 reciprocal(__m512 x) {
+  const __m512 guess = _mm512_rcp14_ps(x);
+  const __m512 error = _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f));
+  const __mmask16 finite = _mm512_cmp_ps_mask(x, _mm512_set1_ps(1e38f), _CMP_LT_OQ);
+  return _mm512_mask_fmadd_ps(guess, finite, error, guess);
+}
+
+// Static quantization of one channel group: clip(round(x / scale) + zero_point), as fxq.numerics.quantize_input.
+struct Group {
+  __m512 inverse, low, high;
+  __m512i zero;
+
+  Group(float scale, int32_t zero_point, int bits) {
+    const int half = 1 << (bits - 1);
+    inverse = _mm512_set1_ps(1.0f / scale);
+    low = _mm512_set1_ps(static_cast<float>(-half - zero_point));
+    high = _mm512_set1_ps(static_cast<float>(half - 1 - zero_point));
+    zero = _mm512_set1_epi32(zero_point);
+  }
+
+  __m128i quantize(__m512 v) const {
+    const __m512 clipped = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, inverse), low), high);
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(clipped), zero));
+  }
+};
+
+inline void store(int8_t* p, __m128i v, __mmask16 mask = ALL) { _mm_mask_storeu_epi8(p, mask, v); }
+
+// Memory of a thread that grows and is kept: giving large blocks back costs a page fault for every use.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+
+  template <typename T>
+  T* get(size_t count) {
+    const size_t bytes = round_up(count * sizeof(T) + 64, 64);
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, bytes);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace fxq
