@@ -30,10 +30,12 @@ from fxq.recipes import PRESETS, with_iterations
 def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, dict[str, list[float]]]:
     """Per-video errors of every variant under one calibration seed."""
     model = load_tiny()
-    recipe = dataclasses.replace(with_iterations(PRESETS[bits], iterations), seed=seed)
+    # The paper's methods quantize every layer on its own.
+    preset = dataclasses.replace(PRESETS[bits], share_inputs=False)
+    recipe = dataclasses.replace(with_iterations(preset, iterations), seed=seed)
     recipes = ablation_recipes(recipe) | {f"weights {k}": v for k, v in weighting_recipes(recipe).items()}
     with Progress(prefix=f"seed {seed} ") as bar:
-        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], PRESETS[bits], bar)
+        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], preset, bar)
         rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
         reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
         candidates = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from fxq.allocator import keep_memory
 from fxq.calibrate import Batch, CalibrationError
 from fxq.config import Recipe, RecipeError, Rule, Scheme
 from fxq.export import BundleError, load, save
@@ -33,6 +34,7 @@ __all__ = [
     "Summary",
     "TraceError",
     "detect_outliers",
+    "keep_memory",
     "load",
     "load_recipe",
     "optimize",

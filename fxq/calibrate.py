@@ -53,13 +53,18 @@ def as_batch(item: Any) -> Batch:
 
 
 class Collector:
-    """Folds input rows of layers: exact extremes, and a seeded sample of at most ``max_rows`` rows a layer."""
+    """Folds input rows of layers: exact extremes, and a seeded sample of at most ``max_rows`` rows a layer.
 
-    def __init__(self, rows_per_call: int, max_rows: int, seed: int) -> None:
-        self.rows_per_call, self.max_rows = rows_per_call, max_rows
+    ``leaders`` maps layers to one that is called before them on the same input: they get its statistics, stored once.
+    The samples of all other layers are what they are without it.
+    """
+
+    def __init__(self, rows_per_call: int, max_rows: int, seed: int, leaders: Mapping[str, str] | None = None) -> None:
+        self.rows_per_call, self.max_rows, self.leaders = rows_per_call, max_rows, dict(leaders or {})
         self.generator = torch.Generator().manual_seed(seed)
         self.statistics: dict[str, LayerStatistics] = {}
         self.chunk = 0
+        self._draws: dict[str, list[int]] = {}
 
     def add(self, layer: str, x: Tensor) -> None:
         """Fold the input ``x`` [..., K] of one call.
@@ -67,6 +72,10 @@ class Collector:
         Raises:
             CalibrationError: when it has NaN or infinity.
         """
+        if (leader := self.leaders.get(layer)) is not None:
+            self._follow(layer, leader)
+            return
+        self._draws[layer] = []
         rows = x.detach().reshape(-1, x.shape[-1])
         if not len(rows):
             return
@@ -77,6 +86,7 @@ class Collector:
             raise CalibrationError(f"layer {layer}: its input has NaN or infinity{where}; check inputs and dtype")
         count = len(rows)
         if count > self.rows_per_call:
+            self._draws[layer].append(count)
             index = torch.randperm(count, generator=self.generator)[: self.rows_per_call]
             rows = rows[index.to(rows.device)]
         kept, chunks = rows.cpu().clone(), torch.full((len(rows),), self.chunk)
@@ -84,8 +94,16 @@ class Collector:
             low, high = torch.minimum(low, old.low), torch.maximum(high, old.high)
             kept, chunks, count = torch.cat((old.rows, kept)), torch.cat((old.chunks, chunks)), count + old.seen
         if len(kept) > 2 * self.max_rows:
+            self._draws[layer].append(len(kept))
             kept, chunks = self._thin(kept, chunks)
         self.statistics[layer] = LayerStatistics(low=low, high=high, rows=kept, chunks=chunks, seen=count)
+
+    def _follow(self, layer: str, leader: str) -> None:
+        """Take the leader's statistics, and as many random numbers as a sample of its own would have."""
+        for count in self._draws[leader]:
+            torch.randperm(count, generator=self.generator)
+        if leader in self.statistics:
+            self.statistics[layer] = self.statistics[leader]
 
     def _thin(self, rows: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
         index = torch.randperm(len(rows), generator=self.generator)[: self.max_rows].sort().values
@@ -97,6 +115,8 @@ class Collector:
             if len(s.rows) > self.max_rows:
                 rows, chunks = self._thin(s.rows, s.chunks)
                 self.statistics[layer] = dataclasses.replace(s, rows=rows, chunks=chunks)
+        for layer in self.statistics.keys() & self.leaders.keys():
+            self.statistics[layer] = self.statistics[self.leaders[layer]]
         return self.statistics
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fxq.adapters import AdapterError, make_rollout
+from fxq.bench.command import bench
 from fxq.calibrate import CalibrationError
 from fxq.config import Recipe, RecipeError
 from fxq.demo import DemoSettings, run_demo
@@ -25,9 +26,9 @@ from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
-from fxq.passes import DetectOutliers, LoweringError, PlanLayers, detect_outliers
+from fxq.passes import LoweringError, detect_outliers
 from fxq.pipeline import PassError, run_passes
-from fxq.quantize import measure_sensitivity
+from fxq.quantize import measure_sensitivity, plan_passes
 from fxq.quantize import quantize as quantize_model
 from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
@@ -92,6 +93,9 @@ def _emit(data: Any) -> None:
 def _recipe(name: str, iterations: int | None) -> Recipe:
     recipe = get_recipe(name)
     return recipe if iterations is None else with_iterations(recipe, iterations)
+
+
+app.command()(bench)
 
 
 @app.command()
@@ -180,7 +184,7 @@ def inspect(
     rollout = make_rollout(target, 2, 0)
     args, shapes = rollout.example_call()
     graph = trace(rollout.denoiser, args, None, shapes)
-    run_passes(graph, (PlanLayers(get_recipe(recipe)), DetectOutliers()))
+    run_passes(graph, plan_passes(get_recipe(recipe)))
     weights = {s.layer: s.weight(graph.module) for s in linear_sites(graph.module) if s.weight_name is not None}
     rows = []
     for layer, (plan, _) in planned(graph.module).items():

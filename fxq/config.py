@@ -90,6 +90,8 @@ class Recipe:
         rows_per_call: calibration rows kept per layer and denoiser call.
         max_rows: calibration rows kept per layer.
         seed: of every random choice.
+        share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input
+            scales and calibration rows. :func:`fxq.optimize` then gives them one quantize and one GEMM.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Recipe:
     rows_per_call: int = 256
     max_rows: int = 16384
     seed: int = 0
+    share_inputs: bool = True
 
     def __post_init__(self) -> None:
         if self.weighting not in WEIGHTINGS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -52,6 +53,13 @@ def linear_sites(module: fx.GraphModule) -> Iterator[LinearSite]:
             weight = None
         layer = node.name if weight is None else weight.removesuffix(".weight")
         yield LinearSite(node, layer, weight, bias)
+
+
+def product_of(node: fx.Node) -> fx.Node:
+    """The integer product behind the node that carries a quantized layer's plan: itself, or what it is a part of."""
+    while node.target in (operator.getitem, torch.ops.aten.split_with_sizes.default):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def sharing_conflicts(module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:

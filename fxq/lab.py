@@ -18,11 +18,11 @@ from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teach
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
-from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
+from fxq.passes import ApplyMethods, Freeze, LowerLinear
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.pipeline import run_passes
 from fxq.progress import Progress
-from fxq.quantize import calibrate_graph, finish, measure
+from fxq.quantize import calibrate_graph, finish, measure, plan_passes
 from fxq.recipes import PRESETS, single_scale
 from fxq.report.data import Comparison, Variant
 from fxq.rollout import Draws, Rollout
@@ -64,8 +64,11 @@ class Lab:
     """One traced and calibrated model, quantized in many ways without tracing or calibrating again."""
 
     def __init__(self, calibration: Rollout, recipe: Recipe, bar: Progress) -> None:
-        """Trace the rollout's denoiser and collect statistics of every linear that ``recipe`` quantizes."""
-        self.calibration, self.bar = calibration, bar
+        """Trace the rollout's denoiser and collect statistics of every linear that ``recipe`` quantizes.
+
+        Sensitivities and initialised models share inputs as ``recipe`` does.
+        """
+        self.calibration, self.bar, self.share_inputs = calibration, bar, recipe.share_inputs
         args, shapes = calibration.example_call()
         with bar.step("trace"):
             self.traced = trace(calibration.denoiser, args, None, shapes)
@@ -76,7 +79,7 @@ class Lab:
 
     def _planned(self, recipe: Recipe) -> QuantGraph:
         graph = self.traced.fork()
-        run_passes(graph, (PlanLayers(recipe), DetectOutliers()))
+        run_passes(graph, plan_passes(recipe))
         return graph
 
     def _calibrated(self, recipe: Recipe) -> QuantGraph:
@@ -84,19 +87,23 @@ class Lab:
         graph.adopt(self.statistics)
         return graph
 
+    def _preset(self, bits: str) -> Recipe:
+        return dataclasses.replace(PRESETS[bits], share_inputs=self.share_inputs)
+
     def sensitivity(self, bits: str) -> ChunkSensitivity:
         """Sensitivity on the calibration videos; measured once per bit width."""
         if bits not in self._measured:
-            recipe = PRESETS[bits]
+            recipe = self._preset(bits)
             with self.bar.step(f"{bits} sensitivity") as on_progress:
                 self._measured[bits] = measure(self._calibrated(recipe), self.calibration, recipe, on_progress)
         return self._measured[bits]
 
     def initialised(self, bits: str) -> fx.GraphModule:
         """The model with searched ranges and round-to-nearest integers: what sensitivity is measured with."""
-        recipe = PRESETS[bits]
+        recipe = self._preset(bits)
         graph = self._calibrated(recipe)
-        run_passes(graph, (ApplyMethods(recipe.methods[:1]), LowerLinear()))
+        methods = ApplyMethods(recipe.methods[:1], share_inputs=recipe.share_inputs)
+        run_passes(graph, (methods, LowerLinear()))
         return graph.module
 
     def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
@@ -110,7 +117,11 @@ class Lab:
         start = time.perf_counter()
         with self.bar.step(recipe.name) as on_layer:
             methods = ApplyMethods(
-                recipe.methods, recipe.weighting, recipe.seed, None, lambda _, done, total: on_layer(done, total)
+                recipe.methods,
+                recipe.weighting,
+                recipe.seed,
+                on_layer=lambda _, done, total: on_layer(done, total),
+                share_inputs=recipe.share_inputs,
             )
             run_passes(graph, (methods, LowerLinear(), Freeze()))
         seconds = time.perf_counter() - start

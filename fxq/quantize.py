@@ -18,7 +18,8 @@ from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrat
 from fxq.config import Recipe, RecipeError
 from fxq.ir import QuantGraph, set_facts
 from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
-from fxq.pipeline import run_passes
+from fxq.passes.share_inputs import ShareInputs, input_groups
+from fxq.pipeline import Pass, run_passes
 from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
@@ -77,7 +78,7 @@ def quantize(
         with bar.step("trace"):
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
-            run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
+            run_passes(graph, plan_passes(chosen))
         calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
         alpha = None if sensitivity is None else torch.as_tensor(sensitivity, dtype=torch.float64)
         alpha = weigh_chunks(graph, loader, chosen, alpha, bar)
@@ -90,6 +91,12 @@ def quantize(
     return finish(graph, chosen, calibration_hash, facts, _never_called(model, graph))
 
 
+def plan_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The passes that bring a traced graph to PLANNED as the recipe wants it."""
+    passes: tuple[Pass, ...] = (PlanLayers(recipe), DetectOutliers())
+    return (*passes, ShareInputs()) if recipe.share_inputs else passes
+
+
 def calibrate_graph(
     graph: QuantGraph,
     loader: Iterable[Any] | Rollout | None,
@@ -98,7 +105,9 @@ def calibrate_graph(
     bar: Progress,
 ) -> str:
     """Collect statistics and move the graph to CALIBRATED; returns the calibration hash."""
-    collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed)
+    groups = input_groups(graph.module) if recipe.share_inputs else []
+    leaders = {site.layer: first.layer for first, *others in groups for site in others}
+    collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders)
     with bar.step("calibrate") as on_progress:
         digest = calibrate(graph, loader, forward_loop, collector, on_progress)
     return digest
@@ -168,7 +177,7 @@ def measure_sensitivity(
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)
-        run_passes(graph, (PlanLayers(chosen), DetectOutliers()))
+        run_passes(graph, plan_passes(chosen))
         calibrate_graph(graph, rollout, chosen, None, bar)
         with bar.step("sensitivity") as on_progress:
             return measure(graph, rollout, chosen, on_progress)
@@ -181,7 +190,7 @@ def _methods(
     first_only: bool = False,
 ) -> ApplyMethods:
     methods = recipe.methods[:1] if first_only else recipe.methods
-    return ApplyMethods(methods, recipe.weighting, recipe.seed, directory, on_layer)
+    return ApplyMethods(methods, recipe.weighting, recipe.seed, directory, on_layer, recipe.share_inputs)
 
 
 def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:

@@ -11,13 +11,16 @@ from rich.table import Table
 from torch import fx
 
 from fxq import kernels
-from fxq.graph import linear_sites
+from fxq.graph import linear_sites, product_of
 from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs."""
+    """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs.
+
+    ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not.
+    """
 
     layer: str
     quantized: bool
@@ -29,6 +32,7 @@ class LayerRow:
     bytes: int
     bf16_bytes: int
     kernel: str
+    remarks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Summary:
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
-                row.kernel if row.quantized else row.reason,
+                "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
                 style=None if row.quantized else "dim",
             )
         yield table
@@ -94,13 +98,9 @@ class Summary:
         return capture.get()
 
 
-def _row(module: fx.GraphModule, plan: LayerPlan) -> LayerRow:
+def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[str, list[str]]) -> LayerRow:
     quantized = plan.scheme is not None
-    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset") + (
-        ("perm",) if plan.outliers else ()
-    )
-    tensors = [get_tensor(module, f"{plan.layer}.{name}") for name in names] if quantized else []
-    device = tensors[0].device.type if tensors else "cpu"
+    product = product_of(node) if quantized else None
     return LayerRow(
         layer=plan.layer,
         quantized=quantized,
@@ -109,10 +109,27 @@ def _row(module: fx.GraphModule, plan: LayerPlan) -> LayerRow:
         shape=(plan.out_features, plan.in_features),
         outliers=len(plan.outliers),
         output_sqnr=plan.output_sqnr,
-        bytes=sum(t.numel() * t.element_size() for t in tensors),
+        bytes=0 if product is None else _stored_bytes(module, plan, product),
         bf16_bytes=2 * plan.out_features * (plan.in_features + 1),
-        kernel=kernels.used("dual_scale_linear", device) if quantized else "",
+        kernel="" if product is None else _kernel(module, product),
+        remarks=tuple(remarks.get(plan.layer, ())),
     )
+
+
+def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
+    read = product.args[1]
+    assert isinstance(read, fx.Node)
+    weight = get_tensor(module, str(read.target))
+    return kernels.used(str(product.target).removeprefix("fxq."), weight.device.type, weight)
+
+
+def _stored_bytes(module: fx.GraphModule, plan: LayerPlan, product: fx.Node) -> int:
+    """Bytes of what the layer reads; of a product that several layers share, the part of its rows."""
+    operands = [get_tensor(module, str(node.target)) for node in product.args[1:5] if isinstance(node, fx.Node)]
+    joint = sum(t.numel() * t.element_size() for t in operands) * plan.out_features // max(1, len(operands[-1]))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    own = [buffers.get(f"{plan.layer}.{name}") for name in ("perm", "input_zero_point")]
+    return joint + sum(t.numel() * t.element_size() for t in own if t is not None)
 
 
 def summary(module: fx.GraphModule) -> Summary:
@@ -122,7 +139,8 @@ def summary(module: fx.GraphModule) -> Summary:
         ValueError: when the module carries no fxq facts.
     """
     facts = facts_of(module)
-    rows = [_row(module, plan) for plan, _ in planned(module).values()]
+    remarks = facts.get("remarks", {})
+    rows = [_row(module, plan, nodes[0], remarks) for plan, nodes in planned(module).values()]
     known = {row.layer for row in rows}
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:

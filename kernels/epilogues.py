@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import native
+from fxq.kernels import gemm_triton, native
 from fxq.kernels.gemm import ON_CPU, OUTPUTS, Operands, cpu_matmul, exact_matmul, in_chunks, sample_operands, unfit
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
@@ -309,3 +310,43 @@ def linear_add_cpu(
         return rest[rows].float() + values
 
     return in_chunks(cpu_matmul, operands, residual.dtype, finish)
+
+
+if HAS_TRITON:
+
+    @dual_scale_linear_quantize.on("cuda", "triton")
+    def linear_quantize_cuda(
+        q: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor,
+        offset: Tensor,
+        split: int,
+        bits: int,
+        activation: str,
+        out_scale: Tensor,
+        out_zero_point: Tensor,
+        out_split: int,
+        out_bits: int,
+    ) -> Tensor:
+        """Launch on the device that holds q."""
+        epilogue = gemm_triton.Quantize(activation, out_scale, out_zero_point, out_split, out_bits)
+        out = q.new_empty((*q.shape[:-1], offset.shape[0]))
+        return gemm_triton.launch_tiled(q, weight, weight_scale, input_scale, offset, split, out, epilogue)
+
+    @dual_scale_linear_add.on("cuda", "triton")
+    def linear_add_cuda(
+        q: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor,
+        input_scale: Tensor,
+        offset: Tensor,
+        split: int,
+        bits: int,
+        residual: Tensor,
+        gate: Tensor | None,
+    ) -> Tensor:
+        """Launch on the device that holds q."""
+        epilogue = gemm_triton.Add(residual, gate)
+        out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+        return gemm_triton.launch_tiled(q, weight, weight_scale, input_scale, offset, split, out, epilogue)

@@ -17,6 +17,7 @@ class Tiles:
         stages: depth of the software pipeline.
         block_outlier: input channels per step of the outlier segment, at least 64.
         group_m: row blocks that run next to each other, so that they share the weights in the L2 cache.
+        swapped: whether the weight is the left operand of the tensor cores; only packed weights gain.
     """
 
     block_m: int
@@ -26,11 +27,25 @@ class Tiles:
     stages: int
     block_outlier: int = 64
     group_m: int = 8
+    swapped: bool = False
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of the pipeline, at most."""
         return (self.block_m + self.block_n) * self.block_k * self.stages
+
+    def constants(self) -> dict[str, object]:
+        """The kernel's compile-time arguments and launch options."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "BLOCK_OUTLIER": self.block_outlier,
+            "GROUP_M": self.group_m,
+            "SWAPPED": self.swapped,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
 TABLE = (
@@ -49,22 +64,33 @@ _LOAD_COST = 32
 """Multiply-adds per row and channel of the tile that take as long as loading one byte of an operand."""
 
 
-def candidates(arch: int) -> tuple[Tiles, ...]:
-    """The tiles whose kernels compile for ``sm_{arch}`` without spills: the largest does not from sm_100 on."""
-    return TABLE[1:] if arch >= 100 else TABLE
+SPILLING = frozenset({(120, "gelu")})
+"""(Architecture, operation) whose kernel spills with the largest tile, packed weights included."""
 
 
-def choose(m: int, n: int, k: int, arch: int) -> Tiles:
+def candidates(arch: int, operation: str = "store") -> tuple[Tiles, ...]:
+    """The tiles whose kernels compile for ``sm_{arch}`` without spills.
+
+    Args:
+        arch: one of ``PROCESSORS``.
+        operation: "store", "add", or the activation before the next layer's quantization.
+    """
+    return TABLE[1:] if (arch, operation) in SPILLING else TABLE
+
+
+def choose(m: int, n: int, k: int, arch: int, *, packed: bool = False, operation: str = "store") -> Tiles:
     """Tiles for ``[m, k] @ [k, n]`` on ``sm_{arch}``; an unknown architecture counts as the next older known one.
 
     The estimate is (waves of programs) * (arithmetic + loads of one program). Small m never takes rows it cannot fill.
+    Packed weights are always swapped: that takes fewer registers on every architecture, and on sm_90 the unpacked
+    weight stays out of shared memory.
     """
-    processors = PROCESSORS[max((known for known in PROCESSORS if known <= arch), default=min(PROCESSORS))]
+    arch = max((known for known in PROCESSORS if known <= arch), default=min(PROCESSORS))
 
     def cost(tiles: Tiles) -> int:
         programs = -(-m // tiles.block_m) * -(-n // tiles.block_n)
         work = tiles.block_m * tiles.block_n + _LOAD_COST * (tiles.block_m + tiles.block_n)
-        return -(-programs // processors) * work
+        return -(-programs // PROCESSORS[arch]) * work
 
-    best = min(candidates(arch), key=cost)
+    best = replace(min(candidates(arch, operation), key=cost), swapped=packed)
     return replace(best, block_k=64) if k <= 64 else best

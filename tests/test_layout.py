@@ -21,7 +21,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 # Imports go to the same layer or a lower one.
 LAYERS = (
-    ("config", "numerics", "rollout", "models", "metrics", "progress"),
+    ("allocator", "config", "numerics", "rollout", "models", "metrics", "progress"),
     ("ir",),
     ("graph", "signature"),
     ("verify",),
@@ -36,6 +36,7 @@ USER_FACING = (
     "sensitivity",
     "backend",
     "report",
+    "bench",
     "lab",
     "adapters",
     "cli",
@@ -56,20 +57,21 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
     "recipes": USER_FACING,
     **{
-        name: ("adapters", "cli", "demo", "lab", "report")
+        name: ("adapters", "bench", "cli", "demo", "lab", "report")
         for name in ("quantize", "optimize", "summary", "sensitivity", "backend")
     },
-    "report": ("adapters", "cli", "demo", "lab"),
-    "lab": ("adapters", "cli", "demo"),
-    "demo": ("adapters", "cli"),
-    "adapters": ("cli", "demo"),
+    "report": ("adapters", "bench", "cli", "demo", "lab"),
+    "lab": ("adapters", "bench", "cli", "demo"),
+    "demo": ("adapters", "bench", "cli"),
+    "adapters": ("bench", "cli", "demo"),
+    "bench": ("cli", "demo", "lab", "report"),
 }
 for foundation in LAYERS[0]:
     FORBIDDEN[foundation] += ("kernels",)
 
 
 def test_every_module_has_its_place_in_the_import_order():
-    modules = {p.stem for p in (ROOT / "fxq").glob("*.py")} - {"__init__", "__main__", "cli"}
+    modules = {p.stem for p in (ROOT / "fxq").glob("*.py")} - {"__init__", "__main__", "cli", "cli_export"}
     assert modules <= set(FORBIDDEN), f"add to LAYERS or FORBIDDEN: {sorted(modules - set(FORBIDDEN))}"
 
 

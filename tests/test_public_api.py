@@ -22,6 +22,7 @@ NAMES = {
     "Summary",
     "TraceError",
     "detect_outliers",
+    "keep_memory",
     "load",
     "load_recipe",
     "optimize",

@@ -5,8 +5,19 @@ import torch
 
 from fxq.config import Scheme
 from fxq.graph import linear_sites
-from fxq.ir import QuantGraph, Stage, clear_plan, drop_tensor, get_tensor, plan_of, planned, put_tensor, set_plan
-from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
+from fxq.ir import (
+    QuantGraph,
+    Stage,
+    clear_plan,
+    drop_tensor,
+    get_tensor,
+    inherit_meta,
+    plan_of,
+    planned,
+    put_tensor,
+    set_plan,
+)
+from fxq.passes import FUSIONS, ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
 from fxq.pipeline import run_passes
 from fxq.quantize import quantize
 from fxq.trace import trace
@@ -31,6 +42,8 @@ def at(stage, bits=4):
         run_passes(graph, (LowerLinear(),))
     if stage >= Stage.FROZEN:
         run_passes(graph, (Freeze(),))
+    if stage >= Stage.FUSED:
+        run_passes(graph, FUSIONS)
     return graph
 
 
@@ -121,6 +134,16 @@ BROKEN = {
         Stage.FROZEN,
         lambda g: (put(g, f"{UP}.weight", torch.zeros(64, 96, dtype=torch.int8)), gemm(g).update_arg(6, 8)),
         r"four bit weights are packed: blocks.0.up: 4-bit weights in 8-bit storage",
+    ),
+    "unfit": (
+        Stage.FUSED,
+        lambda g: gemm(g).update_arg(6, 9),
+        r"operators fit their arguments: dual_scale_linear\w*: bits = 9: expected 2..8",
+    ),
+    "valueless": (
+        Stage.FUSED,
+        lambda g: inherit_meta(gemm(g).args[0], gemm(g), None),
+        r"operators fit their arguments: dual_scale_linear\w*: no value is recorded for \w+",
     ),
 }
 

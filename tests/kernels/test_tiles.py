@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from fxq.kernels.tiles import PROCESSORS, TABLE, candidates, choose
@@ -19,7 +21,6 @@ def test_a_choice_fits_the_architecture(shape, arch):
 def test_few_rows_take_the_smallest_tile_and_many_a_large_one():
     assert choose(1, 1536, 1536, 80) == TABLE[-1]
     assert choose(4680, 8960, 1536, 80) in TABLE[:2]
-    assert choose(4680, 8960, 1536, 120) == TABLE[1]
 
 
 def test_an_unknown_architecture_counts_as_the_next_older_one():
@@ -29,3 +30,16 @@ def test_an_unknown_architecture_counts_as_the_next_older_one():
 
 def test_a_narrow_product_takes_narrow_steps():
     assert choose(512, 512, 48, 90).block_k == 64
+
+
+def test_a_kernel_that_spills_with_the_largest_tile_takes_a_smaller_one():
+    assert choose(4680, 8960, 1536, 120) == choose(4680, 8960, 1536, 120, operation="gelu_tanh") == TABLE[0]
+    assert choose(4680, 8960, 1536, 120, operation="gelu") in TABLE[1:]
+    assert choose(4680, 8960, 1536, 121, operation="gelu") in TABLE[1:]
+
+
+@pytest.mark.parametrize("arch", sorted(PROCESSORS))
+def test_packed_weights_are_the_left_operand(arch):
+    packed = choose(4680, 1536, 1536, arch, packed=True)
+    assert packed.swapped and packed.constants()["SWAPPED"] is True
+    assert packed == replace(choose(4680, 1536, 1536, arch), swapped=True)

@@ -1,0 +1,1 @@
+"""What runs how fast: interleaved, checked measurements against eager, compiled and other libraries."""

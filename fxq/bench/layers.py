@@ -1,0 +1,162 @@
+"""Every quantized layer of a model against F.linear at the rows the model really gives it: where int8 loses."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxq import kernels, numerics
+from fxq.bench.cases import LEAST_SQNR
+from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
+from fxq.ir import LayerPlan, get_tensor, planned
+from fxq.kernels import native
+from fxq.kernels.panels import pack_panels
+from fxq.rollout import Rollout
+from fxq.signature import flatten_call
+
+OURS = "fxq"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A quantized layer and the rows of its most frequent call."""
+
+    plan: LayerPlan
+    rows: int
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Layers of one key take the same time."""
+        return (self.rows, self.plan.in_features, self.plan.out_features, self.plan.split)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Layers of a case and whether they should stay in floating point. ``ratio`` is to the faster float linear."""
+
+    layers: tuple[str, ...]
+    rows: int
+    ratio: float
+    stay: str
+
+    @property
+    def text(self) -> str:
+        """As "stay in bf16: M=1", or ""."""
+        return f"stay in {self.stay}: M={self.rows}" if self.stay else ""
+
+
+class _Counting(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.layers = {n: plan.layer for plan, nodes in planned(module).values() for n in nodes if plan.scheme}
+        self.rows: dict[str, collections.Counter[int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if (layer := self.layers.get(n)) is not None:
+            x = self.env[n.args[0]]  # type: ignore[index]
+            self.rows.setdefault(layer, collections.Counter())[x.numel() // x.shape[-1]] += 1
+        return super().run_node(n)
+
+
+def sites_of(module: fx.GraphModule, rollout: Rollout) -> list[Site]:
+    """Quantized layers with their rows in the first video of a rollout; layers that never get a row are left out.
+
+    Args:
+        module: a frozen module (of fxq.quantize or fxq.load) of the rollout's denoiser.
+        rollout: the calls.
+    """
+    counting = _Counting(module)
+
+    def run(*args: Any) -> Any:
+        flat = flatten_call(module, args, {})
+        return module.graph.process_outputs(counting.run(*flat, enable_io_processing=False))
+
+    with torch.no_grad(), rollout.using(run):
+        rollout.rollout(*rollout.batches[0])
+    plans = {layer: plan for layer, (plan, _) in planned(module).items()}
+    for counts in counting.rows.values():
+        del counts[0]
+    return [Site(plans[layer], counts.most_common(1)[0][0]) for layer, counts in counting.rows.items() if counts]
+
+
+def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Case:
+    """Sites of one key: quantize and integer linear of the first of them, against F.linear on its weight."""
+    sites = list(sites)
+    plan, rows = sites[0].plan, sites[0].rows
+    assert plan.scheme is not None
+    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset")
+    weight, weight_scale, scale, zero, offset = (
+        get_tensor(module, f"{plan.layer}.{name}").to(device) for name in names
+    )
+    perm = get_tensor(module, f"{plan.layer}.perm").to(device) if plan.outliers else None
+    split, bits, in_bits = plan.split, plan.scheme.weight_bits, plan.scheme.input_bits
+    integers = numerics.unpack_int4(weight) if bits == 4 else weight
+    low, high = numerics.integer_range(in_bits)
+    q = torch.randint(low, high + 1, (rows, plan.in_features), generator=torch.Generator().manual_seed(0))
+    ordered = numerics.dequantize_input(q.to(device), scale, zero, split)
+    back = slice(None) if perm is None else torch.argsort(perm)
+    x, w = ordered[:, back], numerics.dequantize_weight(integers, weight_scale, split)[:, back]
+    bias = offset - numerics.fold_offset(None, integers, weight_scale, scale, zero, split)
+
+    def plain(dtype: torch.dtype) -> Built:
+        args = x.to(dtype), w.to(dtype), bias.to(dtype)
+        return Built(lambda: F.linear(*args), "F.linear")
+
+    def quantized() -> Built:
+        given = x.bfloat16()
+        panels = native.ready() and torch.device(device).type == "cpu"
+        stored = pack_panels(integers, split) if panels else weight
+        rest = (weight_scale, scale, offset, split, bits, torch.bfloat16)
+
+        def call() -> Tensor:
+            return kernels.dual_scale_linear(
+                kernels.quantize_act(given, perm, scale, zero, split, in_bits), stored, *rest
+            )
+
+        return Built(call, "panels" if panels else kernels.used("dual_scale_linear", device))
+
+    bounds = LEAST_SQNR["model"]
+    contestants = (
+        Contestant(FP32, lambda: plain(torch.float32), bounds["float32"], "float32"),
+        Contestant(BF16, lambda: plain(torch.bfloat16), bounds["bfloat16"], "bfloat16", "bfloat16"),
+        Contestant(OURS, quantized, bounds["int8"], "int8", "bfloat16", ours=True),
+    )
+    facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
+    name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.scheme.label}, {len(plan.outliers)} outliers"
+    return Case(name, lambda: x.double() @ w.double().T + bias.double(), contestants, facts=facts)
+
+
+def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:
+    """One case for all layers of the same shape, split and rows, in graph order."""
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites_of(module, rollout):
+        assert site.plan.scheme is not None
+        groups.setdefault((*site.key, site.plan.scheme.label), []).append(site)
+    return [layer_case(module, sites, device) for sites in groups.values()]
+
+
+def advise(result: CaseResult) -> Advice | None:
+    """Whether the layers of a case gain by int8; None when it was not measured."""
+    ratios = {name: result.ratio(OURS, name) for name in (BF16, FP32)}
+    found = {name: ratio.median for name, ratio in ratios.items() if ratio is not None}
+    if not found:
+        return None
+    fastest = min(found, key=lambda name: found[name])
+    stay = "" if found[fastest] >= 1 else fastest.split()[0]
+    return Advice(tuple(result.facts["layers"]), result.facts["rows"], found[fastest], stay)
+
+
+def rules_text(advice: Iterable[Advice]) -> str:
+    """Rules for a recipe file that keep the losing layers in floating point; "" when none loses."""
+    lines = []
+    for item in advice:
+        for layer in item.layers if item.stay else ():
+            reason = f"int8 is slower than {item.stay} at {item.rows} row{'s' * (item.rows != 1)}"
+            lines.append(f'[[rules]]\npattern = "{layer}"\nreason = "{reason}"\n')
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""This library as a contestant: quantize, optimize, and compare every operator with its reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxq import kernels
+from fxq.bench.contest import Built
+from fxq.config import Recipe, Scheme
+from fxq.kernels import native
+from fxq.optimize import optimize
+from fxq.passes.methods.ranges import MinMax
+from fxq.quantize import quantize
+from fxq.recipes import wan_recipe
+from fxq.rollout import Rollout
+from fxq.signature import flatten_call
+from fxq.summary import summary
+
+
+def speed_recipe(dual_scale: bool) -> Recipe:
+    """W8A8 by ranges alone: speed does not depend on how well the integers are chosen."""
+    scheme = Scheme(weight_bits=8, input_bits=8, dual_scale=dual_scale)
+    name = "w8a8 dual scale" if dual_scale else "w8a8 single scale"
+    return wan_recipe(name, scheme, methods=(MinMax(),), weighting="uniform")
+
+
+class _Comparing(fx.Interpreter):
+    """Runs a graph and compares each operator of this library with its reference on the same arguments."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.ops = {op.definition: op for op in kernels.OPS}
+        self.worst: dict[str, float] = {}
+        self.refusal = ""
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_function" and n.target in self.ops and isinstance(result, Tensor):
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self._compare(n, args, result)
+        return result
+
+    def _compare(self, node: fx.Node, args: Sequence[Any], result: Tensor) -> None:
+        op = self.ops[node.target]  # type: ignore[index]
+        expected = op.reference(*args)
+        error = relative_error(expected, result)
+        self.worst[op.name] = max(error, self.worst.get(op.name, 0.0))
+        if not error <= op.max_error and not self.refusal:
+            self.refusal = (
+                f"fxq::{op.name} at {node.name} differs from its reference by {error:.2g} of the largest value, "
+                f"allowed {op.max_error:.2g}"
+            )
+
+
+def relative_error(expected: Tensor, result: Tensor) -> float:
+    """Largest difference over the largest expected value; integers that differ at all do so by at least 1 / 128."""
+    if not expected.numel():
+        return 0.0
+    difference = (expected.float() - result.float()).abs().max()
+    return float(difference) / max(float(expected.float().abs().max()), 1e-30)
+
+
+def compare_operators(module: fx.GraphModule, *args: Any) -> tuple[str, dict[str, float]]:
+    """Run a module once and compare its operators with their references.
+
+    Returns:
+        Which operator left its ``max_error`` ("" if none), and the largest relative error by operator.
+    """
+    comparing = _Comparing(module)
+    comparing.run(*flatten_call(module, args, {}), enable_io_processing=False)
+    return comparing.refusal, comparing.worst
+
+
+def kernel_facts(module: fx.GraphModule, device: str) -> dict[str, Any]:
+    """Nodes and kernel by operator, the kernel of each layer as the summary says it, and what fusion did."""
+    names = {op.definition: op.name for op in kernels.OPS}
+    counts: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.target in names:
+            counts[names[node.target]] = counts.get(names[node.target], 0) + 1
+    data = json.loads(summary(module).to_json())
+    return {
+        "operators": {name: {"nodes": n, "kernel": kernels.used(name, device)} for name, n in counts.items()},
+        "layers": {row["layer"]: row["kernel"] or f"kept: {row['reason']}" for row in data["layers"]},
+        "outliers": {row["layer"]: row["outliers"] for row in data["layers"] if row["quantized"]},
+        "native": native.why_not() or "ready",
+        "remarks": data["facts"].get("remarks", {}),
+    }
+
+
+def kernel_text(facts: dict[str, Any]) -> str:
+    """Kernels that run the linears, and the operators around them, in a few words."""
+    linears = sorted({text for text in facts["layers"].values() if not text.startswith("kept: ")})
+    return f"{', '.join(linears)}; " + ", ".join(f"{n['nodes']} {name}" for name, n in facts["operators"].items())
+
+
+def optimized(
+    model: nn.Module, data: list[Any] | Rollout, dual_scale: bool, dynamic_shapes: Any = None
+) -> fx.GraphModule:
+    """The model quantized on ``data`` by :func:`speed_recipe` and optimized for its device."""
+    recipe = speed_recipe(dual_scale)
+    return optimize(quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False))
+
+
+def build(model: nn.Module, args: tuple[Any, ...], dual_scale: bool, device: str) -> Built:
+    """Quantize a model on its own arguments and check every operator on them."""
+    module = optimized(model, [args], dual_scale, dynamic_shapes=(None,) * len(args))
+    return finish(module, args, device, lambda: module(*args))
+
+
+def finish(module: fx.GraphModule, args: tuple[Any, ...], device: str, call: Callable[[], Any], **more: Any) -> Built:
+    """A contestant from an optimized module; ``args`` are those its operators are checked with."""
+    with torch.no_grad():
+        refusal, worst = compare_operators(module, *args)
+    facts = {**kernel_facts(module, device), "largest_error": worst}
+    return Built(call, kernel_text(facts), refusal=refusal, facts=facts, **more)

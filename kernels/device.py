@@ -1,0 +1,39 @@
+"""Device functions that more than one Triton kernel calls."""
+
+from __future__ import annotations
+
+from fxq.kernels.jit import Block, constexpr, jit, tl
+
+
+@jit
+def round_to_int32(x: Block, PTX: constexpr) -> Block:
+    """Nearest int32; floor(x + 0.5) would move integers above 2**23."""
+    if PTX:
+        result = tl.inline_asm_elementwise("cvt.rni.s32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        below = tl.floor(x)
+        result = below.to(tl.int32) + (x - below >= 0.5).to(tl.int32)
+    return result
+
+
+@jit
+def to_int8(x: Block, inverse: Block, zero: Block, LOW: constexpr, HIGH: constexpr) -> Block:
+    """``clip(round(x * inverse) + zero, LOW, HIGH)``, round half to even, as fxq.numerics.quantize_input."""
+    # The clamp stands between product and sum: they cannot contract to one FMA, which would round differently.
+    scaled = tl.maximum(x * inverse, (LOW - zero).to(tl.float32))
+    scaled = tl.minimum(scaled, (HIGH - zero).to(tl.float32))
+    # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits of the mantissa.
+    return ((scaled + 12582912.0).to(tl.int32, bitcast=True) + zero).to(tl.int8)
+
+
+@jit
+def activate(x: Block, ACTIVATION: constexpr) -> Block:
+    """One of fxq.kernels.epilogues.ACTIVATIONS on float32."""
+    if ACTIVATION == "gelu":
+        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+        result = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        result = x
+    return result

@@ -1,0 +1,86 @@
+"""Analysis: linears that read the same input get one set of outlier channels, so that one quantize serves them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from fxq.config import Scheme
+from fxq.graph import LinearSite, linear_sites
+from fxq.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
+from fxq.passes.detect_outliers import detect_outliers, inside_block
+from fxq.pipeline import Analysis
+
+
+def block_of(layer: str) -> str:
+    """Path of the numbered block that holds a layer, ``blocks.3`` for ``blocks.3.ffn.0``; empty outside of blocks."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
+    return "" if found is None else found.group()
+
+
+def input_groups(module: fx.GraphModule) -> list[list[LinearSite]]:
+    """Linears to be quantized that read one node, by two or more, in graph order.
+
+    Members are of one block, have equal schemes, and each is called at one site: another site could see other values.
+    """
+    sites = list(linear_sites(module))
+    calls = Counter(site.layer for site in sites)
+    groups: dict[tuple[object, str, Scheme], list[LinearSite]] = {}
+    for site in sites:
+        plan = plan_of(site.node)
+        if plan is not None and plan.scheme is not None and calls[site.layer] == 1:
+            groups.setdefault((site.node.args[0], block_of(site.layer), plan.scheme), []).append(site)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareInputs(Analysis):
+    """Replaces the outlier channels of layers that read the same input by those of their stacked weights.
+
+    The norm of a channel is then taken over the rows of all of them (Q-ARVD, arXiv 2605.21072, Eq. 9-12, on the weight
+    [sum N, K]). :class:`~fxq.passes.ApplyMethods` with ``share_inputs`` solves such layers as one, so that their input
+    scales are equal too and :class:`~fxq.passes.merge_linears.MergeLinears` can make one GEMM of them.
+    """
+
+    needs: ClassVar[Stage] = Stage.PLANNED
+    gives: ClassVar[Stage] = Stage.PLANNED
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of layers that share their input with another one."""
+        groups = input_groups(graph.module)
+        for group in groups:
+            plans = [plan for site in group if (plan := plan_of(site.node)) is not None]
+            if not _may_have_outliers(plans[0]):
+                continue
+            outliers, reason = _common_outliers(graph.module, group, plans[0])
+            for site, plan in zip(group, plans, strict=True):
+                others = ", ".join(other.layer for other in plans if other.layer != plan.layer)
+                text = f"{reason}, shared with {others}" if reason else f"shared with {others}"
+                set_plan(site.node, dataclasses.replace(plan, outliers=outliers, outlier_reason=text))
+        return sum(map(len, groups))
+
+
+def _may_have_outliers(plan: LayerPlan) -> bool:
+    scheme = plan.scheme
+    assert scheme is not None
+    return scheme.dual_scale and inside_block(plan.layer) and plan.in_features % scheme.align == 0
+
+
+def _common_outliers(
+    module: fx.GraphModule, group: Sequence[LinearSite], plan: LayerPlan
+) -> tuple[tuple[int, ...], str]:
+    """Outlier channels of the stacked weights, and why there are none."""
+    scheme = plan.scheme
+    assert scheme is not None
+    stacked = torch.cat([site.weight(module) for site in group])
+    found = detect_outliers(stacked, scheme.tau, scheme.alpha, scheme.align)
+    reason = "" if found.count else "no channel above the threshold"
+    if found.raw_count and not found.count:
+        reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"
+    return tuple(found.indices.tolist()), reason

@@ -1,0 +1,165 @@
+"""What tests/kernels/aot.py compiles: the shipped kernels with the types and constants of real launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fxq.kernels import gluon_gemm
+from fxq.kernels.fp8_triton import quantize_fp8_kernel
+from fxq.kernels.gemm_kernel import linear_kernel
+from fxq.kernels.gemm_triton import Store
+from fxq.kernels.norm_triton import norm_quantize_kernel, warps_of
+from fxq.kernels.quantize import quantize_kernel
+from fxq.kernels.rope_triton import rms_norm_rope_kernel
+from fxq.kernels.tiles import TABLE, Tiles, candidates
+
+ALL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
+INT8 = {"LOW": -128, "HIGH": 127}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its compile-time arguments.
+
+    Attributes:
+        kernel: the Triton or Gluon function.
+        types: argument -> Triton's name of its type, int32 where absent.
+        constants: compile-time arguments.
+        warps: per program.
+        stages: of the software pipeline.
+        targets: what it is compiled for.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, object]
+    warps: int
+    stages: int
+    targets: tuple[str, ...] = ALL
+
+
+LINEAR_TYPES = {
+    **dict.fromkeys(("q_ptr", "w_ptr"), "*i8"),
+    **dict.fromkeys(("weight_scale_ptr", "input_scale_ptr", "offset_ptr", "out_scale_ptr"), "*fp32"),
+    **dict.fromkeys(("y_ptr", "residual_ptr", "gate_ptr"), "*bf16"),
+    "out_zero_ptr": "*i32",
+}
+STORED = {
+    "w8": {},
+    "w4": {"w_ptr": "*u8"},
+    "fp8": dict.fromkeys(("q_ptr", "w_ptr"), "*fp8e4nv"),
+}
+EPILOGUES: dict[str, dict[str, object]] = {
+    "store": {},
+    "gelu": {"EPILOGUE": "quantize", "ACTIVATION": "gelu", "OUT_DUAL": True, **INT8},
+    "gelu_tanh": {"EPILOGUE": "quantize", "ACTIVATION": "gelu_tanh", "OUT_DUAL": True, **INT8},
+    "add": {"EPILOGUE": "add", "GATED": True},
+}
+PASSED = {
+    "store": (),
+    "gelu": ("out_scale_ptr", "out_zero_ptr", "out_split"),
+    "gelu_tanh": ("out_scale_ptr", "out_zero_ptr", "out_split"),
+    "add": ("residual_ptr", "gate_ptr", "residual_stride", "gate_stride", "frame_rows"),
+}
+
+
+def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool = True) -> Case:
+    """A case of the GEMM; weight is "w8", "w4" or "fp8". It is compiled where a launch may choose these tiles."""
+    types = LINEAR_TYPES | STORED[weight] | ({"y_ptr": "*i8"} if "ACTIVATION" in EPILOGUES[epilogue] else {})
+    constants = (
+        Store().arguments(1) | tiles.constants() | EPILOGUES[epilogue] | {"DUAL": dual, "PACKED": weight == "w4"}
+    )
+    for name in ("num_warps", "num_stages", *PASSED[epilogue]):
+        del constants[name]
+    plain = replace(tiles, swapped=False)
+    targets = (
+        t for t in (FP8 if weight == "fp8" else ALL) if t == "gfx942" or plain in candidates(int(t[3:]), epilogue)
+    )
+    return Case(linear_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
+
+
+def norm(width: int, gather: bool, affine: bool = False) -> Case:
+    """A case of norm_quantize with modulation."""
+    block = 1 << (width - 1).bit_length()
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "gain_ptr", "shift_ptr"), "*bf16")
+    types |= {"perm_ptr": "*i32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "q_ptr": "*i8", "eps": "fp32"}
+    constants: dict[str, object] = {"WEIGHT": affine, "BIAS": affine, "MODULATED": True, "GATHER": gather, "DUAL": True}
+    constants |= {"BLOCK": block, **INT8}
+    unused = ([] if affine else ["weight_ptr", "bias_ptr"]) + ([] if gather else ["perm_ptr"])
+    return Case(norm_quantize_kernel, types, constants | dict.fromkeys(unused), warps_of(block), 3)
+
+
+def rope(width: int, head_dim: int) -> Case:
+    """A case of rms_norm_rope with both halves."""
+    block = 1 << (width - 1).bit_length()
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "y_ptr"), "*bf16")
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32") | {"eps": "fp32"}
+    constants = {"HALF": head_dim // 2, "NORM": True, "ROTATE": True, "BLOCK": block}
+    return Case(rms_norm_rope_kernel, types, constants, warps_of(block), 3)
+
+
+def quantize(gather: bool) -> Case:
+    """A case of quantize_act."""
+    types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "q_ptr": "*i8"}
+    constants = {"GATHER": gather, "DUAL": True, "BLOCK_M": 16, "BLOCK_K": 256, **INT8}
+    return Case(quantize_kernel, types, constants, 4, 3)
+
+
+def quantize_fp8() -> Case:
+    """A case of quantize_fp8."""
+    types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "scale_ptr": "*fp32", "q_ptr": "*fp8e4nv"}
+    return Case(quantize_fp8_kernel, types, {"GATHER": True, "DUAL": True, "BLOCK": 2048}, warps_of(2048), 3, FP8)
+
+
+def gluon(tiles: gluon_gemm.GluonTiles) -> Case:
+    """A case of the Gluon GEMM."""
+    types = dict.fromkeys(("weight_scale_ptr", "input_scale_ptr", "offset_ptr"), "*fp32") | {"y_ptr": "*bf16"}
+    for operand, rows in (("q", tiles.block_m), ("w", tiles.block_n)):
+        layout = gluon_gemm.gl.NVMMASharedLayout.get_default_for([rows, tiles.block_k], gluon_gemm.gl.int8)
+        descriptor = f"tensordesc<i8[{rows}, {tiles.block_k}],{layout!r}>"
+        types |= {f"{operand}_normal": descriptor, f"{operand}_outlier": descriptor}
+    constants = gluon_gemm.constants(tiles, dual=True)
+    return Case(gluon_gemm.gluon_kernel, types, constants, tiles.warps, 3, ("sm_90",))
+
+
+def label(tiles: Tiles | gluon_gemm.GluonTiles) -> str:
+    """As 128x256x64."""
+    return f"{tiles.block_m}x{tiles.block_n}x{tiles.block_k}"
+
+
+def linears() -> dict[str, Case]:
+    """Name -> case of the GEMM."""
+    cases = {}
+    for i, tiles in enumerate(TABLE):
+        size, swapped = label(tiles), replace(tiles, swapped=True)
+        cases[f"linear-w8-store-{size}"] = linear(tiles)
+        cases[f"linear-w4-store-{size}"] = linear(swapped, "w4")
+        cases[f"linear-w8-gelu_tanh-{size}"] = linear(tiles, epilogue="gelu_tanh")
+        if i in (0, 1, len(TABLE) - 1):
+            cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
+        if i < 2:
+            cases[f"linear-w8-single-{size}"] = linear(tiles, dual=False)
+            cases[f"linear-w4-gelu_tanh-{size}"] = linear(swapped, "w4", "gelu_tanh")
+        if i == 0:
+            cases[f"linear-w4-gelu-{size}"] = linear(swapped, "w4", "gelu")
+        if i < 3:
+            cases[f"linear-w8-gelu-{size}"] = linear(tiles, epilogue="gelu")
+            cases[f"linear-w8-add-{size}"] = linear(tiles, epilogue="add")
+            cases[f"linear-w4-add-{size}"] = linear(swapped, "w4", "add")
+    return cases
+
+
+CASES = linears() | {
+    **{f"gluon-{label(tiles)}": gluon(tiles) for tiles in gluon_gemm.TABLE if gluon_gemm.HAS_GLUON},
+    "norm-1536": norm(1536, gather=False),
+    "norm-gather-1536": norm(1536, gather=True),
+    "norm-gather-affine-5120": norm(5120, gather=True, affine=True),
+    "rope-1536": rope(1536, 128),
+    "rope-5120": rope(5120, 128),
+    "quantize": quantize(gather=False),
+    "quantize-gather": quantize(gather=True),
+    "quantize-fp8-gather": quantize_fp8(),
+}
+"""Name -> case of everything that ships; the largest tile first, so that a pool of processes ends evenly."""

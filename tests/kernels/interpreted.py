@@ -1,0 +1,310 @@
+"""Cases that test_triton_interpret.py runs in a process of its own, where Triton interprets its kernels on a CPU."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.kernels import fp8, fp8_triton, gemm_triton, norm_triton, rope_triton
+from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm import dual_scale_linear, sample_operands
+from fxq.kernels.norm import norm_quantize
+from fxq.kernels.quantize import launch as launch_quantize
+from fxq.kernels.rope import rms_norm_rope
+from fxq.kernels.tiles import Tiles
+
+INF = float("inf")
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TILES = Tiles(32, 32, 64, warps=4, stages=2, group_m=2)
+WIDE = Tiles(32, 256, 64, warps=4, stages=2, group_m=2)
+
+
+def generator() -> torch.Generator:
+    """Random numbers of a fixed seed."""
+    return torch.Generator().manual_seed(7)
+
+
+def noise(*shape: int) -> Tensor:
+    """Float32 noise, wide enough to clip."""
+    return torch.randn(shape, generator=generator()) * 3
+
+
+def close(got: Tensor, want: Tensor, allowed: Tensor | float) -> None:
+    """Every element is within what is allowed, and none was left unwritten."""
+    error = (got.double() - want.double()).abs()
+    assert got.shape == want.shape and got.dtype == want.dtype
+    assert bool((error <= allowed).all()), f"largest error {error.max()}, all written: {bool(got.isfinite().all())}"
+
+
+def same_integers(got: Tensor, want: Tensor) -> None:
+    """Equal, but for less than 0.5 % that are one off at a rounding boundary."""
+    difference = (got.int() - want.int()).abs()
+    assert got.shape == want.shape and got.dtype == want.dtype == torch.int8
+    assert not want.numel() or int(difference.max()) <= 1, f"largest difference {difference.max()}"
+    assert int(difference.sum()) * 200 <= want.numel(), f"{int(difference.sum())} of {want.numel()} differ"
+
+
+def linear(
+    m: int, n: int, k: int, split: int, bits: int, exact: bool, scattered: bool = False, tiles: Tiles = TILES
+) -> None:
+    """One product against exact integers (unit scales, integer ratios) or against float64 within half a unit."""
+    random = torch.Generator().manual_seed(m * n + k)
+    low, high = numerics.integer_range(bits)
+    groups = 1 if split == k else 2
+    q = torch.randint(-128, 128, (m, k + 32), generator=random, dtype=torch.int8)[:, 32:]
+    q = q if scattered else q.contiguous()
+    w = torch.randint(low, high + 1, (n, k), generator=random, dtype=torch.int8)
+    if exact:
+        weight_scale = torch.ones(groups, n)
+        weight_scale[1:] = torch.randint(1, 6, (groups - 1, n), generator=random).float()
+        input_scale = torch.ones(groups)
+        offset = torch.randint(-1000, 1000, (n,), generator=random).float()
+    else:
+        weight_scale = torch.rand(groups, n, generator=random) * 0.01 + 0.001
+        input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
+        offset = torch.randn(n, generator=random)
+    unit = (input_scale.unsqueeze(1) * weight_scale).double()
+    expected, magnitude = offset.double().expand(m, n), offset.double().abs().expand(m, n)
+    for g, part in enumerate(numerics.group_slices(k, split)):
+        product = (q[:, part].double() @ w[:, part].double().T) * unit[g]
+        expected, magnitude = expected + product, magnitude + product.abs()
+    assert not exact or bool((expected.abs() < 2**24).all())
+    y = torch.full((m, n), float("nan"))
+    stored = numerics.pack_int4(w) if bits <= 4 else w
+    gemm_triton.launch(q, stored, weight_scale, input_scale, offset, split, y, tiles=tiles)
+    allowed = torch.zeros(n) if exact else 2**-22 * magnitude + (0.5 * unit[0] if groups == 2 else 0)
+    close(y.double(), expected, allowed)
+
+
+def rescale_of_large_integers() -> None:
+    """Integers between 2**23 and 2**24 stay exact in the in-place rescale."""
+    q = torch.full((1, 192), 127, dtype=torch.int8)
+    q[:, 0] = 0
+    w = torch.full((2, 192), 127, dtype=torch.int8)
+    w[0, 191] = 126
+    scale = torch.tensor([[1.0, 1.0], [9.0, 9.0]])
+    expected = 9.0 * torch.tensor([[127 * 127 * 63 + 127 * 126, 127 * 127 * 64]]) + torch.tensor(127.0 * 127 * 127)
+    y = torch.full((1, 2), float("nan"))
+    tiles = Tiles(16, 16, 64, warps=4, stages=2)
+    gemm_triton.launch(q, w, scale, torch.ones(2), torch.zeros(2), 128, y, tiles=tiles)
+    assert 2**23 < expected.max() < 2**24
+    assert torch.equal(y, expected), (y, expected)
+
+
+def panels_are_refused() -> None:
+    """Weights of the CPU kernel are named."""
+    operands = sample_operands((3, 64), 40, 64, 8, generator(), panels=True)
+    try:
+        gemm_triton.launch(*operands[:6], torch.empty(3, 40), tiles=TILES)
+    except ValueError as error:
+        assert "panels for the CPU kernel: expected [N, K] on cpu; lay the weights out" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+
+def linear_quantize(
+    m: int,
+    n: int,
+    k: int,
+    split: int,
+    bits: int,
+    activation: str,
+    out_split: int,
+    out_bits: int = 8,
+    tiles: Tiles = TILES,
+) -> None:
+    """Product, activation and the next layer's integers."""
+    operands = sample_operands((m, k), n, split, bits, generator())
+    groups = 1 if out_split == n else 2
+    deviation = float(dual_scale_linear.reference(*operands, F32).std())
+    scale = torch.tensor([0.02, 0.05][:groups]) * deviation * 2 ** (8 - out_bits)
+    zero_point = torch.tensor([-9, 3][:groups], dtype=torch.int32)
+    tail = (activation, scale, zero_point, out_split, out_bits)
+    want = dual_scale_linear_quantize.reference(*operands, *tail)
+    assert want.unique().numel() > 2**out_bits // 3
+    out = torch.full((m, n), 99, dtype=torch.int8)
+    tiles = replace(tiles, swapped=bits <= 4)
+    epilogue = gemm_triton.Quantize(*tail)
+    same_integers(gemm_triton.launch(*operands[:6], out, tiles=tiles, epilogue=epilogue), want)
+
+
+def linear_add(
+    shape: tuple[int, int, int], n: int, split: int, bits: int, frames: int, dtype: torch.dtype, tiles: Tiles = TILES
+) -> None:
+    """Residual and gate; the gate is a slice of a modulation of six, its rows lie apart."""
+    operands = sample_operands(shape, n, split, bits, generator())
+    residual = noise(*shape[:2], n).to(dtype)
+    gate = noise(shape[0], frames, 6, n)[:, :, 2].to(dtype) if frames else None
+    want = dual_scale_linear_add.reference(*operands, residual, gate)
+    out = torch.full(want.shape, float("nan"), dtype=dtype)
+    tiles = replace(tiles, swapped=bits <= 4)
+    gemm_triton.launch(*operands[:6], out, tiles=tiles, epilogue=gemm_triton.Add(residual, gate))
+    rounding = 0.5 * float((operands.input_scale[0] * operands.weight_scale[0]).max()) * 9
+    close(out, want, (2**-7 if dtype == BF16 else 2**-20) * want.abs().double() + rounding)
+
+
+def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, bits: int, gather: bool) -> None:
+    """Bit-equal integers."""
+    perm = torch.randperm(x.shape[-1], generator=generator()).to(torch.int32)
+    order = perm if gather else torch.arange(x.shape[-1])
+    scales, zeros = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
+    expected = numerics.quantize_input(x[..., order], scales, zeros, split, bits)
+    q = torch.full((x.numel() // x.shape[-1], x.shape[-1]), 99, dtype=torch.int8)
+    result = launch_quantize(x, perm if gather else None, scales, zeros, split, bits, blocks=(4, 64), out=q)
+    assert result.shape == x.shape
+    assert torch.equal(result, expected), f"{int((result != expected).sum())} of {x.numel()} integers differ"
+
+
+def norm(
+    shape: tuple[int, int, int], split: int, bits: int, dtype: torch.dtype, frames: int, affine: str, gather: bool
+) -> None:
+    """LayerNorm, modulation, gather and integers; gain and shift are slices of a modulation of six."""
+    batch, _, width = shape
+    modulation = torch.randn(batch, max(1, frames), 6, width, generator=generator()).to(dtype)
+    gain, shift = (modulation[:, :, 1], modulation[:, :, 0]) if frames else (None, None)
+    groups = 1 if split == width else 2
+    arguments = (
+        (noise(batch, shape[1], width + 16)[..., :width] + 0.7).to(dtype),
+        torch.randn(width, generator=generator()).to(dtype) if "w" in affine else None,
+        torch.randn(width, generator=generator()) if "b" in affine else None,
+        gain,
+        shift,
+        1e-6,
+        torch.randperm(width, generator=generator()).to(torch.int32) if gather else None,
+        torch.tensor([0.03, 0.011][:groups]),
+        torch.tensor([-11, 4][:groups], dtype=torch.int32),
+        split,
+        bits,
+    )
+    out = torch.full(shape, 99, dtype=torch.int8)
+    same_integers(norm_triton.launch(*arguments, out=out), norm_quantize.reference(*arguments))
+
+
+def rope(shape: tuple[int, int, int], heads: int, dtype: torch.dtype, norm: bool, rotate: bool, merged: bool) -> None:
+    """Norm and rotation; merged takes x out of a result three times as wide."""
+    batch, positions, width = shape
+    angle = torch.rand(positions, width // heads // 2, generator=generator()) * 6
+    x = noise(batch, positions, 3 * width).to(dtype)
+    x = x[..., width : 2 * width] if merged else x[..., :width].contiguous()
+    weight = torch.randn(width, generator=generator()).to(dtype) if norm else None
+    arguments = (x, weight, 1e-6, angle.cos() if rotate else None, angle.sin() if rotate else None, heads)
+    want = rms_norm_rope.reference(*arguments)
+    out = torch.full(want.shape, float("nan"), dtype=dtype)
+    close(rope_triton.launch(*arguments, out=out), want, (2**-7 if dtype == BF16 else 2**-20) * 8)
+
+
+def quantize_fp8(shape: tuple[int, ...], scale: list[float], split: int, dtype: torch.dtype, gather: bool) -> None:
+    """Values that float8 holds, and large ones; the interpreter loses the carry when it rounds others."""
+    width = shape[-1]
+    perm = torch.randperm(width, generator=generator()).to(torch.int32)
+    scales = torch.tensor(scale)
+    held = noise(*shape).mul(20).clamp(-448, 448).to(fp8.FP8).float()
+    held[..., ::7] *= 4096
+    per_channel = scales[(torch.arange(width) >= split).long()]
+    x = torch.empty(shape).index_copy(-1, perm.long(), held * per_channel) if gather else held * per_channel
+    x = x.to(dtype)
+    want = fp8.quantize_fp8.reference(x, perm if gather else None, scales, split)
+    got = fp8_triton.launch(x, perm if gather else None, scales, split, out=torch.zeros(shape, dtype=fp8.FP8))
+    assert got.dtype == want.dtype and bool((want.float().abs() == 448).any())
+    close(got.float(), held.clamp(-448, 448), 0.0)
+    close(want.float(), held.clamp(-448, 448), 0.0)
+
+
+def linear_fp8(m: int, n: int, k: int, split: int) -> None:
+    """Against float64."""
+    groups = 1 if split == k else 2
+    q, w = (noise(rows, k).mul(40).clamp(-448, 448).to(fp8.FP8) for rows in (m, n))
+    weight_scale = torch.rand(groups, n, generator=generator()) * 0.01 + 0.001
+    input_scale, offset = torch.tensor([0.03, 0.2][:groups]), noise(n)
+    operands = (q, w, weight_scale, input_scale, offset, split)
+    y = gemm_triton.launch(*operands, torch.full((m, n), float("nan")), tiles=TILES)
+    want = fp8.dual_scale_linear_fp8.reference(*operands, torch.float32)
+    close(y, want, 2**-18 * float(want.abs().max()))
+
+
+packed = partial(linear, tiles=replace(TILES, swapped=True))
+CASES: dict[str, Callable[[], None]] = {
+    "linear-w8-single-exact": lambda: linear(37, 45, 200, 200, 8, exact=True),
+    "linear-w8-dual-exact": lambda: linear(50, 70, 224, 160, 8, exact=True),
+    "linear-w8-dual-odd-split-exact": lambda: linear(33, 31, 131, 101, 8, exact=True),
+    "linear-w5-dual-narrow-exact": lambda: linear(1, 5, 40, 7, 5, exact=True),
+    "linear-w8-rows-with-stride-exact": lambda: linear(34, 33, 96, 64, 8, exact=True, scattered=True),
+    "linear-w4-single-exact": lambda: packed(37, 45, 224, 224, 4, exact=True),
+    "linear-w4-dual-exact": lambda: packed(50, 70, 256, 160, 4, exact=True),
+    "linear-w4-dual-narrow-outliers-exact": lambda: packed(3, 33, 96, 64, 4, exact=True),
+    "linear-w2-dual-exact": lambda: packed(17, 20, 192, 32, 2, exact=True),
+    "linear-w4-not-swapped-dual-exact": lambda: linear(33, 39, 160, 96, 4, exact=True),
+    "linear-w8-swapped-dual-exact": lambda: packed(33, 39, 131, 101, 8, exact=True),
+    "linear-w8-single": lambda: linear(40, 40, 150, 150, 8, exact=False),
+    "linear-w8-dual": lambda: linear(65, 33, 224, 192, 8, exact=False),
+    "linear-w6-dual": lambda: linear(33, 65, 100, 90, 6, exact=False),
+    "linear-w4-dual": lambda: packed(33, 65, 224, 192, 4, exact=False),
+    "linear-w8-wide-exact": lambda: linear(33, 300, 131, 101, 8, exact=True, tiles=WIDE),
+    "linear-no-rows": lambda: linear(0, 5, 64, 32, 8, exact=False),
+    "linear-rescale-of-large-integers": rescale_of_large_integers,
+    "linear-panels-are-refused": panels_are_refused,
+    "linear-quantize-gelu_tanh-dual": lambda: linear_quantize(37, 70, 160, 128, 8, "gelu_tanh", 41),
+    "linear-quantize-gelu-single": lambda: linear_quantize(33, 45, 131, 131, 8, "gelu", 45),
+    "linear-quantize-none-6-bits": lambda: linear_quantize(50, 39, 75, 50, 8, "none", 7, 6),
+    "linear-quantize-w4-gelu_tanh": lambda: linear_quantize(19, 65, 128, 96, 4, "gelu_tanh", 33),
+    "linear-quantize-wide": lambda: linear_quantize(9, 275, 96, 64, 8, "gelu", 141, tiles=WIDE),
+    "linear-quantize-no-rows": lambda: gemm_triton.launch(
+        *sample_operands((0, 64), 5, 64, 8, generator())[:6],
+        torch.empty(0, 5, dtype=torch.int8),
+        tiles=TILES,
+        epilogue=gemm_triton.Quantize("gelu", torch.ones(1), torch.zeros(1, dtype=torch.int32), 5, 8),
+    ),
+    "linear-add-gated-3-frames": lambda: linear_add((2, 21, 96), 45, 64, 8, 3, F32),
+    "linear-add-gated-bf16": lambda: linear_add((1, 34, 131), 33, 131, 8, 2, BF16),
+    "linear-add-without-gate": lambda: linear_add((2, 17, 75), 40, 50, 8, 0, F32),
+    "linear-add-wide": lambda: linear_add((2, 20, 75), 270, 50, 8, 2, F32, tiles=WIDE),
+    "linear-add-w4-wide": lambda: linear_add((2, 6, 64), 300, 32, 4, 2, F32, tiles=WIDE),
+    "linear-add-w4-a-frame-per-row": lambda: linear_add((1, 7, 128), 65, 96, 4, 7, F32),
+    "quantize-f32": lambda: quantize(noise(7, 130), [0.02], [5], 130, 8, gather=False),
+    "quantize-f32-dual-gather": lambda: quantize(noise(6, 130), [0.02, 0.3], [5, -77], 97, 8, gather=True),
+    "quantize-bf16-dual-gather": lambda: quantize(noise(2, 3, 96).bfloat16(), [0.011, 0.1], [-3, 0], 64, 8, True),
+    "quantize-f16-4-bits": lambda: quantize(noise(5, 70).half(), [0.7, 0.2], [1, -8], 6, 4, gather=True),
+    "quantize-ties": lambda: quantize(torch.arange(-150, 150).reshape(3, 100) / 4, [0.5, 0.25], [1, -2], 50, 6, False),
+    "quantize-infinite": lambda: quantize(torch.tensor([[INF, -INF, 3e38, -3e38, 0.0]]), [1e-3], [100], 5, 8, False),
+    "quantize-columns-with-stride": lambda: quantize(noise(64, 9).T, [0.03, 0.1], [0, 3], 32, 8, gather=True),
+    "norm-modulated-dual-gather": lambda: norm((2, 9, 130), 97, 8, F32, 3, "", gather=True),
+    "norm-affine-and-modulated": lambda: norm((1, 8, 75), 75, 8, F32, 2, "wb", gather=False),
+    "norm-affine-6-bits-bf16": lambda: norm((2, 5, 96), 64, 6, BF16, 0, "wb", gather=True),
+    "norm-weight-without-bias": lambda: norm((1, 5, 33), 20, 8, F16, 1, "w", gather=False),
+    "norm-plain-narrow": lambda: norm((3, 4, 5), 5, 8, F32, 0, "", gather=True),
+    "norm-no-rows": lambda: norm((2, 0, 64), 32, 8, F32, 1, "", gather=True),
+    "rope-normed-f32": lambda: rope((2, 9, 96), 4, F32, True, True, merged=False),
+    "rope-merged-bf16": lambda: rope((2, 7, 120), 3, BF16, True, True, merged=True),
+    "rope-odd-pairs-of-a-head": lambda: rope((1, 5, 90), 3, F32, True, True, merged=True),
+    "rope-without-norm": lambda: rope((2, 3, 64), 1, F32, False, True, merged=True),
+    "rope-without-rotation": lambda: rope((1, 6, 36), 2, F32, True, False, merged=False),
+    "rope-one-position": lambda: rope((4, 1, 32), 2, F16, True, True, merged=True),
+    "rope-no-rows": lambda: rope((2, 0, 32), 2, F32, True, True, merged=False),
+    "fp8-quantize-dual-gather": lambda: quantize_fp8((7, 130), [2**-6, 0.25], 97, F32, gather=True),
+    "fp8-quantize-single-bf16": lambda: quantize_fp8((2, 3, 40), [0.5], 40, BF16, gather=False),
+    "fp8-linear-dual": lambda: linear_fp8(33, 39, 131, 101),
+    "fp8-linear-single": lambda: linear_fp8(17, 70, 96, 96),
+}
+
+
+def main() -> None:
+    """Run every case and print name -> traceback, empty where it passed, as the last line."""
+    outcome = {}
+    for name, case in CASES.items():
+        try:
+            case()
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = traceback.format_exc()
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The launches through Triton's own binding of arguments and compiler, up to the point where a GPU would be needed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from fxq.kernels import OPS, gluon_gemm
+from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm import sample_operands
+from fxq.kernels.op import Op
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET replaces the compiler"
+)
+
+BOUND = [op for op in OPS if op.used("cuda") == "triton"]
+FLOAT8 = [op for op in (quantize_fp8, dual_scale_linear_fp8) if op not in OPS]
+ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+class Driver:
+    """Stands in for the driver of a GPU that is not there; the device's number keeps compiled kernels apart."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        return triton.backends.compiler.GPUTarget("cuda", self.arch, 32)
+
+
+@pytest.fixture
+def launched(request, monkeypatch):
+    """Names of the kernels that were compiled for a launch on the architecture in the parameter."""
+    names: list[str] = []
+
+    def compile_only(kernel, grid):
+        def run(*arguments, **options):
+            kernel.run(*arguments, grid=grid, warmup=True, **options)
+            names.append(kernel.__name__)
+
+        return run
+
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(JITFunction, "__getitem__", compile_only)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: divmod(request.param, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(driver, "_active", Driver(request.param))
+    return names
+
+
+def check(op: Op, sample: tuple, launched: list[str]) -> None:
+    """One kernel is compiled, none without rows; panels of the CPU kernel are refused."""
+    if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
+        with pytest.raises(ValueError, match="panels for the CPU kernel"):
+            op.definition.redispatch(ON_CUDA, *sample)
+        return
+    got, want = op.definition.redispatch(ON_CUDA, *sample), op.reference(*sample)
+    assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
+    assert len(launched) == (1 if want.numel() else 0)
+
+
+@pytest.mark.parametrize("launched", [90], indirect=True)
+@pytest.mark.parametrize("op", BOUND + FLOAT8, ids=lambda op: op.name)
+def test_a_launch_binds_and_compiles(op, launched):
+    check(op, op.samples()[0], launched)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", [80, 90, 120], indirect=True)
+@pytest.mark.parametrize(
+    ("op", "sample"),
+    [pytest.param(op, sample, id=f"{op.name}-{i}") for op in BOUND for i, sample in enumerate(op.samples())],
+)
+def test_every_launch_binds_and_compiles(op, sample, launched):
+    check(op, sample, launched)
+
+
+@pytest.mark.parametrize("launched", [80], indirect=True)
+@pytest.mark.parametrize("op", FLOAT8, ids=lambda op: op.name)
+def test_float8_needs_a_gpu_that_has_it(op, launched):
+    with pytest.raises(ValueError, match="a GPU is sm_80: float8 needs sm_89; quantize to int8 instead"):
+        op.definition.redispatch(ON_CUDA, *op.samples()[0])
+    assert not launched
+
+
+@pytest.mark.skipif(not gluon_gemm.HAS_GLUON, reason="this Triton has no Gluon")
+@pytest.mark.parametrize("launched", [90], indirect=True)
+@pytest.mark.parametrize("tiles", gluon_gemm.TABLE, ids=lambda t: f"{t.block_m}x{t.block_n}")
+@pytest.mark.parametrize("split", [96, 128])
+def test_the_gluon_launch_binds_and_compiles(split, tiles, launched):
+    operands = sample_operands((5, 128), 40, split, 8, torch.Generator().manual_seed(0))
+    assert gluon_gemm.launch_gluon(*operands[:6], torch.bfloat16, tiles).shape == (5, 40)
+    assert launched == ["gluon_kernel"]

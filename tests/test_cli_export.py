@@ -1,0 +1,74 @@
+import json
+from typing import get_args
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import fxq
+from fxq import cli_export
+from fxq.export.interop import TARGETS
+from tests.toys import recipe, rows, toy
+
+app = typer.Typer()
+app.command()(cli_export.export)
+app.command()(cli_export.verify)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    module = fxq.quantize(toy(), [rows(5, 96)], recipe(8), progress=False)
+    return fxq.save(module, tmp_path_factory.mktemp("b") / "toy")
+
+
+def test_verify_prints_the_kernel_of_every_layer_and_exits_zero(bundle):
+    done = invoke("verify", bundle)
+    assert done.exit_code == 0 and "blocks.0.up" in done.output and "passed" in done.output
+    layers = json.loads(invoke("verify", bundle, "--json").output)["layers"]
+    assert [item["layer"] for item in layers] == ["blocks.0.up", "blocks.0.down"] and layers[0]["linear_kernel"]
+
+
+def test_verify_exits_one_on_a_fallback_and_on_damage(bundle, tmp_path, monkeypatch):
+    assert invoke("verify", tmp_path).exit_code == 1
+    monkeypatch.setattr("fxq.kernels.used", lambda *args: "reference")
+    done = invoke("verify", bundle, "--json")
+    assert done.exit_code == 1 and json.loads(done.output)["ok"] is False
+
+
+def test_export_prints_the_cost_of_merged_scales(bundle, tmp_path):
+    done = invoke("export", bundle, "--target", "vllm-omni", "--out", tmp_path / "out")
+    assert done.exit_code == 0 and "two scales merged into one per output channel" in done.output
+    stored = json.loads((tmp_path / "out" / "fxq_report.json").read_text())
+    costs = {layer["layer"]: layer["weight_sqnr_db"] for layer in stored["layers"]}
+    assert f"{costs['blocks.0.up']:.1f}" in done.output and "exact" in done.output
+    again = invoke("export", bundle, "--target", "vllm-omni", "--out", tmp_path / "out", "--json")
+    assert json.loads(again.output) == stored
+
+
+def test_the_models_config_is_completed(bundle, tmp_path):
+    (tmp_path / "config.json").write_text('{"num_layers": 30}')
+    options = ("--target", "diffusers-torchao", "--out", tmp_path / "out", "--base-config", tmp_path / "config.json")
+    assert invoke("export", bundle, *options).exit_code == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_layers"] == 30 and config["quantization_config"]["quant_method"] == "torchao"
+
+
+@pytest.mark.parametrize(("text", "message"), [("[1]", "expected a JSON object"), ("{", "cannot be read as")])
+def test_a_config_that_is_none_is_refused(bundle, tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    options = ("--target", "vllm-omni", "--out", tmp_path / "out", "--base-config", tmp_path / "config.json")
+    done = invoke("export", bundle, *options)
+    assert isinstance(done.exception, fxq.BundleError) and message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_target_is_wrong_usage(bundle, tmp_path):
+    assert invoke("export", bundle, "--target", "gguf", "--out", tmp_path / "out").exit_code == 2
+
+
+def test_every_target_can_be_chosen():
+    assert get_args(cli_export.Target) == tuple(TARGETS)

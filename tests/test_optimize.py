@@ -1,0 +1,203 @@
+"""fxq.optimize: the same function in fewer passes, every layer accounted for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fxq
+from fxq import kernels
+from fxq.ir import get_tensor
+from fxq.kernels import native
+from fxq.models.causal_wan import CausalWanConfig
+from fxq.models.self_forcing import SelfForcingRollout
+from fxq.pipeline import PassError
+from tests.toys import recipe, rows, toy, wan_rollout
+
+CONFIG = CausalWanConfig(
+    dim=96, ffn_dim=192, num_heads=3, num_layers=2, freq_dim=16, text_dim=32, text_len=5, in_dim=3, out_dim=3
+)
+
+
+def rollout_in(dtype):
+    rollout = wan_rollout(config=CONFIG)
+    for block in rollout.model.blocks:
+        for layer in (block.self_attn.q, block.self_attn.k, block.self_attn.o, block.ffn[0], block.ffn[2]):
+            layer.weight[:, 5:69:2] *= 6
+    rollout.model.to(dtype)
+    batches = [({"prompt_embeds": c["prompt_embeds"].to(dtype)}, draws) for c, draws in rollout.batches]
+    return SelfForcingRollout(rollout.model, batches, rollout.sampler)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def case(request):
+    rollout = rollout_in(request.param)
+    q = fxq.quantize(rollout.model, rollout, recipe(8))
+    return rollout.model, q, fxq.optimize(q), request.param
+
+
+def call(dtype, batch=2, prefix=6, text=4, seed=0):
+    """One call of a Wan-shaped denoiser."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (CONFIG.num_heads, CONFIG.head_dim)
+
+    def normal(*size):
+        return torch.randn(*size, generator=g).to(dtype)
+
+    def cache(length):
+        return [normal(batch, length, *shape) for _ in range(CONFIG.num_layers)]
+
+    angle = torch.rand(12, CONFIG.head_dim // 2, generator=g) * 6
+    known = 0 if text else 5
+    return (
+        normal(batch, 2, 3, 4, 6),
+        torch.full((batch, 2), 500.0).to(dtype),
+        normal(batch, text, CONFIG.text_dim),
+        *(cache(known), cache(known), cache(prefix), cache(prefix)),
+        angle.cos(),
+        angle.sin(),
+    )
+
+
+def leaves(output):
+    return torch.cat([t.double().flatten() for t in torch.utils._pytree.tree_leaves(output)])
+
+
+def error(got, want):
+    return float((leaves(got) - leaves(want)).norm() / leaves(want).norm())
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"prefix": 0}, {"batch": 1, "prefix": 31}, {"text": 0, "prefix": 12}], ids=lambda s: str(s)
+)
+def test_the_optimized_module_computes_what_the_frozen_one_does(case, sizes):
+    model, q, optimized, dtype = case
+    arguments = call(dtype, **sizes)
+    exact, frozen, fast = model(*arguments), q(*arguments), optimized(*arguments)
+    if dtype == torch.float32:
+        assert error(fast, frozen) < 3e-3  # integers on a rounding boundary may fall to the other side
+    assert error(fast, exact) < 1.15 * error(frozen, exact) + 1e-3
+
+
+def targets(module):
+    return [
+        str(n.target).removeprefix("fxq.").removesuffix(".default")
+        for n in module.graph.nodes
+        if "fxq." in str(n.target)
+    ]
+
+
+def test_every_block_is_fused_to_the_end(case):
+    found = targets(case[2])
+    blocks = CONFIG.num_layers
+    assert found.count("norm_quantize") == 3 * blocks
+    assert found.count("attention") == 2 * blocks
+    assert found.count("rms_norm_rope") == 4 * blocks
+    assert found.count("dual_scale_linear_add") == 3 * blocks
+    # ffn.0 of each block; the text embedding, whose result all blocks' keys and values read as the same integers
+    assert found.count("dual_scale_linear_quantize") == blocks + 2
+    # of each block q/k/v, the cross q, and the cross k/v
+    assert found.count("dual_scale_linear") == 3 * blocks
+    # before o and cross o of each block, and the prompt
+    assert found.count("quantize_act") == 2 * blocks + 1
+
+
+def test_no_layer_is_lost_and_each_says_what_became_of_it(case):
+    _, q, optimized, _ = case
+    before, after = fxq.summary(q), fxq.summary(optimized)
+    assert {r.layer for r in before.rows} == {r.layer for r in after.rows}
+    assert [r.bits for r in sorted(before.rows, key=lambda r: r.layer)] == [
+        r.bits for r in sorted(after.rows, key=lambda r: r.layer)
+    ]
+    assert all(r.remarks for r in after.quantized) and not any(r.remarks for r in before.rows)
+    assert before.ratio < after.ratio < 0.75  # panels of 64 outputs round these narrow layers up
+
+
+@pytest.mark.skipif(not native.ready(), reason="needs the native kernels")
+def test_native_kernels_run_every_quantized_layer(case):
+    assert {row.kernel for row in fxq.summary(case[2]).quantized} == {"native"}
+
+
+def test_the_module_it_came_from_is_unchanged(case):
+    _, q, _, dtype = case
+    arguments = call(dtype)
+    before, names = q(*arguments), dict(q.named_buffers())
+    fxq.optimize(q)
+    assert torch.equal(leaves(before), leaves(q(*arguments)))
+    assert dict(q.named_buffers()).keys() == names.keys()
+
+
+def test_without_native_kernels_weights_stay_and_the_report_says_why(monkeypatch):
+    monkeypatch.setattr(native, "ready", lambda: False)
+    monkeypatch.setattr(native, "why_not", lambda: "native kernels are for another machine")
+    q = fxq.quantize(toy(), [rows(9, 96)], recipe(8))
+    optimized = fxq.optimize(q)
+    assert all("native kernels are for another machine" in row.remarks for row in fxq.summary(optimized).quantized)
+    assert all(row.kernel == kernels.gemm.ON_CPU for row in fxq.summary(optimized).quantized)
+    x = rows(5, 96, seed=4)
+    assert torch.allclose(optimized(x), q(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_any_width_are_laid_out_for_the_native_kernel(bits):
+    if not native.ready():
+        pytest.skip(native.why_not())
+    q = fxq.quantize(toy(), [rows(9, 96)], recipe(bits))
+    optimized = fxq.optimize(q)
+    layouts = {
+        get_tensor(optimized, n).ndim for n, _ in optimized.named_buffers() if n.endswith(".weight") and "blocks" in n
+    }
+    assert layouts == {4}
+    x = rows(5, 96, seed=4)
+    assert torch.allclose(optimized(x), q(x), atol=1e-4)
+
+
+def test_optimizing_twice_and_foreign_modules_are_refused():
+    q = fxq.quantize(toy(), [rows(9, 96)], recipe(8))
+    with pytest.raises(PassError, match="optimized already; optimize the module it was made from"):
+        fxq.optimize(fxq.optimize(q))
+    with pytest.raises(ValueError, match=r"not made by fxq\.quantize"):
+        fxq.optimize(torch.fx.symbolic_trace(torch.nn.Linear(3, 4)))
+
+
+def test_an_optimized_module_refuses_other_sizes_and_is_not_saved(tmp_path):
+    optimized = fxq.optimize(fxq.quantize(toy(), [rows(9, 96)], recipe(8)))
+    with pytest.raises(ValueError, match="captured for"):
+        optimized(rows(5, 95))
+    with pytest.raises(fxq.BundleError, match="save the module it was made from"):
+        fxq.save(optimized, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.slow
+def test_torch_compile_takes_an_optimized_module(case):
+    _, _, optimized, dtype = case
+    arguments = call(dtype)
+    compiled = torch.compile(optimized, backend="aot_eager")
+    with torch.no_grad():
+        assert error(compiled(*arguments), optimized(*arguments)) < 1e-2
+
+
+CODE = """
+import torch
+from tests.test_optimize import call, recipe, rollout_in
+import fxq
+rollout = rollout_in(torch.float32)
+q = fxq.quantize(rollout.model, rollout, recipe(8), progress=False)
+print("onednn_verbose,begin")
+q(*call(torch.float32)); fxq.optimize(q)(*call(torch.float32))
+"""
+
+
+def test_no_reference_primitive_of_onednn_multiplies_integers():
+    """Signed activations in oneDNN's int8 linear fall back to a loop a thousand times slower than float."""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    log = done.stdout.partition("onednn_verbose,begin")[2]
+    assert "onednn_verbose" in log, "the log is empty: the test would see nothing"
+    assert "ref_int8" not in log and "ref:any" not in log
