@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import fx
 
 import fxq.kernels  # registers the operators a bundle's graph calls
+from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
+from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
-from fxq.ir import QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.export.inputs import InputEntry, input_entries, record_values
+from fxq.export.receipt import make_receipt
+from fxq.ir import LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
 from fxq.signature import guard_inputs
 from fxq.verify import RuleError, check
 
 FORMAT_VERSION = 1
 MANIFEST, TENSORS, GRAPH = "manifest.json", "model.safetensors", "graph.json"
-
-
-class BundleError(ValueError):
-    """A bundle that cannot be written or that is missing, damaged, altered or of an unknown version."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +46,11 @@ class LayerEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a bundle holds. ``facts``: recipe, sensitivity, calibration hash, environment; ``files``: sha256 by name."""
+    """What a bundle holds.
+
+    ``facts``: recipe, sensitivity, calibration hash, environment; ``files``: sha256 by name. ``inputs`` and
+    ``fingerprint`` are None in bundles written before they existed.
+    """
 
     format_version: int
     fxq_version: str
@@ -57,23 +58,29 @@ class Manifest:
     layers: dict[str, LayerEntry]
     tensors: dict[str, TensorEntry]
     files: dict[str, str]
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    inputs: tuple[InputEntry, ...] | None = None
+    fingerprint: Fingerprint | None = None
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
+def save(
+    module: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    fingerprint: bool = True,
+) -> pathlib.Path:
     """Write a bundle. The folder appears whole or not at all; an older bundle there is replaced.
 
     Args:
         module: made by :func:`fxq.quantize` or :func:`fxq.load`.
         path: the folder.
+        metrics: results to put into the receipt, JSON values by name.
+        fingerprint: call the module once on seeded inputs, so that ``fxq verify`` can compare; left out by itself
+            where that takes more than a second or so.
 
     Returns:
         The folder.
@@ -84,78 +91,36 @@ def save(module: fx.GraphModule, path: str | os.PathLike[str]) -> pathlib.Path:
     out = pathlib.Path(path).absolute()
     try:
         facts = facts_of(module)
+        if "remarks" in facts:
+            raise ValueError("it is optimized for this machine; save the module it was made from")
         check(QuantGraph(module, Stage.FROZEN), "before save")
         graph = graph_to_json(module)
     except (ValueError, RuleError) as error:
         raise BundleError(f"cannot save {out}: {error}") from None
-    if out.exists() and not out.is_dir():
-        raise BundleError(f"cannot save {out}: it is a file; a bundle is a folder")
-    other = {entry.name for entry in out.iterdir()} - {MANIFEST, TENSORS, GRAPH} if out.is_dir() else set()
-    if other:
-        raise BundleError(
-            f"cannot save {out}: the folder has other content ({', '.join(sorted(other)[:3])}); "
-            "choose an empty or new folder"
+    plans = {layer: plan for layer, (plan, _) in planned(module).items()}
+    receipt = make_receipt(fxq.__version__, facts, plans.values(), metrics or {})
+    with whole_folder(out, (MANIFEST, TENSORS, GRAPH), "a bundle") as folder:
+        tensors = tensors_of(module)
+        write_tensors(tensors, folder / TENSORS, receipt.to_header() | {"format": "pt"})
+        (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
+        inputs = input_entries(module)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            fxq_version=fxq.__version__,
+            facts=facts,
+            layers={layer: _layer_entry(plan, tensors) for layer, plan in plans.items()},
+            tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
+            files={name: sha256(folder / name) for name in (TENSORS, GRAPH)},
+            inputs=inputs,
+            fingerprint=take_fingerprint(module, inputs) if fingerprint else None,
         )
-    tensors = tensors_of(module)
-    layers = {}
-    for layer, (plan, _) in planned(module).items():
-        names = tuple(n for n in tensors if n.rpartition(".")[0] == layer)
-        layers[layer] = LayerEntry(plan=plan.to_json(), tensors=names)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            _write(part, tensors, graph, layers, facts)
-            part.chmod(0o755)
-            for file in part.iterdir():
-                file.chmod(0o644)
-            _swap(part, out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"cannot save {out}: {error}") from error
+        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
     return out
 
 
-def _write(
-    folder: pathlib.Path,
-    tensors: dict[str, torch.Tensor],
-    graph: dict[str, Any],
-    layers: dict[str, LayerEntry],
-    facts: dict[str, Any],
-) -> None:
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        if tensor.untyped_storage().data_ptr() in storages:
-            tensors[name] = tensor.clone()
-        storages.add(tensors[name].untyped_storage().data_ptr())
-    # One key only: safetensors writes several in random order, and equal models should give equal bytes.
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        fxq_version=fxq.__version__,
-        facts=facts,
-        layers=layers,
-        tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
-        files={name: _sha256(folder / name) for name in (TENSORS, GRAPH)},
-    )
-    (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
-
-
-def _swap(part: pathlib.Path, out: pathlib.Path) -> None:
-    """Put ``part`` in the place of ``out``; what was there comes back when that fails."""
-    if not out.exists():
-        part.rename(out)
-        return
-    old = part.with_name(part.name + ".old")
-    out.rename(old)
-    try:
-        part.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _layer_entry(plan: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> LayerEntry:
+    names = tuple(name for name in tensors if name.rpartition(".")[0] == plan.layer)
+    return LayerEntry(plan=plan.to_json(), tensors=names)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -190,6 +155,9 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
     """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
 
+    The nodes get their example values back where the bundle states its inputs, so that :func:`fxq.optimize` can work
+    on the result.
+
     Args:
         path: folder written by :func:`save`.
         device: where tensors go.
@@ -204,7 +172,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     for name, digest in manifest.files.items():
         if not (folder / name).is_file():
             raise BundleError(f"{folder / name} is missing; copy the whole folder")
-        if _sha256(folder / name) != digest:
+        if sha256(folder / name) != digest:
             raise BundleError(
                 f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again"
             )
@@ -222,6 +190,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         set_facts(module, manifest.facts)
         guard_inputs(module, manifest.facts.get("inputs", []))
         check(QuantGraph(module, Stage.FROZEN), "after load")
+        if manifest.inputs is not None:
+            record_values(module, manifest.inputs, torch.device(device))
     except (GraphFormatError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from None
     plans = {layer: plan.to_json() for layer, (plan, _) in planned(module).items()}

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 from fxq.allocator import keep_memory
 from fxq.calibrate import Batch, CalibrationError
 from fxq.config import Recipe, RecipeError, Rule, Scheme
-from fxq.export import BundleError, load, save
+from fxq.export import BundleError, load, read_receipt, save, verify_bundle
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
@@ -39,7 +39,9 @@ __all__ = [
     "load_recipe",
     "optimize",
     "quantize",
+    "read_receipt",
     "save",
     "sensitivity",
     "summary",
+    "verify_bundle",
 ]

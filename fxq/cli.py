@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fxq import cli_export
 from fxq.adapters import AdapterError, make_rollout
 from fxq.bench.command import bench
 from fxq.calibrate import CalibrationError
@@ -96,6 +97,8 @@ def _recipe(name: str, iterations: int | None) -> Recipe:
 
 
 app.command()(bench)
+app.command()(cli_export.export)
+app.command()(cli_export.verify)
 
 
 @app.command()

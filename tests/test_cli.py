@@ -35,7 +35,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_names_every_command():
     text = invoke("--help")
-    for command in ("bench", "demo", "quantize", "inspect", "sensitivity", "generate"):
+    for command in ("bench", "demo", "quantize", "inspect", "sensitivity", "generate", "export", "verify"):
         assert command in text
 
 

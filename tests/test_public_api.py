@@ -27,9 +27,11 @@ NAMES = {
     "load_recipe",
     "optimize",
     "quantize",
+    "read_receipt",
     "save",
     "sensitivity",
     "summary",
+    "verify_bundle",
 }
 
 

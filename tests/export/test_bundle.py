@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -395,7 +396,7 @@ def test_a_failed_save_leaves_the_old_bundle(bundle, quantized, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     if step == "save_file":
-        monkeypatch.setattr("fxq.export.bundle.save_file", fail)
+        monkeypatch.setattr("fxq.export.files.save_file", fail)
     else:
         rename = type(bundle).rename
         monkeypatch.setattr(
@@ -413,3 +414,12 @@ def test_a_relative_path_is_a_path(quantized, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fxq.save(quantized, "here")
     assert torch.equal(fxq.load("here")(X), quantized(X))
+
+
+def test_a_loaded_module_is_optimized_as_the_one_it_was_saved_from(quantized, bundle):
+    fresh, loaded = fxq.optimize(quantized), fxq.optimize(fxq.load(bundle))
+    rows_of = [
+        [(row.layer, row.kernel, re.sub(r"\bs\d+", "s", str(row.remarks))) for row in fxq.summary(module).rows]
+        for module in (fresh, loaded)
+    ]
+    assert rows_of[0] == rows_of[1] and torch.equal(fresh(X), loaded(X))

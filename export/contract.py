@@ -1,0 +1,193 @@
+"""The bundle as a contract: does a folder hold what it says, really quantized, and does it still run?"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, fx
+
+from fxq import kernels, numerics
+from fxq.export.bundle import TENSORS, Manifest, load, read_manifest
+from fxq.export.files import BundleError
+from fxq.export.fingerprint import compare_fingerprint
+from fxq.export.receipt import read_receipt
+from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+
+FALLBACK = "reference"
+"""The implementation that runs where nothing faster is bound."""
+
+Status = Literal["passed", "failed", "skipped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One question about a bundle and its answer."""
+
+    name: str
+    status: Status
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCheck:
+    """One planned layer: bits, the kernels that quantize its input and multiply, and what is wrong with it."""
+
+    layer: str
+    bits: str
+    quantize_kernel: str
+    linear_kernel: str
+    problems: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What :func:`verify_bundle` found; prints as tables, :meth:`to_json` for programs."""
+
+    folder: str
+    device: str
+    checks: tuple[Check, ...]
+    layers: tuple[LayerCheck, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """No check failed and no layer has a problem."""
+        return all(c.status != "failed" for c in self.checks) and not any(item.problems for item in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form, with ``ok``."""
+        return {"ok": self.ok, **dataclasses.asdict(self)}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{self.folder} on {self.device}: {'passed' if self.ok else 'FAILED'}")
+        for name in ("check", "result", "detail"):
+            table.add_column(name)
+        for check in self.checks:
+            table.add_row(check.name, check.status, check.detail, style="red" if check.status == "failed" else None)
+        yield table
+        if not self.layers:
+            return
+        rows = Table()
+        for name in ("layer", "bits", "quantize", "linear", "problems"):
+            rows.add_column(name)
+        for item in self.layers:
+            problems = "; ".join(item.problems)
+            style = "red" if problems else None
+            rows.add_row(item.layer, item.bits, item.quantize_kernel, item.linear_kernel, problems, style=style)
+        yield rows
+
+
+def verify_bundle(path: str | os.PathLike[str], device: str = "cpu") -> Verdict:
+    """Check a bundle: files and schema, every planned layer, the receipt, and one call against the fingerprint.
+
+    Args:
+        path: folder written by :func:`fxq.save`.
+        device: where it is to run; the kernels reported are those of this device.
+
+    Returns:
+        The verdict. A missing receipt or fingerprint (older bundles, huge models) is skipped, not failed; a layer that
+        would run on the reference implementation is a failure.
+    """
+    folder = pathlib.Path(path)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        reason = "this process has no CUDA device; verify where the bundle is to run"
+        return Verdict(str(folder), device, (Check("device", "failed", reason),))
+    try:
+        manifest, module = read_manifest(folder), load(folder, device)
+    except BundleError as error:
+        return Verdict(str(folder), device, (Check("files, hashes, schema and rules", "failed", str(error)),))
+    layers = tuple(_layers(module, device))
+    broken = [item.layer for item in layers if item.problems]
+    kept = len(planned(module)) - len(layers)
+    checks = (
+        Check(
+            "files, hashes, schema and rules", "passed", f"fxq {manifest.fxq_version}, {len(manifest.tensors)} tensors"
+        ),
+        Check(
+            "planned layers are quantized",
+            "failed" if broken or not layers else "passed",
+            f"{len(broken)} of {len(layers)} have problems" if broken else f"{len(layers)} quantized, {kept} kept",
+        ),
+        _receipt(folder, manifest),
+        _fingerprint(module, manifest),
+    )
+    return Verdict(str(folder), device, checks, layers)
+
+
+def _layers(module: fx.GraphModule, device: str) -> Iterator[LayerCheck]:
+    floats = {n: t for n, t in module.named_buffers(remove_duplicate=False) if t.is_floating_point()}
+    for layer, (plan, nodes) in planned(module).items():
+        if plan.scheme is None:
+            continue
+        stored = get_tensor(module, f"{layer}.weight")
+        quantize = kernels.used("quantize_act", device)
+        linear = kernels.used("dual_scale_linear", device, stored)
+        problems = [*_widths(plan, nodes), *_twins(module, plan, stored, floats)]
+        if FALLBACK in (quantize, linear):
+            problems.append(f"no kernel is bound on {device}; it would run on the {FALLBACK} implementation")
+        yield LayerCheck(layer, plan.scheme.label, quantize, linear, tuple(problems))
+
+
+def _widths(plan: LayerPlan, nodes: list[fx.Node]) -> Iterator[str]:
+    """Integers of another width than planned."""
+    assert plan.scheme is not None
+    for node in nodes:
+        source = node.args[0]
+        if node.args[6] != plan.scheme.weight_bits:
+            yield f"{node.args[6]}-bit weights, planned {plan.scheme.weight_bits}"
+        if not isinstance(source, fx.Node) or source.target != kernels.quantize_act.definition:
+            yield "its input is not quantized by fxq::quantize_act"
+        elif source.args[5] != plan.scheme.input_bits:
+            yield f"{source.args[5]}-bit inputs, planned {plan.scheme.input_bits}"
+
+
+def _twins(module: fx.GraphModule, plan: LayerPlan, stored: Tensor, floats: dict[str, Tensor]) -> Iterator[str]:
+    """Float tensors that hold a quantized weight a second time, under any name."""
+    assert plan.scheme is not None
+    shape = (plan.out_features, plan.in_features)
+    same = {name: tensor for name, tensor in floats.items() if tensor.shape == shape}
+    if not same:
+        return
+    integers = numerics.unpack_int4(stored) if plan.scheme.weight_bits == 4 else stored
+    scale = get_tensor(module, f"{plan.layer}.weight_scale")
+    weight = numerics.dequantize_weight(integers, scale, plan.split)
+    if plan.outliers:
+        weight = weight[:, get_tensor(module, f"{plan.layer}.perm").long().argsort()]
+    for name, tensor in same.items():
+        if name in {f"{plan.layer}.{own}" for own in LAYER_TENSORS}:
+            continue
+        if float(torch.nn.functional.cosine_similarity(weight.flatten(), tensor.float().flatten(), dim=0)) > 0.9:
+            yield f"its weight is stored in float as well, as {name}"
+
+
+def _receipt(folder: pathlib.Path, manifest: Manifest) -> Check:
+    try:
+        receipt = read_receipt(folder / TENSORS)
+    except BundleError as error:
+        return Check("receipt", "skipped" if "carries no receipt" in str(error) else "failed", str(error))
+    for name in ("recipe", "calibration_hash", "environment"):
+        if getattr(receipt, name) != manifest.facts.get(name, getattr(receipt, name)):
+            return Check("receipt", "failed", f"its {name} is not the manifest's; one of the two was altered")
+    detail = f"{receipt.recipe.get('name')}, calibration {receipt.calibration_hash[:16]}"
+    return Check("receipt", "passed", f"{detail}, torch {receipt.environment.get('torch')}")
+
+
+def _fingerprint(module: fx.GraphModule, manifest: Manifest) -> Check:
+    recorded = manifest.fingerprint
+    if recorded is None or manifest.inputs is None or not recorded.outputs:
+        reason = recorded.reason if recorded is not None and recorded.reason else "none was taken when it was saved"
+        return Check("one call against the fingerprint", "skipped", f"no fingerprint recorded: {reason}")
+    try:
+        differences = compare_fingerprint(module, manifest.inputs, recorded)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return Check("one call against the fingerprint", "failed", f"the call failed: {str(error).splitlines()[0]}")
+    within = f"{len(recorded.outputs)} outputs within {recorded.tolerance:g}"
+    return Check(
+        "one call against the fingerprint", "failed" if differences else "passed", "; ".join(differences) or within
+    )

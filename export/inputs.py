@@ -1,0 +1,174 @@
+"""The inputs of a captured graph as data, and what is made from it: fake values on every node, seeded tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils import _pytree as pytree
+
+from fxq.export.files import BundleError
+from fxq.ir import example_value, get_tensor, inherit_meta
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputEntry:
+    """One flat input of a captured graph.
+
+    ``sizes`` holds a number, or a name where the size may vary (equal names, equal sizes); ``example`` the sizes it was
+    captured with. ``dtype`` is torch's name, or None for an input that is no tensor: ``value`` then is its example.
+    """
+
+    name: str
+    dtype: str | None
+    sizes: tuple[int | str, ...] = ()
+    example: tuple[int, ...] = ()
+    value: int | float | bool | str | None = None
+
+
+def hint_of(size: int | torch.SymInt) -> int:
+    """The number a size had when the graph was captured.
+
+    Raises:
+        ValueError: when the size depends on data.
+    """
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise ValueError(f"size {size} depends on data")
+    return int(size.node.hint)
+
+
+def input_entries(module: fx.GraphModule) -> tuple[InputEntry, ...] | None:
+    """The inputs as recorded on the graph; None where it carries no values (an older bundle)."""
+    nodes = module.graph.find_nodes(op="placeholder")
+    values = [example_value(node) for node in nodes]
+    if any(value is None for value in values) and not any(isinstance(value, Tensor) for value in values):
+        return None
+    names: dict[str, str] = {}
+    try:
+        return tuple(_entry(node.name, value, names) for node, value in zip(nodes, values, strict=True))
+    except ValueError:
+        return None
+
+
+def _entry(name: str, value: Any, names: dict[str, str]) -> InputEntry:
+    if isinstance(value, Tensor):
+        return InputEntry(
+            name=name,
+            dtype=str(value.dtype).removeprefix("torch."),
+            sizes=tuple(_size(size, names) for size in value.shape),
+            example=tuple(hint_of(size) for size in value.shape),
+        )
+    if isinstance(value, torch.SymInt):
+        return InputEntry(name=name, dtype=None, value=hint_of(value))
+    return InputEntry(name=name, dtype=None, value=value if isinstance(value, int | float | bool | str) else None)
+
+
+def _size(size: int | torch.SymInt, names: dict[str, str]) -> int | str:
+    fixed = size if isinstance(size, int) else size.node.maybe_as_int()
+    return names.setdefault(str(size), f"d{len(names)}") if fixed is None else fixed
+
+
+def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device) -> list[Any]:
+    """Flat inputs of the captured sizes, the same on every machine and torch version.
+
+    Floats are uniform with mean 0 and variance 1, integers 0 (valid as an index), booleans True.
+    """
+    leaves: list[Any] = []
+    for position, entry in enumerate(entries):
+        if entry.dtype is None:
+            leaves.append(entry.value)
+            continue
+        dtype = _dtype(entry)
+        if dtype.is_floating_point:
+            count = torch.Size(entry.example).numel()
+            values = (noise(count, seed + position) - 0.5) * 12**0.5
+            leaves.append(values.reshape(entry.example).to(device, dtype))
+        else:
+            leaves.append(torch.full(entry.example, dtype == torch.bool, dtype=dtype, device=device))
+    return leaves
+
+
+def _dtype(entry: InputEntry) -> torch.dtype:
+    dtype = getattr(torch, str(entry.dtype), None)
+    if not isinstance(dtype, torch.dtype):
+        raise BundleError(f"input {entry.name}: {entry.dtype!r} is no dtype of torch; the bundle is damaged")
+    return dtype
+
+
+def noise(count: int, seed: int) -> Tensor:
+    """float64 [count] in 0..1 from an integer hash of position and seed: no generator, so no version dependence."""
+    z = (torch.arange(count, dtype=torch.int64) + 1_000_003 * (seed + 1)) * 0x9E3779B1 & _MASK
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        z = (z ^ (z >> shift)) * factor & _MASK
+    return (z ^ (z >> 16)).double() / 2**32
+
+
+def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> bool:
+    """Record the fake value of every node, as tracing does; passes that run on a loaded graph read them.
+
+    Returns:
+        False, with no value recorded, when the graph cannot be run on fake values.
+    """
+    shape_env = ShapeEnv()
+    with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode:
+        symbols: dict[str, Any] = {}
+        try:
+            leaves = [_fake(entry, shape_env, symbols, device) for entry in entries]
+            _Recorder(module, mode).run(*leaves, enable_io_processing=False)
+        except BundleError:
+            raise
+        except Exception:  # whatever an operator's shape rule raises: the graph then runs without values
+            for node in module.graph.nodes:
+                inherit_meta(node, node, None)
+            return False
+    return True
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph node by node and keeps each value on its node; weights become fake ones."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module)
+        self.mode = mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = (
+            self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
+            if (n.op == "get_attr")
+            else super().run_node(n)
+        )
+        if n.op != "output":
+            inherit_meta(n, n, value)
+        return value
+
+
+def _fake(entry: InputEntry, shape_env: ShapeEnv, symbols: dict[str, Any], device: torch.device) -> Any:
+    if entry.dtype is None:
+        return entry.value
+    sizes = []
+    for size, example in zip(entry.sizes, entry.example, strict=True):
+        if isinstance(size, str) and size not in symbols:
+            source = ConstantSource(f"__{size}")
+            symbol = shape_env.create_symbol(example, source, dynamic_dim=DimDynamic.DYNAMIC)
+            symbols[size] = shape_env.create_symintnode(symbol, hint=example, source=source)
+        sizes.append(symbols[size] if isinstance(size, str) else size)
+    return torch.empty(sizes, dtype=_dtype(entry), device=device)
+
+
+def call_flat(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
+    """Call the module on flat inputs; the tensors of its result."""
+    spec = module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    with torch.no_grad():
+        result = module(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

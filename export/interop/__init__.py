@@ -1,0 +1,111 @@
+"""Formats that other runtimes read, written from a bundle. One file per target."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from fxq.export.files import whole_folder, write_tensors
+from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, vllm_omni
+from fxq.export.interop.layers import InteropError, LayerRecord, Options, Output, StoredModel, read_model
+from fxq.export.interop.names import OWN
+
+TARGETS: dict[str, Callable[[StoredModel, Options], Output]] = {
+    "lightx2v": lightx2v.build,
+    "vllm-omni": vllm_omni.build,
+    "comfy": comfy.build,
+    "compressed-tensors": compressed_tensors.build,
+    "diffusers-torchao": diffusers_torchao.build,
+}
+REPORT = "fxq_report.json"
+
+__all__ = ["REPORT", "TARGETS", "ExportReport", "InteropError", "LayerRecord", "Options", "export_bundle"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote and what it cost, layer by layer; lies beside it as ``fxq_report.json``.
+
+    ``source`` is the sha256 of the bundle's tensors, ``activations`` says what the target does to inputs.
+    """
+
+    target: str
+    source: str
+    files: tuple[str, ...]
+    activations: str
+    layers: tuple[LayerRecord, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON form."""
+        return dataclasses.asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=f"{self.target}: {', '.join(self.files)}")
+        for name, justify in (("layer", "left"), ("form", "left"), ("weight SQNR dB", "right"), ("note", "left")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for record in self.layers:
+            changed = "-" if record.form == "float" else "exact"
+            cost = changed if record.weight_sqnr_db is None else f"{record.weight_sqnr_db:.1f}"
+            table.add_row(record.name, record.form, cost, record.note, style="dim" if record.form == "float" else None)
+        yield table
+        yield f"activations: {self.activations}"
+        yield from self.notes
+
+
+def export_bundle(
+    path: str | os.PathLike[str], target: str, out: str | os.PathLike[str], options: Options | None = None
+) -> ExportReport:
+    """Write a bundle in the format of another runtime. The folder appears whole or not at all.
+
+    Args:
+        path: folder written by :func:`fxq.save`.
+        target: one of :data:`TARGETS`.
+        out: folder to write; an older export of the same target there is replaced.
+        options: see :class:`Options`.
+
+    Returns:
+        What became of every linear; the same lies in ``out`` as ``fxq_report.json``.
+
+    Raises:
+        InteropError: unknown target, or a bundle that its format cannot hold.
+        BundleError: the bundle is damaged, or ``out`` cannot be written.
+    """
+    if target not in TARGETS:
+        raise InteropError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
+    model = read_model(path)
+    if not model.layers:
+        raise InteropError(f"{path} has no quantized layer; there is nothing to export")
+    result = TARGETS[target](model, options or Options())
+    files = (*result.tensors, *result.documents)
+    report = ExportReport(
+        target=target,
+        source=model.receipt.source,
+        files=files,
+        activations=result.activations,
+        layers=tuple(result.records),
+        notes=_notes(model, options or Options(), result),
+    )
+    with whole_folder(out, (*files, REPORT), "an export") as folder:
+        for name, (tensors, metadata) in result.tensors.items():
+            write_tensors(tensors, folder / name, metadata | model.receipt.to_header())
+        for name, document in {**result.documents, REPORT: report.to_json()}.items():
+            (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _notes(model: StoredModel, options: Options, result: Output) -> tuple[str, ...]:
+    notes = []
+    if model.naming.style == OWN:
+        notes.append("the model's names are not Wan's; they are written unchanged")
+    if model.constants:
+        notes.append(f"constants of the captured graph are left out: {', '.join(model.constants)}")
+    if "config.json" in result.documents and not options.base_config:
+        notes.append("config.json holds the quantization_config only: merge it into the model's own")
+    return tuple(notes)

@@ -1,0 +1,236 @@
+"""What a bundle holds, read back as plain weights, and the steps the foreign formats share."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxq import numerics
+from fxq.export.bundle import TENSORS, load, read_manifest
+from fxq.export.files import BundleError
+from fxq.export.interop.names import Naming
+from fxq.export.receipt import Receipt, make_receipt
+from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+
+_CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
+PER_TOKEN = "int8 per token, measured at run time; the static input scales and zero points of the bundle are not used"
+
+
+class InteropError(BundleError):
+    """A bundle that a target's format cannot hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the caller of an export may choose.
+
+    ``float_dtype`` for tensors that stay in floating point, None keeps each one's own; ``widen`` allows int4 layers to
+    be stored in a byte where the target has no int4; ``base_config`` is the model's ``config.json`` to be completed.
+    """
+
+    float_dtype: torch.dtype | None = None
+    widen: bool = False
+    base_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """One quantized linear: integers int8 [N, K] in group order, ``weight_scale`` [G, N], ``dtype`` of its result."""
+
+    plan: LayerPlan
+    integers: Tensor
+    weight_scale: Tensor
+    perm: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def bits(self) -> int:
+        """Planned bits of the weight."""
+        assert self.plan.scheme is not None
+        return self.plan.scheme.weight_bits
+
+    def weight(self) -> Tensor:
+        """float32 [N, K]: what the integers stand for, channels in the model's order."""
+        return self._ordered(numerics.dequantize_weight(self.integers, self.weight_scale, self.plan.split))
+
+    def single_scale(self) -> tuple[Tensor, Tensor] | None:
+        """Integers int8 [N, K] in the model's order and their scale float32 [N, 1]; None with two scales."""
+        if len(self.weight_scale) > 1:
+            return None
+        return self._ordered(self.integers), self.weight_scale[0].unsqueeze(1)
+
+    def _ordered(self, tensor: Tensor) -> Tensor:
+        return tensor if self.perm is None else tensor[:, self.perm.long().argsort()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """A bundle's content.
+
+    ``layers`` are the quantized linears by name, ``kept`` the names of the others, ``floats`` every tensor outside of
+    quantized linears (constants that capture made are left out and named in ``constants``).
+    """
+
+    layers: dict[str, StoredLayer]
+    kept: tuple[str, ...]
+    floats: dict[str, Tensor]
+    constants: tuple[str, ...]
+    naming: Naming
+    receipt: Receipt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """What became of one linear: ``form`` it is stored in and the cost in dB against the bundle's weight.
+
+    ``weight_sqnr_db`` is 10 log10 of the bundle's weight energy over that of the change; None: not changed at all.
+    """
+
+    layer: str
+    name: str
+    form: str
+    weight_sqnr_db: float | None = None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear."""
+
+    tensors: dict[str, tuple[dict[str, Tensor], dict[str, str]]]
+    documents: dict[str, Any]
+    records: list[LayerRecord]
+    activations: str = PER_TOKEN
+
+
+def read_model(path: str | os.PathLike[str]) -> StoredModel:
+    """Read a bundle's layers back.
+
+    Raises:
+        BundleError: as :func:`fxq.load`.
+    """
+    module, manifest = load(path), read_manifest(path)
+    plans = planned(module)
+    layers = {name: _layer(module, plan, nodes[0]) for name, (plan, nodes) in plans.items() if plan.scheme is not None}
+    own = {f"{layer}.{tensor}" for layer in layers for tensor in LAYER_TENSORS}
+    names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+    constants = tuple(sorted({name for name in names if _CONSTANT.fullmatch(name)}))
+    floats = {name: get_tensor(module, name) for name in sorted(set(names) - own - set(constants))}
+    receipt = make_receipt(manifest.fxq_version, manifest.facts, (plan for plan, _ in plans.values()), {})
+    return StoredModel(
+        layers=layers,
+        kept=tuple(name for name, (plan, _) in plans.items() if plan.scheme is None),
+        floats=floats,
+        constants=constants,
+        naming=Naming.of([*names, *(f"{layer}.weight" for layer in layers)]),
+        receipt=dataclasses.replace(receipt, source=manifest.files[TENSORS]),
+    )
+
+
+def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
+    assert plan.scheme is not None
+    stored = {name: get_tensor(module, f"{plan.layer}.{name}") for name in LAYER_TENSORS[:5]}
+    integers = numerics.unpack_int4(stored["weight"]) if plan.scheme.weight_bits == 4 else stored["weight"]
+    dtype = node.args[7]
+    assert isinstance(dtype, torch.dtype)
+    scales = stored["weight_scale"], stored["input_scale"], stored["input_zero_point"], plan.split
+    without = numerics.fold_offset(None, integers, *scales)
+    bias = stored["offset"].double() - without.double()
+    return StoredLayer(
+        plan=plan,
+        integers=integers,
+        weight_scale=stored["weight_scale"],
+        perm=get_tensor(module, f"{plan.layer}.perm") if plan.outliers else None,
+        bias=bias.to(dtype) if bool(bias.any()) else None,
+        dtype=dtype,
+    )
+
+
+def round_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 [N, K] and scale [N, 1] of a float weight, by the largest value of each output channel."""
+    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127).to(scale_dtype)
+    return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def sqnr(want: Tensor, got: Tensor) -> float | None:
+    """Energy of ``want`` over that of the difference in dB; None when there is no difference."""
+    noise = float((want.double() - got.double()).square().sum())
+    if noise == 0:
+        return None
+    ratio = float(want.double().square().sum()) / noise
+    return round(10 * float(torch.tensor(ratio, dtype=torch.float64).log10()), 2)
+
+
+def to_int8(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
+    """The layer as int8 [N, K] with one scale [N, 1] per output channel, and what that cost.
+
+    A layer of one scale keeps its integers. Of two scales the dequantized weight is rounded again.
+    """
+    single = layer.single_scale()
+    weight = layer.weight()
+    integers, scale = round_per_channel(weight, scale_dtype) if single is None else single
+    scale = scale.to(scale_dtype)
+    merged = "two scales merged into one per output channel" if single is None else ""
+    widened = "int4 in a byte" if layer.bits == 4 else ""
+    record = LayerRecord(
+        layer=layer.plan.layer,
+        name=name,
+        form="int8",
+        weight_sqnr_db=sqnr(weight, integers.float() * scale.float()),
+        note="; ".join(filter(None, (merged, widened))),
+    )
+    return integers, scale, record
+
+
+def refuse_int4(model: StoredModel, target: str, options: Options) -> None:
+    """Refuse int4 layers for a target without int4, unless they may be widened.
+
+    Raises:
+        InteropError: naming layers and what to do.
+    """
+    four = [name for name, layer in model.layers.items() if layer.bits == 4]
+    if four and not options.widen:
+        raise InteropError(
+            f"{len(four)} layers have 4-bit weights ({', '.join(four[:3])}); {target} has no 4-bit weights with 8-bit "
+            "inputs. Quantize with a w8a8 recipe for it, take the target comfy, or allow int4 in bytes (widen=True, "
+            "--widen-int4): as large as w8a8 and no better than w4a8"
+        )
+
+
+def cast(tensor: Tensor, options: Options) -> Tensor:
+    """A tensor that stays in floating point, in the dtype the caller chose."""
+    keep = options.float_dtype is None or not tensor.is_floating_point()
+    return tensor if keep else tensor.to(options.float_dtype)
+
+
+def float_tensors(model: StoredModel, style: str, options: Options, skip: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Every tensor outside of quantized linears under the target's names, without those of the layers in ``skip``."""
+    left = {f"{layer}.weight" for layer in skip}
+    return {
+        model.naming.rename(name, style): cast(tensor, options)
+        for name, tensor in model.floats.items()
+        if name not in left
+    }
+
+
+def layer_names(model: StoredModel, style: str) -> Iterator[tuple[StoredLayer, str]]:
+    """Quantized linears with their names in a target's style."""
+    for layer, stored in model.layers.items():
+        yield stored, model.naming.rename(layer, style)
+
+
+def kept_records(model: StoredModel, style: str, skip: Iterable[str] = ()) -> list[LayerRecord]:
+    """Records of the linears that the bundle keeps in floating point."""
+    left = set(skip)
+    return [
+        LayerRecord(layer=layer, name=model.naming.rename(layer, style), form="float", note="kept by the recipe")
+        for layer in model.kept
+        if layer not in left
+    ]

@@ -1,0 +1,78 @@
+"""Commands that bring a bundle to other runtimes and that check one; :mod:`fxq.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from fxq.export import BundleError, verify_bundle
+from fxq.export.interop import Options, export_bundle
+
+Target = Literal["lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
+"""The targets as choices of the command line."""
+
+BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result.to_json(), indent=1) + "\n")
+    else:
+        _console().print(result)
+
+
+def export(
+    bundle: BundleArgument,
+    target: Annotated[Target, typer.Option(help="The runtime that is to read it.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write.")],
+    float_dtype: Annotated[
+        Literal["keep", "bfloat16", "float16", "float32"],
+        typer.Option(help="Dtype of tensors that stay in floating point."),
+    ] = "keep",
+    widen_int4: Annotated[
+        bool, typer.Option("--widen-int4", help="Store 4-bit weights in a byte where the target has no 4 bits.")
+    ] = False,
+    base_config: Annotated[
+        pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a bundle in the format of another runtime and say what that costs per layer."""
+    dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
+    options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
+    _print(export_bundle(bundle, target, out, options), as_json)
+
+
+def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read as a model's config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} is not a model's config.json: expected a JSON object")
+    return config
+
+
+def verify(
+    bundle: BundleArgument,
+    device: Annotated[str, typer.Option(help="Where it is to run: cpu or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 on any failure."""
+    verdict = verify_bundle(bundle, device)
+    _print(verdict, as_json)
+    if not verdict.ok:
+        raise typer.Exit(1)

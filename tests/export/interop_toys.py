@@ -1,0 +1,83 @@
+"""Bundles of a small Wan and the interpreter that has the libraries of other runtimes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fxq
+from fxq.export.interop.layers import read_model
+from tests.toys import recipe, wan_rollout
+
+WAN_CONFIG = {
+    "_class_name": "WanTransformer3DModel",
+    "attention_head_dim": 32,
+    "cross_attn_norm": True,
+    "ffn_dim": 96,
+    "freq_dim": 16,
+    "in_channels": 3,
+    "num_attention_heads": 2,
+    "num_layers": 1,
+    "out_channels": 3,
+    "patch_size": [1, 2, 2],
+    "text_dim": 32,
+}
+INTERPRETER = os.environ.get("FXQ_INTEROP_PYTHON", sys.executable)
+
+
+def make_bundle(path, bits):
+    rollout = wan_rollout(seeds=(1,), frames=2)
+    return fxq.save(fxq.quantize(rollout.denoiser, rollout, recipe(bits), progress=False), path, fingerprint=False)
+
+
+def forms(file):
+    """Dtype and shape of every tensor, and the metadata."""
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    found = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in load_file(file).items()}
+    return found, metadata
+
+
+def run_apart(tmp_path, library, program, *arguments):
+    """Run a program in a fresh process that sees the library and not fxq; skips where the library is not installed."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+    def run(text):
+        command = [INTERPRETER, "-c", text, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+
+    if run(f"import {library}").returncode:
+        pytest.skip(f"{library} is not installed; set FXQ_INTEROP_PYTHON to an interpreter that has it")
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def expected_weights(bundle, style, path):
+    """Float weights and biases that a bundle stands for, under a target's names."""
+    model = read_model(bundle)
+    tensors = {}
+    for layer, stored in model.layers.items():
+        name = model.naming.rename(layer, style)
+        tensors[f"{name}.weight"] = stored.weight().contiguous()
+        tensors[f"{name}.bias"] = stored.bias.float()
+    for name, tensor in model.floats.items():
+        tensors[model.naming.rename(name, style)] = tensor
+    save_file(tensors, path)
+    return tensors
+
+
+def read_json(file):
+    return json.loads(file.read_text())
+
+
+def relative(want, got):
+    return float((want.double() - got.double()).norm() / want.double().norm())
+
+
+BF16 = torch.bfloat16
