@@ -5,6 +5,7 @@ from torch import Tensor
 from fxq.kernels import native
 from fxq.kernels.attention import attention
 from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm import dual_scale_linear
 from fxq.kernels.norm import norm_quantize
 from fxq.kernels.op import Op
@@ -19,6 +20,8 @@ OPS: tuple[Op, ...] = (
     dual_scale_linear_add,
     rms_norm_rope,
     attention,
+    quantize_fp8,
+    dual_scale_linear_fp8,
 )
 
 __all__ = [
@@ -27,9 +30,11 @@ __all__ = [
     "attention",
     "dual_scale_linear",
     "dual_scale_linear_add",
+    "dual_scale_linear_fp8",
     "dual_scale_linear_quantize",
     "norm_quantize",
     "quantize_act",
+    "quantize_fp8",
     "rms_norm_rope",
     "used",
 ]

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def keys() -> list[str]:
 
 def measure_all(wanted: list[str]) -> dict[str, Counts]:
     """Counts of many, two at a time."""
-    with ProcessPoolExecutor(max_workers=2) as pool:
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
         return dict(zip(wanted, pool.map(measure, wanted), strict=True))
 
 
