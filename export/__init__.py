@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from fxq.export.bundle import load, read_manifest, save
+from fxq.export.capture import ExportError
 from fxq.export.contract import Verdict, verify_bundle
 from fxq.export.files import BundleError
+from fxq.export.onnx import check_onnx, export_onnx
+from fxq.export.program import export_program, load_program
 from fxq.export.receipt import Receipt, read_receipt
 
-__all__ = ["BundleError", "Receipt", "Verdict", "load", "read_manifest", "read_receipt", "save", "verify_bundle"]
+__all__ = [
+    "BundleError",
+    "ExportError",
+    "Receipt",
+    "Verdict",
+    "check_onnx",
+    "export_onnx",
+    "export_program",
+    "load",
+    "load_program",
+    "read_manifest",
+    "read_receipt",
+    "save",
+    "verify_bundle",
+]
 
 if __name__ != "fxq.export":
     raise ImportError("import fxq.export")

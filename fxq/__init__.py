@@ -5,9 +5,22 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from fxq.allocator import keep_memory
+from fxq.apply import ApplyError, apply
+from fxq.binding import BackendError, Binding, bind
 from fxq.calibrate import Batch, CalibrationError
 from fxq.config import Recipe, RecipeError, Rule, Scheme
-from fxq.export import BundleError, load, read_receipt, save, verify_bundle
+from fxq.export import (
+    BundleError,
+    ExportError,
+    check_onnx,
+    export_onnx,
+    export_program,
+    load,
+    load_program,
+    read_receipt,
+    save,
+    verify_bundle,
+)
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
@@ -18,11 +31,15 @@ from fxq.trace import TraceError
 
 __all__ = [
     "PRESETS",
+    "ApplyError",
+    "BackendError",
     "Batch",
+    "Binding",
     "BundleError",
     "CalibrationError",
     "Call",
     "Draws",
+    "ExportError",
     "OutlierChannels",
     "Recipe",
     "RecipeError",
@@ -33,9 +50,15 @@ __all__ = [
     "State",
     "Summary",
     "TraceError",
+    "apply",
+    "bind",
+    "check_onnx",
     "detect_outliers",
+    "export_onnx",
+    "export_program",
     "keep_memory",
     "load",
+    "load_program",
     "load_recipe",
     "optimize",
     "quantize",

@@ -17,6 +17,7 @@ from fxq.passes.merge_linears import MergeLinears
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.real_rope import RealRope, make_rope_real
 from fxq.passes.share_inputs import ShareInputs
+from fxq.passes.to_qdq import ToQdq
 from fxq.pipeline import Rewrite
 
 ORDER = (PlanLayers, DetectOutliers, ShareInputs, ApplyMethods, LowerLinear, Freeze)
@@ -54,6 +55,7 @@ __all__ = [
     "PlanLayers",
     "RealRope",
     "ShareInputs",
+    "ToQdq",
     "detect_outliers",
     "make_rope_real",
 ]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
@@ -15,6 +16,19 @@ def test_the_example_runs(name, capsys):
     assert "linears quantized" in text
     error = next(line for line in text.splitlines() if "error" in line)
     assert float(error.split()[-1]) < 0.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["compile_backend.py", "diffusers_wan.py"])
+def test_the_compiled_example_runs(name, capsys):
+    if name.startswith("diffusers"):
+        pytest.importorskip("diffusers")
+    torch._dynamo.reset()
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    text = capsys.readouterr().out
+    assert "linears quantized" in text
+    error = next(line for line in text.splitlines() if "relative error" in line)
+    assert float(error.split()[-1]) < 0.02
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ USER_FACING = (
     "optimize",
     "summary",
     "sensitivity",
+    "apply",
+    "binding",
+    "dynamo_graph",
     "backend",
     "report",
     "bench",
@@ -53,12 +56,12 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     },
     "kernels": (*(n for n in CORE if n != "numerics"), "passes", "export", "recipes", *USER_FACING),
     "passes": ("models", "metrics", "trace", "export", "recipes", *USER_FACING),
-    "export": ("models", "metrics", "trace", "calibrate", "passes", "recipes", *USER_FACING),
+    "export": ("models", "metrics", "trace", "calibrate", "recipes", *USER_FACING),
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
     "recipes": USER_FACING,
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
-        for name in ("quantize", "optimize", "summary", "sensitivity", "backend")
+        for name in ("quantize", "optimize", "summary", "sensitivity", "apply", "binding", "dynamo_graph", "backend")
     },
     "report": ("adapters", "bench", "cli", "demo", "lab"),
     "lab": ("adapters", "bench", "cli", "demo"),

@@ -1,0 +1,143 @@
+"""From a frozen graph to what the exporters of torch take: lowered to plain operators, and as an ExportedProgram."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from fxq.export.inputs import hint_of
+from fxq.ir import QuantGraph, Stage, example_value, facts_of
+from fxq.kernels.op import NAMESPACE
+from fxq.passes.to_qdq import ToQdq
+from fxq.pipeline import run_passes
+from fxq.signature import input_sizes
+from fxq.verify import RuleError, check
+
+Example = tuple[tuple[Any, ...], Any]
+"""Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
+
+
+class ExportError(ValueError):
+    """A module that cannot be exported, or an export that is missing, damaged or does not run as it should."""
+
+
+def plain_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of ``metadata`` as JSON gives it back.
+
+    Raises:
+        ExportError: when it holds anything else.
+    """
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"metadata cannot be written as JSON: {error}") from None
+    return copy
+
+
+def frozen(module: fx.GraphModule) -> QuantGraph:
+    """A copy of a quantized module's graph, for rewriting.
+
+    Raises:
+        ExportError: when the module was not made by fxq, or was optimized.
+    """
+    try:
+        if "remarks" in facts_of(module):
+            raise ValueError("this module is optimized for its device; export the module it was made from")
+        graph = QuantGraph(module, Stage.FROZEN).fork()
+        check(graph, "before export")
+    except (ValueError, RuleError) as error:
+        raise ExportError(str(error)) from None
+    return graph
+
+
+def lower(module: fx.GraphModule) -> QuantGraph:
+    """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.to_qdq.ToQdq`.
+
+    Raises:
+        ExportError: as :func:`frozen`, and when an operator of fxq is left.
+    """
+    graph = run_passes(frozen(module), (ToQdq(),))
+    left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
+    if left:
+        raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")
+    return graph
+
+
+def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedProgram:
+    """The module as an ExportedProgram whose sizes vary where the module's do.
+
+    Args:
+        module: with values recorded at its inputs, unless ``example`` is given.
+        example: a call and its dynamic shapes.
+
+    Raises:
+        ExportError: when there is neither a recorded call nor an example, or a size that varied became fixed.
+    """
+    if example is None:
+        args, kwargs, shapes = _recorded_call(module)
+    else:
+        (args, shapes), kwargs = example, {}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch.export cannot capture the quantized graph: {first}") from error
+    for node in program.graph.nodes:
+        for key in ("stack_trace", "from_node"):
+            node.meta.pop(key, None)  # paths of this machine
+    program.graph_module.meta.clear()
+    _compare_sizes(module, program)
+    return program
+
+
+def _recorded_call(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    values = [example_value(node) for node in module.graph.find_nodes(op="placeholder")]
+    if any(value is None for value in values):
+        raise ExportError(
+            "this module has no recorded example call (one of an older bundle has none): "
+            "pass example=(args, dynamic_shapes), as Rollout.example_call() gives them"
+        )
+    args, kwargs = pytree.tree_unflatten([_stand_in(v) for v in values], info.in_spec)
+    dynamic_args, dynamic_kwargs = pytree.tree_unflatten([_dynamic(v) for v in values], info.in_spec)
+    names = [name for name in info.orig_args if name != "self"]
+    return args, kwargs, dict(zip(names, dynamic_args, strict=False)) | dynamic_kwargs
+
+
+def _stand_in(value: Any) -> Any:
+    """Zeros of the recorded sizes; numbers as they are."""
+    if not isinstance(value, Tensor):
+        return hint_of(value) if isinstance(value, torch.SymInt) else value
+    return torch.zeros([hint_of(size) for size in value.shape], dtype=value.dtype, device=value.device)
+
+
+def _dynamic(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return Dim.AUTO if isinstance(value, torch.SymInt) else None
+    return {i: Dim.AUTO for i, size in enumerate(value.shape) if _varies(size)}
+
+
+def _varies(size: int | torch.SymInt) -> bool:
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
+
+
+def _compare_sizes(module: fx.GraphModule, program: ExportedProgram) -> None:
+    inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
+    known = all(example_value(node) is not None for node in module.graph.find_nodes(op="placeholder"))
+    wanted = input_sizes(module) if known else facts_of(module)["inputs"]
+    for node, want in zip(inputs, wanted, strict=True):
+        value = example_value(node)
+        sizes = value.shape if isinstance(value, Tensor) and want is not None else ()
+        fixed = [i for i, size in enumerate(sizes) if want[i] is None and not _varies(size)]
+        if fixed:
+            raise ExportError(
+                f"input {node.name}: dimension {fixed[0]} varies in the module and is fixed at {sizes[fixed[0]]} in "
+                "the export; pass an example whose dynamic_shapes let it vary and whose size there is at least 2"
+            )

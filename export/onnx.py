@@ -1,0 +1,244 @@
+"""ONNX with stored integers, in standard operators, and the check that ONNX Runtime multiplies integers with it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import glob
+import hashlib
+import importlib
+import json
+import logging
+import os
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+import fxq.kernels  # registers the operators
+from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
+from fxq.export.onnx_form import integer_form
+from fxq.ir import LayerPlan, get_tensor
+
+OPSET = 21
+EXTERNAL_ABOVE = 1 << 31
+"""Bytes of tensors that no longer fit into one protobuf file."""
+DEQUANTIZE = "DequantizeLinear"
+KERNELS = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
+"""Operators of ONNX Runtime that multiply integers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnnxLayer:
+    """A quantized layer of an ONNX file: the kernel ONNX Runtime gave it and its number of products."""
+
+    layer: str
+    bits: int
+    kernel: str
+    products: int
+
+
+def export_onnx(
+    module: fx.GraphModule,
+    path: str | os.PathLike[str],
+    *,
+    example: Example | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    external_above: int = EXTERNAL_ABOVE,
+) -> pathlib.Path:
+    """Write a quantized float32 module as ONNX (opset 21, no custom operators).
+
+    Inputs are named as the module's arguments, list members ``name_0``, ``name_1`` and so on; outputs ``output`` with
+    their position. Sizes that vary in the module vary in the file. 4-bit weights are stored as INT4 and cast to INT8
+    when a session is made, because integer kernels read bytes. The file's metadata have an entry ``fxq``: version,
+    quantized layers and ``metadata``.
+
+    Args:
+        module: of :func:`fxq.quantize` or :func:`fxq.load`.
+        path: the .onnx file, replaced when it exists.
+        example: a call and its dynamic shapes, needed for a loaded module.
+        metadata: JSON values for the program that runs the file.
+        external_above: from this many bytes on, tensors lie in a second file ``<path>.<hash>.data``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: when the module cannot be exported, or a package is missing.
+    """
+    ir = _package("onnx_ir")
+    _package("onnxscript")
+    runtime = plain_metadata(metadata)
+    graph = lower(module)
+    _refuse_half(graph.module)
+    plans = graph.quantized_plans
+    program = capture(graph.module, example)
+    model = _convert(program, graph.module)
+    integer_form(model, plans)
+    model.metadata_props["fxq"] = json.dumps(_facts(plans, runtime))
+    return _write(ir, model, pathlib.Path(path).absolute(), external_above)
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ExportError(f"the ONNX export needs the package {name}: pip install 'fxq[onnx]'") from None
+
+
+def _refuse_half(module: fx.GraphModule) -> None:
+    for node in module.graph.find_nodes(op="get_attr"):
+        tensor = get_tensor(module, str(node.target))
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            raise ExportError(
+                f"{node.target} is {tensor.dtype}: ONNX Runtime's CPU kernels are float32; quantize the model after "
+                ".float() and export that"
+            )
+
+
+def _facts(plans: Mapping[str, LayerPlan], runtime: dict[str, Any]) -> dict[str, Any]:
+    layers = {layer: plan.scheme.weight_bits for layer, plan in plans.items() if plan.scheme is not None}
+    return {"fxq_version": fxq.__version__, "layers": layers, "runtime": runtime}
+
+
+def output_names(spec: pytree.TreeSpec) -> list[str]:
+    """A name for each value of a nested output: ``output``, with its keys or positions behind."""
+    numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    leaves, _ = pytree.tree_flatten_with_path(numbered)
+    return [
+        "_".join(["output", *(str(getattr(key, "idx", getattr(key, "key", key))) for key in keys)])
+        for keys, _ in leaves
+    ]
+
+
+def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> Any:
+    inputs = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    names = output_names(spec)
+    level = logging.getLogger("torch.onnx").level
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            done = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=names
+            )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch.onnx cannot convert the graph: {first}") from error
+    finally:
+        logging.getLogger("torch.onnx").setLevel(level)
+    assert done is not None
+    return done.model
+
+
+def _write(ir: Any, model: Any, path: pathlib.Path, external_above: int) -> pathlib.Path:
+    """Write beside the place and rename: a reader sees the old files or the new ones."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            part, data = pathlib.Path(folder) / path.name, None
+            if size >= external_above:
+                data = _external_name(model, path)
+                ir.save(model, part, external_data=data, size_threshold_bytes=1024)
+                os.replace(part.with_name(data), path.with_name(data))
+            else:
+                ir.save(model, part)
+            os.replace(part, path)
+        for old in path.parent.glob(f"{glob.escape(path.name)}.????????.data"):
+            if old.name != data:
+                old.unlink()
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
+    return path
+
+
+def _external_name(model: Any, path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    for value in model.graph.initializers.values():
+        digest.update(value.const_value.tobytes())
+    return f"{path.name}.{digest.hexdigest()[:8]}.data"
+
+
+def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
+    """Let ONNX Runtime optimize a file for this CPU and see which kernel every quantized layer got.
+
+    Args:
+        path: of :func:`export_onnx`.
+
+    Returns:
+        One entry per quantized layer, in the file's order.
+
+    Raises:
+        ExportError: when the file cannot be read, was not written by fxq, or a layer would be multiplied in floats.
+    """
+    model, optimized, layers = _read(os.fspath(path))
+    owners = _owners(model, layers)
+    found: dict[str, list[str]] = {layer: [] for layer in layers}
+    for node in optimized.graph.node:
+        if node.op_type in KERNELS:
+            for layer in {owners[name] for name in node.input if name in owners}:
+                found[layer].append(node.op_type)
+    expected = _products(model, owners)
+    if missing := [layer for layer, kinds in found.items() if not 0 < expected[layer] <= len(kinds)]:
+        raise ExportError(
+            f"{os.fspath(path)}: ONNX Runtime multiplies floats in {len(missing)} of {len(found)} "
+            f"quantized layers: {', '.join(missing[:4])}"
+        )
+    return [
+        OnnxLayer(layer=layer, bits=layers[layer], kernel=kinds[0], products=len(kinds))
+        for layer, kinds in found.items()
+    ]
+
+
+def _read(file: str) -> tuple[Any, Any, dict[str, int]]:
+    """The model, what ONNX Runtime makes of it, and the bits of its quantized layers."""
+    onnx, runtime = _package("onnx"), _package("onnxruntime")
+    try:
+        model = onnx.load(file, load_external_data=False)
+        onnx.checker.check_model(file)
+        facts = json.loads(next(p.value for p in model.metadata_props if p.key == "fxq"))
+        return model, _optimized(onnx, runtime, file), facts["layers"]
+    except StopIteration:
+        raise ExportError(f"{file} has no fxq entry in its metadata; it was not written by fxq.export_onnx") from None
+    except Exception as error:
+        raise ExportError(f"{file} cannot be loaded: {error}") from error
+
+
+def _owners(model: Any, layers: Mapping[str, int]) -> dict[str, str]:
+    """Layer of each integer weight, by the names it may have in an optimized model: stored, and cast to INT8."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    owners: dict[str, str] = {}
+    for layer in layers:
+        for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
+            if name in stored:
+                owners |= {name: layer, f"{name}_int8": layer}
+    return owners
+
+
+def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]:
+    """How often the file multiplies with each layer's weights."""
+    floats = {
+        n.output[0]: owners[n.input[0]] for n in model.graph.node if n.op_type == DEQUANTIZE and n.input[0] in owners
+    }
+    return collections.Counter(
+        floats[n.input[1]] for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in floats
+    )
+
+
+def _optimized(onnx: Any, runtime: Any, file: str) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        options = runtime.SessionOptions()
+        options.optimized_model_filepath = str(pathlib.Path(folder) / "optimized.onnx")
+        options.log_severity_level = 3
+        for key, value in (("file_name", "tensors"), ("min_size_in_bytes", "1024")):
+            options.add_session_config_entry(f"session.optimized_model_external_initializers_{key}", value)
+        runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath, load_external_data=False)

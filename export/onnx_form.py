@@ -1,0 +1,85 @@
+"""The form of an ONNX graph in which runtimes multiply integers: what the converter leaves is brought to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fxq.ir import LayerPlan
+
+
+def integer_form(model: Any, plans: Mapping[str, LayerPlan]) -> None:
+    """Bring the products of quantized layers to a form that runtimes keep in integers; in place.
+
+    Weights are stored [K, N], as MatMul reads them, and in half a byte when they have 4 bits. Products and offset are
+    added by one ``Sum``: of ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm before it looks for integers.
+
+    Args:
+        model: onnx_ir.Model made of a graph of :class:`~fxq.passes.to_qdq.ToQdq`.
+        plans: of the quantized layers.
+    """
+    import onnx_ir as ir
+
+    for layer, plan in plans.items():
+        assert plan.scheme is not None
+        for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
+            value = model.graph.initializers.get(name)
+            if value is not None:
+                _store_as_read(ir, value)
+                if plan.scheme.weight_bits == 4:
+                    _store_in_half_bytes(ir, model, value)
+        offset = model.graph.initializers.get(f"{layer}.offset")
+        for node, _ in [] if offset is None else list(offset.uses()):
+            _sum_at_once(ir, node)
+    for node in model.graph:
+        node.metadata_props.clear()  # what the converter notes about its own work, more than the nodes themselves
+
+
+def _chains(weight: Any) -> Iterator[tuple[Any, Any]]:
+    """(DequantizeLinear, Transpose) pairs that read a weight."""
+    for node, _ in weight.uses():
+        for reader, _ in node.outputs[0].uses():
+            if node.op_type == "DequantizeLinear" and reader.op_type == "Transpose":
+                yield node, reader
+
+
+def _sum_at_once(ir: Any, last: Any) -> None:
+    """``Add(Add(product, product), offset)`` as one ``Sum``."""
+    terms = list(last.inputs)
+    first = terms[0].producer()
+    if first is not None and first.op_type == "Add" and len(first.outputs[0].uses()) == 1:
+        terms = [*first.inputs, terms[1]]
+    total = ir.node("Sum", terms, name=last.name)
+    total.outputs[0].name, total.outputs[0].type = last.outputs[0].name, last.outputs[0].type
+    total.outputs[0].shape = last.outputs[0].shape
+    last.graph.insert_after(last, total)
+    ir.convenience.replace_all_uses_with(last.outputs[0], total.outputs[0], replace_graph_outputs=True)
+    last.graph.remove(last, safe=True)
+    if len(terms) == 3:
+        first.graph.remove(first, safe=True)
+
+
+def _store_as_read(ir: Any, weight: Any) -> None:
+    chains = list(_chains(weight))
+    if not chains or len(chains) != len(weight.uses()):
+        return
+    values = weight.const_value.numpy().T.copy()
+    weight.const_value = ir.tensor(values, name=weight.name)
+    weight.shape = ir.Shape(values.shape)
+    for dequantize, transpose in chains:
+        dequantize.attributes["axis"] = ir.AttrInt64("axis", 1)
+        dequantize.outputs[0].shape = ir.Shape(values.shape)
+        ir.convenience.replace_all_uses_with(transpose.outputs[0], dequantize.outputs[0])
+        transpose.graph.remove(transpose, safe=True)
+
+
+def _store_in_half_bytes(ir: Any, model: Any, weight: Any) -> None:
+    values, readers = weight.const_value.numpy(), list(weight.uses())
+    weight.const_value = ir.tensor(values, dtype=ir.DataType.INT4, name=weight.name)
+    weight.dtype = ir.DataType.INT4
+    cast = ir.node("Cast", [weight], attributes={"to": ir.DataType.INT8}, name=f"{weight.name}_cast")
+    cast.outputs[0].name = f"{weight.name}_int8"
+    cast.outputs[0].dtype, cast.outputs[0].shape = ir.DataType.INT8, ir.Shape(values.shape)
+    model.graph.insert_before(model.graph[0], cast)
+    for reader, index in readers:
+        reader.replace_input_with(index, cast.outputs[0])

@@ -1,0 +1,214 @@
+"""Programs of torch.export: weight-free with safetensors beside it, or compiled ahead of time; a folder each.
+
+``program.pt2`` is what torch reads, ``program.json`` says what is there. A weight-free program is a bundle too, and
+:func:`load_program` runs the bundle's graph: ``torch.export.load`` unpickles example inputs and evaluates the
+expressions of sizes as Python, so it is for files one trusts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+import fxq.kernels  # registers the operators
+from fxq.export import bundle
+from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
+from fxq.export.files import BundleError, sha256, whole_folder
+from fxq.ir import get_tensor
+
+PROGRAM, FACTS = "program.pt2", "program.json"
+BUNDLE = (bundle.MANIFEST, bundle.TENSORS, bundle.GRAPH)
+FORMAT_VERSION = 1
+WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
+ENTRIES = ("denoise", "context")
+"""Names of a compiled program's graph: a denoising step and the call that writes clean keys and values."""
+
+
+def export_program(
+    module: fx.GraphModule,
+    path: str | os.PathLike[str],
+    aoti: bool = False,
+    *,
+    example: Example | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Write a quantized module as a program of torch.export. The folder appears whole or not at all.
+
+    Without ``aoti`` the folder is a bundle with ``program.pt2``, the graph without tensors. With it ``program.pt2`` is
+    an AOTInductor package with the entries ``denoise`` and ``context``, compiled for this machine. On a CPU it holds no
+    operator of fxq and runs in a process that imports torch alone; on CUDA the process imports fxq for its kernels.
+
+    Args:
+        module: of :func:`fxq.quantize` or :func:`fxq.load`.
+        path: the folder; one that this function wrote is replaced.
+        aoti: compile ahead of time.
+        example: a call and its dynamic shapes, for a module without recorded values.
+        metadata: JSON values for the program that runs it, stored as ``runtime``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ExportError: when the module cannot be exported or written.
+    """
+    out, runtime = pathlib.Path(path).absolute(), plain_metadata(metadata)
+    own = (PROGRAM, FACTS) if aoti else (PROGRAM, FACTS, *BUNDLE)
+    try:
+        with whole_folder(out, (PROGRAM, FACTS, *BUNDLE), "a program") as part:
+            extra = _write_compiled(module, part, example) if aoti else _write_weight_free(module, part, example)
+            hashes = {name: sha256(part / name) for name in own if name != FACTS}
+            facts = _facts(aoti, runtime, hashes) | extra
+            (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    except BundleError as error:
+        raise ExportError(str(error)) from error
+    return out
+
+
+def _facts(aoti: bool, runtime: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "fxq_version": fxq.__version__,
+        "torch_version": torch.__version__.partition("+")[0],
+        "kind": "aoti" if aoti else "weight_free",
+        "entries": list(ENTRIES if aoti else ("model",)),
+        "files": files,
+        "runtime": runtime,
+    }
+
+
+def _device(module: fx.GraphModule) -> torch.device:
+    nodes = module.graph.find_nodes(op="get_attr")
+    return get_tensor(module, str(nodes[0].target)).device
+
+
+def _write_weight_free(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, Any]:
+    program = capture(frozen(module).module, example)
+    bundle.save(module, folder)
+    for name, tensor in list(program.state_dict.items()):
+        empty: Tensor = torch.empty_like(tensor, device="meta")
+        trained = isinstance(tensor, torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(empty, tensor.requires_grad) if trained else empty
+    program._example_inputs = None
+    with _quiet():
+        torch.export.save(program, folder / PROGRAM)
+    return {"imports": ["torch", "fxq"]}
+
+
+def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, Any]:
+    from torch._inductor.package.package import package_aoti
+
+    on_cpu = _device(module).type == "cpu"
+    graph = lower(module) if on_cpu else frozen(module)
+    files = [pathlib.Path(file) for file in _compile(capture(graph.module, example))]
+    products = len(graph.module.graph.find_nodes(op="call_function", target=WEIGHT)) if on_cpu else 0
+    source = "".join(file.read_text(encoding="utf-8") for file in files if file.name.endswith("wrapper.cpp"))
+    if (integer := len(re.findall(r"aoti_torch_cpu__qlinear_\w+\(", source))) < products:
+        raise ExportError(f"AOTInductor multiplies floats in {products - integer} of {products} quantized products")
+    kept: list[Any] = [str(file) for file in files if file.suffix != ".cpp"]  # sources name paths of this machine
+    with _quiet():
+        package_aoti(str(folder / PROGRAM), dict.fromkeys(ENTRIES, kept))
+    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer}
+
+
+def _compile(program: ExportedProgram) -> list[str]:
+    """Files of the compiled graph; freezing lays int8 weights out for the CPU's kernels."""
+    from torch import _inductor
+
+    module = program.module(check_guards=False)
+    args, kwargs = program.example_inputs
+    settings = {"aot_inductor.package": True, "freezing": True}
+    try:
+        with torch.no_grad(), _inductor.config.patch(freezing=True), _quiet():
+            found = _inductor.aot_compile(module, args, kwargs, options=settings)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"AOTInductor cannot compile the graph: {first}") from error
+    assert isinstance(found, list)
+    return [file for file in found if isinstance(file, str)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.getLogger("torch.export").level
+    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("torch.export").setLevel(level)
+
+
+def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Facts of a program, its files compared with their hashes.
+
+    Raises:
+        ExportError: when a file is missing, truncated, altered or of another format or torch version.
+    """
+    folder = pathlib.Path(path)
+    file = folder / FACTS
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{file}: {error.strerror or error}; expected a folder made by fxq.export_program") from None
+    except ValueError as error:
+        raise ExportError(f"{file} is not valid JSON ({error}); the program is damaged, export it again") from None
+    version = facts.get("format_version") if isinstance(facts, dict) else None
+    if version != FORMAT_VERSION:
+        raise ExportError(f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; export it again")
+    files, kind = facts.get("files"), facts.get("kind")
+    wanted = {PROGRAM, *(BUNDLE if kind == "weight_free" else ())}
+    if kind not in ("aoti", "weight_free") or not isinstance(files, dict) or set(files) != wanted:
+        raise ExportError(f"{file}: kind {kind!r} with files {files}; the program is damaged, export it again")
+    for name, digest in files.items():
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder / name} is missing; copy the whole folder")
+        if sha256(folder / name) != digest:
+            raise ExportError(
+                f"{folder / name} does not have the hash that {FACTS} states: truncated or altered; copy it again"
+            )
+    here = torch.__version__.partition("+")[0]
+    if kind == "aoti" and facts.get("torch_version") != here:
+        raise ExportError(f"{folder}: compiled by torch {facts.get('torch_version')}, this is {here}; export it again")
+    return facts
+
+
+def load_program(
+    path: str | os.PathLike[str], entry: str = "denoise", device: str | torch.device = "cpu"
+) -> Callable[..., Any]:
+    """A callable with the module's arguments and results.
+
+    Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: load it
+    from where you would install software.
+
+    Args:
+        path: folder of :func:`export_program`.
+        entry: of a compiled program.
+        device: where a weight-free program's tensors go.
+
+    Raises:
+        ExportError: as :func:`read_program`, or for an unknown entry.
+    """
+    folder = pathlib.Path(path)
+    facts = read_program(folder)
+    if facts["kind"] == "weight_free":
+        try:
+            return bundle.load(folder, device)
+        except BundleError as error:
+            raise ExportError(str(error)) from None
+    if entry not in ENTRIES:
+        raise ExportError(f"entry {entry!r}: expected one of {', '.join(ENTRIES)}")
+    from torch._inductor.package.package import load_package
+
+    return load_package(str(folder / PROGRAM), entry)
