@@ -1,0 +1,152 @@
+"""Every kernel against its reference on the device: on the operators' own samples and on layers of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from benchmarks.gpu.problems import Layer, Sizes, wan_layers
+from benchmarks.gpu.session import Session
+from fxq.kernels import OPS, Op, gemm_triton, gluon_gemm, quantize_act, rms_norm_rope, tiles
+from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm import Operands, dual_scale_linear
+from fxq.kernels.gluon_gemm import GluonTiles
+from fxq.kernels.tiles import Tiles
+from fxq.models.causal_wan import rope_tables
+
+RARE = 0.005
+"""Share of integers that may differ by one, where a float lies on a rounding boundary."""
+
+SWEPT = (*tiles.TABLE, replace(tiles.TABLE[1], warps=4))
+"""Every tile of the table, and the one of two programs per multiprocessor of Hopper."""
+
+
+Linear = Callable[[Operands, torch.dtype], Tensor]
+
+
+def tiles_name(kind: str, size: Tiles | GluonTiles) -> str:
+    """As "Triton 128x128x128 w8 s3"."""
+    return f"{kind} {size.block_m}x{size.block_n}x{size.block_k} w{size.warps} s{size.stages}"
+
+
+def triton_linear(size: Tiles, operands: Operands, dtype: torch.dtype) -> Tensor:
+    """dual_scale_linear by given tiles; the operator itself on a CPU."""
+    if not operands.q.is_cuda:
+        return dual_scale_linear(*operands, dtype)
+    out = operands.q.new_empty((*operands.q.shape[:-1], operands.outputs), dtype=dtype)
+    with torch.cuda.device(operands.q.device):
+        return gemm_triton.launch(*operands[:6], out, tiles=size)
+
+
+def gluon_linear(size: GluonTiles, operands: Operands, dtype: torch.dtype) -> Tensor:
+    """As :func:`triton_linear`, by the Gluon kernel."""
+    if not operands.q.is_cuda:
+        return dual_scale_linear(*operands, dtype)
+    return gluon_gemm.launch_gluon(*operands[:6], dtype, size)
+
+
+def swept() -> dict[str, Linear]:
+    """The linear by every tile that is measured, by the name of its check."""
+    gluon = {tiles_name("Gluon", size): partial(gluon_linear, size) for size in gluon_gemm.TABLE}
+    return {**gluon, **{tiles_name("Triton", size): partial(triton_linear, size) for size in SWEPT}}
+
+
+def disagreement(got: Tensor, want: Tensor, max_error: float) -> str:
+    """How a kernel's result leaves the bound of its operator, or ""."""
+    if got.dtype != want.dtype or got.shape != want.shape:
+        return f"is {got.dtype} {tuple(got.shape)}, the reference {want.dtype} {tuple(want.shape)}"
+    if not want.numel():
+        return ""
+    if want.dtype == torch.int8:
+        error = (got.int() - want.int()).abs()
+        worst, share = int(error.max()), float((error > 0).float().mean())
+        right = worst <= (1 if max_error else 0) and share < RARE
+        return "" if right else f"integers differ by up to {worst}, {share:.2%} of them"
+    error, largest = (got.float() - want.float()).abs().max(), float(want.float().abs().max())
+    relative = float(error) / max(largest, 1e-30)
+    return "" if relative <= max_error else f"differs by {relative:.2g} of the largest value, allowed {max_error:.2g}"
+
+
+def _is_panels(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.ndim == 4 and argument.dtype == torch.int8
+
+
+def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
+    """Arguments of an operator at the sizes of the model."""
+    rows, dim, heads = sizes.rows[0], sizes.config.dim, sizes.config.num_heads
+    layer = wan_layers(sizes, device, rows)[0]
+    q = layer.integers()
+    x = layer.x.unsqueeze(0)
+    scale, zero = q.input_scale, torch.tensor([3, -4], dtype=torch.int32, device=device)
+    perm = torch.randperm(dim, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
+    frames = torch.randn(1, 3, dim, device=device).bfloat16()
+    batched = q._replace(q=q.q.unsqueeze(0))
+    cos, sin = (t.to(device) for t in rope_tables(dim // heads, rows // (sizes.grid[0] * sizes.grid[1]), *sizes.grid))
+    head = x.unflatten(-1, (heads, -1))
+    found: dict[str, list[Sequence[Any]]] = {
+        "quantize_act": [(x, order, scale, zero, q.split, 8) for order in (None, perm)],
+        "norm_quantize": [(x, None, None, frames, frames, 1e-6, p, scale, zero, q.split, 8) for p in (None, perm)],
+        "dual_scale_linear": [(*each, torch.bfloat16) for each in (q, layer.integers(False), layer.integers(bits=4))],
+        "dual_scale_linear_quantize": [(*batched, "gelu_tanh", scale, zero, sizes.config.ffn_dim - 32, 8)],
+        "dual_scale_linear_add": [
+            (*batched, torch.randn(1, rows, q.outputs, device=device).bfloat16(), gate)
+            for gate in (None, torch.randn(1, 3, q.outputs, device=device).bfloat16())
+        ],
+        "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
+        "attention": [(head, [head, head], [head, head])],
+        "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],
+        "dual_scale_linear_fp8": [(*layer.floats(), torch.bfloat16)],
+    }
+    yield from found[op.name]
+
+
+def check_op(op: Op, sizes: Sizes, device: str) -> dict[str, Any]:
+    """``problem`` is "" when the operator agrees with its reference on all arguments."""
+    kind, tried = torch.device(device).type, 0
+    for sample in op.samples():
+        if kind != "cpu" and any(_is_panels(argument) for argument in sample):
+            continue
+        got = op(*pytree.tree_map_only(Tensor, lambda t: t.to(device), sample)).cpu()
+        tried += 1
+        if problem := disagreement(got, op.reference(*sample), op.max_error):
+            return {"problem": f"sample {tried}: {problem}", "kernel": op.used(kind)}
+    for arguments in _op_arguments(op, sizes, device):
+        tried += 1
+        if problem := disagreement(op(*arguments), op.reference(*arguments), op.max_error):
+            return {"problem": f"at the model's sizes: {problem}", "kernel": op.used(kind)}
+    return {"problem": "", "kernel": op.used(kind), "arguments": tried}
+
+
+def check_tiles(run: Linear, sizes: Sizes, device: str) -> dict[str, Any]:
+    """As :func:`check_op` for a kernel of the linear that no operator is bound to; sizes odd and of the model."""
+    layers = [Layer.random(333, 512, 200, 96, device), *wan_layers(sizes, device, sizes.rows[0])]
+    for layer in layers:
+        operands = layer.integers()
+        want = dual_scale_linear.reference(*operands, torch.bfloat16)
+        if problem := disagreement(run(operands, torch.bfloat16), want, dual_scale_linear.max_error):
+            return {"problem": f"{tuple(layer.x.shape)} x {tuple(layer.weight.shape)}: {problem}"}
+    return {"problem": "", "arguments": len(layers)}
+
+
+def run_checks(session: Session, sizes: Sizes) -> None:
+    """One step per operator and per tile."""
+    first = (quantize_act, dual_scale_linear, rms_norm_rope)
+    rest = tuple(op for op in (*OPS, quantize_fp8, dual_scale_linear_fp8) if op not in first)
+    for op in (*first, *rest):
+        session.step("checks", op.name, partial(_op_step, op, sizes, session.device))
+    for name, run in swept().items():
+        session.step("checks", name, partial(_tiles_step, run, sizes, session.device))
+
+
+def _op_step(op: Op, sizes: Sizes, device: str, step: str) -> dict[str, Any]:
+    return check_op(op, sizes, device)
+
+
+def _tiles_step(run: Linear, sizes: Sizes, device: str, step: str) -> dict[str, Any]:
+    return check_tiles(run, sizes, device)

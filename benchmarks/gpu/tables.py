@@ -1,0 +1,118 @@
+"""Tables and pass or fail of a GPU benchmark, from its JSON alone."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+DUAL, SINGLE, CUBLAS = "fxq dual scale", "fxq single scale", "cuBLAS bf16"
+LEAST_GEMM, GOAL_GEMM, MOST_DUAL, LEAST_NORM = 1.3, 1.8, 1.05, 2.5
+LEAST_COMPILED, LEAST_EAGER = 1.3, 2.0
+FXQ = "fxq, CUDA graph"
+
+Step = dict[str, Any]
+Bar = dict[str, Any]
+
+
+def _row(step: Step, name: str) -> dict[str, Any]:
+    return next((row for row in step["data"].get("results", ()) if row["name"] == name), {})
+
+
+def _bar(step: Step, what: str, value: float | None, least: float, goal: float | None = None) -> Bar:
+    passed = value is not None and value >= least
+    return {"step": step["step"], "what": what, "value": value, "least": least, "goal": goal, "passed": passed}
+
+
+def _speed(step: Step, name: str, opponent: str) -> float | None:
+    ratio = _row(step, name).get("speed_over", {}).get(opponent)
+    return None if ratio is None else ratio["median"]
+
+
+def bars(steps: list[Step]) -> list[Bar]:
+    """What was promised; a value that is missing does not pass."""
+    found = []
+    for step in steps:
+        section, name = step["step"].split("/", 1)
+        if section == "gemm" and "8960" in name:
+            found.append(_bar(step, f"{DUAL} over {CUBLAS}", _speed(step, DUAL, CUBLAS), LEAST_GEMM, GOAL_GEMM))
+            found.append(_bar(step, f"{DUAL} over {SINGLE}", _speed(step, DUAL, SINGLE), 1 / MOST_DUAL))
+        elif section == "bandwidth" and name.startswith("norm_quantize"):
+            rate = _row(step, "fxq::norm_quantize").get("rates", {}).get("bytes")
+            found.append(_bar(step, "TB/s", rate, LEAST_NORM))
+        elif section == "rollout":
+            found.append(_bar(step, "fxq over compiled bf16", _speed(step, FXQ, "bf16 compiled"), LEAST_COMPILED))
+            found.append(_bar(step, "fxq over eager bf16", _speed(step, FXQ, "bf16 eager"), LEAST_EAGER))
+    return found
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    if not row["seconds"]:
+        return "-"
+    middle = statistics.median(row["seconds"])
+    return f"{middle * 1e6:.1f} us" if middle < 0.1 else f"{middle:.3f} s"
+
+
+def _ratio(row: dict[str, Any], opponent: str) -> str:
+    ratio = row["speed_over"].get(opponent)
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio else "-"
+
+
+def _case(step: Step) -> list[str]:
+    data = step["data"]
+    opponents = data["opponents"]
+    units = {"flop": "TFLOP/s", "bytes": "TB/s"}
+    lines = [f"\n{step['step']}", "  ".join([f"{'':38}{'time':>12}", *(f"{name:>26}" for name in opponents)])]
+    for row in data["results"]:
+        rates = ", ".join(f"{value:.4g} {units[name]}" for name, value in row["rates"].items())
+        cells = "  ".join([f"{row['name']:38}{_seconds(row):>12}", *(f"{_ratio(row, n):>26}" for n in opponents)])
+        note = "" if row["status"] == "ok" else f"{row['status']}: {row['note']}"
+        quality = "" if row["sqnr"] is None else f"{row['sqnr']:.1f} dB"
+        lines.append(f"{cells}  {'; '.join(part for part in (rates, quality, note) if part)}")
+    return lines
+
+
+def _check(step: Step) -> str:
+    data = step["data"]
+    problem = data.get("error") or data.get("problem")
+    verdict = f"FAILED: {problem}" if problem else f"agrees with its reference {data.get('kernel', '')}"
+    return f"  {step['step'].split('/', 1)[1]:30}{verdict}"
+
+
+def _bar_line(bar: Bar) -> str:
+    value = "not measured" if bar["value"] is None else f"{bar['value']:.2f}"
+    goal = "" if bar["goal"] is None else f", goal {bar['goal']:.2f}"
+    verdict = "pass" if bar["passed"] else "FAIL"
+    return f"  {verdict}  {bar['step']}: {bar['what']} {value} (at least {bar['least']:.2f}{goal})"
+
+
+def _right(result: dict[str, Any]) -> bool:
+    for step in result["steps"]:
+        data = step["data"]
+        if data.get("error") or data.get("problem"):
+            return False
+        for row in data.get("results", ()):
+            if row["status"] == "wrong" or (row["ours"] and row["status"] == "failed"):
+                return False
+    return bool(result["complete"]) and not result["skipped"] and not result["deaths"]
+
+
+def tables(result: dict[str, Any]) -> tuple[str, bool]:
+    """The whole report as text, and whether nothing was wrong or lost; bars that fail are no error."""
+    where = "DRY RUN on a CPU: no number was measured" if result["dry"] else result.get("gpu", "no GPU was reached")
+    lines = [f"{where}; {result['date']}; {result['seconds']} s", result["command"], "\nchecks"]
+    lines += [_check(step) for step in result["steps"] if step["step"].startswith("checks/")]
+    for step in result["steps"]:
+        if "results" in step["data"]:
+            lines += _case(step)
+        elif not step["step"].startswith("checks/"):
+            lines.append(f"\n{step['step']}\n  failed: {step['data'].get('error', 'no result')}")
+    for title, entries in (
+        ("skipped", [f"  {entry['step']}: {entry['why']}" for entry in result["skipped"]]),
+        ("deaths", [f"  {why}" for why in result["deaths"]]),
+        ("bars", [_bar_line(bar) for bar in result["bars"]]),
+    ):
+        if entries:
+            lines += [f"\n{title}", *entries]
+    if not result["complete"]:
+        lines.append("\nincomplete: the last worker did not reach the end")
+    return "\n".join(lines), _right(result)
