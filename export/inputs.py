@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -153,6 +152,8 @@ class _Recorder(fx.Interpreter):
 
 
 def _fake(entry: InputEntry, shape_env: ShapeEnv, symbols: dict[str, Any], device: torch.device) -> Any:
+    from torch._dynamo.source import ConstantSource  # Dynamo takes a second to import
+
     if entry.dtype is None:
         return entry.value
     sizes = []

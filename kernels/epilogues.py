@@ -7,6 +7,7 @@ fused layer rounds once where separate nodes in a 16-bit model round three times
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +29,9 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _quantize_supports(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    activation: str,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_split: int,
-    out_bits: int,
-) -> str:
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
+def _quantize_supports(*arguments: Any) -> str:
+    operands = Operands(*arguments[:7])
+    activation, out_scale, out_zero_point, out_split, out_bits = arguments[7:]
     if reason := unfit(operands):
         return reason
     if activation not in ACTIVATIONS:
@@ -62,21 +51,13 @@ def _quantize_supports(
     return ""
 
 
-def _quantize_fake(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    activation: str,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_split: int,
-    out_bits: int,
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], offset.shape[0]))
+def _quantize_fake(*arguments: Any) -> Tensor:
+    return _integers(Operands(*arguments[:7]))
+
+
+def _integers(operands: Operands) -> Tensor:
+    """An unfilled int8 result."""
+    return operands.q.new_empty((*operands.q.shape[:-1], operands.outputs))
 
 
 def _quantize_samples() -> Sequence[Arguments]:
@@ -151,44 +132,23 @@ def dual_scale_linear_quantize(
 
 
 @dual_scale_linear_quantize.on("cpu", ON_CPU)
-def linear_quantize_cpu(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    activation: str,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_split: int,
-    out_bits: int,
-) -> Tensor:
+def linear_quantize_cpu(*arguments: Any) -> Tensor:
     """Native kernel for panels, else chunk by chunk, so that no [M, N] float tensor is made."""
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    if weight.ndim == 4 and native.ready():
-        out = q.new_empty((*q.shape[:-1], operands.outputs))
-        return native.linear_quantize(operands, activation, out_scale, out_zero_point, out_split, out_bits, out)
+    operands = Operands(*arguments[:7])
+    activation, scale, zero_point, split, bits = arguments[7:]
+    if operands.weight.ndim == 4 and native.ready():
+        return native.linear_quantize(operands, activation, scale, zero_point, split, bits, _integers(operands))
 
     def finish(values: Tensor, rows: slice) -> Tensor:
-        return numerics.quantize_input(activate(values, activation), out_scale, out_zero_point, out_split, out_bits)
+        return numerics.quantize_input(activate(values, activation), scale, zero_point, split, bits)
 
     return in_chunks(cpu_matmul, operands, torch.int8, finish)
 
 
-def _add_supports(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> str:
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
+def _add_supports(*arguments: Any) -> str:
+    operands = Operands(*arguments[:7])
+    residual, gate = arguments[7:]
+    q = operands.q
     if reason := unfit(operands):
         return reason
     if q.ndim != 3:
@@ -206,18 +166,8 @@ def _add_supports(
     return ""
 
 
-def _add_fake(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
-    return residual.new_empty((*q.shape[:-1], offset.shape[0]))
+def _add_fake(*arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[7], memory_format=torch.contiguous_format)
 
 
 def _add_samples() -> Sequence[Arguments]:
@@ -283,22 +233,13 @@ def dual_scale_linear_add(
 
 
 @dual_scale_linear_add.on("cpu", ON_CPU)
-def linear_add_cpu(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
+def linear_add_cpu(*arguments: Any) -> Tensor:
     """Native kernel for panels, else chunk by chunk."""
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    if weight.ndim == 4 and residual.dtype != torch.float16 and native.ready():
-        out = residual.new_empty((*q.shape[:-1], operands.outputs))
-        return native.linear_add(operands, residual, gate, out)
+    operands = Operands(*arguments[:7])
+    residual, gate = arguments[7:]
+    q = operands.q
+    if operands.weight.ndim == 4 and residual.dtype != torch.float16 and native.ready():
+        return native.linear_add(operands, residual, gate, _add_fake(*arguments))
     rest = residual.reshape(-1, operands.outputs)
     tokens = 1 if gate is None else q.shape[1] // gate.shape[1]
     gates = None if gate is None else gate.reshape(-1, operands.outputs).float()
@@ -315,38 +256,14 @@ def linear_add_cpu(
 if HAS_TRITON:
 
     @dual_scale_linear_quantize.on("cuda", "triton")
-    def linear_quantize_cuda(
-        q: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        offset: Tensor,
-        split: int,
-        bits: int,
-        activation: str,
-        out_scale: Tensor,
-        out_zero_point: Tensor,
-        out_split: int,
-        out_bits: int,
-    ) -> Tensor:
+    def linear_quantize_cuda(*arguments: Any) -> Tensor:
         """Launch on the device that holds q."""
-        epilogue = gemm_triton.Quantize(activation, out_scale, out_zero_point, out_split, out_bits)
-        out = q.new_empty((*q.shape[:-1], offset.shape[0]))
-        return gemm_triton.launch_tiled(q, weight, weight_scale, input_scale, offset, split, out, epilogue)
+        operands = Operands(*arguments[:7])
+        epilogue = gemm_triton.Quantize(*arguments[7:])
+        return gemm_triton.launch_tiled(*arguments[:6], _integers(operands), epilogue)
 
     @dual_scale_linear_add.on("cuda", "triton")
-    def linear_add_cuda(
-        q: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        offset: Tensor,
-        split: int,
-        bits: int,
-        residual: Tensor,
-        gate: Tensor | None,
-    ) -> Tensor:
+    def linear_add_cuda(*arguments: Any) -> Tensor:
         """Launch on the device that holds q."""
-        epilogue = gemm_triton.Add(residual, gate)
-        out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-        return gemm_triton.launch_tiled(q, weight, weight_scale, input_scale, offset, split, out, epilogue)
+        epilogue = gemm_triton.Add(*arguments[7:])
+        return gemm_triton.launch_tiled(*arguments[:6], _add_fake(*arguments), epilogue)
