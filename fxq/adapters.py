@@ -1,45 +1,127 @@
-"""Models by name for the command line: the shipped one, or a user's function that returns a rollout."""
+"""Models by name for the command line: the shipped one, published ones, or a user's function that returns a rollout."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from fxq.lab import tiny_rollout
+from fxq.models.families import DTYPES, FAMILIES, Family, load_causal_wan, read_settings, with_settings
+from fxq.models.prompts import Prompts, load_function, load_prompts
+from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
-from fxq.rollout import Rollout
+from fxq.rollout import Draws, Rollout
 
 
 class AdapterError(ValueError):
     """A model name that leads to no rollout."""
 
 
-def make_rollout(name: str, videos: int, seed: int) -> Rollout:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """What a published model is made of and driven with.
+
+    ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``;
+    ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
+    the videos, the family's by default; ``batch`` videos are driven at once; ``dtype`` is the model's.
+    """
+
+    checkpoint: pathlib.Path | None = None
+    prompts: str | None = None
+    lora: pathlib.Path | None = None
+    lora_alpha: float | None = None
+    config: pathlib.Path | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    dtype: str | None = None
+
+
+def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = None) -> Rollout:
     """The rollout a name stands for.
 
     Args:
-        name: ``tiny``, or ``package.module:function`` where ``function(videos, seed)`` returns a :class:`fxq.Rollout`.
+        name: ``tiny``, a family of :data:`~fxq.models.families.FAMILIES`, or ``package.module:function`` where
+            ``function(videos, seed)`` returns a :class:`fxq.Rollout`.
         videos: number of videos to drive.
         seed: of prompts and noise.
+        files: of a family; the other names take none.
 
     Raises:
-        AdapterError: when the name leads to nothing or to something else.
+        AdapterError: when the name leads to nothing or to something else, or files are missing or too many.
+        CheckpointError: when the files hold another model.
+        PromptError: when the prompts do not fit.
     """
+    if name in FAMILIES:
+        return family_rollout(name, videos, seed, files or ModelFiles())
+    if files is not None and files != ModelFiles():
+        raise AdapterError(f"model {name!r} takes no files; a checkpoint needs one of: {', '.join(FAMILIES)}")
     if name == "tiny":
         return tiny_rollout(load_tiny(), videos, seed=seed, unseen=False)[0]
-    module_name, colon, function_name = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise AdapterError(
-            f"unknown model {name!r}: expected 'tiny' or 'package.module:function' returning a fxq.Rollout"
+            f"unknown model {name!r}: expected 'tiny', one of {', '.join(FAMILIES)}, or 'package.module:function' "
+            "returning a fxq.Rollout"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise AdapterError(f"model {name!r}: {error}") from None
-    rollout = function(videos, seed)
+    rollout = load_function(name, AdapterError)(videos, seed)
     if not isinstance(rollout, Rollout):
         raise AdapterError(f"model {name!r} returned {type(rollout).__name__}, expected a fxq.Rollout")
     return rollout
+
+
+def find_family(name: str, files: ModelFiles) -> Family:
+    """A family with the settings of ``files``; ``causal-wan`` takes its sizes from a config.json or from settings.
+
+    Raises:
+        AdapterError: when the name is no family, or dtype or sizes are impossible.
+        CheckpointError: when settings are unknown or do not fit.
+    """
+    if name not in FAMILIES:
+        raise AdapterError(f"unknown family {name!r}: expected one of {', '.join(FAMILIES)}")
+    family, settings = FAMILIES[name], dict(files.settings)
+    if files.config is not None:
+        settings = read_settings(files.config) | settings
+    elif name == "causal-wan" and not settings and files.checkpoint is not None:
+        settings = read_settings(files.checkpoint)
+    family = with_settings(family, settings)
+    channels, rows, columns = family.config.in_dim, files.height or family.latent[1], files.width or family.latent[2]
+    _, patch_rows, patch_columns = family.config.patch_size
+    if rows % patch_rows or columns % patch_columns:
+        raise AdapterError(f"latents of {rows} x {columns} are not whole patches of {patch_rows} x {patch_columns}")
+    return dataclasses.replace(family, frames=files.frames or family.frames, latent=(channels, rows, columns))
+
+
+def family_rollout(name: str, videos: int, seed: int, files: ModelFiles) -> SelfForcingRollout:
+    """A published model bound to ``videos`` prompts; prompts are repeated with other noise when there are fewer."""
+    family = find_family(name, files)
+    if files.checkpoint is None or files.prompts is None:
+        missing = "checkpoint" if files.checkpoint is None else "prompts (a .safetensors or .npz of embeddings)"
+        raise AdapterError(f"model {name!r} needs {missing}; its weights are published as {family.source}")
+    if files.dtype is not None and files.dtype not in DTYPES:
+        raise AdapterError(f"dtype {files.dtype!r}: expected one of {', '.join(DTYPES)}")
+    config = family.config
+    prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
+    dtype = None if files.dtype is None else DTYPES[files.dtype]
+    model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
+    rollout = SelfForcingRollout(model, _batches(family, prompts, videos, seed, files.batch), family.sampler)
+    try:
+        rollout.units(*rollout.batches[0])
+    except ValueError as error:
+        raise AdapterError(f"model {name!r}: {error}; choose another number of frames") from None
+    return rollout
+
+
+def _batches(
+    family: Family, prompts: Prompts, videos: int, seed: int, batch: int
+) -> list[tuple[dict[str, Any], Draws]]:
+    shape = (family.frames, *family.latent)
+    pairs = []
+    for start in range(0, videos, batch):
+        numbers = range(start, min(start + batch, videos))
+        embeddings = prompts.batch([i % len(prompts) for i in numbers], family.config.text_len)
+        pairs.append(({"prompt_embeds": embeddings}, Draws([1000 * seed + i for i in numbers], shape)))
+    return pairs

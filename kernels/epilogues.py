@@ -260,10 +260,10 @@ if HAS_TRITON:
         """Launch on the device that holds q."""
         operands = Operands(*arguments[:7])
         epilogue = gemm_triton.Quantize(*arguments[7:])
-        return gemm_triton.launch_tiled(*arguments[:6], _integers(operands), epilogue)
+        return gemm_triton.launch_tiled(*operands[:6], out=_integers(operands), epilogue=epilogue)
 
     @dual_scale_linear_add.on("cuda", "triton")
     def linear_add_cuda(*arguments: Any) -> Tensor:
         """Launch on the device that holds q."""
         epilogue = gemm_triton.Add(*arguments[7:])
-        return gemm_triton.launch_tiled(*arguments[:6], _add_fake(*arguments), epilogue)
+        return gemm_triton.launch_tiled(*Operands(*arguments[:7])[:6], out=_add_fake(*arguments), epilogue=epilogue)
