@@ -20,17 +20,29 @@ inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 // Lanes of a vector of 16 that hold elements, when `left` of them are left.
 inline __mmask16 lanes(long left) { return left >= 16 ? ALL : static_cast<__mmask16>((1u << std::max(0L, left)) - 1); }
 
-inline __m512 load(const float* p, __mmask16 mask = ALL) { return _mm512_maskz_loadu_ps(mask, p); }
+inline __m512 widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
 
-inline __m512 load(const bfloat16* p, __mmask16 mask = ALL) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+inline __m512 load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+// Masked accesses to memory are several times slower than whole ones on some CPUs: a branch chooses.
+inline __m512 load(const float* p, __mmask16 mask) { return mask == ALL ? load(p) : _mm512_maskz_loadu_ps(mask, p); }
+
+inline __m512 load(const bfloat16* p, __mmask16 mask) {
+  return mask == ALL ? load(p) : widen(_mm256_maskz_loadu_epi16(mask, p));
 }
 
-inline void store(float* p, __m512 v, __mmask16 mask = ALL) { _mm512_mask_storeu_ps(p, mask, v); }
+inline void store(float* p, __m512 v, __mmask16 mask = ALL) {
+  if (mask == ALL) return _mm512_storeu_ps(p, v);
+  _mm512_mask_storeu_ps(p, mask, v);
+}
 
 inline __m256i to_bfloat16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
 
-inline void store(bfloat16* p, __m512 v, __mmask16 mask = ALL) { _mm256_mask_storeu_epi16(p, mask, to_bfloat16(v)); }
+inline void store(bfloat16* p, __m512 v, __mmask16 mask = ALL) {
+  if (mask == ALL) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));
+  _mm256_mask_storeu_epi16(p, mask, to_bfloat16(v));
+}
 
 // exp(x) to about 1e-7 relative; saturates to 0 and infinity.
 inline __m512 exp(__m512 x) {
@@ -74,7 +86,10 @@ struct Group {
   }
 };
 
-inline void store(int8_t* p, __m128i v, __mmask16 mask = ALL) { _mm_mask_storeu_epi8(p, mask, v); }
+inline void store(int8_t* p, __m128i v, __mmask16 mask = ALL) {
+  if (mask == ALL) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+  _mm_mask_storeu_epi8(p, mask, v);
+}
 
 // Memory of a thread that grows and is kept: giving large blocks back costs a page fault for every use.
 class Scratch {

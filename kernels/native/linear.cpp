@@ -130,10 +130,11 @@ void finish(const Linear& p, const Group& first, const Group& second, const Tile
 void shift_to_unsigned(const Linear& p, long first, long last, long normal_bytes, uint8_t* to, long stride) {
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
   const auto copy = [&](const int8_t* from, uint8_t* target, long bytes) {
-    for (long k = 0; k < bytes; k += 64) {
-      const __mmask64 mask = bytes - k >= 64 ? ~0ull : (1ull << (bytes - k)) - 1;
-      _mm512_mask_storeu_epi8(target + k, mask, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from + k), flip));
-    }
+    long k = 0;
+    for (; k + 64 <= bytes; k += 64) _mm512_storeu_si512(target + k, _mm512_xor_si512(_mm512_loadu_si512(from + k), flip));
+    if (k == bytes) return;
+    const __mmask64 mask = (1ull << (bytes - k)) - 1;
+    _mm512_mask_storeu_epi8(target + k, mask, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from + k), flip));
   };
   for (long row = first; row < last; row++, to += stride) {
     const int8_t* from = p.q + row * p.q_stride;

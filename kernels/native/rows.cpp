@@ -44,8 +44,22 @@ inline void widen(const T* from, float* to, long width) {
   for (long k = 0; k < width; k += 16) store(to + k, load(from + k, lanes(width - k)));
 }
 
+// Elements at any places of a row as float32.
+inline __m512 gather(const float* row, __m512i index, __mmask16 mask) {
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, row, 4);
+}
+
+// Four bytes that end with the element; the first of a row is read from its front, so that nothing outside is touched.
+inline __m512 gather(const bfloat16* row, __m512i index, __mmask16 mask) {
+  const __mmask16 first = _mm512_testn_epi32_mask(index, index);
+  const __m512i from = _mm512_mask_sub_epi32(index, static_cast<__mmask16>(~first), index, _mm512_set1_epi32(1));
+  const __m512i pairs = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, from, row, 2);
+  const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xFFFF0000)));
+  return _mm512_castsi512_ps(_mm512_mask_slli_epi32(high, first, pairs, 16));
+}
+
 // How rows are quantized. Where both segments keep the channels' order, as Q-ARVD's do, the normal ones are quantized
-// in place and the bytes of the others squeezed out: gathering floats costs several times as much.
+// in place and the bytes of the others squeezed out: gathering all channels costs several times as much.
 class Quantizer {
  public:
   explicit Quantizer(const Quantization& q)
@@ -55,24 +69,24 @@ class Quantizer {
     for (long k = 0; k < q.split; k++) masks_[q.perm[k] / 64] |= 1ull << (q.perm[k] % 64);
   }
 
-  // `row` holds floats in L1 and may be read up to 64 elements past its end.
-  void run(const float* row, int8_t* out) const {
+  template <typename T>
+  void run(const T* row, int8_t* out) const {
     if (q_.perm == nullptr) {
       in_order(normal_, row, 0, q_.split, out);
       in_order(outlier_, row, q_.split, q_.width, out);
       return;
     }
     if (masks_.empty()) {
-      gather(normal_, row, 0, q_.split, out);
+      gather_all(normal_, row, 0, q_.split, out);
     } else {
       squeeze(row, out);
     }
-    gather(outlier_, row, q_.split, q_.width, out);
+    gather_all(outlier_, row, q_.split, q_.width, out);
   }
 
  private:
-  template <typename T>
-  static T second(const Quantization& q, const T* values) {
+  template <typename V>
+  static V second(const Quantization& q, const V* values) {
     return values[q.split < q.width ? 1 : 0];
   }
 
@@ -82,33 +96,49 @@ class Quantizer {
     return true;
   }
 
-  void in_order(const Group& group, const float* row, long from, long to, int8_t* out) const {
-    for (long k = from; k < to; k += 16) {
-      const __mmask16 mask = lanes(to - k);
-      store(out + k, group.quantize(load(row + k, mask)), mask);
+  // 64 channels.
+  template <typename T>
+  static __m512i block(const Group& group, const T* row) {
+    __m512i bytes = _mm512_castsi128_si512(group.quantize(load(row)));
+    bytes = _mm512_inserti32x4(bytes, group.quantize(load(row + 16)), 1);
+    bytes = _mm512_inserti32x4(bytes, group.quantize(load(row + 32)), 2);
+    return _mm512_inserti32x4(bytes, group.quantize(load(row + 48)), 3);
+  }
+
+  template <typename T>
+  static void in_order(const Group& group, const T* row, long from, long to, int8_t* out) {
+    for (; from + 64 <= to; from += 64) _mm512_storeu_si512(out + from, block(group, row + from));
+    for (; from < to; from += 16) {
+      const __mmask16 mask = lanes(to - from);
+      store(out + from, group.quantize(load(row + from, mask)), mask);
     }
   }
 
-  void gather(const Group& group, const float* row, long from, long to, int8_t* out) const {
+  template <typename T>
+  void gather_all(const Group& group, const T* row, long from, long to, int8_t* out) const {
     for (long k = from; k < to; k += 16) {
       const __mmask16 mask = lanes(to - k);
       const __m512i index = _mm512_maskz_loadu_epi32(mask, q_.perm + k);
-      store(out + k, group.quantize(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, row, 4)), mask);
+      store(out + k, group.quantize(gather(row, index, mask)), mask);
     }
   }
 
-  void squeeze(const float* row, int8_t* out) const {
-    for (size_t block = 0; block < masks_.size(); block++) {
-      const float* from = row + 64 * block;
-      __m512i bytes = _mm512_castsi128_si512(normal_.quantize(load(from)));
-      bytes = _mm512_inserti32x4(bytes, normal_.quantize(load(from + 16)), 1);
-      bytes = _mm512_inserti32x4(bytes, normal_.quantize(load(from + 32)), 2);
-      bytes = _mm512_inserti32x4(bytes, normal_.quantize(load(from + 48)), 3);
-      const int count = __builtin_popcountll(masks_[block]);
-      const __mmask64 kept = count == 64 ? ~0ull : (1ull << count) - 1;
-      _mm512_mask_storeu_epi8(out, kept, _mm512_maskz_compress_epi8(masks_[block], bytes));
-      out += count;
-    }
+  template <typename T>
+  void squeeze(const T* row, int8_t* out) const {
+    const long whole = q_.width / 64;
+    for (long i = 0; i < whole; i++, row += 64) out = keep(masks_[i], block(normal_, row), out);
+    if (q_.width % 64 == 0) return;
+    alignas(64) T rest[64] = {};
+    std::copy(row, row + q_.width % 64, rest);
+    keep(masks_[whole], block(normal_, rest), out);
+  }
+
+  // The chosen bytes to the front of `out`; returns where the next ones go.
+  static int8_t* keep(uint64_t mask, __m512i bytes, int8_t* out) {
+    const int count = __builtin_popcountll(mask);
+    const __mmask64 front = count == 64 ? ~0ull : (1ull << count) - 1;
+    _mm512_mask_storeu_epi8(out, front, _mm512_maskz_compress_epi8(mask, bytes));
+    return out + count;
   }
 
   const Quantization& q_;
@@ -157,11 +187,17 @@ void quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
 #pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
   for (long i = 0; i < r.rows; i++) {
+    const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
+    int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
+    if (norm == nullptr) {
+      quantizer.run(from, to);
+      continue;
+    }
     static thread_local Scratch scratch;
-    float* row = scratch.get<float>(r.width + 64);
-    widen(static_cast<const T*>(r.x) + i * r.x_stride, row, r.width);
-    if (norm != nullptr) layer_norm_row<T>(*norm, i, r.width, row);
-    quantizer.run(row, static_cast<int8_t*>(r.out) + i * r.width);
+    float* row = scratch.get<float>(r.width + 16);
+    widen(from, row, r.width);
+    layer_norm_row<T>(*norm, i, r.width, row);
+    quantizer.run(row, to);
   }
 }
 
