@@ -21,10 +21,13 @@ from fxq.export import (
     save,
     verify_bundle,
 )
+from fxq.models.checkpoints import CheckpointError
+from fxq.models.prompts import PromptError
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import PRESETS, load_recipe
+from fxq.record import RecordError, Recording, record
 from fxq.rollout import Call, Draws, Rollout, Span, State
 from fxq.summary import Summary, summary
 from fxq.trace import TraceError
@@ -38,11 +41,15 @@ __all__ = [
     "BundleError",
     "CalibrationError",
     "Call",
+    "CheckpointError",
     "Draws",
     "ExportError",
     "OutlierChannels",
+    "PromptError",
     "Recipe",
     "RecipeError",
+    "RecordError",
+    "Recording",
     "Rollout",
     "Rule",
     "Scheme",
@@ -63,6 +70,7 @@ __all__ = [
     "optimize",
     "quantize",
     "read_receipt",
+    "record",
     "save",
     "sensitivity",
     "summary",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxq.lab import tiny_rollout
-from fxq.models.families import DTYPES, FAMILIES, Family, load_causal_wan, read_settings, with_settings
+from fxq.models.families import DTYPES, FAMILIES, Family, read_settings, with_settings
+from fxq.models.loading import load_causal_wan
 from fxq.models.prompts import Prompts, load_function, load_prompts
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
@@ -39,6 +41,24 @@ class ModelFiles:
     width: int | None = None
     batch: int = 1
     dtype: str | None = None
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Settings from ``NAME=VALUE`` words; a value is JSON, or else text.
+
+    Raises:
+        AdapterError: for a word without ``=``.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise AdapterError(f"setting {pair!r}: expected NAME=VALUE, such as num_frame_per_block=1")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = None) -> Rollout:

@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fxq import cli_export
-from fxq.adapters import AdapterError, make_rollout
+from fxq import cli_export, cli_plan
+from fxq.adapters import AdapterError, ModelFiles, make_rollout, parse_settings
 from fxq.bench.command import bench
 from fxq.calibrate import CalibrationError
 from fxq.config import Recipe, RecipeError
@@ -25,6 +25,8 @@ from fxq.graph import linear_sites
 from fxq.ir import planned
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
+from fxq.models.checkpoints import CheckpointError
+from fxq.models.prompts import PromptError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.passes import LoweringError, detect_outliers
@@ -51,16 +53,21 @@ _REFUSALS = (
     AdapterError,
     BundleError,
     CalibrationError,
+    CheckpointError,
     FileNotFoundError,
     LoweringError,
     PassError,
+    PromptError,
     RecipeError,
     RuleError,
     TraceError,
 )
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="'tiny', or package.module:function returning a fxq.Rollout.")
+    str,
+    typer.Option(
+        "--model", "-m", help="'tiny', a published family, or package.module:function returning a fxq.Rollout."
+    ),
 ]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Preset (w8a8, w4a8, w4a6) or recipe file.")]
 VideosOption = Annotated[int, typer.Option("--videos", "-n", min=1, help="Videos to drive.")]
@@ -99,6 +106,8 @@ def _recipe(name: str, iterations: int | None) -> Recipe:
 app.command()(bench)
 app.command()(cli_export.export)
 app.command()(cli_export.verify)
+app.command()(cli_plan.plan)
+app.command()(cli_plan.doctor)
 
 
 @app.command()
@@ -143,6 +152,23 @@ def quantize(
     videos: VideosOption = 16,
     seed: SeedOption = 1,
     iterations: IterationsOption = None,
+    checkpoint: Annotated[
+        pathlib.Path | None, typer.Option(help="Weights of a published model: .pt, .safetensors or a folder.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt embeddings: .safetensors, .npz or package.module:function.")
+    ] = None,
+    lora: Annotated[pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, if its file does not say.")] = None,
+    config: Annotated[pathlib.Path | None, typer.Option(help="JSON file of settings, such as config.json.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: one setting of the model or its loop.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames of a video.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Latent rows of a frame.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Latent columns of a frame.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Videos driven at once.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the file's by default.")] = None,
     checkpoint_dir: Annotated[
         pathlib.Path | None, typer.Option(help="One file per finished layer; a killed run resumes there.")
     ] = None,
@@ -150,7 +176,20 @@ def quantize(
     quiet: QuietOption = False,
 ) -> None:
     """Calibrate and quantize a model and write a bundle."""
-    rollout = make_rollout(model, videos, seed)
+    files = ModelFiles(
+        checkpoint=checkpoint,
+        prompts=prompts,
+        lora=lora,
+        lora_alpha=lora_alpha,
+        config=config,
+        settings=parse_settings(settings or ()),
+        frames=frames,
+        height=height,
+        width=width,
+        batch=batch,
+        dtype=dtype,
+    )
+    rollout = make_rollout(model, videos, seed, files)
     chosen = _recipe(recipe, iterations)
     module = quantize_model(rollout.denoiser, rollout, chosen, checkpoint_dir=checkpoint_dir, progress=not quiet)
     save(module, out)

@@ -35,7 +35,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_help_names_every_command():
     text = invoke("--help")
-    for command in ("bench", "demo", "quantize", "inspect", "sensitivity", "generate", "export", "verify"):
+    names = "demo quantize inspect sensitivity generate bench export verify plan doctor"
+    for command in names.split():
         assert command in text
 
 

@@ -37,6 +37,7 @@ USER_FACING = (
     "apply",
     "binding",
     "dynamo_graph",
+    "record",
     "backend",
     "report",
     "bench",
@@ -62,7 +63,17 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "recipes": USER_FACING,
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
-        for name in ("quantize", "optimize", "summary", "sensitivity", "apply", "binding", "dynamo_graph", "backend")
+        for name in (
+            "quantize",
+            "optimize",
+            "summary",
+            "sensitivity",
+            "apply",
+            "binding",
+            "dynamo_graph",
+            "record",
+            "backend",
+        )
     },
     "report": ("adapters", "bench", "cli", "demo", "lab"),
     "lab": ("adapters", "bench", "cli", "demo"),

@@ -1,0 +1,234 @@
+"""Weight files of causal Wan models, read without copying: ``.pt``, safetensors, sharded folders.
+
+Every tensor is a view of the mapped file, so reading costs address space, not memory. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import pathlib
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+KEYS = ("generator_ema", "generator", "model")
+"""Where training checkpoints keep the denoiser, the preferred place first."""
+_PICKLED = (".pt", ".pth", ".ckpt", ".bin")
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_PREFIXES = ("generator.", "model.", "module.")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+_PIECE = 1 << 30
+_INDEX = ".safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """A weight file that cannot be read, or that does not hold the model it is read for."""
+
+
+def read_tensors(path: str | pathlib.Path, keys: Sequence[str] = KEYS) -> dict[str, Tensor]:
+    """Tensors of a weight file by their plain names, mapped and not copied.
+
+    Args:
+        path: ``.pt`` (zip format), ``.safetensors``, or a folder of safetensors with an index if there are several.
+        keys: top-level entries of a ``.pt`` that may hold the state dict; the first that is there counts. A ``.pt``
+            that is a bare state dict needs none.
+
+    Returns:
+        Name to tensor; wrapper prefixes (``model.``, ``_fsdp_wrapped_module.``, ...) are taken off, and a fused
+        ``self_attn.to_qkv`` is dropped beside its parts or split into them.
+
+    Raises:
+        CheckpointError: file missing, truncated, of another format, with code in it, or with no state dict.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; expected a .pt file, a .safetensors file or a folder of them")
+    return _split_fused(plain_names(read_raw(path, keys), path))
+
+
+def read_raw(path: pathlib.Path, keys: Sequence[str] = KEYS) -> dict[str, Tensor]:
+    """As :func:`read_tensors`, with the names of the file."""
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in _PICKLED:
+        return _state_dict(_read_pickled(path), path, keys)
+    raise CheckpointError(f"{path}: unknown kind of file; expected {', '.join(_PICKLED)}, .safetensors or a folder")
+
+
+def _read_pickled(path: pathlib.Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"the object {found[1]}" if found else "more than tensors (or is damaged)"
+        raise CheckpointError(
+            f"{path} is refused: it holds {what}, and reading that could run code. Save only the state dict, as "
+            "safetensors or with torch.save(model.state_dict(), path)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if "unable to mmap" in str(error):
+            reason = "it is larger than the memory of this machine; save it as safetensors, which is mapped in parts"
+        elif "mmap can only be used" in str(error):
+            reason = "it is no zip-format torch file; save it again with torch.save, or download it again"
+        else:
+            reason = f"it is truncated or damaged ({_first_line(error)}); download or copy it again"
+        raise CheckpointError(f"{path} cannot be read: {reason}. It has {path.stat().st_size} bytes") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].split(". ")[0][:160] if str(error).strip() else type(error).__name__
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+
+
+def _state_dict(content: Any, path: pathlib.Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    if _is_state_dict(content):
+        return {name: tensor.detach() for name, tensor in content.items()}
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a state dict or one under {keys}")
+    for key in keys:
+        if _is_state_dict(content.get(key)):
+            return {name: tensor.detach() for name, tensor in content[key].items()}
+    found = ", ".join(f"{k} ({type(v).__name__})" for k, v in list(content.items())[:12])
+    raise CheckpointError(f"{path} has no state dict under any of {', '.join(keys)}; its top-level entries are {found}")
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "np") as file:  # checks that header and data fit together
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {_first_line(error)}. It has {path.stat().st_size} bytes and is truncated or no "
+            "safetensors file; download or copy it again"
+        ) from None
+    if strange := [name for name, dtype in dtypes.items() if dtype not in _DTYPES]:
+        raise CheckpointError(
+            f"{path}: {compact(strange)} is {dtypes[strange[0]]}, expected {', '.join(_DTYPES)}; a file that is "
+            "quantized already cannot be quantized again"
+        )
+    return _map(path, dtypes)
+
+
+def _map(path: pathlib.Path, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a checked safetensors file as private views of it.
+
+    Mapped in pieces: one private mapping larger than the machine's memory is refused by the system.
+    """
+    tensors: dict[str, Tensor] = {}
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        mapped, start, length = None, 0, 0
+        for name in sorted(dtypes, key=lambda n: header[n]["data_offsets"]):
+            shape, dtype = header[name]["shape"], _DTYPES[dtypes[name]]
+            begin, end = (8 + size + offset for offset in header[name]["data_offsets"])
+            if begin == end:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+                continue
+            if mapped is None or end > start + length:
+                start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+                length = min(max(_PIECE, end - start), path.stat().st_size - start)
+                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+            count = (end - begin) // dtype.itemsize
+            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin - start).view(shape)
+    return tensors
+
+
+def _read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    shards, listed = _shards(folder)
+    if gone := [name for name in shards if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: {len(gone)} of {len(shards)} shards are missing: {', '.join(gone)}")
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        tensors |= _read_safetensors(folder / name)
+    if absent := sorted(listed - tensors.keys()):
+        raise CheckpointError(f"{folder}: the index lists tensors that no shard holds: {compact(absent)}")
+    return tensors
+
+
+def _shards(folder: pathlib.Path) -> tuple[list[str], set[str]]:
+    """Shard files of a folder, and the tensors its index promises."""
+    indices = sorted(folder.glob(f"*{_INDEX}"))
+    if len(indices) == 1:
+        try:
+            weights = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weights.values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{indices[0]} is no index: expected JSON with a weight_map") from None
+        if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+            raise CheckpointError(f"{indices[0]} points outside its folder: {', '.join(outside)}")
+        return names, set(weights)
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if indices or len(files) != 1:
+        raise CheckpointError(
+            f"{folder} has {len(files)} .safetensors files and {len(indices)} indices; expected one file, or shards "
+            f"with one *{_INDEX}. Name the file itself if you mean one of them"
+        )
+    return files, set()
+
+
+def plain_names(tensors: Mapping[str, Tensor], path: pathlib.Path) -> dict[str, Tensor]:
+    """``tensors`` without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: when two names become one.
+    """
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        for wrapper in _WRAPPERS:
+            short = short.replace(wrapper, "")
+        while short.startswith(_PREFIXES):
+            short = short.split(".", 1)[1]
+        if short in plain:
+            raise CheckpointError(f"{path}: two tensors mean {short}, one of them is {name}; keep one model per file")
+        plain[short] = tensor
+    return plain
+
+
+def _split_fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in [n for n, tensor in tensors.items() if ".to_qkv." in n and tensor.ndim]:
+        fused = tensors.pop(name)
+        for part, rows in zip("qkv", fused.chunk(3), strict=False):
+            tensors.setdefault(name.replace(".to_qkv.", f".{part}."), rows)
+    return tensors
+
+
+def compact(names: Iterable[str], limit: int = 40) -> str:
+    """Names in one line, equal ones of several blocks as one: ``blocks.[0-2,5].ffn.0.weight``."""
+    blocks: dict[str, list[int]] = {}
+    for name in names:
+        match = re.match(r"blocks\.(\d+)\.(.*)", name)
+        blocks.setdefault(f"blocks.[].{match[2]}" if match else name, []).append(int(match[1]) if match else -1)
+    shown = [pattern.replace("[]", f"[{_ranges(sorted(numbers))}]", 1) for pattern, numbers in blocks.items()]
+    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(shown[:limit]) + more
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)

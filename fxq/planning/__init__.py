@@ -1,0 +1,1 @@
+"""What to expect before anything runs: memory and speed from shapes, and what this machine can do."""

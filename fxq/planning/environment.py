@@ -1,0 +1,136 @@
+"""Facts about this machine: versions, processors, compiler. Reading them changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+import torch
+
+from fxq.kernels.native.build import NEEDS, compiler
+from fxq.planning.gpus import GIB
+
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "diffusers": "diffusers transformers and schedulers",
+    "onnx": "ONNX files",
+    "onnxscript": "ONNX files",
+    "onnxruntime": "running ONNX files, a contestant of fxq bench",
+    "torchao": "a contestant of fxq bench",
+    "openvino": "a contestant of fxq bench",
+}
+"""Packages that are not needed, and what they are for."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU that torch sees: its name as the driver spells it, architecture as "sm_89" and bytes of memory."""
+
+    name: str
+    arch: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This machine. Empty strings stand for what is not there; ``packages`` has None for what is not installed."""
+
+    python: str
+    system: str
+    torch: str
+    cuda: str
+    driver: str
+    devices: tuple[Device, ...]
+    cpu: str
+    cores: int
+    threads: int
+    instructions: tuple[str, ...]
+    missing_instructions: tuple[str, ...]
+    compiler: str
+    packages: dict[str, str | None]
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, value) for a person."""
+        gpus = [f"{gpu.name}, {gpu.arch}, {gpu.memory / GIB:.1f} GiB" for gpu in self.devices]
+        lacks = f"; lacks {', '.join(self.missing_instructions)}" if self.missing_instructions else ""
+        found = [f"{name} {version}" for name, version in self.packages.items() if version]
+        absent = [f"{name} ({OPTIONAL[name]})" for name, version in self.packages.items() if not version]
+        return [
+            ("system", f"{self.system}, Python {self.python}"),
+            ("torch", f"{self.torch}, built for {f'CUDA {self.cuda}' if self.cuda else 'CPU'}"),
+            ("GPU", "; ".join(gpus) or "none that torch sees"),
+            ("driver", self.driver or "none found"),
+            ("CPU", f"{self.cpu}, {self.cores} cores, {self.threads} threads used by torch"),
+            ("CPU instructions", (", ".join(self.instructions) or "none that are used") + lacks),
+            ("C++ compiler", self.compiler or "none: install g++ or set CXX"),
+            ("packages", ", ".join(found) or "none of the optional ones"),
+            ("not installed", ", ".join(absent) or "nothing"),
+        ]
+
+
+def read_environment() -> Environment:
+    """Look at this machine."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        torch=torch.__version__,
+        cuda=torch.version.cuda or "",
+        driver=_first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        devices=_devices(),
+        cpu=_cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        instructions=tuple(name for name in NEEDS if capabilities.get(name)),
+        missing_instructions=tuple(name for name in NEEDS if not capabilities.get(name)),
+        compiler=_compiler(),
+        packages={name: _version(name) for name in OPTIONAL},
+    )
+
+
+def _devices() -> tuple[Device, ...]:
+    if not torch.cuda.is_available():
+        return ()
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        arch = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        found.append(Device(properties.name, arch, properties.total_memory))
+    return tuple(found)
+
+
+def _compiler() -> str:
+    path = compiler()
+    return f"{path}: {_first_line([path, '--version']) or 'does not run'}" if path else ""
+
+
+def _first_line(command: list[str]) -> str:
+    """First line that a command prints, "" where it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
+
+
+def _cpu_name() -> str:
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

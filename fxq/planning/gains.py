@@ -1,0 +1,68 @@
+"""The gain to expect from quantizing on this machine, or none and why."""
+
+from __future__ import annotations
+
+import torch
+
+from fxq.kernels import native
+from fxq.kernels.gemm import ON_CPU
+from fxq.kernels.jit import HAS_TRITON, triton
+from fxq.models.causal_wan import CausalWanConfig
+from fxq.planning.environment import Device
+from fxq.planning.gpus import known_gpu
+from fxq.planning.memory import linear_calls, meta_model
+from fxq.planning.roofline import gain
+from fxq.planning.workloads import Workload
+
+OLDEST_INT8, OLDEST_FP8 = (8, 0), (8, 9)
+"""Compute capability."""
+WORTH = 1.02
+"""A speed-up below it is called none."""
+
+
+def no_gpu() -> str:
+    """Why nothing runs on a GPU on a machine where torch sees none."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is not built for CUDA"
+    return "torch sees no GPU: is there one, and does its driver fit the CUDA version of torch?"
+
+
+def no_triton() -> str:
+    """Why Triton's kernels do not run on a GPU here, or ""."""
+    if HAS_TRITON:
+        return ""
+    return "the kernels are for NVIDIA GPUs" if triton is not None else "Triton is not installed: pip install triton"
+
+
+def arch_name(capability: tuple[int, int]) -> str:
+    """As "sm_89"."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+def cpu_gain() -> str:
+    """What quantizing brings on this CPU, or none and why."""
+    if native.ready():
+        return "some: native int8 kernels run; `fxq bench` measures how much"
+    if ON_CPU == "int_mm":
+        return f"little: only the products are integer, because {native.why_not()}; `fxq bench` measures it"
+    return "none, because this CPU has no exact int8 instructions: the products run in float32"
+
+
+def gpu_gain(device: Device) -> str:
+    """The estimate for a 1.3B model on a GPU, or none and why."""
+    if reason := no_triton():
+        return f"none, because {reason}; memory is saved all the same"
+    if int(device.arch.removeprefix("sm_")) < 10 * OLDEST_INT8[0] + OLDEST_INT8[1]:
+        return (
+            f"none, because {device.arch} is older than {arch_name(OLDEST_INT8)}, the oldest the kernels are built for"
+        )
+    gpu = known_gpu(device.name)
+    if gpu is None:
+        return f"unknown: {device.name} is not in the table of GPUs; benchmarks/gpu.py measures it"
+    workload = Workload(name="1.3B", config=CausalWanConfig.wan_1_3b())
+    linears = linear_calls(meta_model(workload.config), workload.frames_per_chunk, workload.latent)
+    low, high = gain(workload, linears, gpu, 4 * workload.chunk_tokens)
+    estimate = f"{low:.2f}x to {high:.2f}x over compiled bf16 (W8A8, 1.3B, middle of a 5 s video)"
+    if (low + high) / 2 < WORTH:
+        return f"none, because {gpu.attainable.note}; estimate {estimate}"
+    return f"estimate {estimate}, not measured"
