@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET replaces the compiler"
 )
 
-BOUND = [op for op in OPS if op.used("cuda") == "triton"]
-FLOAT8 = [op for op in (quantize_fp8, dual_scale_linear_fp8) if op not in OPS]
+FLOAT8 = [quantize_fp8, dual_scale_linear_fp8]
+BOUND = [op for op in OPS if op.used("cuda") == "triton" and op not in FLOAT8]
 ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 

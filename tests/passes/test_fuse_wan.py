@@ -10,11 +10,13 @@ from torch.utils import _pytree as pytree
 import fxq
 from fxq.graph import graph_text
 from fxq.ir import QuantGraph, Stage, module_path
+from fxq.passes.fold_permutations import FoldPermutations
 from fxq.passes.fuse_activation_quantize import FuseActivationQuantize
 from fxq.passes.fuse_attention import FuseAttention
 from fxq.passes.fuse_norm_quantize import FuseNormQuantize
 from fxq.passes.fuse_residual import FuseResidual
 from fxq.passes.fuse_rotary import FuseRotary
+from fxq.passes.merge_linears import MergeLinears
 from fxq.passes.real_rope import RealRope
 from fxq.pipeline import run_passes
 from tests.passes.fusing import count
@@ -130,8 +132,7 @@ def test_fusing_again_changes_nothing():
 
 @pytest.mark.parametrize("dual_scale", [False, True], ids=["one scale", "two scales"])
 def test_merged_linears_take_one_norm_and_quantize(dual_scale):
-    merge = pytest.importorskip("fxq.passes.merge_linears").MergeLinears()
-    fold = pytest.importorskip("fxq.passes.fold_permutations").FoldPermutations()
+    merge, fold = MergeLinears(), FoldPermutations()
     rollout, q, _ = quantized(torch.float32, dual_scale, 1)
     graph = QuantGraph(q, Stage.FROZEN).fork()
     run_passes(graph, (*PASSES[:3], merge, fold, *PASSES[3:]))
