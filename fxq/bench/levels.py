@@ -23,8 +23,13 @@ def _ours(problem: Problem, device: str, bound: float, single: bool) -> tuple[Co
 
         return Contestant(name, build, bound, "int8", "bfloat16", ours=True)
 
+    def compiled() -> Any:
+        return ours.through_backend(problem.model(torch.bfloat16), problem.args(torch.bfloat16))
+
     both = (contestant("fxq single scale", False), contestant("fxq dual scale", True))
-    return both if single else both[1:]
+    if single:
+        return both
+    return (*both[1:], Contestant("fxq torch.compile", compiled, bound, "int8", "bfloat16", ours=True))
 
 
 def _contestants(level: str, problem: Problem, device: str, threads: int, single: bool) -> tuple[Contestant, ...]:

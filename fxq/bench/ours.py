@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxq import kernels
 from fxq.bench.contest import Built
+from fxq.binding import bind
 from fxq.config import Recipe, Scheme
 from fxq.kernels import native
 from fxq.optimize import optimize
@@ -111,6 +112,19 @@ def build(model: nn.Module, args: tuple[Any, ...], dual_scale: bool, device: str
     """Quantize a model on its own arguments and check every operator on them."""
     module = optimized(model, [args], dual_scale, dynamic_shapes=(None,) * len(args))
     return finish(module, args, device, lambda: module(*args))
+
+
+def through_backend(model: nn.Module, args: tuple[Any, ...]) -> Built:
+    """``torch.compile(backend="fxq")`` with a dual-scale quantization of the model bound to it."""
+    from fxq.backend import fxq_backend  # imports inductor
+
+    quantized = quantize(model, [args], speed_recipe(dual_scale=True), progress=False)
+    options: dict[str, Any] = {"fxq.recipe": bind(model, quantized)}
+    compiled = torch.compile(model, backend=fxq_backend, options=options)
+    # Freezing would turn the weights, by which the backend finds its layers, into constants.
+    with torch._inductor.config.patch(freezing=False), torch.no_grad():
+        compiled(*args)
+    return Built(lambda: compiled(*args), "integer operators, inductor for the rest")
 
 
 def finish(module: fx.GraphModule, args: tuple[Any, ...], device: str, call: Callable[[], Any], **more: Any) -> Built:
