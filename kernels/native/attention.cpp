@@ -30,6 +30,7 @@ extern "C" struct Attention {
 namespace {
 
 constexpr long BLOCK_ROWS = 192, BLOCK_KEYS = 256;
+constexpr double HEAD_WORK = 1 << 22;  // multiply-adds of one product a thread
 constexpr float LOWEST = -3.0e38f;
 
 struct Shape {
@@ -183,12 +184,13 @@ extern "C" void fxq_attention(const Attention* call) {
   Shape s{ceil_div(p.size, 2), ceil_div(p.size, TILE_COLUMNS), 0, 0};
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
+  const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
   static thread_local Scratch key_scratch, value_scratch;
   bfloat16* keys = key_scratch.get<bfloat16>(s.blocks * s.key_block());
   bfloat16* values = value_scratch.get<bfloat16>(s.blocks * s.value_block());
   for (long pair = 0; pair < p.batch * p.heads; pair++) {
     const long batch = pair / p.heads, head = pair % p.heads;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
       for (long block = 0; block < s.blocks; block++) {

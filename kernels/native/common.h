@@ -17,6 +17,11 @@ constexpr __mmask16 ALL = 0xFFFF;
 inline long ceil_div(long a, long b) { return (a + b - 1) / b; }
 inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 
+// Threads that have enough to do: waking one up costs some microseconds.
+inline int busy_threads(int threads, double work, double least) {
+  return static_cast<int>(std::max(1.0, std::min<double>(threads, work / least)));
+}
+
 // Lanes of a vector of 16 that hold elements, when `left` of them are left.
 inline __mmask16 lanes(long left) { return left >= 16 ? ALL : static_cast<__mmask16>((1u << std::max(0L, left)) - 1); }
 

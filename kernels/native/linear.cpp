@@ -13,6 +13,7 @@ enum Store { FLOAT32, BFLOAT16, QUANTIZE, ADD_FLOAT32, ADD_BFLOAT16 };
 enum Activation { NONE, GELU, GELU_TANH };
 
 constexpr long CHUNK_ROWS = 384;
+constexpr double PRODUCT_WORK = 1 << 23;  // multiply-adds a thread
 
 }  // namespace
 
@@ -145,22 +146,23 @@ void shift_to_unsigned(const Linear& p, long first, long last, long normal_bytes
 
 template <int STORE>
 void run(const Linear& p) {
+  const long threads = busy_threads(p.threads, static_cast<double>(p.rows) * p.outputs * p.width, PRODUCT_WORK);
   const long normal = ceil_div(p.split, 4), outlier = ceil_div(p.width - p.split, 4), steps = normal + outlier;
   const long panels = ceil_div(p.outputs, TILE_COLUMNS), panel_bytes = (steps + 2) * 256;
   // A row stride that is no multiple of 4096 keeps the six rows of a tile out of one cache set.
   long stride = round_up(4 * steps, 64) + 64;
   if (stride % 4096 == 0) stride += 64;
   long chunks = ceil_div(p.rows, CHUNK_ROWS);
-  if (chunks < p.threads) chunks = std::min<long>(p.threads, ceil_div(p.rows, 4 * TILE_ROWS));
-  chunks = chunks > 1 ? std::min(round_up(chunks, p.threads), ceil_div(p.rows, TILE_ROWS)) : chunks;
+  if (chunks < threads) chunks = std::min(threads, ceil_div(p.rows, 4 * TILE_ROWS));
+  chunks = chunks > 1 ? std::min(round_up(chunks, threads), ceil_div(p.rows, TILE_ROWS)) : chunks;
   const long chunk = round_up(ceil_div(p.rows, chunks), TILE_ROWS);
-  const long slices = std::min(panels, std::max(1L, p.threads / std::max(1L, chunks)));
+  const long slices = std::min(panels, std::max(1L, threads / std::max(1L, chunks)));
   const long slice = ceil_div(panels, slices);
   const Group first(p.out_scale ? p.out_scale[0] : 1.0f, p.out_zero_point ? p.out_zero_point[0] : 0, p.out_bits);
   const bool two = p.out_split < p.outputs;
   const Group second(two ? p.out_scale[1] : 1.0f, two ? p.out_zero_point[1] : 0, p.out_bits);
 
-#pragma omp parallel for schedule(dynamic) num_threads(p.threads) if (p.threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (long task = 0; task < chunks * slices; task++) {
     static thread_local Scratch scratch;
     alignas(64) int32_t sum_normal[TILE_ROWS * TILE_COLUMNS], sum_outlier[TILE_ROWS * TILE_COLUMNS];

@@ -39,6 +39,8 @@ extern "C" struct Rotary {
 
 namespace {
 
+constexpr double ROWS_WORK = 1 << 16;  // elements a thread
+
 template <typename T>
 inline void widen(const T* from, float* to, long width) {
   for (long k = 0; k < width; k += 16) store(to + k, load(from + k, lanes(width - k)));
@@ -185,7 +187,8 @@ void layer_norm_row(const Norm& p, long index, long width, float* row) {
 template <typename T>
 void quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
-#pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
+  const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
     const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
@@ -216,7 +219,8 @@ void rotate_head(const float* row, const float* cos, const float* sin, long size
 
 template <typename T>
 void rotate_rows(const Rows& r, const Rotary& p) {
-#pragma omp parallel for schedule(static) num_threads(r.threads) if (r.threads > 1)
+  const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
     static thread_local Scratch scratch;
     float* row = scratch.get<float>(r.width + 16);

@@ -50,6 +50,7 @@ def test_panels_hold_the_weight_and_its_sums(outputs, width, split):
 
 
 SHAPES = [
+    ((500, 320), 300, 288),
     ((1, 1), 1, 1),
     ((3, 5), 3, 2),
     ((6, 64), 64, 64),
@@ -145,6 +146,16 @@ def test_rows_are_quantized_as_by_the_reference(order, width, split, dtype, thre
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_enough_rows_for_several_threads_are_quantized_alike(dtype, threads):
+    torch.manual_seed(1)
+    x = (torch.randn(700, 900) * 3).to(dtype)
+    perm = PERMUTATIONS["partition"](900, 837).int()
+    arguments = (x, perm, torch.tensor([0.02, 0.3]), torch.tensor([4, -30]).int(), 837, 8)
+    assert torch.equal(quantize_act(*arguments), quantize_act.reference(*arguments))
+
+
+@needs_native
 def test_infinities_saturate():
     x = torch.tensor([[float("inf"), -float("inf"), 3e38, -3e38]])
     q = quantize_act(x, None, torch.tensor([0.5]), torch.tensor([7]).int(), 4, 8)
@@ -210,6 +221,14 @@ def test_attention_reads_strided_pieces_in_any_number_of_threads(threads):
     q, k, v = (part.unflatten(-1, (3, 32)) for part in merged.split(96, -1))
     cache = torch.randn(2, 3, 300, 32).bfloat16().transpose(1, 2)
     got, want = attention(q, [cache, k], [cache, v]).double(), exact_attention(q, [cache, k], [cache, v])
+    assert float((got - want).norm() / want.norm()) < 0.006
+
+
+@needs_native
+def test_attention_of_enough_work_for_several_threads(threads):
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, rows, 2, 64).bfloat16() for rows in (500, 900, 900))
+    got, want = attention(q, [k], [v]).double(), exact_attention(q, [k], [v])
     assert float((got - want).norm() / want.norm()) < 0.006
 
 
