@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fxq import kernels, numerics
-from fxq.ir import QuantGraph, Stage, get_tensor, plan_of, put_tensor
+from fxq.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, put_tensor
 from fxq.kernels import native
 from fxq.kernels.panels import pack_panels
 from fxq.pipeline import Rewrite
@@ -41,10 +42,18 @@ class LayOutWeights(Rewrite):
             weight = get_tensor(module, name)
             if weight.device.type != "cpu" or name in done:
                 continue
-            if not native.ready():
+            if reason := _obstacle(node):
                 plan = plan_of(node)
-                graph.remark(name.removesuffix(".weight") if plan is None else plan.layer, native.why_not())
+                graph.remark(name.removesuffix(".weight") if plan is None else plan.layer, reason)
                 continue
             put_tensor(module, name, pack_panels(numerics.unpack_int4(weight) if bits <= 4 else weight, split))
             done.add(name)
         return len(done)
+
+
+def _obstacle(node: fx.Node) -> str:
+    """Why the native kernel cannot compute the node, or ""."""
+    value = example_value(node)
+    if value is not None and value.dtype == torch.float16:
+        return "the native kernels give float32, bfloat16 and integers, not float16"
+    return native.why_not()

@@ -156,6 +156,16 @@ def test_weights_of_any_width_are_laid_out_for_the_native_kernel(bits):
     assert torch.allclose(optimized(x), q(x), atol=1e-4)
 
 
+def test_a_float16_model_is_not_called_native():
+    x = rows(9, 96).half()
+    q = fxq.quantize(toy().half(), [x], recipe(8))
+    optimized = fxq.optimize(q)
+    down = next(row for row in fxq.summary(optimized).quantized if row.layer == "blocks.0.down")
+    assert down.kernel == kernels.gemm.ON_CPU
+    assert not native.ready() or any("not float16" in remark for remark in down.remarks)
+    assert torch.allclose(optimized(x).float(), q(x).float(), atol=2e-2)
+
+
 def test_optimizing_twice_and_foreign_modules_are_refused():
     q = fxq.quantize(toy(), [rows(9, 96)], recipe(8))
     with pytest.raises(PassError, match="optimized already; optimize the module it was made from"):

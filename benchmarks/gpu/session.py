@@ -31,7 +31,7 @@ BOUNDS = {"bfloat16": 35.0, "int8": 25.0, "float8": 20.0, "int4": 12.0}
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant before the session wraps it.
+    """A contestant before it is wrapped.
 
     Attributes:
         name: unique in its case.
