@@ -152,6 +152,28 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         ) from None
 
 
+def check_files(folder: pathlib.Path, manifest: Manifest, *, hash_tensors: bool = True) -> None:
+    """Compare a bundle's files with its manifest.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        hash_tensors: whether to read all of the tensors for their hash.
+
+    Raises:
+        BundleError: when a file is missing, truncated or altered.
+    """
+    if set(manifest.files) != {TENSORS, GRAPH}:
+        raise BundleError(f"{folder / MANIFEST}: lists files {sorted(manifest.files)}, expected {GRAPH} and {TENSORS}")
+    for name, digest in manifest.files.items():
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder / name} is missing; copy the whole folder")
+        if (hash_tensors or name == GRAPH) and sha256(folder / name) != digest:
+            raise BundleError(
+                f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again"
+            )
+
+
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
     """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
 
@@ -167,15 +189,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     """
     folder = pathlib.Path(path)
     manifest = read_manifest(folder)
-    if set(manifest.files) != {TENSORS, GRAPH}:
-        raise BundleError(f"{folder / MANIFEST}: lists files {sorted(manifest.files)}, expected {GRAPH} and {TENSORS}")
-    for name, digest in manifest.files.items():
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder / name} is missing; copy the whole folder")
-        if sha256(folder / name) != digest:
-            raise BundleError(
-                f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again"
-            )
+    check_files(folder, manifest)
     try:
         with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import pathlib
 from collections.abc import Iterator
@@ -126,25 +127,28 @@ def _layers(module: fx.GraphModule, device: str) -> Iterator[LayerCheck]:
         if plan.scheme is None:
             continue
         stored = get_tensor(module, f"{layer}.weight")
-        quantize = kernels.used("quantize_act", device)
-        linear = kernels.used("dual_scale_linear", device, stored)
+        quantize = kernels.used("quantize_per_token" if plan.scheme.per_token else "quantize_act", device)
+        linear = kernels.used(str(nodes[0].target).removeprefix("fxq."), device, stored)
         problems = [*_widths(plan, nodes), *_twins(module, plan, stored, floats)]
         if FALLBACK in (quantize, linear):
             problems.append(f"no kernel is bound on {device}; it would run on the {FALLBACK} implementation")
-        yield LayerCheck(layer, plan.scheme.label, quantize, linear, tuple(problems))
+        yield LayerCheck(layer, plan.scheme.detail, quantize, linear, tuple(problems))
 
 
 def _widths(plan: LayerPlan, nodes: list[fx.Node]) -> Iterator[str]:
     """Integers of another width than planned."""
     assert plan.scheme is not None
+    wanted = kernels.quantize_per_token if plan.scheme.per_token else kernels.quantize_act
     for node in nodes:
         source = node.args[0]
+        if isinstance(source, fx.Node) and source.target is operator.getitem:
+            source = source.args[0]
         if node.args[6] != plan.scheme.weight_bits:
             yield f"{node.args[6]}-bit weights, planned {plan.scheme.weight_bits}"
-        if not isinstance(source, fx.Node) or source.target != kernels.quantize_act.definition:
-            yield "its input is not quantized by fxq::quantize_act"
-        elif source.args[5] != plan.scheme.input_bits:
-            yield f"{source.args[5]}-bit inputs, planned {plan.scheme.input_bits}"
+        if not isinstance(source, fx.Node) or source.target != wanted.definition:
+            yield f"its input is not quantized by fxq::{wanted.name}"
+        elif source.args[-1] != plan.scheme.input_bits:
+            yield f"{source.args[-1]}-bit inputs, planned {plan.scheme.input_bits}"
 
 
 def _twins(module: fx.GraphModule, plan: LayerPlan, stored: Tensor, floats: dict[str, Tensor]) -> Iterator[str]:
@@ -174,7 +178,8 @@ def _receipt(folder: pathlib.Path, manifest: Manifest) -> Check:
     for name in ("recipe", "calibration_hash", "environment"):
         if getattr(receipt, name) != manifest.facts.get(name, getattr(receipt, name)):
             return Check("receipt", "failed", f"its {name} is not the manifest's; one of the two was altered")
-    detail = f"{receipt.recipe.get('name')}, calibration {receipt.calibration_hash[:16]}"
+    data = f"calibration {receipt.calibration_hash[:16]}" if receipt.calibration_hash else "no calibration data"
+    detail = f"{receipt.recipe.get('name')}, {data}"
     return Check("receipt", "passed", f"{detail}, torch {receipt.environment.get('torch')}")
 
 

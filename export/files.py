@@ -11,9 +11,33 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
+
+from fxq.residency import DiskError, Residency
+
+_PIECE = 1 << 26  # most bytes of a tensor that are copied at a time
+_DTYPES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names in the file format, in the order in which safetensors itself sorts tensors of different dtypes."""
 
 
 class BundleError(ValueError):
@@ -55,11 +79,18 @@ def whole_folder(path: str | os.PathLike[str], own: Collection[str], kind: str) 
             part.chmod(0o755)
             for file in part.iterdir():
                 file.chmod(0o644)
+                _reach_disk(file)
             _swap(part, out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise BundleError(f"cannot save {out}: {error}") from error
+
+
+def _reach_disk(file: pathlib.Path) -> None:
+    """Wait until a file is on the disk: a rename may get there before the content does."""
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())
 
 
 def _swap(part: pathlib.Path, out: pathlib.Path) -> None:
@@ -78,27 +109,76 @@ def _swap(part: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: pathlib.Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content alone; tensors may share memory."""
-    storages: set[int] = set()
-    stored = {}
+    """Write a safetensors file whose bytes depend on its content alone, one piece of a tensor after the other.
+
+    Nothing of a dense tensor is copied, and the pages of file-mapped ones are given back as soon as they are written.
+
+    Args:
+        tensors: by name; they may share memory, be strided, mapped or on another device.
+        path: the file.
+        metadata: for its header, sorted by key.
+
+    Raises:
+        BundleError: a dtype that the format does not have.
+        DiskError: the disk has no room; found before anything is written.
+    """
+    header, names = plan_file(tensors, metadata)
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    if size > (free := shutil.disk_usage(path.parent).free):
+        raise DiskError(f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB left; free some of it")
+    residency = Residency()
+    with path.open("wb") as file:
+        file.write(header)
+        for name in names:
+            for piece in _pieces(tensors[name].detach()):
+                file.write(_bytes(piece))
+            residency.give_back(tensors[name])
+
+
+def plan_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """The first bytes of a safetensors file, and the names of its tensors in the order of their data, which follow.
+
+    Args:
+        tensors: by name; only dtypes and shapes count, so they may be on the meta device.
+        metadata: for the header, sorted by key.
+
+    Raises:
+        BundleError: a dtype that the format does not have.
+    """
     for name, tensor in tensors.items():
-        own = tensor.contiguous()
-        if own.untyped_storage().data_ptr() in storages:
-            own = own.clone()
-        storages.add(own.untyped_storage().data_ptr())
-        stored[name] = own
-    save_file(stored, path, metadata=dict(metadata))
-    _sort_metadata(path)
+        if tensor.dtype not in _DTYPES:
+            raise BundleError(
+                f"tensor {name} is {tensor.dtype}, which a safetensors file cannot hold; expected one of "
+                f"{', '.join(_DTYPES.values())}"
+            )
+    ranks = {dtype: i for i, dtype in enumerate(_DTYPES)}
+    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        offsets = [offset, offset := offset + tensor.nbytes]
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text, names
 
 
-def _sort_metadata(path: pathlib.Path) -> None:
-    """Order the header's metadata by key: safetensors writes several keys in random order."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        if len(text) > size:
-            raise OSError(f"{path}: the header does not keep its length")
-        file.seek(8)
-        file.write(text.ljust(size))
+def _bytes(tensor: Tensor) -> memoryview:
+    """The elements of a tensor in their order; a dense one in main memory is not copied."""
+    flat = tensor.cpu().contiguous().flatten()
+    dense = flat.as_strided(flat.shape, (1,))  # a single element may have any stride
+    return dense.view(torch.uint8).numpy().data
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor in parts of at most ``_PIECE`` bytes, in the order of its elements."""
+    if tensor.nbytes <= _PIECE:
+        yield tensor
+        return
+    rows = _PIECE // tensor[0].nbytes
+    for part in tensor.split(max(1, rows)):
+        if rows:
+            yield part
+        else:
+            yield from _pieces(part[0])

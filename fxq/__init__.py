@@ -7,7 +7,8 @@ __version__ = "0.1.0"
 from fxq.allocator import keep_memory
 from fxq.apply import ApplyError, apply
 from fxq.binding import BackendError, Binding, bind
-from fxq.calibrate import Batch, CalibrationError
+from fxq.calibrate import Batch
+from fxq.collect import CalibrationError
 from fxq.config import Recipe, RecipeError, Rule, Scheme
 from fxq.export import (
     BundleError,
@@ -31,6 +32,7 @@ from fxq.record import RecordError, Recording, record
 from fxq.rollout import Call, Draws, Rollout, Span, State
 from fxq.summary import Summary, summary
 from fxq.trace import TraceError
+from fxq.workers import WorkerError, launched
 
 __all__ = [
     "PRESETS",
@@ -57,6 +59,7 @@ __all__ = [
     "State",
     "Summary",
     "TraceError",
+    "WorkerError",
     "apply",
     "bind",
     "check_onnx",
@@ -64,6 +67,7 @@ __all__ = [
     "export_onnx",
     "export_program",
     "keep_memory",
+    "launched",
     "load",
     "load_program",
     "load_recipe",

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fxq.lab import tiny_rollout
 from fxq.models.families import DTYPES, FAMILIES, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan
@@ -27,7 +29,8 @@ class ModelFiles:
 
     ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``;
     ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
-    the videos, the family's by default; ``batch`` videos are driven at once; ``dtype`` is the model's.
+    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's;
+    it runs on ``device``, by default on a GPU where there is one.
     """
 
     checkpoint: pathlib.Path | None = None
@@ -39,8 +42,9 @@ class ModelFiles:
     frames: int | None = None
     height: int | None = None
     width: int | None = None
-    batch: int = 1
+    batch: int | None = None
     dtype: str | None = None
+    device: str | None = None
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = None) -> Rollout:
+def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = None, *, driven: bool = True) -> Rollout:
     """The rollout a name stands for.
 
     Args:
@@ -69,7 +73,8 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
             ``function(videos, seed)`` returns a :class:`fxq.Rollout`.
         videos: number of videos to drive.
         seed: of prompts and noise.
-        files: of a family; the other names take none.
+        files: of a family; the other names take no files, ``tiny`` takes a batch and a device.
+        driven: whether the rollout will be run; if not, a family needs no prompts.
 
     Raises:
         AdapterError: when the name leads to nothing or to something else, or files are missing or too many.
@@ -77,11 +82,14 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
         PromptError: when the prompts do not fit.
     """
     if name in FAMILIES:
-        return family_rollout(name, videos, seed, files or ModelFiles())
-    if files is not None and files != ModelFiles():
+        return family_rollout(name, videos, seed, files or ModelFiles(), driven=driven)
+    given = files or ModelFiles()
+    own = dataclasses.replace(given, batch=None, device=None) if name == "tiny" else given
+    if own != ModelFiles():
         raise AdapterError(f"model {name!r} takes no files; a checkpoint needs one of: {', '.join(FAMILIES)}")
     if name == "tiny":
-        return tiny_rollout(load_tiny(), videos, seed=seed, unseen=False)[0]
+        model = load_tiny().to(parse_device(given.device))
+        return tiny_rollout(model, videos, seed=seed, unseen=False, batch=given.batch or 64)[0]
     if ":" not in name:
         raise AdapterError(
             f"unknown model {name!r}: expected 'tiny', one of {', '.join(FAMILIES)}, or 'package.module:function' "
@@ -115,19 +123,49 @@ def find_family(name: str, files: ModelFiles) -> Family:
     return dataclasses.replace(family, frames=files.frames or family.frames, latent=(channels, rows, columns))
 
 
-def family_rollout(name: str, videos: int, seed: int, files: ModelFiles) -> SelfForcingRollout:
-    """A published model bound to ``videos`` prompts; prompts are repeated with other noise when there are fewer."""
+def parse_device(name: str | None) -> torch.device:
+    """The device of a name; None: a GPU where there is one.
+
+    Raises:
+        AdapterError: when there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise AdapterError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise AdapterError(f"device {name!r}: torch sees no GPU here; fxq doctor says more")
+    return device
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating point dtype of a name.
+
+    Raises:
+        AdapterError: for any other name.
+    """
+    if name not in DTYPES:
+        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driven: bool = True) -> SelfForcingRollout:
+    """A published model bound to ``videos`` prompts; prompts are repeated with other noise when there are fewer.
+
+    One that is not ``driven`` may have no prompts.
+    """
     family = find_family(name, files)
-    if files.checkpoint is None or files.prompts is None:
+    if files.checkpoint is None or (files.prompts is None and driven):
         missing = "checkpoint" if files.checkpoint is None else "prompts (a .safetensors or .npz of embeddings)"
         raise AdapterError(f"model {name!r} needs {missing}; its weights are published as {family.source}")
-    if files.dtype is not None and files.dtype not in DTYPES:
-        raise AdapterError(f"dtype {files.dtype!r}: expected one of {', '.join(DTYPES)}")
     config = family.config
-    prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
-    dtype = None if files.dtype is None else DTYPES[files.dtype]
+    batches = [({"prompt_embeds": torch.zeros(1, 1, config.text_dim)}, Draws([seed], (family.frames, *family.latent)))]
+    if files.prompts is not None:
+        prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
+        batches = _batches(family, prompts, videos, seed, files.batch or 1)
+    dtype = None if files.dtype is None else parse_dtype(files.dtype)
     model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
-    rollout = SelfForcingRollout(model, _batches(family, prompts, videos, seed, files.batch), family.sampler)
+    rollout = SelfForcingRollout(model.to(parse_device(files.device)), batches, family.sampler)
     try:
         rollout.units(*rollout.batches[0])
     except ValueError as error:

@@ -7,6 +7,7 @@ linears change.
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +18,14 @@ from torch import Tensor, fx, nn
 
 from fxq import kernels, numerics
 from fxq.export import load
-from fxq.ir import LAYER_TENSORS, LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.ir import LAYER_TENSORS, LayerPlan, facts_of, get_tensor, plan_of, planned, stored_names
 from fxq.kernels import native
 from fxq.kernels.panels import pack_panels
 
 Bundle = str | os.PathLike[str] | fx.GraphModule
 """A bundle's folder, or a module made by :func:`fxq.quantize` or :func:`fxq.load`."""
 
+_PRODUCTS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
 MAX_DEVIATION = 1.0  # steps: nearest rounding deviates by 0.29 on average, learned rounding by less than 1
 
 
@@ -32,7 +34,7 @@ class ApplyError(ValueError):
 
 
 class QuantizedLinear(nn.Module):
-    """A linear on integers: static quantization of the input, integer product, one or two scales.
+    """A linear on integers: quantization of the input, static or per token, integer product, one or two scales.
 
     Its buffers are the tensors of the bundle's layer (docs/bundle.md) under the same names. ``half()`` and
     ``to(dtype)`` leave them as they are; ``to(device)`` moves them. On a CPU with native kernels ``panels`` holds the
@@ -43,13 +45,13 @@ class QuantizedLinear(nn.Module):
         split: number of normal input channels.
         input_bits: bits of the activations.
         weight_bits: bits of the stored weight; 4 is packed.
-        tensors: the layer's tensors by name, ``perm`` only with outlier channels.
+        tensors: the layer's tensors by name, those of :func:`~fxq.ir.stored_names`.
     """
 
     weight: Tensor
     weight_scale: Tensor
-    input_scale: Tensor
-    input_zero_point: Tensor
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
     offset: Tensor
     perm: Tensor | None
     panels: Tensor | None
@@ -68,36 +70,46 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` float32, bfloat16 or float16 [..., in_features]; returns [..., out_features] in its dtype."""
+        if self.per_token:
+            q, scale = kernels.quantize_per_token.definition(x, *self.quantization())
+            return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)
         q = kernels.quantize_act.definition(x, *self.quantization())
         return kernels.dual_scale_linear.definition(q, *self.product(), x.dtype)
 
-    def quantization(self) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-        """Arguments of ``fxq::quantize_act`` after the input."""
-        return self.perm, self.input_scale, self.input_zero_point, self.split, self.input_bits
+    @property
+    def per_token(self) -> bool:
+        """Whether the scales of the input are measured per token."""
+        return self.input_scale is None
 
-    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
-        """Arguments of ``fxq::dual_scale_linear`` between the integers and the dtype."""
+    def quantization(self) -> tuple[Any, ...]:
+        """Arguments of ``fxq::quantize_act``, or of ``fxq::quantize_per_token``, after the input."""
+        scales = () if self.per_token else (self.input_scale, self.input_zero_point)
+        return self.perm, *scales, self.split, self.input_bits
+
+    def product(self) -> tuple[Any, ...]:
+        """Arguments of the product between the integers, or the scales measured with them, and the dtype."""
         weight = self.weight if self.panels is None else self.panels
-        scales = (self.weight_scale, self.input_scale, self.offset)
-        return weight, *scales, self.split, self.weight_bits
+        scales = (self.weight_scale,) if self.per_token else (self.weight_scale, self.input_scale)
+        return weight, *scales, self.offset, self.split, self.weight_bits
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What a graph around the layer depends on; layers of one kind differ in the values of their tensors only."""
         shape = self.product()[0].shape
-        return self.split, self.input_bits, self.weight_bits, self.perm is None, self.weight.dtype, tuple(shape)
+        flags = (self.per_token, self.perm is None)
+        return self.split, self.input_bits, self.weight_bits, *flags, self.weight.dtype, tuple(shape)
 
     def quantizes_as(self, other: QuantizedLinear) -> bool:
         """Whether the other layer makes the same integers of the same input."""
         mine, theirs = self.quantization(), other.quantization()
-        return all(
+        return self.per_token == other.per_token and all(
             torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
             for a, b in zip(mine, theirs, strict=True)
         )
 
     def lay_out(self) -> None:
         """Make ``panels`` of the weight where the native kernels run, and drop them elsewhere."""
-        here = self.weight.device.type == "cpu" and native.ready()
+        here = self.weight.device.type == "cpu" and not self.per_token and native.ready()
         self.panels = pack_panels(self.codes(), self.split) if here else None
 
     def codes(self) -> Tensor:
@@ -119,7 +131,7 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and scheme."""
-        scheme = "" if self.plan.scheme is None else f", {self.plan.scheme.label}"
+        scheme = "" if self.plan.scheme is None else f", {self.plan.scheme.detail}"
         return f"{self.in_features}, {self.out_features}{scheme}, {len(self.plan.outliers)} outliers"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -165,17 +177,19 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
 
 def _layer(module: fx.GraphModule, name: str, node: fx.Node) -> QuantizedLinear:
     plan = plan_of(node)
-    if plan is None or node.target != kernels.dual_scale_linear.definition:
+    if plan is None or node.target not in _PRODUCTS:
         raise ApplyError(
             f"layer {name} is {node.target}, expected fxq::dual_scale_linear: an optimized module fits its own graph "
             "only; give the module it was made from"
         )
     q, split, weight_bits = node.args[0], node.args[5], node.args[6]
     assert isinstance(q, fx.Node) and isinstance(split, int) and isinstance(weight_bits, int)
-    input_bits = q.args[5]
+    quantize = q.args[0] if q.target is operator.getitem else q
+    assert isinstance(quantize, fx.Node)
+    input_bits = quantize.args[-1]
     assert isinstance(input_bits, int)
-    names = [n for n in LAYER_TENSORS if n != "perm" or plan.outliers]
-    return QuantizedLinear(plan, split, input_bits, weight_bits, {n: get_tensor(module, f"{name}.{n}") for n in names})
+    tensors = {n: get_tensor(module, f"{name}.{n}") for n in stored_names(plan)}
+    return QuantizedLinear(plan, split, input_bits, weight_bits, tensors)
 
 
 def match(model: nn.Module, layers: Mapping[str, QuantizedLinear], kept: set[str]) -> dict[str, nn.Parameter]:

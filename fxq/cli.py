@@ -7,41 +7,36 @@ import json
 import pathlib
 import shlex
 import sys
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from fxq import cli_export, cli_plan
-from fxq.adapters import AdapterError, ModelFiles, make_rollout, parse_settings
+from fxq import cli_export, cli_plan, cli_quantize
+from fxq.adapters import AdapterError
 from fxq.bench.command import bench
-from fxq.calibrate import CalibrationError
-from fxq.config import Recipe, RecipeError
+from fxq.cli_quantize import JsonOption, QuietOption, SeedOption
+from fxq.collect import CalibrationError
+from fxq.config import RecipeError
 from fxq.demo import DemoSettings, run_demo
-from fxq.export import BundleError, load, read_manifest, save
-from fxq.graph import linear_sites
-from fxq.ir import planned
+from fxq.export import BundleError, load, save
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
-from fxq.passes import LoweringError, detect_outliers
-from fxq.pipeline import PassError, run_passes
-from fxq.quantize import measure_sensitivity, plan_passes
-from fxq.quantize import quantize as quantize_model
-from fxq.recipes import get_recipe, with_iterations
-from fxq.report.data import PUBLISHED_SENSITIVITY
+from fxq.passes import LoweringError
+from fxq.pipeline import PassError
+from fxq.record import RecordError
 from fxq.report.html import write_report
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json
 from fxq.report.video import write_video
 from fxq.rollout import Draws, Rollout
-from fxq.summary import summary
-from fxq.trace import TraceError, trace
+from fxq.trace import TraceError
 from fxq.verify import RuleError
+from fxq.workers import WorkerError
 
 app = typer.Typer(
     help="Quantize autoregressive video diffusion models: real int8 and int4, measured.",
@@ -59,24 +54,11 @@ _REFUSALS = (
     PassError,
     PromptError,
     RecipeError,
+    RecordError,
     RuleError,
     TraceError,
+    WorkerError,
 )
-
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", help="'tiny', a published family, or package.module:function returning a fxq.Rollout."
-    ),
-]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Preset (w8a8, w4a8, w4a6) or recipe file.")]
-VideosOption = Annotated[int, typer.Option("--videos", "-n", min=1, help="Videos to drive.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of prompts and noise.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-IterationsOption = Annotated[
-    int | None, typer.Option(min=1, help="Reconstruction iterations; the recipe's by default.")
-]
 
 
 def main() -> None:
@@ -98,12 +80,10 @@ def _emit(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=1) + "\n")
 
 
-def _recipe(name: str, iterations: int | None) -> Recipe:
-    recipe = get_recipe(name)
-    return recipe if iterations is None else with_iterations(recipe, iterations)
-
-
 app.command()(bench)
+app.command()(cli_quantize.quantize)
+app.command()(cli_quantize.inspect)
+app.command()(cli_quantize.sensitivity)
 app.command()(cli_export.export)
 app.command()(cli_export.verify)
 app.command()(cli_plan.plan)
@@ -142,154 +122,6 @@ def demo(
     for line in comparison_lines(report):
         console.print(line)
     console.print(f"report: {page}   bundles: {', '.join(str(out / bits) for bits in modules)}", highlight=False)
-
-
-@app.command()
-def quantize(
-    out: Annotated[pathlib.Path, typer.Option(help="Bundle folder to write.")],
-    model: ModelOption = "tiny",
-    recipe: RecipeOption = "w4a8",
-    videos: VideosOption = 16,
-    seed: SeedOption = 1,
-    iterations: IterationsOption = None,
-    checkpoint: Annotated[
-        pathlib.Path | None, typer.Option(help="Weights of a published model: .pt, .safetensors or a folder.")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(help="Prompt embeddings: .safetensors, .npz or package.module:function.")
-    ] = None,
-    lora: Annotated[pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, if its file does not say.")] = None,
-    config: Annotated[pathlib.Path | None, typer.Option(help="JSON file of settings, such as config.json.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="NAME=VALUE: one setting of the model or its loop.")
-    ] = None,
-    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames of a video.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="Latent rows of a frame.")] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="Latent columns of a frame.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Videos driven at once.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the file's by default.")] = None,
-    checkpoint_dir: Annotated[
-        pathlib.Path | None, typer.Option(help="One file per finished layer; a killed run resumes there.")
-    ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Calibrate and quantize a model and write a bundle."""
-    files = ModelFiles(
-        checkpoint=checkpoint,
-        prompts=prompts,
-        lora=lora,
-        lora_alpha=lora_alpha,
-        config=config,
-        settings=parse_settings(settings or ()),
-        frames=frames,
-        height=height,
-        width=width,
-        batch=batch,
-        dtype=dtype,
-    )
-    rollout = make_rollout(model, videos, seed, files)
-    chosen = _recipe(recipe, iterations)
-    module = quantize_model(rollout.denoiser, rollout, chosen, checkpoint_dir=checkpoint_dir, progress=not quiet)
-    save(module, out)
-    result = summary(module)
-    if as_json:
-        sys.stdout.write(result.to_json() + "\n")
-    else:
-        _console().print(result)
-        _console().print(f"bundle: {out}", highlight=False)
-
-
-@app.command()
-def inspect(
-    target: Annotated[str, typer.Argument(help="A bundle folder, or a model name as for --model.")],
-    recipe: RecipeOption = "w4a8",
-    as_json: JsonOption = False,
-) -> None:
-    """Show a bundle's layers, or what a recipe would do to a model: plan, outliers, thresholds. Needs no data."""
-    path = pathlib.Path(target)
-    if path.exists():
-        manifest, result = read_manifest(path), summary(load(path))
-        if as_json:
-            sys.stdout.write(result.to_json() + "\n")
-            return
-        facts = manifest.facts
-        _console().print(result)
-        alpha = facts.get("sensitivity")
-        _console().print(
-            f"recipe {facts['recipe']['name']}, calibration {facts['calibration_hash'][:16]}", highlight=False
-        )
-        if alpha:
-            _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
-        return
-    rollout = make_rollout(target, 2, 0)
-    args, shapes = rollout.example_call()
-    graph = trace(rollout.denoiser, args, None, shapes)
-    run_passes(graph, plan_passes(get_recipe(recipe)))
-    weights = {s.layer: s.weight(graph.module) for s in linear_sites(graph.module) if s.weight_name is not None}
-    rows = []
-    for layer, (plan, _) in planned(graph.module).items():
-        scheme = plan.scheme
-        row: dict[str, Any] = {
-            "layer": layer,
-            "bits": scheme.label if scheme else "-",
-            "shape": [plan.out_features, plan.in_features],
-            "outliers": len(plan.outliers),
-            "reason": plan.reason or plan.outlier_reason,
-        }
-        if scheme is not None:
-            found = detect_outliers(weights[layer], scheme.tau, scheme.alpha, scheme.align)
-            row |= {
-                "channels": list(plan.outliers),
-                "above_threshold": found.raw_count,
-                "median": found.median,
-                "threshold": found.threshold,
-                "largest": float(found.norms.max()),
-            }
-        rows.append(row)
-    if as_json:
-        _emit(rows)
-        return
-    table = Table(title=f"{target} under {recipe}")
-    for name in ("layer", "bits", "shape", "above", "outliers", "median", "threshold", "largest", "note"):
-        justify: Literal["left", "right"] = "left" if name in ("layer", "bits", "note") else "right"
-        table.add_column(name, justify=justify, no_wrap=name != "note")
-    for row in rows:
-        numbers = [f"{row[k]:.3f}" if k in row else "-" for k in ("median", "threshold", "largest")]
-        shape = "x".join(map(str, row["shape"]))
-        above = str(row.get("above_threshold", "-"))
-        style = None if row["bits"] != "-" else "dim"
-        table.add_row(
-            row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers, row["reason"], style=style
-        )
-    _console().print(table)
-
-
-@app.command()
-def sensitivity(
-    model: ModelOption = "tiny",
-    recipe: RecipeOption = "w4a8",
-    videos: VideosOption = 16,
-    seed: SeedOption = 1,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Measure how much an error in each chunk costs the whole video."""
-    result = measure_sensitivity(make_rollout(model, videos, seed), recipe, progress=not quiet)
-    alpha = result.alpha.tolist()
-    if as_json:
-        _emit({"alpha": alpha, "mse": result.mse.tolist(), "videos": len(result.mse), "recipe": recipe})
-        return
-    table = Table(title=f"chunk sensitivity of {model} under {recipe}, {len(result.mse)} videos")
-    table.add_column("chunk", justify="right")
-    table.add_column("alpha", justify="right")
-    table.add_column("Self-Forcing W4A8, published", justify="right")
-    table.add_column("")
-    for i, a in enumerate(alpha):
-        published = f"{PUBLISHED_SENSITIVITY[i]:.4f}" if len(alpha) == len(PUBLISHED_SENSITIVITY) else "-"
-        table.add_row(str(i), f"{a:.4f}", published, "#" * round(60 * a))
-    _console().print(table)
 
 
 def _parse_prompt(text: str) -> torch.Tensor:

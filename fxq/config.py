@@ -20,7 +20,8 @@ class Scheme:
 
     ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
     ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
-    (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer.
+    (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer. With ``per_token`` the input
+    scales are measured per token at run time, symmetric: no input scale, zero point or calibration is needed.
     """
 
     weight_bits: int = 8
@@ -30,6 +31,7 @@ class Scheme:
     alpha: float = 1.2
     align: int = 32
     reconstruct: bool = True
+    per_token: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8):
@@ -41,8 +43,13 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Short name such as W4A8."""
+        """Short name such as W4A8; the same for static and per-token inputs."""
         return f"W{self.weight_bits}A{self.input_bits}"
+
+    @property
+    def detail(self) -> str:
+        """The label, and how inputs are scaled where that is not static: "W4A8 per token"."""
+        return f"{self.label} per token" if self.per_token else self.label
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,23 +171,41 @@ def replace(
     gm: fx.GraphModule, sites: Sequence[Site], layers: Layers, shared: Sequence[int], values: Sequence[Tensor]
 ) -> None:
     """Put the integer operators in the place of linears; ``values`` are fake ones of :func:`operands`."""
-    graph, quantized = gm.graph, dict[int, fx.Node]()
+    graph, quantized = gm.graph, dict[int, tuple[fx.Node, ...]]()
     nodes = {node.name: node for node in graph.nodes}
     inputs = _add_inputs(graph, layers, values)
     for i, (site, layer) in enumerate(zip(sites, layers, strict=True)):
         if layer is None:
             continue
         node = nodes[site.name]
-        x, value = _argument(node, 0, "input"), _recorded(node)
+        value = _recorded(node)
         with graph.inserting_before(node):
             if shared[i] == i:
-                rest = inputs(layer, layer.quantization())
-                quantized[i] = graph.call_function(kernels.quantize_act.definition, (x, *rest))
-                inherit_meta(quantized[i], node, _recorded(x).new_empty(_recorded(x).shape, dtype=torch.int8))
-            arguments = (quantized[shared[i]], *inputs(layer, layer.product()), value.dtype)
-            y = graph.call_function(kernels.dual_scale_linear.definition, arguments)
+                quantized[i] = _quantize(graph, node, layer, inputs(layer, layer.quantization()))
+            product = kernels.dual_scale_linear_per_token if layer.per_token else kernels.dual_scale_linear
+            arguments = (*quantized[shared[i]], *inputs(layer, layer.product()), value.dtype)
+            y = graph.call_function(product.definition, arguments)
             inherit_meta(y, node, value)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
     graph.lint()
     gm.recompile()
+
+
+def _quantize(graph: fx.Graph, linear: fx.Node, layer: QuantizedLinear, rest: list[Any]) -> tuple[fx.Node, ...]:
+    """The integers of a linear's input and, where they are measured, their scales; ``rest`` are further arguments."""
+    x = _argument(linear, 0, "input")
+    value = _recorded(x)
+    integers = value.new_empty(value.shape, dtype=torch.int8)
+    if not layer.per_token:
+        q = graph.call_function(kernels.quantize_act.definition, (x, *rest))
+        inherit_meta(q, linear, integers)
+        return (q,)
+    groups = 1 if layer.split == layer.in_features else 2
+    values = integers, value.new_empty((*value.shape[:-1], groups), dtype=torch.float32)
+    pair = graph.call_function(kernels.quantize_per_token.definition, (x, *rest))
+    inherit_meta(pair, linear, values)
+    made = tuple(graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+    for node, part in zip(made, values, strict=True):
+        inherit_meta(node, linear, part)
+    return made

@@ -122,7 +122,7 @@ def graph_text(module: fx.GraphModule) -> str:
         plan = plan_of(node)
         note = ""
         if plan is not None:
-            what = plan.scheme.label if plan.scheme else f"kept: {plan.reason}"
+            what = plan.scheme.detail if plan.scheme else f"kept: {plan.reason}"
             note = f"    # {plan.layer}: {what}" + (f", {len(plan.outliers)} outliers" if plan.outliers else "")
         lines.append(f"{node.format_node()}{note}")
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ from fxq.config import Scheme
 _KEY = "fxq"
 
 LAYER_TENSORS = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset", "perm")
-"""What a quantized layer stores under its name; ``perm`` only with outliers."""
+"""What a quantized layer may store under its name; which of them it does says :func:`stored_names`."""
 
 
 class Stage(enum.IntEnum):
@@ -54,8 +54,11 @@ class LayerPlan:
         return self.in_features - len(self.outliers)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON form; what lies on the node."""
-        return dataclasses.asdict(self) | {"outliers": list(self.outliers)}
+        """JSON form; what lies on the node. Static schemes keep the form they had before ``per_token`` existed."""
+        data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
+        if self.scheme is not None and not self.scheme.per_token:
+            del data["scheme"]["per_token"]
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerPlan:
@@ -72,6 +75,16 @@ class LayerPlan:
                 "outliers": tuple(data["outliers"]),
             }
         )
+
+
+def stored_names(plan: LayerPlan) -> tuple[str, ...]:
+    """Those of :data:`LAYER_TENSORS` that a quantized layer stores.
+
+    ``perm`` only with outliers, ``input_scale`` and ``input_zero_point`` only when inputs are not scaled per token.
+    """
+    per_token = plan.scheme is not None and plan.scheme.per_token
+    absent = {"input_scale", "input_zero_point"} if per_token else set()
+    return tuple(name for name in LAYER_TENSORS if name not in absent | (set() if plan.outliers else {"perm"}))
 
 
 def plan_of(node: fx.Node) -> LayerPlan | None:
@@ -155,13 +168,13 @@ class LayerUpdate:
     """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
 
     ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
-    int32 [G].
+    int32 [G]; both None where the scheme measures input scales per token.
     """
 
     weight: Tensor
     weight_scale: Tensor
-    input_scale: Tensor
-    input_zero_point: Tensor
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
 
 
 @dataclasses.dataclass

@@ -13,16 +13,17 @@ from torch import Tensor, fx
 
 from fxq.config import Recipe
 from fxq.ir import QuantGraph
+from fxq.job import Job, plan_passes
 from fxq.metrics import sprites
 from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teacher_forced
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
-from fxq.passes import ApplyMethods, Freeze, LowerLinear
+from fxq.passes import Freeze, LowerLinear
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.pipeline import run_passes
 from fxq.progress import Progress
-from fxq.quantize import calibrate_graph, finish, measure, plan_passes
+from fxq.quantize import finish
 from fxq.recipes import PRESETS, single_scale
 from fxq.report.data import Comparison, Variant
 from fxq.rollout import Draws, Rollout
@@ -73,7 +74,7 @@ class Lab:
         with bar.step("trace"):
             self.traced = trace(calibration.denoiser, args, None, shapes)
         prepared = self._planned(recipe)
-        self.calibration_hash = calibrate_graph(prepared, calibration, recipe, None, bar)
+        self.calibration_hash = Job(recipe, bar).calibrate(prepared, calibration)
         self.statistics = prepared.statistics
         self._measured: dict[str, ChunkSensitivity] = {}
 
@@ -94,16 +95,15 @@ class Lab:
         """Sensitivity on the calibration videos; measured once per bit width."""
         if bits not in self._measured:
             recipe = self._preset(bits)
-            with self.bar.step(f"{bits} sensitivity") as on_progress:
-                self._measured[bits] = measure(self._calibrated(recipe), self.calibration, recipe, on_progress)
+            job = Job(recipe, self.bar, label=f"{bits} ")
+            self._measured[bits] = job.measure(self._calibrated(recipe), self.calibration, self.calibration_hash)
         return self._measured[bits]
 
     def initialised(self, bits: str) -> fx.GraphModule:
         """The model with searched ranges and round-to-nearest integers: what sensitivity is measured with."""
         recipe = self._preset(bits)
         graph = self._calibrated(recipe)
-        methods = ApplyMethods(recipe.methods[:1], share_inputs=recipe.share_inputs)
-        run_passes(graph, (methods, LowerLinear()))
+        run_passes(graph, (Job(recipe, self.bar).methods(first_only=True), LowerLinear()))
         return graph.module
 
     def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
@@ -115,15 +115,8 @@ class Lab:
         graph = self._calibrated(recipe)
         graph.chunk_weights = chunk_weights(alpha, chunks, recipe.weighting)
         start = time.perf_counter()
-        with self.bar.step(recipe.name) as on_layer:
-            methods = ApplyMethods(
-                recipe.methods,
-                recipe.weighting,
-                recipe.seed,
-                on_layer=lambda _, done, total: on_layer(done, total),
-                share_inputs=recipe.share_inputs,
-            )
-            run_passes(graph, (methods, LowerLinear(), Freeze()))
+        Job(recipe, self.bar, label=f"{recipe.name} ").choose_integers(graph)
+        run_passes(graph, (LowerLinear(), Freeze()))
         seconds = time.perf_counter() - start
         return finish(graph, recipe, self.calibration_hash, None if alpha is None else alpha.tolist(), []), seconds
 

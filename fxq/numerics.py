@@ -7,6 +7,9 @@ Pure tensor math in float32 and int32. Conventions:
 * Activations are static per tensor and asymmetric: ``q = clip(round(x * (1 / scale[g])) + zero_point[g], qmin, qmax)``,
   round half to even, stored in int8 whatever the bit width.
 * Weights are symmetric per output channel: ``q = clip(round(w / scale[g, n]), qmin, qmax)``, int8 or packed int4.
+* Or their scale is measured per token, symmetric: ``scale[r, g] = max_k |x[r, k]| / qmax`` over the group's channels (1
+  where the row is zero there) and ``q = round(x * (1 / scale[r, g]))``, which stays in ``-qmax..qmax``. Below,
+  ``input_scale[g]`` is then ``scale[r, g]``, there are no zero points and the offset is the bias.
 * ``y = sum_g input_scale[g] * weight_scale[g, n] * sum_k q_x q_w + offset[n]`` where the offset holds the bias and the
   zero points: ``offset[n] = bias[n] - sum_g input_scale[g] weight_scale[g, n] zero_point[g] sum_k q_w``.
 
@@ -18,6 +21,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+LEAST_MAGNITUDE = 1e-30
+"""A row of a group counts as zero below it: its scale would not be a normal float32."""
 
 PACK_BLOCK = 32
 """Channels per packing block of int4 weights; every group's width is a multiple of it."""
@@ -157,4 +163,47 @@ def dual_scale_matmul(
     for g, part in enumerate(group_slices(q_x.shape[-1], split)):
         accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
         y = y + accumulator.float() * (input_scale[g] * weight_scale[g])
+    return y.reshape(*q_x.shape[:-1], q_w.shape[0])
+
+
+def quantize_per_token(x: Tensor, split: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Quantize activations, channels already in ``[normal | outlier]`` order, with a scale per token and group.
+
+    Integers and scales of a row with NaN or infinity are unspecified.
+
+    Args:
+        x: float [..., K].
+        split: number of normal channels.
+        bits: 2..8.
+
+    Returns:
+        int8 [..., K] and the scales float32 [..., G].
+    """
+    high = integer_range(bits)[1]
+    parts, scales = [], []
+    for part in group_slices(x.shape[-1], split):
+        values = x[..., part].float()
+        top = values.abs().amax(-1, keepdim=True)
+        # By a tensor: CUDA makes of a division by a number a product with its reciprocal.
+        scale = torch.where(top > LEAST_MAGNITUDE, top / torch.full_like(top, high), 1.0)
+        parts.append((values * scale.reciprocal()).clamp(-high, high).round().to(torch.int8))
+        scales.append(scale)
+    return torch.cat(parts, dim=-1), torch.cat(scales, dim=-1)
+
+
+def dequantize_per_token(q: Tensor, scale: Tensor, split: int) -> Tensor:
+    """float32 [..., K] of int8 activations with ``scale`` [..., G]; inverse of :func:`quantize_per_token`."""
+    parts = [q[..., part].float() * scale[..., g, None] for g, part in enumerate(group_slices(q.shape[-1], split))]
+    return torch.cat(parts, dim=-1)
+
+
+def per_token_matmul(
+    q_x: Tensor, scale: Tensor, q_w: Tensor, weight_scale: Tensor, offset: Tensor, split: int
+) -> Tensor:
+    """As :func:`dual_scale_matmul` with input scales float32 [..., G] of their own for every row of ``q_x``."""
+    flat, scales = q_x.reshape(-1, q_x.shape[-1]), scale.reshape(-1, scale.shape[-1])
+    y = offset.expand(flat.shape[0], -1)
+    for g, part in enumerate(group_slices(q_x.shape[-1], split)):
+        accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
+        y = y + accumulator.float() * weight_scale[g] * scales[:, g, None]
     return y.reshape(*q_x.shape[:-1], q_w.shape[0])

@@ -7,28 +7,30 @@ import dataclasses
 import operator
 import pathlib
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrate
+from fxq.calibrate import Batch, as_batch
+from fxq.collect import CalibrationError
 from fxq.config import Recipe, RecipeError
 from fxq.ir import QuantGraph, set_facts
-from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
-from fxq.passes.share_inputs import ShareInputs, input_groups
-from fxq.pipeline import Pass, run_passes
+from fxq.job import ForwardLoop, Job, needs_data, plan_passes
+from fxq.passes import Freeze, LowerLinear
+from fxq.pipeline import run_passes
 from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
-from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
+from fxq.sensitivity import ChunkSensitivity
 from fxq.signature import batch_dynamic, guard_inputs, input_sizes
 from fxq.trace import TraceError, trace
+from fxq.workers import Workers
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
-ForwardLoop = Callable[[Callable[..., Any]], None]
 
 
 def quantize(
@@ -41,22 +43,28 @@ def quantize(
     forward_loop: ForwardLoop | None = None,
     checkpoint_dir: str | pathlib.Path | None = None,
     sensitivity: Sequence[float] | Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
-    """Quantize a model with calibration data.
+    """Quantize a model: trace, plan, calibrate, choose integers, rewrite, freeze.
 
     Args:
         model: nn.Module, GraphModule or ExportedProgram; never changed.
         calib_loader: any iterable (dict = kwargs, tuple or list = args, Tensor = one argument, :class:`fxq.Batch`), or
-            a :class:`fxq.Rollout`, which knows chunks. Exactly one of it and ``forward_loop``.
-        recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``), a :class:`fxq.Recipe` or a recipe file.
+            a :class:`fxq.Rollout`, which knows chunks. Exactly one of it and ``forward_loop``; neither is needed by a
+            recipe whose inputs are all scaled per token, such as ``"w8a8-dynamic"``.
+        recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``, ``"w8a8-dynamic"``, ``"w4a8-dynamic"``), a
+            :class:`fxq.Recipe` or a recipe file.
         example_inputs: inputs to trace with, in a loader item's form; default: the rollout's example call or the first
             batch.
         dynamic_shapes: as for ``torch.export.export``; default: the rollout's, else the first dimension
             of every tensor may vary where the model allows it. The result refuses calls of other sizes.
         forward_loop: closure that calls the callable it is given as it would the model.
-        checkpoint_dir: one file per finished layer; a killed run resumes there.
+        checkpoint_dir: one file per finished layer; a killed run resumes there, and what is large lies there instead of
+            in memory. The result's weights are mapped from these files: keep them while it is in use.
         sensitivity: chunk sensitivities measured before, [chunks], to skip measuring them again.
+        group: ranks that share the work; each must make the same call, and each gets the same result. Batches and
+            layers are divided among them.
         progress: show progress bars on stderr.
 
     Returns:
@@ -66,90 +74,29 @@ def quantize(
         fxq.RecipeError: recipe unknown, malformed, or matching nothing; weights with NaN.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
+        fxq.workers.WorkerError: a rank of the group is gone.
     """
     chosen = get_recipe(recipe)
     if not chosen.methods:
         raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
-    if (calib_loader is None) == (forward_loop is None):
-        raise CalibrationError("give exactly one of calib_loader and forward_loop: static scales are measured on data")
+    _check_sources(chosen, calib_loader, forward_loop)
     # Methods learn by gradients and tensors must outlive the call, whatever mode the caller is in.
     with torch.inference_mode(False), torch.enable_grad(), Progress(progress) as bar:
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
+        folder = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
+        job = Job(chosen, bar, Workers.of(group), folder)
         with bar.step("trace"):
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
             run_passes(graph, plan_passes(chosen))
-        calibration_hash = calibrate_graph(graph, loader, chosen, forward_loop, bar)
+        data = job.calibrate(graph, loader, forward_loop)
         alpha = None if sensitivity is None else torch.as_tensor(sensitivity, dtype=torch.float64)
-        alpha = weigh_chunks(graph, loader, chosen, alpha, bar)
-        directory = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
-        with bar.step("reconstruct") as on_layer:
-            run_passes(graph, (_methods(chosen, directory, lambda _, done, total: on_layer(done, total)),))
+        alpha = job.weigh_chunks(graph, loader, alpha, data)
+        job.choose_integers(graph)
         with bar.step("rewrite"):
             run_passes(graph, (LowerLinear(), Freeze()))
     facts = None if alpha is None else alpha.tolist()
-    return finish(graph, chosen, calibration_hash, facts, _never_called(model, graph))
-
-
-def plan_passes(recipe: Recipe) -> tuple[Pass, ...]:
-    """The passes that bring a traced graph to PLANNED as the recipe wants it."""
-    passes: tuple[Pass, ...] = (PlanLayers(recipe), DetectOutliers())
-    return (*passes, ShareInputs()) if recipe.share_inputs else passes
-
-
-def calibrate_graph(
-    graph: QuantGraph,
-    loader: Iterable[Any] | Rollout | None,
-    recipe: Recipe,
-    forward_loop: ForwardLoop | None,
-    bar: Progress,
-) -> str:
-    """Collect statistics and move the graph to CALIBRATED; returns the calibration hash."""
-    groups = input_groups(graph.module) if recipe.share_inputs else []
-    leaders = {site.layer: first.layer for first, *others in groups for site in others}
-    collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders)
-    with bar.step("calibrate") as on_progress:
-        digest = calibrate(graph, loader, forward_loop, collector, on_progress)
-    return digest
-
-
-def weigh_chunks(
-    graph: QuantGraph,
-    loader: Iterable[Any] | Rollout | None,
-    recipe: Recipe,
-    alpha: Tensor | None,
-    bar: Progress,
-) -> Tensor | None:
-    """Set the graph's chunk weights, measuring sensitivity when the recipe needs it and the loader is a rollout.
-
-    Other loaders name chunks by :class:`fxq.Batch`; without a measured sensitivity their chunks weigh the same.
-
-    Raises:
-        CalibrationError: when the given sensitivity is of another number of chunks.
-    """
-    if isinstance(loader, Rollout):
-        chunks = max(loader.units(c, d) for c, d in loader.batches)
-        if alpha is None and recipe.weighting not in ("uniform", "exponential"):
-            with bar.step("sensitivity") as on_progress:
-                alpha = measure(graph, loader, recipe, on_progress).alpha
-    else:
-        chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)
-    if alpha is not None and len(alpha) < chunks:
-        raise CalibrationError(f"sensitivity has {len(alpha)} chunks, the calibration data {chunks}")
-    if alpha is None and recipe.weighting != "exponential":
-        graph.chunk_weights = torch.ones(chunks)
-    else:
-        graph.chunk_weights = chunk_weights(alpha, chunks, recipe.weighting)
-    return alpha
-
-
-def measure(
-    graph: QuantGraph, rollout: Rollout, recipe: Recipe, on_progress: Callable[[int, int], None] | None = None
-) -> ChunkSensitivity:
-    """Sensitivity of a CALIBRATED graph under the recipe's first method (initialised, not reconstructed)."""
-    fork = graph.fork()
-    run_passes(fork, (_methods(recipe, None, None, first_only=True), LowerLinear()))
-    return chunk_sensitivity(rollout, fork.module, graph.module, on_progress)
+    return finish(graph, chosen, data, facts, _never_called(model, graph))
 
 
 def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False) -> Tensor:
@@ -169,28 +116,34 @@ def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", 
 
 
 def measure_sensitivity(
-    rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False
+    rollout: Rollout,
+    recipe: Recipe | str | pathlib.Path = "w4a8",
+    *,
+    group: dist.ProcessGroup | None = None,
+    progress: bool = False,
 ) -> ChunkSensitivity:
-    """As :func:`sensitivity`, with the per-video errors behind it."""
+    """As :func:`sensitivity`, with the per-video errors behind it; the ranks of ``group`` divide the batches."""
     chosen = get_recipe(recipe)
     with Progress(progress) as bar:
+        job = Job(chosen, bar, Workers.of(group))
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)
         run_passes(graph, plan_passes(chosen))
-        calibrate_graph(graph, rollout, chosen, None, bar)
-        with bar.step("sensitivity") as on_progress:
-            return measure(graph, rollout, chosen, on_progress)
+        data = job.calibrate(graph, rollout)
+        return job.measure(graph, rollout, data)
 
 
-def _methods(
-    recipe: Recipe,
-    directory: pathlib.Path | None,
-    on_layer: Callable[[str, int, int], None] | None,
-    first_only: bool = False,
-) -> ApplyMethods:
-    methods = recipe.methods[:1] if first_only else recipe.methods
-    return ApplyMethods(methods, recipe.weighting, recipe.seed, directory, on_layer, recipe.share_inputs)
+def _check_sources(
+    recipe: Recipe, calib_loader: Iterable[Any] | Rollout | None, forward_loop: ForwardLoop | None
+) -> None:
+    if calib_loader is not None and forward_loop is not None:
+        raise CalibrationError("give exactly one of calib_loader and forward_loop")
+    if calib_loader is None and forward_loop is None and (static := needs_data(recipe)):
+        raise CalibrationError(
+            f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
+            f"(rule {static!r}), which are measured on data. Schemes with per_token, as in 'w8a8-dynamic', need none"
+        )
 
 
 def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
@@ -212,7 +165,7 @@ def _example(
         args, shapes = loader.example_call()
         return loader, Batch(args), dynamic_shapes if dynamic_shapes is not None else shapes
     if loader is None:
-        raise CalibrationError("forward_loop shows no inputs before tracing: pass example_inputs")
+        raise CalibrationError("without a calib_loader no inputs are known before tracing: pass example_inputs")
     if not isinstance(loader, Iterable):
         raise CalibrationError(f"calib_loader is {type(loader).__name__}, expected an iterable of batches or a Rollout")
     iterator = iter(loader)

@@ -52,11 +52,20 @@ def wan_recipe(
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 
+def _without_data(name: str, weight_bits: int) -> Recipe:
+    """Inputs of 8 bits with a scale per token; weights of least squared error: nothing is learned from data."""
+    scheme = Scheme(weight_bits=weight_bits, per_token=True)
+    return wan_recipe(name, scheme, methods=(RangeSearch(),), weighting="uniform")
+
+
 PRESETS: dict[str, Recipe] = {
     "w8a8": wan_recipe("w8a8", Scheme(weight_bits=8, input_bits=8)),
     "w4a8": wan_recipe("w4a8", Scheme(weight_bits=4, input_bits=8)),
     "w4a6": wan_recipe("w4a6", Scheme(weight_bits=4, input_bits=6)),
+    "w8a8-dynamic": _without_data("w8a8-dynamic", 8),
+    "w4a8-dynamic": _without_data("w4a8-dynamic", 4),
 }
+"""Recipes by name; those called ``dynamic`` need no calibration data."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

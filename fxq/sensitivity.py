@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxq.rollout import Rollout, State
+from fxq.workers import Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ def chunk_sensitivity(
     quantized: Callable[..., Any],
     full_precision: Callable[..., Any] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    workers: Workers | None = None,
+    finished: Callable[[int, Callable[[], Tensor]], Tensor] | None = None,
 ) -> ChunkSensitivity:
     """Measure each chunk's sensitivity by forked rollouts.
 
@@ -37,20 +41,25 @@ def chunk_sensitivity(
         quantized: stand-in for the denoiser in chunk i.
         full_precision: the denoiser elsewhere; the rollout's own by default.
         on_progress: told (chunks computed, total).
+        workers: ranks that take turns with the batches.
+        finished: called with a batch's number and a function that measures it, returns the errors [videos, chunks]:
+            from an earlier run, or by calling the function.
 
     Returns:
         Normalised sensitivities and the errors they come from; uniform ones when no chunk had an error.
 
     Raises:
         ValueError: when videos differ in their number of chunks.
+        fxq.workers.WorkerError: when a rank is gone.
     """
+    workers = workers or Workers()
     reference = full_precision or rollout.denoiser
     units = [rollout.units(condition, draws) for condition, draws in rollout.batches]
     if len(set(units)) > 1:
         raise ValueError(f"sensitivity averages over videos of equal length, got {units} chunks; measure them apart")
-    total = sum(n + n * (n + 1) // 2 for n in units)
-    done = 0
-    errors = []
+    count, done = units[0], 0
+    mine = range(workers.rank, len(units), workers.size)
+    per_batch = count + count * (count + 1) // 2
 
     def advance(state: State, module: Callable[..., Any]) -> State:
         nonlocal done
@@ -58,12 +67,12 @@ def chunk_sensitivity(
             state = rollout.advance(state)
         done += 1
         if on_progress is not None:
-            on_progress(done, total)
+            on_progress(done, per_batch * len(mine))
         return state
 
-    for (condition, draws), count in zip(rollout.batches, units, strict=True):
+    def measure(batch: int) -> Tensor:
         before = []
-        state = rollout.begin(condition, draws)
+        state = rollout.begin(*rollout.batches[batch])
         for _ in range(count):
             before.append(state)
             state = advance(rollout.fork(state), reference)
@@ -74,8 +83,18 @@ def chunk_sensitivity(
             for _ in range(unit + 1, count):
                 state = advance(state, reference)
             per_chunk.append((state.latents.double() - want.double()).square().flatten(1).mean(1))
-        errors.append(torch.stack(per_chunk, dim=1))
-    mse = torch.cat(errors)
+        return torch.stack(per_chunk, dim=1)
+
+    errors = {}
+    for number in mine:
+        start = done
+        run = functools.partial(measure, number)
+        errors[str(number)] = run() if finished is None else finished(number, run)
+        done = start + per_batch
+    told: dict[str, Tensor] = {}
+    for part in workers.gather(errors):
+        told |= part
+    mse = torch.cat([told[str(i)] for i in range(len(units))])
     mean = mse.mean(0)
     if not mean.any():
         mean = torch.ones_like(mean)

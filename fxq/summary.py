@@ -105,7 +105,7 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[s
         layer=plan.layer,
         quantized=quantized,
         reason=plan.reason,
-        bits=plan.scheme.label if plan.scheme else "-",
+        bits=plan.scheme.detail if plan.scheme else "-",
         shape=(plan.out_features, plan.in_features),
         outliers=len(plan.outliers),
         output_sqnr=plan.output_sqnr,
@@ -117,15 +117,15 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[s
 
 
 def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
-    read = product.args[1]
-    assert isinstance(read, fx.Node)
+    read = next(node for node in product.all_input_nodes if node.op == "get_attr")  # the weight, for every product
     weight = get_tensor(module, str(read.target))
     return kernels.used(str(product.target).removeprefix("fxq."), weight.device.type, weight)
 
 
 def _stored_bytes(module: fx.GraphModule, plan: LayerPlan, product: fx.Node) -> int:
     """Bytes of what the layer reads; of a product that several layers share, the part of its rows."""
-    operands = [get_tensor(module, str(node.target)) for node in product.args[1:5] if isinstance(node, fx.Node)]
+    reads = (node for node in product.args[1:5] if isinstance(node, fx.Node) and node.op == "get_attr")
+    operands = [get_tensor(module, str(node.target)) for node in reads]
     joint = sum(t.numel() * t.element_size() for t in operands) * plan.out_features // max(1, len(operands[-1]))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = [buffers.get(f"{plan.layer}.{name}") for name in ("perm", "input_zero_point")]

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxq.dense_masks import dense_masks
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
+from fxq.places import DataAccesses, place_of, quoted_place
+from fxq.regions import complex_as_real, inline_regions, without_autocast
 
-_SET_GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
-    "wrap_with_autocast": "cast the model with .to(dtype) and take torch.autocast out of its forward",
     "cond": "choose the branch outside the model, so that one call has one path",
+    "flex_attention": "use another attention backend: its mask is a function, which no graph can hold as a tensor",
+    "flat_apply": "use another attention backend: its mask is a function, which no graph can hold as a tensor",
 }
+_ADVICE = (
+    "Make the forward free of data-dependent Python branches and in-place cache writes, or pass an ExportedProgram"
+)
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 class TraceError(RuntimeError):
     """A model that cannot be captured, or whose graph does not compute what the model does."""
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model behind ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``, with its own names."""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def trace(
@@ -33,8 +54,11 @@ def trace(
 ) -> QuantGraph:
     """Capture ``model`` at training IR (``aten.linear`` kept) without changing it.
 
+    Both forms of ``torch.export`` are tried, first by running the forward, then by reading its bytecode; the graph that
+    computes what eager does is taken.
+
     Args:
-        model: a module, a GraphModule or an ExportedProgram (taken as it is).
+        model: a module, a GraphModule or an ExportedProgram (taken as it is); wrappers of a module are seen through.
         args: example positional inputs.
         kwargs: example keyword inputs.
         dynamic_shapes: as for ``torch.export.export``.
@@ -48,107 +72,153 @@ def trace(
     """
     kwargs = kwargs or {}
     if isinstance(model, ExportedProgram):
-        program, eager = model, None
-    else:
-        eager = model
+        graph = _captured(model)
+        _run_unchanged(graph.module, args, kwargs)
+        return graph
+    eager, errors = plain_model(model), list[TraceError]()
+    # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
+    want = _eager(eager, args, kwargs)
+    for strict in (False, True):
         try:
-            with torch.no_grad():
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-        except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TraceError(
-                f"torch.export cannot capture {type(model).__name__}: {first}. Make the forward free of data-dependent "
-                "Python branches and in-place cache writes, or pass an ExportedProgram"
-            ) from error
-    module = program.module(check_guards=False)
+            graph = _captured(_export(eager, args, kwargs, dynamic_shapes, strict))
+            _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
+            return graph
+        except TraceError as error:
+            errors.append(error)
+    raise TraceError(_reasons(eager, args, kwargs, errors)) from errors[0]
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, strict: bool
+) -> ExportedProgram:
+    try:
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # there torch prints the graph of a failure
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+    except Exception as error:
+        raise TraceError(f"torch.export cannot capture {type(model).__name__}: {_briefly(error)}. {_ADVICE}") from error
+
+
+def _briefly(error: BaseException) -> str:
+    """First line of an error and the place in the model's code where it arose."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return f"{line}, at {found}" if (found := place_of(error)) else line
+
+
+def _eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Leaves of what the model returns."""
+    inputs, options = copy.deepcopy((args, kwargs))
+    try:
+        with torch.no_grad(), _buffers_put_back(model):
+            return pytree.tree_leaves(model(*inputs, **options))
+    except Exception as error:
+        raise TraceError(
+            f"torch.export cannot capture {type(model).__name__}: it does not run on the example inputs: "
+            f"{_briefly(error)}. Pass inputs that the model can be called with"
+        ) from error
+
+
+def _reasons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], errors: list[TraceError]) -> str:
+    """Why neither form of capture served, and where writes may have been lost."""
+    first, second = (str(error) for error in errors)
+    text = first if _cause(errors[0]) == _cause(errors[1]) else f"{first}. Captured from bytecode: {second}"
+    with DataAccesses() as accesses:
+        _eager(model, args, kwargs)
+    if accesses.places:
+        text += f". A write through .data is lost in capture: {', '.join(accesses.places[:4])}"
+    return text
+
+
+def _cause(error: TraceError) -> str:
+    """The place of a failed export, by which two failures are the same, else the message."""
+    return ("" if error.__cause__ is None else place_of(error.__cause__)) or str(error)
+
+
+def _mode(model: nn.Module) -> str:
+    return " The model is in training mode; call .eval() first." if model.training else ""
+
+
+def _captured(program: ExportedProgram) -> QuantGraph:
+    """The program's graph in the form that passes work on."""
+    module = without_autocast(program).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in _CHECKS:
             module.graph.erase_node(node)
-    _inline_grad_modes(module)
+    dense_masks(module)
     module.graph.eliminate_dead_code()
-    module.recompile()
     _refuse_regions(module)
-    _compare(module, eager, args, kwargs, tolerance)
+    complex_as_real(module)
+    module.recompile()
     return QuantGraph(module, Stage.TRACED).fork()
 
 
-def _inline_grad_modes(module: fx.GraphModule) -> None:
-    """Put the nodes of ``no_grad`` and ``enable_grad`` regions into the graph: inference has no gradients."""
-    graph = module.graph
-    while regions := [node for node in graph.nodes if node.target is _SET_GRAD]:
-        for region in regions:
-            _, source, *operands = region.args
-            inner = getattr(module, str(source.target))
-            values: dict[fx.Node, Any] = {}
-            values.update(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
-            with graph.inserting_before(region):
-                for node in inner.graph.nodes:
-                    if node.op in ("call_function", "get_attr"):
-                        values[node] = graph.node_copy(node, values.__getitem__)
-                        if node.op == "get_attr":
-                            values[node].target = f"{source.target}.{node.target}"
-                    elif node.op == "output":
-                        results = fx.map_arg(node.args[0], values.__getitem__)
-            for user in list(region.users):
-                user.replace_all_uses_with(results[user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(region)
-
-
 def _refuse_regions(module: fx.GraphModule) -> None:
-    """Linears inside submodules of the graph would stay unseen, and nothing downstream could write them."""
+    """Linears inside submodules would stay unseen and nothing downstream could write them; no more a fake tensor."""
     for node in module.graph.find_nodes(op="get_attr"):
+        user = next(iter(node.users), node)
+        where = f" at {found}" if (found := quoted_place(user.stack_trace or "")) else ""
         try:
-            get_tensor(module, str(node.target))
+            tensor = get_tensor(module, str(node.target))
         except TypeError as error:
-            user = next(iter(node.users), node)
             name = str(user.target).rpartition(".")[2]
-            place = f" in {path}" if (path := module_path(user)) else ""
+            inside = f" in {path}" if (path := module_path(user)) else ""
             remedy = _REMEDIES.get(name, "keep it outside the model that is quantized")
             raise TraceError(
-                f"the captured graph has a region {name} ({user.name}{place}): {remedy} ({error})"
+                f"the captured graph has a region {name} ({user.name}{inside}){where}: {remedy} ({error})"
             ) from None
+        if isinstance(tensor, FakeTensor):
+            raise TraceError(f"the captured graph has a tensor without values, {node.target}, used{where}")
 
 
-def _compare(
-    module: fx.GraphModule, eager: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
-) -> None:
-    mode = " The model is in training mode; call .eval() first." if eager is not None and eager.training else ""
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
-    with torch.no_grad():
-        inputs, options = copy.deepcopy((args, kwargs))
-        try:
-            got = pytree.tree_leaves(module(*inputs, **options))
-        except Exception as error:
-            raise TraceError(f"the captured graph does not run on the example inputs: {error}") from error
-        written = [n for n, (now, old) in buffers.items() if not torch.allclose(now, old, 0, 0, equal_nan=True)]
-        for name in written:
-            buffers[name][0].copy_(buffers[name][1])
-        if written:
-            raise TraceError(
-                f"the forward writes to buffer {', '.join(written[:4])}: a call would change the model.{mode} "
-                "Make caches inputs and outputs of the forward"
-            )
-        if eager is None:
-            return
-        inputs, options = copy.deepcopy((args, kwargs))
-        want = pytree.tree_leaves(eager(*inputs, **options))
+def _compare(got: list[Any], want: list[Any], tolerance: float, mode: str) -> None:
     if len(got) != len(want):
         raise TraceError(f"the captured graph returns {len(got)} values, the model {len(want)}")
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            continue
-        if a.shape != b.shape:
-            raise TraceError(f"output {i}: the captured graph returns shape {tuple(a.shape)}, eager {tuple(b.shape)}")
-        if not a.numel():
-            continue
-        a, b = a.double(), b.double()
-        same = (a == b) | (a.isnan() & b.isnan())
-        scale = b.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-12)
-        error_ = (torch.where(same, 0.0, (a - b).abs()).max() / scale).item()
-        if not error_ <= tolerance:
-            raise TraceError(
-                f"output {i}: the captured graph differs from eager by {error_:.2e} relative, allowed {tolerance:.0e}."
-                f"{mode} Hidden state or randomness in forward is the usual cause"
-            )
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            _compare_output(i, a, b, tolerance, mode)
+
+
+def _run_unchanged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str = "") -> list[Any]:
+    """Leaves of the graph's output; a graph that writes to the model's buffers is refused."""
+    inputs, options = copy.deepcopy((args, kwargs))
+    with torch.no_grad(), _buffers_put_back(module) as written:
+        try:
+            got = pytree.tree_leaves(module(*inputs, **options))
+        except Exception as error:
+            raise TraceError(f"the captured graph does not run on the example inputs: {_briefly(error)}") from error
+    if written:
+        raise TraceError(
+            f"the forward writes to buffer {', '.join(written[:4])}: a call would change the model.{mode} "
+            "Make caches inputs and outputs of the forward"
+        )
+    return got
+
+
+@contextlib.contextmanager
+def _buffers_put_back(module: nn.Module) -> Iterator[list[str]]:
+    """Give buffers that the block changed their old values; their names are in the list afterwards."""
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
+    written: list[str] = []
+    try:
+        yield written
+    finally:
+        written += [n for n, (now, old) in buffers.items() if not torch.allclose(now, old, 0, 0, equal_nan=True)]
+        for name in written:
+            buffers[name][0].copy_(buffers[name][1])
+
+
+def _compare_output(i: int, a: Tensor, b: Tensor, tolerance: float, mode: str) -> None:
+    if a.shape != b.shape:
+        raise TraceError(f"output {i}: the captured graph returns shape {tuple(a.shape)}, eager {tuple(b.shape)}")
+    if not a.numel():
+        return
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    scale = b.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-12)
+    error = (torch.where(same, 0.0, (a - b).abs()).max() / scale).item()
+    if not error <= tolerance:
+        raise TraceError(
+            f"output {i}: the captured graph differs from eager by {error:.2e} relative, allowed {tolerance:.0e}."
+            f"{mode} Hidden state or randomness in forward is the usual cause"
+        )

@@ -11,9 +11,13 @@ from torch import fx
 
 from fxq import kernels
 from fxq.graph import linear_sites, unused_tensors
-from fxq.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, planned
+from fxq.ir import LayerPlan, QuantGraph, Stage, example_value, get_tensor, plan_of, planned
 
-_GEMM = "fxq.dual_scale_linear.default"
+_STORED = {
+    kernels.dual_scale_linear.definition: ("weight", "weight_scale", "offset", "input_scale"),
+    kernels.dual_scale_linear_per_token.definition: ("weight", "weight_scale", "offset"),
+}
+"""Product of a quantized layer -> its arguments that are stored tensors."""
 
 
 class RuleError(RuntimeError):
@@ -70,9 +74,10 @@ def call_sites_of_one_weight_agree(graph: QuantGraph) -> Iterator[str]:
 
 @rule(Stage.CALIBRATED, until=Stage.LOWERED)
 def every_planned_layer_was_seen(graph: QuantGraph) -> Iterator[str]:
-    """A layer that is to be quantized has calibration rows (or already its integers)."""
-    for layer in graph.quantized_plans:
-        if layer not in graph.statistics and layer not in graph.updates:
+    """A layer that is to be quantized has calibration rows (or already its integers), or needs none."""
+    for layer, plan in graph.quantized_plans.items():
+        per_token = plan.scheme is not None and plan.scheme.per_token
+        if not per_token and layer not in graph.statistics and layer not in graph.updates:
             yield f"{layer}: planned, but calibration has no rows of it"
 
 
@@ -89,35 +94,45 @@ def no_planned_linear_is_left(graph: QuantGraph) -> Iterator[str]:
 def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
     """Weights are int8 or packed uint8 of the planned shape, scales float32 and finite."""
     for layer, (plan, nodes) in planned(graph.module).items():
-        if plan.scheme is None:
+        if (scheme := plan.scheme) is None:
             continue
+        wanted = kernels.dual_scale_linear_per_token if scheme.per_token else kernels.dual_scale_linear
         for node in nodes:
-            if str(node.target) != _GEMM:
+            if node.target not in _STORED:
                 yield f"{layer}: the plan lies on {node.target}"
-                continue
-            operands = node.args[1:5]
-            if len(node.args) != 8 or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in operands):
-                yield f"{layer}: {node.name} does not read stored tensors in the operator's order"
-                continue
-            names = [str(n.target) for n in operands]  # type: ignore[union-attr]
-            try:
-                stored, scale, x_scale, constant = (get_tensor(graph.module, name) for name in names)
-            except AttributeError as error:
-                yield f"{layer}: a tensor is missing: {error}"
-                continue
-            packed = node.args[6] == 4
-            width = plan.in_features // 2 if packed else plan.in_features
-            if tuple(stored.shape) != (plan.out_features, width):
-                yield f"{layer}: weight {tuple(stored.shape)}, expected {(plan.out_features, width)}"
-            if stored.dtype != (torch.uint8 if packed else torch.int8):
-                yield f"{layer}: weight dtype {stored.dtype}"
-            groups = 2 if plan.outliers else 1
-            if tuple(scale.shape) != (groups, plan.out_features) or tuple(x_scale.shape) != (groups,):
-                yield f"{layer}: scales {tuple(scale.shape)} and {tuple(x_scale.shape)}, expected {groups} groups"
-            if not all(bool(t.isfinite().all()) for t in (scale, x_scale, constant)):
-                yield f"{layer}: a scale or offset is not finite"
-            if node.args[5] != plan.split:
-                yield f"{layer}: split {node.args[5]}, the plan says {plan.split}"
+            elif node.target != wanted.definition:
+                yield f"{layer}: its product is {node.target}, the plan says {scheme.detail}"
+            else:
+                yield from (f"{layer}: {line}" for line in _misfits(graph.module, plan, node))
+
+
+def _misfits(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> Iterator[str]:
+    """What is wrong with a product of a planned layer."""
+    named = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+    reads = [named.get(name) for name in _STORED[node.target]]  # type: ignore[index]
+    if len(named) != 8 or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in reads):
+        yield f"{node.name} does not read stored tensors in the operator's order"
+        return
+    try:
+        tensors = [get_tensor(module, str(n.target)) for n in reads]  # type: ignore[union-attr]
+    except AttributeError as error:
+        yield f"a tensor is missing: {error}"
+        return
+    stored, scale, *others = tensors
+    packed = named["bits"] == 4
+    width = plan.in_features // 2 if packed else plan.in_features
+    if tuple(stored.shape) != (plan.out_features, width):
+        yield f"weight {tuple(stored.shape)}, expected {(plan.out_features, width)}"
+    if stored.dtype != (torch.uint8 if packed else torch.int8):
+        yield f"weight dtype {stored.dtype}"
+    groups = 2 if plan.outliers else 1
+    shapes = [tuple(t.shape) for t in (scale, *others[1:])]
+    if shapes != [(groups, plan.out_features), (groups,)][: len(shapes)]:
+        yield f"scales {' and '.join(map(str, shapes))}, expected {groups} groups"
+    if not all(bool(t.isfinite().all()) for t in (scale, *others)):
+        yield "a scale or offset is not finite"
+    if named["split"] != plan.split:
+        yield f"split {named['split']}, the plan says {plan.split}"
 
 
 @rule(Stage.FROZEN)

@@ -9,6 +9,7 @@ from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm import dual_scale_linear
 from fxq.kernels.norm import norm_quantize
 from fxq.kernels.op import Op
+from fxq.kernels.per_token import dual_scale_linear_per_token, quantize_per_token
 from fxq.kernels.quantize import quantize_act
 from fxq.kernels.rope import rms_norm_rope
 
@@ -22,6 +23,8 @@ OPS: tuple[Op, ...] = (
     attention,
     quantize_fp8,
     dual_scale_linear_fp8,
+    quantize_per_token,
+    dual_scale_linear_per_token,
 )
 
 __all__ = [
@@ -31,10 +34,12 @@ __all__ = [
     "dual_scale_linear",
     "dual_scale_linear_add",
     "dual_scale_linear_fp8",
+    "dual_scale_linear_per_token",
     "dual_scale_linear_quantize",
     "norm_quantize",
     "quantize_act",
     "quantize_fp8",
+    "quantize_per_token",
     "rms_norm_rope",
     "used",
 ]

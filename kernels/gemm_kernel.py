@@ -48,7 +48,7 @@ def _multiply(q: Block, w: Block, acc: Block, SWAPPED: constexpr) -> Block:
 
 
 @jit
-def _accumulate(
+def accumulate(
     acc: Block,
     q_rows: Pointer,
     w_rows: Pointer,
@@ -142,12 +142,12 @@ def linear_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=TOTAL) if SWAPPED else tl.zeros((BLOCK_M, BLOCK_N), dtype=TOTAL)
     unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
     if DUAL:
-        acc = _accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
+        acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
         outlier = tl.load(input_scale_ptr + 1) * tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=1.0)
         ratio = tl.div_rn(outlier, unit)
         scaled = acc.to(tl.float32) * ratio[:, None] if SWAPPED else acc.to(tl.float32) * ratio[None, :]
         acc = round_to_int32(scaled, PTX) if INTEGER else scaled
-    acc = _accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
+    acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
     if SWAPPED:
         acc = tl.trans(acc)
     if BLOCK_N > 128:

@@ -57,6 +57,9 @@ TABLE = (
 )
 """All tiles, largest first. Each fits the 99 KiB of shared memory of sm_86, 89 and 120."""
 
+TWO_SUMS = (Tiles(128, 64, 128, warps=8, stages=3), *TABLE[3:])
+"""Tiles of the product with scales per token for two groups of channels: it holds a sum for each."""
+
 PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Streaming multiprocessors of the usual GPU of each architecture (A100, A6000, 4090, H100, B200, 5090)."""
 
@@ -73,8 +76,11 @@ def candidates(arch: int, operation: str = "store") -> tuple[Tiles, ...]:
 
     Args:
         arch: one of ``PROCESSORS``.
-        operation: "store", "add", or the activation before the next layer's quantization.
+        operation: "store", "add", the activation before the next layer's quantization, or with scales per token
+            "per_token" and, for two groups of channels, "per_token_dual".
     """
+    if operation == "per_token_dual":
+        return TWO_SUMS
     return TABLE[1:] if (arch, operation) in SPILLING else TABLE
 
 

@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
-import re
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, fx
 
+from fxq.checkpoint import Checkpoint
 from fxq.graph import LinearSite, linear_sites
 from fxq.ir import LayerPlan, LayerStatistics, LayerUpdate, QuantGraph, Stage, planned, set_plan
 from fxq.passes.methods import LayerProblem, Method, output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.pipeline import Analysis
-
-_TENSORS = ("weight", "weight_scale", "input_scale", "input_zero_point")
+from fxq.residency import Residency
+from fxq.workers import Workers
 
 
 def group_order(plan: LayerPlan) -> Tensor:
@@ -36,41 +34,52 @@ def group_order(plan: LayerPlan) -> Tensor:
 class ApplyMethods(Analysis):
     """Fills ``graph.updates`` and each plan's output SQNR.
 
-    With ``checkpoint_dir`` every finished layer is one file; a rerun with the same layer, data and settings reads it
-    instead of working again. ``on_layer`` is told (layer, done, total). With ``share_inputs`` layers that read the same
-    input (:func:`~fxq.passes.share_inputs.input_groups`) are one problem of stacked weights on the first one's rows:
-    their input scales are equal, whatever the methods do, and a checkpoint holds all of them.
+    With a ``checkpoint`` every finished layer is one file; a rerun with the same layer, data and settings reads it
+    instead of working again, and integers stay in the file until they are used. ``on_layer`` is told (layer, done,
+    total). With ``share_inputs`` layers that read the same input (:func:`~fxq.passes.share_inputs.input_groups`) are
+    one problem of stacked weights on the first one's rows: their input scales are equal, whatever the methods do, and
+    a checkpoint holds all of them. ``workers`` divide the problems among them.
     """
 
     methods: tuple[Method, ...]
     weighting: str = "sensitivity"
     seed: int = 0
-    checkpoint_dir: pathlib.Path | None = None
+    checkpoint: Checkpoint | None = None
     on_layer: Callable[[str, int, int], None] | None = None
     share_inputs: bool = False
+    workers: Workers = dataclasses.field(default_factory=Workers)
     needs: ClassVar[Stage] = Stage.CALIBRATED
     gives: ClassVar[Stage] = Stage.CALIBRATED
 
     def run(self, graph: QuantGraph) -> int:
-        """Returns the number of layers worked on."""
-        notes = planned(graph.module)
-        total, done = len(graph.quantized_plans), 0
-        for group in self._groups(graph):
+        """Returns the number of layers worked on.
+
+        Raises:
+            ValueError: when there is no method.
+            fxq.workers.WorkerError: when a rank is gone.
+        """
+        if not self.methods:
+            raise ValueError("the recipe has no method; RangeSearch() or MinMax() is the least")
+        groups = self._groups(graph)
+        plans = graph.quantized_plans
+        owners = self.workers.owners([self._cost(plans, group) for group in groups])
+        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == self.workers.rank]
+        solved, done, total = {}, 0, sum(map(len, mine))
+        for group in mine:
             if self.on_layer is not None:
                 self.on_layer(group[0].layer, done, total)
-            problems = [self._problem(graph, site, notes[site.layer][0]) for site in group]
-            joint = _stacked(problems)
-            updates = _split(self._solve(joint), [len(problem.weight) for problem in problems])
-            for problem, update in zip(problems, updates, strict=True):
-                graph.updates[problem.layer] = update
-                plan, nodes = notes[problem.layer]
-                sqnr = round(output_sqnr(problem, update), 3)
-                for node in nodes:
-                    set_plan(node, dataclasses.replace(plan, output_sqnr=sqnr))
+            solved[group[0].layer] = self._solve(graph, group, plans)
             done += len(group)
         if self.on_layer is not None and total:
             self.on_layer("", total, total)
-        return total
+        notes = planned(graph.module)
+        for group, owner in zip(groups, owners, strict=True):
+            self._record(graph, group, notes, self.workers.share(solved.pop(group[0].layer, None), owner))
+        return len(plans)
+
+    def _cost(self, plans: dict[str, LayerPlan], group: list[LinearSite]) -> float:
+        members = [plans[site.layer] for site in group]
+        return float(sum(plan.in_features * plan.out_features for plan in members))
 
     def _groups(self, graph: QuantGraph) -> list[list[LinearSite]]:
         """Layers to be quantized, in graph order, each with those that are solved with it."""
@@ -85,57 +94,88 @@ class ApplyMethods(Analysis):
                     del groups[layer]
         return list(groups.values())
 
+    def _solve(self, graph: QuantGraph, group: list[LinearSite], plans: dict[str, LayerPlan]) -> dict[str, Tensor]:
+        """Integers and scales of each layer of a group, by its number, and their quality."""
+        residency = Residency()
+        problems = [self._problem(graph, site, plans[site.layer]) for site in group]
+        joint = _stacked(problems)
+        key = _key(joint, self.methods) if self.checkpoint is not None else ""
+        tensors = None if self.checkpoint is None else self.checkpoint.read(joint.layer, key)
+        if tensors is None:
+            update: LayerUpdate | None = None
+            for method in self.methods:
+                update = method.apply(joint, update)
+            assert update is not None
+            parts = _split(update, [len(problem.weight) for problem in problems])
+            quality = [_quality(problem, part) for problem, part in zip(problems, parts, strict=True)]
+            tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64)}
+            if self.checkpoint is not None:
+                tensors = self.checkpoint.write(joint.layer, key, tensors)
+        residency.give_back(*(site.weight(graph.module) for site in group), *tensors.values())
+        if (statistics := graph.statistics.get(group[0].layer)) is not None:
+            residency.give_back(statistics.rows)
+        return tensors
+
+    def _record(
+        self,
+        graph: QuantGraph,
+        group: list[LinearSite],
+        notes: dict[str, tuple[LayerPlan, list[fx.Node]]],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        for i, (site, sqnr) in enumerate(zip(group, tensors["output_sqnr"].tolist(), strict=True)):
+            graph.updates[site.layer] = _from_tensors(tensors, i)
+            plan, nodes = notes[site.layer]
+            for node in nodes:
+                set_plan(node, dataclasses.replace(plan, output_sqnr=None if math.isnan(sqnr) else sqnr))
+
     def _problem(self, graph: QuantGraph, site: LinearSite, plan: LayerPlan) -> LayerProblem:
-        statistics: LayerStatistics = graph.statistics[plan.layer]
-        order = group_order(plan)
-        assert plan.scheme is not None
+        order, scheme = group_order(plan), plan.scheme
+        assert scheme is not None
+        weight = site.weight(graph.module).float().cpu()[:, order]
+        statistics = graph.statistics.get(plan.layer) or _no_data(plan.in_features)
         weights = graph.chunk_weights
         if self.weighting == "single_scale_only" and plan.outliers:
             weights = torch.ones_like(weights)
         chunk = statistics.chunks.clamp(max=len(weights) - 1)
         return LayerProblem(
             layer=plan.layer,
-            weight=site.weight(graph.module).float().cpu()[:, order],
+            weight=weight,
             low=statistics.low[order],
             high=statistics.high[order],
             rows=statistics.rows.float()[:, order],
             row_weights=weights[chunk].float(),
-            scheme=plan.scheme,
+            scheme=scheme,
             split=plan.split,
             seed=self.seed,
         )
 
-    def _solve(self, problem: LayerProblem) -> LayerUpdate:
-        key, path = "", None
-        if self.checkpoint_dir is not None:
-            key = self._key(problem)
-            path = self.checkpoint_dir / (re.sub(r"[^\w.-]", "_", problem.layer) + ".safetensors")
-            if (saved := _read(path, key)) is not None:
-                return saved
-        update: LayerUpdate | None = None
-        for method in self.methods:
-            update = method.apply(problem, update)
-        if update is None:
-            raise ValueError("the recipe has no method; RangeSearch() or MinMax() is the least")
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file({name: getattr(update, name) for name in _TENSORS}, part, metadata={"key": key})
-            part.replace(path)
-        return update
 
-    def _key(self, problem: LayerProblem) -> str:
-        settings = [
-            problem.layer,
-            problem.split,
-            problem.seed,
-            dataclasses.asdict(problem.scheme),
-            _describe(self.methods),
-        ]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        for tensor in (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights):
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+def _no_data(width: int) -> LayerStatistics:
+    """Statistics of a layer whose inputs are measured at run time and that calibration did not look at."""
+    zeros = torch.zeros(width)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return LayerStatistics(low=zeros, high=zeros, rows=torch.zeros(0, width), chunks=empty, seen=0)
+
+
+def _quality(problem: LayerProblem, update: LayerUpdate) -> float:
+    """Output SQNR in dB, NaN where there are no rows to measure it on."""
+    return round(output_sqnr(problem, update), 3) if len(problem.rows) else math.nan
+
+
+def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
+    """Digest of everything that a layer's integers follow from."""
+    settings = [
+        problem.layer,
+        problem.split,
+        problem.seed,
+        dataclasses.asdict(problem.scheme),
+        [[type(method).__name__, dataclasses.asdict(method)] for method in methods],  # type: ignore[call-overload]
+    ]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for tensor in (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _stacked(problems: list[LayerProblem]) -> LayerProblem:
@@ -149,31 +189,18 @@ def _stacked(problems: list[LayerProblem]) -> LayerProblem:
 
 def _split(update: LayerUpdate, sizes: list[int]) -> list[LayerUpdate]:
     """The update of each layer of a stacked problem, by its number of outputs."""
-    if len(sizes) == 1:
-        return [update]
     rows, scales = update.weight.split(sizes), update.weight_scale.split(sizes, 1)
-    return [
-        LayerUpdate(
-            weight=row.clone(),
-            weight_scale=scale.clone(),
-            input_scale=update.input_scale.clone(),
-            input_zero_point=update.input_zero_point.clone(),
-        )
-        for row, scale in zip(rows, scales, strict=True)
-    ]
+    return [dataclasses.replace(update, weight=row, weight_scale=s) for row, s in zip(rows, scales, strict=True)]
 
 
-def _describe(methods: tuple[Any, ...]) -> list[Any]:
-    return [[type(method).__name__, dataclasses.asdict(method)] for method in methods]
+def _to_tensors(updates: list[LayerUpdate]) -> dict[str, Tensor]:
+    """Tensors with memory of their own, by number and name."""
+    fields = [field.name for field in dataclasses.fields(LayerUpdate)]
+    named = {f"{i}.{name}": getattr(update, name) for i, update in enumerate(updates) for name in fields}
+    several = len(updates) > 1
+    return {name: t.clone() if several else t for name, t in named.items() if t is not None}
 
 
-def _read(path: pathlib.Path, key: str) -> LayerUpdate | None:
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("key") != key:
-                return None
-            return LayerUpdate(**{name: file.get_tensor(name) for name in _TENSORS})
-    except SafetensorError:
-        return None
+def _from_tensors(tensors: dict[str, Tensor], number: int) -> LayerUpdate:
+    fields = [field.name for field in dataclasses.fields(LayerUpdate)]
+    return LayerUpdate(**{name: tensors.get(f"{number}.{name}") for name in fields})  # type: ignore[arg-type]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from torch import fx
-
 from fxq import numerics
 from fxq.graph import drop_unread_attributes, unused_tensors
-from fxq.ir import LAYER_TENSORS, QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor
+from fxq.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor, stored_names
 from fxq.pipeline import Rewrite
 
 
@@ -38,15 +36,14 @@ class Freeze(Rewrite):
             drop_tensor(module, f"{layer}.weight_int")
             put_tensor(module, f"{layer}.weight", stored)
             for node in nodes:
-                read = node.args[1]
-                assert isinstance(read, fx.Node)
+                read = next(n for n in node.all_input_nodes if n.target == f"{layer}.weight_int")
                 read.target = f"{layer}.weight"
                 node.update_arg(6, bits)
             count += 1
         drop_unread_attributes(module.graph)
         for name in unused_tensors(module):
             drop_tensor(module, name)
-        made = {f"{layer}.{name}" for layer, plan in graph.quantized_plans.items() for name in LAYER_TENSORS}
+        made = {f"{layer}.{name}" for layer, plan in graph.quantized_plans.items() for name in stored_names(plan)}
         for name in sorted({str(node.target) for node in module.graph.nodes if node.op == "get_attr"} - made):
             put_tensor(module, name, get_tensor(module, name).detach().clone())
         graph.statistics.clear()

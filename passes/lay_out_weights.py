@@ -19,12 +19,15 @@ _FAMILY = tuple(
     for op in (kernels.dual_scale_linear, kernels.dual_scale_linear_quantize, kernels.dual_scale_linear_add)
 )
 
+_PER_TOKEN = "input scales are measured per token: quantize and product stay apart, with the weight as stored"
+
 
 @dataclasses.dataclass(frozen=True)
 class LayOutWeights(Rewrite):
     """On a CPU with native kernels weights become panels (:mod:`fxq.kernels.panels`); elsewhere they stay.
 
-    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one.
+    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one. Layers with
+    scales per token keep theirs: no native kernel and no fused operator multiplies with such scales.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -33,6 +36,9 @@ class LayOutWeights(Rewrite):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of weights laid out anew."""
         module, done = graph.module, set()
+        for layer, planned in graph.quantized_plans.items():
+            if planned.scheme is not None and planned.scheme.per_token:
+                graph.remark(layer, _PER_TOKEN)
         for node in module.graph.nodes:
             if node.op != "call_function" or node.target not in _FAMILY:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import ClassVar
 
 import torch
@@ -37,6 +38,9 @@ class LowerLinear(Rewrite):
     Integers stay one per byte here; :class:`~fxq.passes.freeze.Freeze` packs them. Tensors are registered under the
     layer's name: ``weight_int`` [N, K], ``weight_scale`` [G, N], ``input_scale`` [G], ``input_zero_point`` [G],
     ``offset`` [N] and, for dual-scale layers, ``perm`` [K].
+
+    Layers whose scheme is per token become ``fxq::quantize_per_token`` and ``fxq::dual_scale_linear_per_token``
+    instead: their input scales are a result of the first and not stored, and ``offset`` is the bias.
     """
 
     needs: ClassVar[Stage] = Stage.CALIBRATED
@@ -64,69 +68,88 @@ class LowerLinear(Rewrite):
     def _tensors(
         self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate
     ) -> dict[str, Tensor]:
-        self._check_range(plan, update)
-        tensors: dict[str, Tensor] = {
-            "weight_int": update.weight,
-            "weight_scale": update.weight_scale,
-            "input_scale": update.input_scale,
-            "input_zero_point": update.input_zero_point,
-            "offset": numerics.fold_offset(
-                site.bias(module),
-                update.weight,
-                update.weight_scale,
-                update.input_scale,
-                update.input_zero_point,
-                plan.split,
-            ),
-        }
+        _check_range(plan, update)
+        bias = site.bias(module)
+        tensors: dict[str, Tensor] = {"weight_int": update.weight, "weight_scale": update.weight_scale}
+        if update.input_scale is None or update.input_zero_point is None:
+            tensors["offset"] = torch.zeros(plan.out_features) if bias is None else bias.float().clone()
+        else:
+            scales = (update.weight_scale, update.input_scale, update.input_zero_point)
+            tensors["input_scale"], tensors["input_zero_point"] = scales[1:]
+            tensors["offset"] = numerics.fold_offset(bias, update.weight, *scales, plan.split)
         if plan.outliers:
             tensors["perm"] = group_order(plan).to(torch.int32)
         device = site.weight(module).device
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
-    def _check_range(self, plan: LayerPlan, update: LayerUpdate) -> None:
-        """Refuse integers that could overflow an int32 accumulator."""
-        if plan.in_features >= 2**17:
-            raise LoweringError(
-                f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; "
-                "exclude it by a rule"
-            )
-        if plan.outliers:
-            scale = update.input_scale[:, None] * update.weight_scale
-            ratio = float((scale[1] / scale[0]).max())
-            limit = numerics.ratio_limit(plan.in_features, plan.split)
-            if not ratio <= limit:
-                raise LoweringError(
-                    f"layer {plan.layer}: outlier scales are {ratio:.3g} times the normal ones, at most {limit:.3g} "
-                    "fits the int32 accumulator; set dual_scale to false for it"
-                )
-
     def _replace(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan) -> None:
         old, scheme = site.node, plan.scheme
         assert scheme is not None
-        graph, value, x = module.graph, example_value(old), old.args[0]
-        assert isinstance(x, fx.Node)
+        graph, value = module.graph, example_value(old)
         dtype = site.weight(module).dtype if value is None else value.dtype
         with graph.inserting_before(old):
-
-            def get(name: str) -> fx.Node:
-                node = graph.create_node("get_attr", f"{plan.layer}.{name}")
-                inherit_meta(node, old, None)
-                return node
-
-            perm = get("perm") if plan.outliers else None
-            scale, zero = get("input_scale"), get("input_zero_point")
-            q = graph.call_function(
-                kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, scheme.input_bits)
-            )
-            x_value = example_value(x)
-            inherit_meta(q, old, None if x_value is None else x_value.new_empty(x_value.shape, dtype=torch.int8))
-            y = graph.call_function(
-                kernels.dual_scale_linear.definition,
-                (q, get("weight_int"), get("weight_scale"), scale, get("offset"), plan.split, 8, dtype),
-            )
+            y = (_per_token if scheme.per_token else _static)(graph, old, plan, dtype)
         inherit_meta(y, old, value)
         set_plan(y, plan)
         clear_plan(old)
         old.replace_all_uses_with(y)
         graph.erase_node(old)
+
+
+def _check_range(plan: LayerPlan, update: LayerUpdate) -> None:
+    """Refuse integers that could overflow an int32 accumulator; groups with scales per token have one each."""
+    if plan.in_features >= 2**17:
+        raise LoweringError(
+            f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; exclude it by a rule"
+        )
+    if plan.outliers and update.input_scale is not None:
+        scale = update.input_scale[:, None] * update.weight_scale
+        ratio = float((scale[1] / scale[0]).max())
+        limit = numerics.ratio_limit(plan.in_features, plan.split)
+        if not ratio <= limit:
+            raise LoweringError(
+                f"layer {plan.layer}: outlier scales are {ratio:.3g} times the normal ones, at most {limit:.3g} "
+                "fits the int32 accumulator; set dual_scale to false for it"
+            )
+
+
+def _get(graph: fx.Graph, old: fx.Node, plan: LayerPlan, name: str) -> fx.Node:
+    node = graph.create_node("get_attr", f"{plan.layer}.{name}")
+    inherit_meta(node, old, None)
+    return node
+
+
+def _static(graph: fx.Graph, old: fx.Node, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+    """The integer operators in front of a linear whose input scales are stored."""
+    x, scheme = old.args[0], plan.scheme
+    assert isinstance(x, fx.Node) and scheme is not None
+    perm = _get(graph, old, plan, "perm") if plan.outliers else None
+    scale, zero = (_get(graph, old, plan, name) for name in ("input_scale", "input_zero_point"))
+    q = graph.call_function(kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, scheme.input_bits))
+    value = example_value(x)
+    inherit_meta(q, old, None if value is None else value.new_empty(value.shape, dtype=torch.int8))
+    weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
+    return graph.call_function(
+        kernels.dual_scale_linear.definition, (q, weight, weight_scale, scale, offset, plan.split, 8, dtype)
+    )
+
+
+def _per_token(graph: fx.Graph, old: fx.Node, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+    """The integer operators in front of a linear whose input scales are measured per token."""
+    x, scheme = old.args[0], plan.scheme
+    assert isinstance(x, fx.Node) and scheme is not None
+    perm = _get(graph, old, plan, "perm") if plan.outliers else None
+    pair = graph.call_function(kernels.quantize_per_token.definition, (x, perm, plan.split, scheme.input_bits))
+    q, scale = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
+    if (value := example_value(x)) is not None:
+        groups = 2 if plan.outliers else 1
+        integers = value.new_empty(value.shape, dtype=torch.int8)
+        scales = value.new_empty((*value.shape[:-1], groups), dtype=torch.float32)
+    else:
+        integers = scales = None
+    for node, made in ((pair, (integers, scales)), (q, integers), (scale, scales)):
+        inherit_meta(node, old, None if value is None else made)
+    weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
+    return graph.call_function(
+        kernels.dual_scale_linear_per_token.definition, (q, scale, weight, weight_scale, offset, plan.split, 8, dtype)
+    )

@@ -26,11 +26,16 @@ from fxq.ir import (
     put_tensor,
     set_plan,
 )
+from fxq.passes import edits
+from fxq.passes.patterns import arguments
 from fxq.passes.share_inputs import block_of
 from fxq.pipeline import Rewrite
 
-_QUANTIZE = kernels.quantize_act.definition
-_LINEAR = kernels.dual_scale_linear.definition
+_PER_TOKEN = kernels.quantize_per_token.definition
+_QUANTIZES = (kernels.quantize_act.definition, _PER_TOKEN)
+_LINEARS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
+_STACKED = {"weight": 0, "weight_scale": 1, "offset": 0}
+"""Tensors of a linear that lie one after the other in a joint one, and along which dimension."""
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
 
@@ -39,9 +44,10 @@ _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
 class MergeLinears(Rewrite):
     """One quantize for all linears that read it alike, and one GEMM for those of one block.
 
-    Cases: 1. ``quantize_act`` nodes of one input with equal tensors and bits become the first of them; 2. linears of
-    one block on one quantize node, of equal bits and dtype, become one GEMM of their stacked rows and a split; 3. a
-    linear that reads what its neighbours read but cannot join any keeps its GEMM, with the reason as a remark.
+    Cases: 1. quantize nodes of one input with equal tensors and bits become the first of them, static ones and those
+    that measure scales per token; 2. linears of one block on one quantize node, of equal bits and dtype, become one
+    GEMM of their stacked rows and a split; 3. a linear that reads what its neighbours read but cannot join any keeps
+    its GEMM, with the reason as a remark.
 
     A part is a view of the joint result: readers that need dense memory get a copy, and so does the caller, or a cache
     of values would keep the queries and keys in memory too. Layers of different blocks stay apart: the keys and values
@@ -75,21 +81,28 @@ class MergeLinears(Rewrite):
 
 
 def unify_quantizes(module: fx.GraphModule) -> int:
-    """Leave one of the ``quantize_act`` nodes that compute the same; returns how many went.
+    """Leave one of the quantize nodes that compute the same; returns how many went.
 
     Nodes with an operator between them that writes into their input's memory stay apart.
     """
     seen: dict[Any, fx.Node] = {}
-    before = len(module.graph.nodes)
+    count = 0
     for node in list(module.graph.nodes):
-        if written := {_storage(argument) for argument in _written(node)}:
-            seen = {key: first for key, first in seen.items() if _storage(first.args[0]) not in written}
-        if node.target == _QUANTIZE:
-            key = (node.args[0], *(_bytes(module, tensor) for tensor in node.args[1:4]), *node.args[4:])
+        if written := set(edits.written(node)):
+            seen = {key: first for key, first in seen.items() if edits.owner(first.all_input_nodes[0]) not in written}
+        if node.target in _QUANTIZES or _measured(node) is not None:
+            key = (node.target, node.args[0], *(_bytes(module, argument) for argument in node.args[1:]))
             if (first := seen.setdefault(key, node)) is not node:
                 node.replace_all_uses_with(first)
                 module.graph.erase_node(node)
-    return before - len(module.graph.nodes)
+                count += node.target in _QUANTIZES
+    return count
+
+
+def _measured(node: fx.Node) -> fx.Node | None:
+    """The ``quantize_per_token`` whose integers or scales a node takes, or None."""
+    pair = node.args[0] if node.target is operator.getitem else None
+    return pair if isinstance(pair, fx.Node) and pair.target == _PER_TOKEN else None
 
 
 def _bytes(module: fx.GraphModule, argument: Any) -> Any:
@@ -100,31 +113,12 @@ def _bytes(module: fx.GraphModule, argument: Any) -> Any:
     return tensor.dtype, tuple(tensor.shape), tensor.cpu().numpy().tobytes()
 
 
-def _schema(node: fx.Node) -> torch.FunctionSchema | None:
-    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
-
-
-def _written(node: fx.Node) -> Iterator[Any]:
-    """Arguments that the node writes into."""
-    if (schema := _schema(node)) is not None and schema.is_mutable:
-        for argument, value in zip(schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                yield value
-
-
 def _is_view(node: fx.Node) -> bool:
     """Whether the result may share the memory of the first argument."""
-    schema = _schema(node)
+    schema = getattr(node.target, "_schema", None)
     return node.target is operator.getitem or (
         schema is not None and any(result.alias_info is not None for result in schema.returns)
     )
-
-
-def _storage(node: Any) -> Any:
-    """The node whose memory ``node`` may be a view of."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and _is_view(node):
-        node = node.args[0]
-    return node
 
 
 def _views(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -139,9 +133,9 @@ def _neighbours(module: fx.GraphModule) -> Iterator[list[fx.Node]]:
     """Planned linears of one block on one input, in graph order, where there are two or more."""
     found: dict[tuple[Any, str], list[fx.Node]] = {}
     for node in module.graph.nodes:
-        if node.target == _LINEAR and (plan := plan_of(node)) is not None:
-            q = node.args[0]
-            source = q.args[0] if q.target == _QUANTIZE else q
+        if node.target in _LINEARS and (plan := plan_of(node)) is not None:
+            q = _measured(node.args[0]) or node.args[0]
+            source = q.args[0] if q.target in _QUANTIZES else q
             found.setdefault((source, block_of(plan.layer)), []).append(node)
     yield from (linears for linears in found.values() if len(linears) > 1)
 
@@ -150,14 +144,16 @@ def _groups(module: fx.GraphModule, obstacles: dict[fx.Node, str]) -> list[list[
     """The linears, those together that become one GEMM."""
     groups: dict[Any, list[fx.Node]] = {}
     for node, obstacle in obstacles.items():
-        key = node if obstacle else (node.args[0], *node.args[5:8], _bytes(module, node.args[3]))
+        named = arguments(node)
+        alike = (named[name] for name in ("q", "split", "bits", "dtype"))
+        key = node if obstacle else (node.target, *alike, _bytes(module, named["input_scale"]))
         groups.setdefault(key, []).append(node)
     return list(groups.values())
 
 
 def _obstacle(readers: Counter[str], node: fx.Node) -> str:
     """Why the linear's rows cannot lie in a joint weight, or ""."""
-    if any(isinstance(n, fx.Node) and readers[str(n.target)] > 1 for n in (node.args[1], node.args[2], node.args[4])):
+    if any(readers[str(arguments(node)[name].target)] > 1 for name in _STACKED):
         return "its weight is used at several places"
     if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
         return "as_strided reads its result"
@@ -210,23 +206,24 @@ def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
 def _merge(module: fx.GraphModule, group: list[fx.Node]) -> None:
     """Replace the linears by one at the first of them, whose tensors hold their rows one below the other."""
     first, plans, values = group[0], [_plan(node) for node in group], [example_value(node) for node in group]
-    name = joint_name(module, [plan.layer for plan in plans])
+    name, target = joint_name(module, [plan.layer for plan in plans]), first.target
+    named = arguments(first)
     sizes = [plan.out_features for plan in plans]
     value = None if values[0] is None else values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
     graph = module.graph
 
-    def stack(position: int, leaf: str, dim: int) -> fx.Node:
-        tensors = [_read(module, node.args[position]) for node in group]
+    def stack(leaf: str, dim: int) -> fx.Node:
+        tensors = [_read(module, arguments(node)[leaf]) for node in group]
         put_tensor(module, f"{name}.{leaf}", torch.cat(tensors, dim))
         return graph.get_attr(f"{name}.{leaf}")
 
     with graph.inserting_before(first):
-        weight, scale, offset = stack(1, "weight", 0), stack(2, "weight_scale", 1), stack(4, "offset", 0)
-        joint = graph.call_function(_LINEAR, (first.args[0], weight, scale, first.args[3], offset, *first.args[5:]))
+        stacked = {leaf: stack(leaf, dim) for leaf, dim in _STACKED.items()}
+        joint = graph.call_function(target, tuple((named | stacked).values()))  # type: ignore[arg-type]
         split = graph.call_function(_ATEN.split_with_sizes.default, (joint, sizes, -1))
         parts = [graph.call_function(operator.getitem, (split, i)) for i in range(len(group))]
     pieces = [None] * len(group) if value is None else value.split(sizes, -1)
-    for node in (weight, scale, offset):
+    for node in stacked.values():
         inherit_meta(node, first, None)
     inherit_meta(joint, first, value)
     inherit_meta(split, first, None if value is None else list(pieces))

@@ -22,6 +22,7 @@ from fxq.binding import BackendError, bind
 from fxq.dynamo_graph import operands
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
+from tests.passes.test_share_inputs import model as siblings
 from tests.toys import Block, recipe, relative_error, rows, toy, wan_rollout
 
 DATA = [rows(6, 96, seed=seed) for seed in range(3)]
@@ -445,3 +446,30 @@ def test_an_installed_entry_point_makes_the_backend_known_by_name(tmp_path):
     paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **paths}, capture_output=True, text=True)
     assert "backend fxq runs calibrated models only" in done.stderr
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_layers_with_scales_per_token_are_compiled(bits, compiled):
+    model = toy(blocks=2)
+    module = fxq.quantize(model, None, recipe(bits, per_token=True), example_inputs=DATA[0], progress=False)
+    compile_blocks(model, fxq.bind(model, module))
+    assert torch.equal(model(DATA[1]), module(DATA[1]))
+    called = [name for gm, *_ in compiled for name in targets(gm)]
+    assert called.count("fxq.dual_scale_linear_per_token.default") == 2 and "fxq.quantize_act.default" not in called
+
+
+def test_linears_on_one_input_share_what_is_measured_of_it(compiled):
+    model = siblings()
+    module = fxq.quantize(model, None, recipe(per_token=True), example_inputs=DATA[0], progress=False)
+    got = compile_whole(model, module)(DATA[1])
+    assert all(torch.equal(a, b) for a, b in zip(got, module(DATA[1]), strict=True))
+    called = [name for gm, *_ in compiled for name in targets(gm)]
+    assert called.count("fxq.quantize_per_token.default") == 1
+    assert called.count("fxq.dual_scale_linear_per_token.default") == 3
+
+
+@pytest.mark.slow
+def test_inductor_compiles_layers_with_scales_per_token():
+    model = toy(blocks=2)
+    module = fxq.quantize(model, None, recipe(4, per_token=True), example_inputs=DATA[0], progress=False)
+    assert relative_error(module, compile_whole(model, module), DATA[1]) < 1e-5

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxq
-from fxq.calibrate import Batch, CalibrationError, Collector, as_batch, calibrate
+from fxq.calibrate import Batch, as_batch, calibrate
+from fxq.collect import CalibrationError, Collector
 from fxq.passes import PlanLayers
 from fxq.pipeline import run_passes
 from fxq.trace import trace

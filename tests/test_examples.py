@@ -32,6 +32,26 @@ def test_the_compiled_example_runs(name, capsys):
 
 
 @pytest.mark.slow
+def test_the_folder_example_writes_what_diffusers_reads(capsys):
+    pytest.importorskip("diffusers")
+    example = runpy.run_path(str(EXAMPLES / "diffusers_folder.py"), run_name="fxq_example")
+    example["main"]([])
+    text = capsys.readouterr().out
+    error = next(line for line in text.splitlines() if "relative error" in line)
+    assert float(error.split()[-1]) < 0.02
+    assert "from_pretrained differs from it by 0.00000" in text or "needs accelerate" in text
+
+
+@pytest.mark.slow
+def test_the_example_on_two_ranks_makes_the_video_of_one():
+    script = [sys.executable, str(EXAMPLES / "tensor_parallel.py")]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    errors = [float(line.split()[-1]) for line in done.stdout.splitlines() if "relative error" in line]
+    assert len(errors) == 2 and max(errors) < 0.01
+
+
+@pytest.mark.slow
 def test_training_runs_saves_and_resumes(tmp_path):
     script = [sys.executable, str(EXAMPLES / "tiny_arvd" / "train.py"), "--out", str(tmp_path), "--threads", "1"]
     for stages in (["1:2:2"], ["1:2:2", "2:2:2"]):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,7 +6,17 @@ import torch
 
 from fxq.config import Scheme
 from fxq.graph import graph_text, linear_sites
-from fxq.ir import LayerPlan, clear_plan, get_tensor, plan_of, planned, put_tensor, set_plan
+from fxq.ir import (
+    LAYER_TENSORS,
+    LayerPlan,
+    clear_plan,
+    get_tensor,
+    plan_of,
+    planned,
+    put_tensor,
+    set_plan,
+    stored_names,
+)
 from fxq.trace import trace
 from tests.toys import rows, toy
 
@@ -15,6 +26,27 @@ PLAN = LayerPlan(layer="blocks.0.up", in_features=96, out_features=64, scheme=Sc
 @pytest.mark.parametrize("plan", [PLAN, LayerPlan(layer="a", in_features=5, out_features=3, reason="why not")])
 def test_a_plan_survives_json(plan):
     assert LayerPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_a_plan_of_before_per_token_is_read_and_written_as_it_was():
+    data = PLAN.to_json()
+    assert "per_token" not in data["scheme"] and LayerPlan.from_json(data) == PLAN
+    measured = dataclasses.replace(PLAN, scheme=Scheme(per_token=True))
+    assert measured.to_json()["scheme"]["per_token"] is True and LayerPlan.from_json(measured.to_json()) == measured
+
+
+@pytest.mark.parametrize(
+    ("per_token", "outliers", "missing"),
+    [
+        (False, (3, 7), set()),
+        (False, (), {"perm"}),
+        (True, (3, 7), {"input_scale", "input_zero_point"}),
+        (True, (), {"input_scale", "input_zero_point", "perm"}),
+    ],
+)
+def test_what_a_layer_stores_follows_from_its_plan(per_token, outliers, missing):
+    plan = dataclasses.replace(PLAN, scheme=Scheme(per_token=per_token), outliers=outliers)
+    assert set(LAYER_TENSORS) - set(stored_names(plan)) == missing
 
 
 @pytest.mark.parametrize("change", [{"color": 1}, {"scheme": {"bits": 4}}])

@@ -148,3 +148,52 @@ def test_bit_widths_outside_2_to_8_are_refused(bits):
 def test_a_split_outside_the_width_is_refused(split):
     with pytest.raises(ValueError, match=f"split = {split}: expected 1..64"):
         numerics.group_slices(64, split)
+
+
+@st.composite
+def rows_of_any_size(draw):
+    """(x [M, K], split, bits): rows of very different magnitude, the first one zero."""
+    generator = torch.Generator().manual_seed(draw(SEEDS))
+    count, width = draw(st.integers(2, 5)), draw(st.integers(1, 70))
+    x = torch.randn(count, width, generator=generator) * 10.0 ** torch.randint(-20, 20, (count, 1), generator=generator)
+    x[0] = 0
+    return x, draw(st.integers(1, width)), draw(BITS)
+
+
+@given(rows_of_any_size())
+def test_the_largest_magnitude_of_a_token_and_group_gets_the_largest_integer(case):
+    x, split, bits = case
+    q, scale = numerics.quantize_per_token(x, split, bits)
+    high = numerics.integer_range(bits)[1]
+    assert q.dtype == torch.int8 and scale.dtype == torch.float32
+    for g, part in enumerate(numerics.group_slices(x.shape[1], split)):
+        assert q[1:, part].abs().amax(1).tolist() == [high] * (len(x) - 1)
+        error = (q[:, part].double() * scale[:, g, None].double() - x[:, part].double()).abs()
+        assert bool((error <= scale[:, g, None].double() * (0.5 + 2**-16 * high)).all())
+
+
+@given(rows_of_any_size())
+def test_a_zero_row_has_scale_one_and_zero_integers(case):
+    x, split, bits = case
+    q, scale = numerics.quantize_per_token(x, split, bits)
+    assert not q[0].any() and scale[0].unique().tolist() == [1.0]
+
+
+@given(rows_of_any_size(), st.integers(-10, 10))
+def test_a_token_times_a_power_of_two_keeps_its_integers(case, exponent):
+    x, split, bits = case
+    q, scale = numerics.quantize_per_token(x, split, bits)
+    other, other_scale = numerics.quantize_per_token(x * 2.0**exponent, split, bits)
+    assert torch.equal(other, q) and torch.equal(other_scale[1:], scale[1:] * 2.0**exponent)
+
+
+@given(rows_of_any_size())
+def test_the_per_token_product_is_that_of_the_dequantized_operands(case):
+    x, split, bits = case
+    x = x / x.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    q, scale = numerics.quantize_per_token(x, split, bits)
+    weight_scale = torch.rand(scale.shape[1], 3) + 0.1
+    q_w = torch.randint(-128, 128, (3, x.shape[1]), dtype=torch.int8)
+    got = numerics.per_token_matmul(q, scale, q_w, weight_scale, torch.ones(3), split)
+    want = numerics.dequantize_per_token(q, scale, split) @ numerics.dequantize_weight(q_w, weight_scale, split).T + 1
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)

@@ -29,6 +29,7 @@ NAMES = {
     "State",
     "Summary",
     "TraceError",
+    "WorkerError",
     "apply",
     "bind",
     "check_onnx",
@@ -36,6 +37,7 @@ NAMES = {
     "export_onnx",
     "export_program",
     "keep_memory",
+    "launched",
     "load",
     "load_program",
     "load_recipe",
@@ -84,6 +86,7 @@ def test_quantize_keeps_its_signature():
         "forward_loop",
         "checkpoint_dir",
         "sensitivity",
+        "group",
         "progress",
     ]
     keyword_only = [n for n, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -126,7 +126,7 @@ def test_the_callers_gradient_mode_does_not_matter(mode):
     [
         ({}, "give exactly one of calib_loader and forward_loop"),
         ({"calib_loader": [X], "forward_loop": print}, "give exactly one of calib_loader and forward_loop"),
-        ({"forward_loop": print}, "forward_loop shows no inputs before tracing: pass example_inputs"),
+        ({"forward_loop": print}, "without a calib_loader no inputs are known before tracing: pass example_inputs"),
         ({"calib_loader": []}, "yielded no batch"),
         ({"calib_loader": iter(())}, "yielded no batch"),
         ({"calib_loader": 5}, "calib_loader is int, expected an iterable of batches"),

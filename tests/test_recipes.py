@@ -43,6 +43,15 @@ def test_a_preset_has_the_bits_of_its_name(name):
         assert recipe.rule_for(kept).scheme is None and recipe.rule_for(kept).reason
 
 
+@pytest.mark.parametrize(("name", "bits"), [("w8a8-dynamic", 8), ("w4a8-dynamic", 4)])
+def test_a_dynamic_preset_needs_no_data(name, bits):
+    recipe = get_recipe(name)
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
+    assert {(s.weight_bits, s.input_bits, s.per_token) for s in schemes} == {(bits, 8, True)}
+    assert recipe.methods == (RangeSearch(),) and recipe.weighting == "uniform"
+    assert {s.detail for s in schemes} == {f"W{bits}A8 per token"} and {s.label for s in schemes} == {f"W{bits}A8"}
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_recipe_survives_json(name):
     recipe = PRESETS[name]

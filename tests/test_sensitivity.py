@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fxq
-from fxq.calibrate import Collector, calibrate
+from fxq.calibrate import calibrate
+from fxq.collect import Collector
 from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
 from fxq.pipeline import run_passes
 from fxq.rollout import Draws

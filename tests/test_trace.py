@@ -1,9 +1,12 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fxq.graph import linear_sites
+from fxq.ir import example_value
 from fxq.trace import TraceError, trace
 from tests.toys import rows, toy
 
@@ -112,23 +115,115 @@ def test_linears_under_gradient_modes_are_seen(forward, exported):
 
 def under_autocast(self, x):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        return self.linear(x)
+        y = torch.softmax(self.linear(x), -1)
+        with torch.autocast("cpu", enabled=False):
+            y = self.linear(y.float())
+        y = self.linear(y) @ y.T
+    return y, self.linear(x)
+
+
+def without_autocast(self, x):
+    with torch.autocast("cuda", enabled=False):
+        y = self.linear(x.float()) + self.count[0]
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        y, z = self.linear(y).chunk(2)
+    return y, z
+
+
+@pytest.mark.parametrize("forward", [under_autocast, without_autocast])
+@pytest.mark.parametrize("exported", [False, True], ids=["module", "program"])
+def test_linears_under_autocast_are_seen_and_cast_as_autocast_does(forward, exported):
+    model, x = Small(forward).eval(), rows(6, 64)
+    graph = trace(torch.export.export(model, (x,)) if exported else model, (x,))
+    sites = list(linear_sites(graph.module))
+    assert [site.weight_name for site in sites] == ["linear.weight"] * (4 if forward is under_autocast else 2)
+    for got, want in zip(graph.module(x + 1), model(x + 1), strict=True):
+        assert got.dtype == want.dtype and torch.equal(got, want)
+    assert "higher_order" not in graph.module.code
 
 
 def under_cond(self, x):
     return torch.cond(x.sum() > 0, lambda x: self.linear(x), lambda x: -self.linear(x), (x,))
 
 
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        (under_autocast, r"region wrap_with_autocast .*cast the model with \.to\(dtype\)"),
-        (under_cond, "region cond .*choose the branch outside the model"),
-    ],
-)
-def test_a_region_that_hides_linears_is_refused_with_a_remedy(forward, message):
-    with pytest.raises(TraceError, match=message):
-        traced(forward)
+def test_a_region_that_hides_linears_is_refused_with_the_line_and_a_remedy():
+    with pytest.raises(
+        TraceError, match=r"region cond .* at test_trace\.py:\d+ `return torch\.cond.*: choose the branch"
+    ):
+        traced(under_cond)
+
+
+def with_numpy(self, x):
+    return self.linear(torch.from_numpy(x.numpy() * 2))
+
+
+def test_what_only_the_bytecode_form_can_capture_is_captured_by_it():
+    model = Small(with_numpy).eval()
+    graph = trace(model, (X,))
+    assert [site.layer for site in linear_sites(graph.module)] == ["linear"]
+    assert torch.equal(graph.module(X + 1), model(X + 1))
+
+
+def write_through_data(self, x):
+    table = torch.zeros(64)
+    table.data[3:].copy_(self.linear.bias[3:])
+    return self.linear(x) + table
+
+
+def test_a_lost_write_is_refused_with_its_line():
+    with pytest.raises(
+        TraceError, match=r"through \.data is lost in capture: test_trace\.py:\d+ `table\.data\[3:\]\.copy_"
+    ):
+        traced(write_through_data)
+
+
+def test_two_reasons_at_one_line_are_told_once():
+    with pytest.raises(TraceError) as refusal:
+        traced(branch)
+    assert re.search(r"at test_trace\.py:\d+ `return self\.linear\(x\) if x\.sum\(\) > 0", str(refusal.value))
+    assert str(refusal.value).count("torch.export cannot capture") == 1
+
+
+def keep_a_table(self, x):
+    if not hasattr(self, "table"):
+        self.table = torch.arange(64.0).cos()
+    return self.linear(x) * self.table
+
+
+def test_what_a_forward_makes_once_and_keeps_has_values_afterwards():
+    model = Small(keep_a_table).eval()
+    graph = trace(model, (X,))
+    assert type(model.table) is torch.Tensor
+    assert torch.equal(graph.module(X + 1), model(X + 1))
+
+
+def turn(self, x):
+    table = self.turns.conj()[None, :, None] if hasattr(self, "turns") else None
+    pairs = torch.view_as_complex(self.linear(x).unflatten(-1, (4, 8, 2)))
+    return torch.view_as_real(pairs * table * self.turns[0]).flatten(1)
+
+
+def test_complex_constants_are_held_as_real_ones():
+    model = Small(turn).eval()
+    model.register_buffer("turns", torch.polar(torch.ones(4), torch.arange(4.0)))
+    graph = trace(model, (X,))
+    assert torch.equal(graph.module(X + 1), model(X + 1))
+    assert graph.module.turns.dtype == torch.float32 and tuple(graph.module.turns.shape) == (4, 2)
+    held = [example_value(node) for node in graph.module.graph.find_nodes(op="get_attr")]
+    assert len(held) >= 3 and not any(value.is_complex() for value in held)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: torch.compile(nn.DataParallel(m))])
+def test_wrappers_are_seen_through(wrap):
+    graph = trace(wrap(toy()), (rows(3, 96),))
+    assert [site.layer for site in linear_sites(graph.module)] == ["blocks.0.up", "blocks.0.down", "head"]
+
+
+def test_a_model_that_does_not_run_is_told_from_one_that_cannot_be_captured():
+    with pytest.raises(
+        TraceError, match=r"it does not run on the example inputs: .*shapes cannot be multiplied.*, at toys\.py:\d+ `"
+    ):
+        trace(toy(), (rows(3, 95),))
 
 
 def test_an_example_of_the_wrong_shape_is_refused():

@@ -102,6 +102,11 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         "attention": [(head, [head, head], [head, head])],
         "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],
         "dual_scale_linear_fp8": [(*layer.floats(), torch.bfloat16)],
+        "quantize_per_token": [(x, order, q.split, 8) for order in (None, perm)],
+        "dual_scale_linear_per_token": [
+            (o.q, torch.rand(rows, len(o.weight_scale), device=device) / 20, *o[1:3], *o[4:], torch.bfloat16)
+            for o in (q, layer.integers(False), layer.integers(bits=4))
+        ],
     }
     yield from found[op.name]
 
@@ -112,15 +117,21 @@ def check_op(op: Op, sizes: Sizes, device: str) -> dict[str, Any]:
     for sample in op.samples():
         if kind != "cpu" and any(_is_panels(argument) for argument in sample):
             continue
-        got = op(*pytree.tree_map_only(Tensor, lambda t: t.to(device), sample)).cpu()
+        got = op(*pytree.tree_map_only(Tensor, lambda t: t.to(device), sample))
         tried += 1
-        if problem := disagreement(got, op.reference(*sample), op.max_error):
+        if problem := _first_problem(pytree.tree_map(Tensor.cpu, got), op.reference(*sample), op.max_error):
             return {"problem": f"sample {tried}: {problem}", "kernel": op.used(kind)}
     for arguments in _op_arguments(op, sizes, device):
         tried += 1
-        if problem := disagreement(op(*arguments), op.reference(*arguments), op.max_error):
+        if problem := _first_problem(op(*arguments), op.reference(*arguments), op.max_error):
             return {"problem": f"at the model's sizes: {problem}", "kernel": op.used(kind)}
     return {"problem": "", "kernel": op.used(kind), "arguments": tried}
+
+
+def _first_problem(got: Any, want: Any, max_error: float) -> str:
+    """:func:`disagreement` of one tensor, or of the first of several that has one."""
+    pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
+    return next(filter(None, (disagreement(a, b, max_error) for a, b in pairs)), "")
 
 
 def check_tiles(run: Linear, sizes: Sizes, device: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def export_bundle(
         target=target,
         source=model.receipt.source,
         files=files,
-        activations=result.activations,
+        activations=_activations(model, result),
         layers=tuple(result.records),
         notes=_notes(model, options or Options(), result),
     )
@@ -98,6 +98,14 @@ def export_bundle(
         for name, document in {**result.documents, REPORT: report.to_json()}.items():
             (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _activations(model: StoredModel, result: Output) -> str:
+    """What the target does to inputs, and what of the bundle it therefore leaves unused."""
+    schemes = [layer.plan.scheme for layer in model.layers.values()]
+    if all(scheme is not None and scheme.per_token for scheme in schemes):
+        return f"{result.activations}, as in the bundle"
+    return f"{result.activations}; the static input scales and zero points of the bundle are not used"
 
 
 def _notes(model: StoredModel, options: Options, result: Output) -> tuple[str, ...]:

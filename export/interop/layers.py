@@ -16,10 +16,10 @@ from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
 from fxq.export.receipt import Receipt, make_receipt
-from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned, stored_names
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
-PER_TOKEN = "int8 per token, measured at run time; the static input scales and zero points of the bundle are not used"
+PER_TOKEN = "int8 per token, measured at run time"
 
 
 class InteropError(BundleError):
@@ -136,18 +136,19 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
 
 def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
     assert plan.scheme is not None
-    stored = {name: get_tensor(module, f"{plan.layer}.{name}") for name in LAYER_TENSORS[:5]}
+    stored = {name: get_tensor(module, f"{plan.layer}.{name}") for name in stored_names(plan)}
     integers = numerics.unpack_int4(stored["weight"]) if plan.scheme.weight_bits == 4 else stored["weight"]
     dtype = node.args[7]
     assert isinstance(dtype, torch.dtype)
-    scales = stored["weight_scale"], stored["input_scale"], stored["input_zero_point"], plan.split
-    without = numerics.fold_offset(None, integers, *scales)
-    bias = stored["offset"].double() - without.double()
+    bias = stored["offset"].double()
+    if not plan.scheme.per_token:
+        scales = stored["weight_scale"], stored["input_scale"], stored["input_zero_point"], plan.split
+        bias = bias - numerics.fold_offset(None, integers, *scales).double()
     return StoredLayer(
         plan=plan,
         integers=integers,
         weight_scale=stored["weight_scale"],
-        perm=get_tensor(module, f"{plan.layer}.perm") if plan.outliers else None,
+        perm=stored.get("perm"),
         bias=bias.to(dtype) if bool(bias.any()) else None,
         dtype=dtype,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from fxq import kernels, numerics
 from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
-from fxq.ir import LayerPlan, get_tensor, planned
+from fxq.ir import LayerPlan, get_tensor, planned, stored_names
 from fxq.kernels import native
 from fxq.kernels.panels import pack_panels
 from fxq.rollout import Rollout
@@ -90,36 +90,20 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     sites = list(sites)
     plan, rows = sites[0].plan, sites[0].rows
     assert plan.scheme is not None
-    names = ("weight", "weight_scale", "input_scale", "input_zero_point", "offset")
-    weight, weight_scale, scale, zero, offset = (
-        get_tensor(module, f"{plan.layer}.{name}").to(device) for name in names
-    )
-    perm = get_tensor(module, f"{plan.layer}.perm").to(device) if plan.outliers else None
-    split, bits, in_bits = plan.split, plan.scheme.weight_bits, plan.scheme.input_bits
-    integers = numerics.unpack_int4(weight) if bits == 4 else weight
-    low, high = numerics.integer_range(in_bits)
-    q = torch.randint(low, high + 1, (rows, plan.in_features), generator=torch.Generator().manual_seed(0))
-    ordered = numerics.dequantize_input(q.to(device), scale, zero, split)
-    back = slice(None) if perm is None else torch.argsort(perm)
-    x, w = ordered[:, back], numerics.dequantize_weight(integers, weight_scale, split)[:, back]
-    bias = offset - numerics.fold_offset(None, integers, weight_scale, scale, zero, split)
+    stored = {name: get_tensor(module, f"{plan.layer}.{name}").to(device) for name in stored_names(plan)}
+    integers = numerics.unpack_int4(stored["weight"]) if plan.scheme.weight_bits == 4 else stored["weight"]
+    back = torch.argsort(stored["perm"]) if plan.outliers else slice(None)
+    x, bias = _inputs(plan, rows, stored, integers)
+    x, w = x[:, back], numerics.dequantize_weight(integers, stored["weight_scale"], plan.split)[:, back]
 
     def plain(dtype: torch.dtype) -> Built:
         args = x.to(dtype), w.to(dtype), bias.to(dtype)
         return Built(lambda: F.linear(*args), "F.linear")
 
     def quantized() -> Built:
-        given = x.bfloat16()
-        panels = native.ready() and torch.device(device).type == "cpu"
-        stored = pack_panels(integers, split) if panels else weight
-        rest = (weight_scale, scale, offset, split, bits, torch.bfloat16)
-
-        def call() -> Tensor:
-            return kernels.dual_scale_linear(
-                kernels.quantize_act(given, perm, scale, zero, split, in_bits), stored, *rest
-            )
-
-        return Built(call, "panels" if panels else kernels.used("dual_scale_linear", device))
+        if "input_scale" in stored:
+            return _static(plan, x.bfloat16(), stored, integers)
+        return _per_token(plan, x.bfloat16(), stored)
 
     bounds = LEAST_SQNR["model"]
     contestants = (
@@ -128,8 +112,48 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
         Contestant(OURS, quantized, bounds["int8"], "int8", "bfloat16", ours=True),
     )
     facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
-    name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.scheme.label}, {len(plan.outliers)} outliers"
+    name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.scheme.detail}, {len(plan.outliers)} outliers"
     return Case(name, lambda: x.double() @ w.double().T + bias.double(), contestants, facts=facts)
+
+
+def _inputs(plan: LayerPlan, rows: int, stored: Mapping[str, Tensor], integers: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs float32 [rows, K] in the order of the integers that use their whole range, and the bias."""
+    assert plan.scheme is not None
+    offset, generator = stored["offset"], torch.Generator().manual_seed(0)
+    if "input_scale" not in stored:
+        return torch.randn(rows, plan.in_features, generator=generator).to(offset.device), offset
+    low, high = numerics.integer_range(plan.scheme.input_bits)
+    q = torch.randint(low, high + 1, (rows, plan.in_features), generator=generator).to(offset.device)
+    scale, zero = stored["input_scale"], stored["input_zero_point"]
+    folded = numerics.fold_offset(None, integers, stored["weight_scale"], scale, zero, plan.split)
+    return numerics.dequantize_input(q, scale, zero, plan.split), offset - folded
+
+
+def _static(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: Tensor) -> Built:
+    assert plan.scheme is not None
+    panels = native.ready() and x.device.type == "cpu"
+    weight = pack_panels(integers, plan.split) if panels else stored["weight"]
+    first = stored.get("perm"), stored["input_scale"], stored["input_zero_point"], plan.split, plan.scheme.input_bits
+    rest = stored["input_scale"], stored["offset"], plan.split, plan.scheme.weight_bits, torch.bfloat16
+
+    def call() -> Tensor:
+        q = kernels.quantize_act(x, *first)
+        return kernels.dual_scale_linear(q, weight, stored["weight_scale"], *rest)
+
+    return Built(call, "panels" if panels else kernels.used("dual_scale_linear", str(x.device)))
+
+
+def _per_token(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor]) -> Built:
+    scheme = plan.scheme
+    assert scheme is not None
+    order, split, bits = stored.get("perm"), plan.split, scheme.weight_bits
+    rest = stored["weight"], stored["weight_scale"], stored["offset"], split, bits, torch.bfloat16
+
+    def call() -> Tensor:
+        q, scale = kernels.quantize_per_token(x, order, split, scheme.input_bits)
+        return kernels.dual_scale_linear_per_token(q, scale, *rest)
+
+    return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device)))
 
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:
@@ -137,7 +161,7 @@ def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[C
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites_of(module, rollout):
         assert site.plan.scheme is not None
-        groups.setdefault((*site.key, site.plan.scheme.label), []).append(site)
+        groups.setdefault((*site.key, site.plan.scheme.detail), []).append(site)
     return [layer_case(module, sites, device) for sites in groups.values()]
 
 

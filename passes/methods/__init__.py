@@ -18,7 +18,8 @@ class LayerProblem:
     """One linear as methods see it; input channels in ``[normal | outlier]`` order.
 
     ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
-    inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices.
+    inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices. Without
+    calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
     """
 
     layer: str
@@ -46,16 +47,27 @@ class Method(Protocol):
         ...
 
 
+def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Tensor:
+    """float32 [R, K]: rows ``x`` quantized as the scheme says, and dequantized."""
+    split, bits = problem.split, problem.scheme.input_bits
+    if update.input_scale is None or update.input_zero_point is None:
+        return numerics.dequantize_per_token(*numerics.quantize_per_token(x, split, bits), split)
+    q = numerics.quantize_input(x, update.input_scale, update.input_zero_point, split, bits)
+    return numerics.dequantize_input(q, update.input_scale, update.input_zero_point, split)
+
+
 def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -> float:
-    """Signal to quantization-noise ratio of the layer's output in dB on up to ``limit`` calibration rows."""
+    """Signal to quantization-noise ratio of the layer's output in dB on up to ``limit`` calibration rows.
+
+    Raises:
+        ValueError: when the problem has no rows.
+    """
+    if not len(problem.rows):
+        raise ValueError(f"layer {problem.layer}: without calibration rows its output has no measured SQNR")
     x = problem.rows[:limit]
-    q = numerics.quantize_input(
-        x, update.input_scale, update.input_zero_point, problem.split, problem.scheme.input_bits
-    )
-    x_hat = numerics.dequantize_input(q, update.input_scale, update.input_zero_point, problem.split)
     w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
     want = x @ problem.weight.T
-    noise = (want - x_hat @ w_hat.T).square().sum().clamp_min(1e-30)
+    noise = (want - simulated_input(problem, update, x) @ w_hat.T).square().sum().clamp_min(1e-30)
     return float(10 * torch.log10(want.square().sum().clamp_min(1e-30) / noise))
 
 

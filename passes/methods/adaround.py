@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.ir import LayerUpdate
-from fxq.passes.methods import LayerProblem
+from fxq.passes.methods import LayerProblem, simulated_input
 
 _ZETA, _GAMMA = 1.1, -0.1
 
@@ -43,6 +43,18 @@ def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int)
     return (rounded.clamp(low - zero_point, high - zero_point)) * scale
 
 
+def _learned_input(problem: LayerProblem, update: LayerUpdate, x: Tensor, gain: Tensor) -> Tensor:
+    """Rows ``x`` quantized and dequantized with scales ``exp(gain)`` [G] times those of the update, or per token."""
+    if update.input_scale is None or update.input_zero_point is None:
+        return simulated_input(problem, update, x)
+    scales, zeros = update.input_scale * torch.exp(gain), update.input_zero_point
+    parts = [
+        fake_quantize_input(x[:, part], scales[g], zeros[g], problem.scheme.input_bits)
+        for g, part in enumerate(problem.groups)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class AdaRound:
     """Layer reconstruction ``min E[w_i ||X W - Q(X) Q(W)||^2]`` over rounding and activation scales.
@@ -50,7 +62,8 @@ class AdaRound:
     Published settings: 2000 iterations, rounding rate 2e-3, activation rate 4e-5 with cosine decay, regulariser 0.01
     with its exponent going 20 -> 2 after 20 % of the iterations. Two are expressed without units here, so that they fit
     layers of any size: the regulariser is relative to the layer's round-to-nearest error, and the activation rate is
-    relative to the scale. ``rows`` calibration rows make one step.
+    relative to the scale. ``rows`` calibration rows make one step. Where input scales are measured per token, rounding
+    alone is learned.
     """
 
     iterations: int = 2000
@@ -61,16 +74,16 @@ class AdaRound:
     warmup: float = 0.2
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
-        """Refine ``update``; layers whose scheme says ``reconstruct=False`` pass unchanged.
+        """Refine ``update``; layers without rows or whose scheme says ``reconstruct=False`` pass unchanged.
 
         Raises:
             ValueError: when no method has chosen scales before.
         """
         if update is None:
             raise ValueError("AdaRound refines scales chosen before it: put RangeSearch or MinMax first in the recipe")
-        if not problem.scheme.reconstruct:
+        if not problem.scheme.reconstruct or not len(problem.rows):
             return update
-        bits, x_bits = problem.scheme.weight_bits, problem.scheme.input_bits
+        bits = problem.scheme.weight_bits
         low, high = numerics.integer_range(bits)
         generator = torch.Generator().manual_seed(problem.seed)
         step = torch.cat(
@@ -81,7 +94,6 @@ class AdaRound:
         floor = scaled.floor()
         a = inverse_rectified_sigmoid(scaled - floor).requires_grad_()
         gain = torch.zeros(len(problem.groups), requires_grad=True)
-        zero = update.input_zero_point
         target = problem.rows @ problem.weight.T
         reference = self._error(problem, update, target)
         optimizer = torch.optim.Adam(
@@ -91,12 +103,7 @@ class AdaRound:
         for i in range(self.iterations):
             optimizer.param_groups[1]["lr"] = self.scale_rate * 0.5 * (1 + math.cos(math.pi * i / self.iterations))
             index = torch.randint(len(problem.rows), (self.rows,), generator=generator)
-            x = problem.rows[index]
-            scales = update.input_scale * torch.exp(gain)
-            parts = [
-                fake_quantize_input(x[:, part], scales[g], zero[g], x_bits) for g, part in enumerate(problem.groups)
-            ]
-            x_hat = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            x_hat = _learned_input(problem, update, problem.rows[index], gain)
             h = rectified_sigmoid(a)
             w_hat = (floor + h).clamp(low, high) * step
             error = (x_hat @ w_hat.T - target[index]).square().sum(1)
@@ -109,19 +116,16 @@ class AdaRound:
             loss.backward()
             optimizer.step()
         rounded = (floor + (a.detach() >= 0)).clamp(low, high).to(torch.int8)
-        learned = dataclasses.replace(
-            update, weight=rounded, input_scale=(update.input_scale * torch.exp(gain.detach())).float()
-        )
+        learned = dataclasses.replace(update, weight=rounded)
+        if update.input_scale is not None:
+            scales = (update.input_scale * torch.exp(gain.detach())).float()
+            learned = dataclasses.replace(learned, input_scale=scales)
         return learned if self._error(problem, learned, target) < reference else update
 
     def _error(self, problem: LayerProblem, update: LayerUpdate, target: Tensor, limit: int = 4096) -> float:
         """Weighted squared error of the layer's output with integers, on up to ``limit`` rows."""
         index = torch.arange(0, len(target), -(-len(target) // limit))
-        x = problem.rows[index]
-        q = numerics.quantize_input(
-            x, update.input_scale, update.input_zero_point, problem.split, problem.scheme.input_bits
-        )
-        x_hat = numerics.dequantize_input(q, update.input_scale, update.input_zero_point, problem.split)
+        x_hat = simulated_input(problem, update, problem.rows[index])
         w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
         error = (x_hat @ w_hat.T - target[index]).square().sum(1)
         return max(float((error * problem.row_weights[index]).mean()), 1e-30)

@@ -14,6 +14,7 @@ from fxq.ir import LayerUpdate
 from fxq.passes.methods import LayerProblem
 
 _SORT_LIMIT = 1 << 20
+_SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
 _LEAST_WEIGHT = 1e-30  # an output channel below it counts as zero: its scale would not be a normal float32
 _MAX_ZERO_POINT = 1 << 20  # beyond it float32 no longer resolves single integers
 
@@ -70,6 +71,12 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
     Returns:
         float32 [N].
     """
+    step = max(1, _SEARCH_LIMIT // weight.shape[1])
+    return torch.cat([_search_rows(rows, bits, percentiles, ratios) for rows in weight.split(step)])
+
+
+def _search_rows(weight: Tensor, bits: int, percentiles: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """:func:`search_weight_scale` of a weight whose temporaries fit into memory."""
     low, high = numerics.integer_range(bits)
     magnitude = weight.abs()
     top = magnitude.amax(1)
@@ -88,22 +95,37 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
 
 
 def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
+    """The update of these scales; ``inputs`` is empty where input scales are measured per token."""
     scale = torch.stack(weight_scales)
+    if not inputs:
+        return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale)
     if len(inputs) == 2:
         # Half the limit leaves room for methods that move the input scales afterwards.
         limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
         scale[0] = torch.maximum(scale[0], scale[1] * (inputs[1][0] / inputs[0][0] / limit))
     return LayerUpdate(
-        weight=numerics.quantize_weight(problem.weight, scale, problem.split, problem.scheme.weight_bits),
+        weight=_round_weight(problem, scale),
         weight_scale=scale,
         input_scale=torch.tensor([s for s, _ in inputs], dtype=torch.float32),
         input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32),
     )
 
 
+def _round_weight(problem: LayerProblem, scale: Tensor) -> Tensor:
+    """int8 [N, K] of nearest integers, some rows at a time."""
+    step = max(1, _SEARCH_LIMIT // problem.weight.shape[1])
+    integers = torch.empty(problem.weight.shape, dtype=torch.int8)
+    for out, rows, scales in zip(*(t.split(step) for t in (integers, problem.weight, scale.T)), strict=True):
+        out.copy_(numerics.quantize_weight(rows, scales.T, problem.split, problem.scheme.weight_bits))
+    return integers
+
+
 @dataclasses.dataclass(frozen=True)
 class MinMax:
-    """The baseline: absolute maximum per weight channel, exact minimum and maximum of activations."""
+    """The baseline: absolute maximum per weight channel, exact minimum and maximum of activations.
+
+    Schemes with a scale per token have no activation range to choose.
+    """
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
@@ -111,10 +133,12 @@ class MinMax:
         high = numerics.integer_range(bits)[1]
         weights, inputs = [], []
         for part in problem.groups:
-            top = problem.weight[:, part].abs().amax(1)
+            weight = problem.weight[:, part]
+            top = torch.maximum(weight.amax(1), -weight.amin(1))
             weights.append(torch.where(top > _LEAST_WEIGHT, top / high, 1.0))
-            extremes = float(problem.low[part].min()), float(problem.high[part].max())
-            inputs.append(affine(*extremes, problem.scheme.input_bits))
+            if not problem.scheme.per_token:
+                extremes = float(problem.low[part].min()), float(problem.high[part].max())
+                inputs.append(affine(*extremes, problem.scheme.input_bits))
         return _rounded(problem, weights, inputs)
 
 
@@ -124,7 +148,8 @@ class RangeSearch:
 
     The published search uses the percentiles .999, .9999 and .99999 for both. Unclipped activations are added here,
     and for weights ``ratios`` of the absolute maximum: at 4 bits a channel of a few hundred weights has no percentile
-    between "clip nothing" and "clip one". ``ratios=()`` with the three percentiles is the published search.
+    between "clip nothing" and "clip one". ``ratios=()`` with the three percentiles is the published search. Schemes
+    with a scale per token get weight scales only, and need no calibration rows for them.
     """
 
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
@@ -143,5 +168,6 @@ class RangeSearch:
             weights.append(
                 search_weight_scale(problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios)
             )
-            inputs.append(search_input_range(problem.rows[:, part], problem.scheme.input_bits, self.percentiles))
+            if not problem.scheme.per_token:
+                inputs.append(search_input_range(problem.rows[:, part], problem.scheme.input_bits, self.percentiles))
         return _rounded(problem, weights, inputs)

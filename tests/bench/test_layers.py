@@ -19,9 +19,10 @@ def rollout():
     return wan_rollout()
 
 
-@pytest.fixture(scope="module", params=[8, 4], ids=["w8", "w4"])
+@pytest.fixture(scope="module", params=[(8, False), (4, False), (8, True)], ids=["w8", "w4", "w8-per-token"])
 def module(request, rollout):
-    return fxq.quantize(rollout.denoiser, rollout, recipe(bits=request.param), progress=False)
+    bits, per_token = request.param
+    return fxq.quantize(rollout.denoiser, rollout, recipe(bits=bits, per_token=per_token), progress=False)
 
 
 def test_rows_are_those_of_the_rollout_and_not_of_the_example(module, rollout):

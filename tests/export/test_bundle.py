@@ -388,15 +388,15 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(bundle, quantized, tmp_path
     assert fxq.save(quantized, tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
 
 
-@pytest.mark.parametrize("step", ["save_file", "rename"])
+@pytest.mark.parametrize("step", ["write_tensors", "rename"])
 def test_a_failed_save_leaves_the_old_bundle(bundle, quantized, tmp_path, monkeypatch, step):
     before = {name: (bundle / name).read_bytes() for name in FILES}
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    if step == "save_file":
-        monkeypatch.setattr("fxq.export.files.save_file", fail)
+    if step == "write_tensors":
+        monkeypatch.setattr("fxq.export.bundle.write_tensors", fail)
     else:
         rename = type(bundle).rename
         monkeypatch.setattr(

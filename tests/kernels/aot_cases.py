@@ -10,9 +10,11 @@ from fxq.kernels.fp8_triton import quantize_fp8_kernel
 from fxq.kernels.gemm_kernel import linear_kernel
 from fxq.kernels.gemm_triton import Store
 from fxq.kernels.norm_triton import norm_quantize_kernel, warps_of
+from fxq.kernels.per_token_rows import block_of, quantize_per_token_kernel
+from fxq.kernels.per_token_triton import linear_per_token_kernel
 from fxq.kernels.quantize import quantize_kernel
 from fxq.kernels.rope_triton import rms_norm_rope_kernel
-from fxq.kernels.tiles import TABLE, Tiles, candidates
+from fxq.kernels.tiles import TABLE, TWO_SUMS, Tiles, candidates
 
 ALL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -80,6 +82,27 @@ def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool
     return Case(linear_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
+def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True) -> Case:
+    """A case of the GEMM with scales per token, compiled where a launch may choose these tiles."""
+    own = ("q_ptr", "w_ptr", "weight_scale_ptr", "input_scale_ptr", "offset_ptr", "y_ptr")
+    types = {name: kind for name, kind in (LINEAR_TYPES | STORED[weight]).items() if name in own}
+    constants = tiles.constants() | {"DUAL": dual, "PACKED": weight == "w4"}
+    for name in ("num_warps", "num_stages"):
+        del constants[name]
+    plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else "per_token"
+    targets = (t for t in ALL if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
+    return Case(linear_per_token_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
+
+
+def quantize_per_token(width: int, gather: bool) -> Case:
+    """A case of quantize_per_token."""
+    block = block_of(width)
+    types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "q_ptr": "*i8", "scale_ptr": "*fp32", "least": "fp32"}
+    constants: dict[str, object] = {"GATHER": gather, "DUAL": True, "WHOLE": width <= block, "BLOCK": block}
+    constants |= {"LOW": -127, "HIGH": 127} | ({} if gather else {"perm_ptr": None})
+    return Case(quantize_per_token_kernel, types, constants, warps_of(block), 3)
+
+
 def norm(width: int, gather: bool, affine: bool = False) -> Case:
     """A case of norm_quantize with modulation."""
     block = 1 << (width - 1).bit_length()
@@ -137,6 +160,8 @@ def linears() -> dict[str, Case]:
         cases[f"linear-w8-store-{size}"] = linear(tiles)
         cases[f"linear-w4-store-{size}"] = linear(swapped, "w4")
         cases[f"linear-w8-gelu_tanh-{size}"] = linear(tiles, epilogue="gelu_tanh")
+        cases[f"linear-per-token-w8-single-{size}"] = linear_per_token(tiles, dual=False)
+        cases[f"linear-per-token-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
         if i < 2:
@@ -148,6 +173,9 @@ def linears() -> dict[str, Case]:
             cases[f"linear-w8-gelu-{size}"] = linear(tiles, epilogue="gelu")
             cases[f"linear-w8-add-{size}"] = linear(tiles, epilogue="add")
             cases[f"linear-w4-add-{size}"] = linear(swapped, "w4", "add")
+    for tiles in TWO_SUMS:
+        cases[f"linear-per-token-w8-dual-{label(tiles)}"] = linear_per_token(tiles)
+        cases[f"linear-per-token-w4-dual-{label(tiles)}"] = linear_per_token(replace(tiles, swapped=True), "w4")
     return cases
 
 
@@ -161,5 +189,9 @@ CASES = linears() | {
     "quantize": quantize(gather=False),
     "quantize-gather": quantize(gather=True),
     "quantize-fp8-gather": quantize_fp8(),
+    "quantize-per-token-1536": quantize_per_token(1536, gather=False),
+    "quantize-per-token-gather-1536": quantize_per_token(1536, gather=True),
+    "quantize-per-token-gather-8960": quantize_per_token(8960, gather=True),
+    "quantize-per-token-gather-20480": quantize_per_token(20480, gather=True),
 }
 """Name -> case of everything that ships; the largest tile first, so that a pool of processes ends evenly."""

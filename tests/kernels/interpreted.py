@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import fp8, fp8_triton, gemm_triton, norm_triton, rope_triton
+from fxq.kernels import (
+    fp8,
+    fp8_triton,
+    gemm_triton,
+    norm_triton,
+    per_token,
+    per_token_rows,
+    per_token_triton,
+    rope_triton,
+)
 from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm import dual_scale_linear, sample_operands
 from fxq.kernels.norm import norm_quantize
@@ -229,6 +238,32 @@ def linear_fp8(m: int, n: int, k: int, split: int) -> None:
     close(y, want, 2**-18 * float(want.abs().max()))
 
 
+def quantize_per_token(x: Tensor, split: int, bits: int, gather: bool, max_block: int = 4096) -> None:
+    """Bit-equal integers and scales; a narrow block reads a row in several steps."""
+    width = x.shape[-1]
+    perm = torch.randperm(width, generator=generator()).to(torch.int32) if gather else None
+    q, scale = per_token_rows.quantize(x, perm, split, bits, max_block=max_block)
+    expected, scales = numerics.quantize_per_token(x if perm is None else x[..., perm], split, bits)
+    assert q.shape == x.shape and torch.equal(q, expected), f"{int((q != expected).sum())} integers differ"
+    assert scale.shape == scales.shape and torch.equal(scale, scales)
+
+
+def linear_per_token(m: int, n: int, k: int, split: int, bits: int, exact: bool = False, tiles: Tiles = TILES) -> None:
+    """Scales per row and group: exact for integer scales, else within the rounding of float32."""
+    q, scale, w, weight_scale, offset, _, _ = per_token.sample_operands((m, k), n, split, bits, generator())
+    if exact:
+        scale = torch.randint(1, 4, scale.shape, generator=generator()).float()
+        weight_scale = torch.randint(1, 4, weight_scale.shape, generator=generator()).float()
+        offset = torch.randint(-1000, 1000, (n,), generator=generator()).float()
+    operands = (q, scale, w, weight_scale, offset, split)
+    got = per_token_triton.linear(*operands, torch.full((m, n), float("nan")), tiles=tiles)
+    plain = numerics.unpack_int4(w) if bits <= 4 else w
+    want = numerics.per_token_matmul(q, scale, plain, weight_scale, offset, split)
+    assert not exact or bool((want.abs() < 2**24).all())
+    close(got, want, 0.0 if exact else 2**-20 * float(want.abs().max() if want.numel() else 0))
+
+
+swapped = replace(TILES, swapped=True)
 packed = partial(linear, tiles=replace(TILES, swapped=True))
 CASES: dict[str, Callable[[], None]] = {
     "linear-w8-single-exact": lambda: linear(37, 45, 200, 200, 8, exact=True),
@@ -287,6 +322,25 @@ CASES: dict[str, Callable[[], None]] = {
     "rope-without-rotation": lambda: rope((1, 6, 36), 2, F32, True, False, merged=False),
     "rope-one-position": lambda: rope((4, 1, 32), 2, F16, True, True, merged=True),
     "rope-no-rows": lambda: rope((2, 0, 32), 2, F32, True, True, merged=False),
+    "per-token-quantize-f32": lambda: quantize_per_token(noise(7, 131), 131, 8, gather=False),
+    "per-token-quantize-dual-gather": lambda: quantize_per_token(noise(2, 3, 130), 97, 8, gather=True),
+    "per-token-quantize-bf16-in-steps": lambda: quantize_per_token(noise(5, 100).bfloat16(), 64, 8, True, max_block=64),
+    "per-token-quantize-f16-4-bits": lambda: quantize_per_token(noise(4, 70).half(), 6, 4, gather=True),
+    "per-token-quantize-zero-rows": lambda: quantize_per_token(noise(6, 40) * torch.eye(6)[:, :1], 9, 8, True),
+    "per-token-quantize-tiny-and-huge": lambda: quantize_per_token(
+        torch.tensor([[1e-38, -1e-38], [2e-30, 1e-30], [3e38, -1e30]]), 2, 8, gather=False
+    ),
+    "per-token-quantize-columns-with-stride": lambda: quantize_per_token(noise(64, 9).T, 33, 6, gather=False),
+    "per-token-quantize-no-rows": lambda: quantize_per_token(torch.empty(0, 64), 32, 8, gather=False),
+    "per-token-linear-w8-single": lambda: linear_per_token(37, 45, 200, 200, 8),
+    "per-token-linear-w8-dual": lambda: linear_per_token(65, 33, 224, 192, 8),
+    "per-token-linear-w8-dual-odd-split-exact": lambda: linear_per_token(33, 31, 131, 101, 8, exact=True),
+    "per-token-linear-w5-dual-narrow-exact": lambda: linear_per_token(1, 5, 40, 7, 5, exact=True),
+    "per-token-linear-w4-single-exact": lambda: linear_per_token(37, 45, 224, 224, 4, exact=True, tiles=swapped),
+    "per-token-linear-w4-dual": lambda: linear_per_token(33, 65, 224, 192, 4, tiles=swapped),
+    "per-token-linear-w4-dual-not-swapped": lambda: linear_per_token(17, 20, 192, 32, 4),
+    "per-token-linear-w8-wide": lambda: linear_per_token(9, 275, 96, 96, 8, tiles=WIDE),
+    "per-token-linear-no-rows": lambda: linear_per_token(0, 5, 64, 32, 8),
     "fp8-quantize-dual-gather": lambda: quantize_fp8((7, 130), [2**-6, 0.25], 97, F32, gather=True),
     "fp8-quantize-single-bf16": lambda: quantize_fp8((2, 3, 40), [0.5], 40, BF16, gather=False),
     "fp8-linear-dual": lambda: linear_fp8(33, 39, 131, 101),

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from fxq.kernels import OPS, gluon_gemm
 from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
@@ -68,9 +69,10 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
         with pytest.raises(ValueError, match="panels for the CPU kernel"):
             op.definition.redispatch(ON_CUDA, *sample)
         return
-    got, want = op.definition.redispatch(ON_CUDA, *sample), op.reference(*sample)
-    assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
-    assert len(launched) == (1 if want.numel() else 0)
+    results = pytree.tree_leaves(op.definition.redispatch(ON_CUDA, *sample)), pytree.tree_leaves(op.reference(*sample))
+    for got, want in zip(*results, strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
+        assert len(launched) == (1 if want.numel() else 0)
 
 
 @pytest.mark.parametrize("launched", [90], indirect=True)

@@ -19,20 +19,24 @@ from fxq.kernels import (
     Op,
     dual_scale_linear,
     dual_scale_linear_fp8,
+    dual_scale_linear_per_token,
     gemm,
     native,
+    per_token,
     quantize_act,
     quantize_fp8,
+    quantize_per_token,
     used,
 )
 from fxq.kernels.panels import pack_panels
 
 HERE = [op for op in OPS if op not in (quantize_fp8, dual_scale_linear_fp8)]  # those have test_fp8.py
+EXACT = (quantize_act, dual_scale_linear, quantize_per_token, dual_scale_linear_per_token)  # bit-equal on a CPU
 EVERY_SAMPLE = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in HERE for i, sample in enumerate(op.samples())]
 
 
-def expected(op: Op, arguments: tuple) -> torch.Tensor:
-    """What numerics says about the two operators it defines, what the reference says about those built on them."""
+def expected(op: Op, arguments: tuple) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """What numerics says about the operators it defines, what the reference says about those built on them."""
     if op is quantize_act:
         x, perm, *rest = arguments
         return numerics.quantize_input(x if perm is None else x[..., perm], *rest)
@@ -40,7 +44,19 @@ def expected(op: Op, arguments: tuple) -> torch.Tensor:
         q, weight, weight_scale, input_scale, offset, split, bits, dtype = arguments
         w = numerics.unpack_int4(weight) if bits <= 4 else weight
         return numerics.dual_scale_matmul(q, w, weight_scale, input_scale, offset, split).to(dtype)
+    if op is quantize_per_token:
+        x, perm, *rest = arguments
+        return numerics.quantize_per_token(x if perm is None else x[..., perm], *rest)
+    if op is dual_scale_linear_per_token:
+        q, input_scale, weight, weight_scale, offset, split, bits, dtype = arguments
+        w = numerics.unpack_int4(weight) if bits <= 4 else weight
+        return numerics.per_token_matmul(q, input_scale, w, weight_scale, offset, split).to(dtype)
     return op.reference(*arguments)
+
+
+def results(value: torch.Tensor | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The tensors of a result."""
+    return pytree.tree_leaves(value)
 
 
 def assert_agrees(op: Op, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -81,10 +97,11 @@ def test_the_reference_equals_numerics_and_the_cpu_kernel_agrees(op, sample):
     reference = getattr(torch.ops.fxq, op.name).default.redispatch
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
     want = expected(op, sample)
-    assert torch.equal(reference(keys, *sample), want)
-    assert_agrees(op, op(*sample), want)
-    if op in (quantize_act, dual_scale_linear):
-        assert torch.equal(op(*sample), want)
+    for first, got, exact in zip(*map(results, (reference(keys, *sample), op(*sample), want)), strict=True):
+        assert torch.equal(first, exact)
+        assert_agrees(op, got, exact)
+        if op in EXACT:
+            assert torch.equal(got, exact)
 
 
 @pytest.mark.gpu
@@ -95,7 +112,8 @@ def test_the_gpu_kernel_agrees_with_the_reference(op, sample):
     if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
         pytest.skip("panels are a CPU layout")
     moved = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, sample)
-    assert_agrees(op, op(*moved).cpu(), expected(op, sample))
+    for got, want in zip(results(op(*moved)), results(expected(op, sample)), strict=True):
+        assert_agrees(op, got.cpu(), want)
 
 
 @settings(max_examples=60)
@@ -148,6 +166,39 @@ def test_dual_scale_linear_in_chunks_of_strided_operands(monkeypatch):
     arguments[0] = torch.randint(-128, 128, (23, 130), dtype=torch.int8)[:, 7:103]
     arguments[1] = torch.randint(-128, 128, (96, 19), dtype=torch.int8).T
     assert torch.equal(dual_scale_linear(*arguments), expected(dual_scale_linear, tuple(arguments)))
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_the_per_token_operators_equal_numerics_for_any_shape(data):
+    bits = data.draw(st.integers(2, 8))
+    unit = 32 if bits <= 4 else 1
+    k = unit * data.draw(st.integers(1, 5 if unit == 32 else 90))
+    split = unit * data.draw(st.integers(1, k // unit))
+    lead = data.draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3), (33,)]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    perm = torch.randperm(k).to(torch.int32) if data.draw(st.booleans()) else None
+    quantization = ((torch.randn(*lead, k) * 3).to(dtype), perm, split, data.draw(st.integers(2, 8)))
+    q, scale = quantize_per_token(*quantization)
+    for got, want in zip((q, scale), expected(quantize_per_token, quantization), strict=True):
+        assert torch.equal(got, want) and got.is_contiguous()
+    _, weight, weight_scale, _, offset, *rest = linear_arguments(1, data.draw(st.integers(1, 40)), k, split, bits)
+    product = (q, scale, weight, weight_scale, offset, *rest)
+    assert torch.equal(dual_scale_linear_per_token(*product), expected(dual_scale_linear_per_token, product))
+
+
+def test_the_per_token_operators_in_several_chunks_of_strided_rows(monkeypatch):
+    monkeypatch.setattr(per_token, "CHUNK", 100)
+    monkeypatch.setattr(gemm, "CHUNK", 70)
+    quantization = (torch.randn(40, 13).T, torch.randperm(40).to(torch.int32), 30, 8)
+    q, scale = quantize_per_token(*quantization)
+    want = expected(quantize_per_token, quantization)
+    assert torch.equal(q, want[0]) and torch.equal(scale, want[1])
+    _, weight, weight_scale, _, offset, *rest = linear_arguments(1, 19, 40, 30, 8)
+    wide = torch.zeros(13, 50, dtype=torch.int8)
+    wide[:, 7:47] = q
+    product = (wide[:, 7:47], scale.T.contiguous().T, weight, weight_scale, offset, *rest)
+    assert torch.equal(dual_scale_linear_per_token(*product), expected(dual_scale_linear_per_token, product))
 
 
 @pytest.mark.parametrize("matmul", [gemm.int_mm, gemm.exact_matmul])
@@ -256,6 +307,46 @@ def test_wrong_arguments_of_quantize_act_are_named(position, value, message):
     arguments[position] = value
     with pytest.raises(ValueError, match=f"fxq::quantize_act: .*{message}"):
         quantize_act(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 96, dtype=torch.float64), "x is torch.float64"),
+        (1, torch.arange(96), "perm is torch.int64"),
+        (1, torch.arange(95).int(), r"perm is torch.int32 \(95,\): expected int32 \(96,\)"),
+        (2, 97, r"split = 97: expected 1\.\.96"),
+        (3, 9, r"bits = 9: expected 2\.\.8"),
+    ],
+)
+def test_wrong_arguments_of_quantize_per_token_are_named(position, value, message):
+    arguments = [torch.zeros(2, 96), None, 64, 8]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"fxq::quantize_per_token: .*{message}"):
+        quantize_per_token(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 96), r"q is torch.float32 \(2, 96\): expected int8"),
+        (1, torch.ones(2), r"input_scale is torch.float32 \(2,\): expected float32 \(2, 2\)"),
+        (1, torch.ones(2, 2).double(), "input_scale is torch.float64"),
+        (2, pack_panels(torch.zeros(8, 96, dtype=torch.int8), 64), "panels for the native kernels"),
+        (3, torch.ones(1, 8), r"weight_scale is torch.float32 \(1, 8\): expected float32 \(2, 8\)"),
+        (3, torch.tensor(1.0), r"weight_scale is torch.float32 \(\): expected"),
+        (4, torch.ones(9), "expected torch.int8 .* an offset of 9"),
+        (5, 97, r"split = 97: expected 1\.\.96"),
+        (6, 9, r"bits = 9: expected 2\.\.8"),
+        (7, torch.int32, "dtype = torch.int32"),
+    ],
+)
+def test_wrong_arguments_of_dual_scale_linear_per_token_are_named(position, value, message):
+    q, weight, weight_scale, _, *rest = linear_arguments(2, 8, 96, 64, 8)
+    arguments = [q, torch.ones(2, 2), weight, weight_scale, *rest]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"fxq::dual_scale_linear_per_token: .*{message}"):
+        dual_scale_linear_per_token(*arguments)
 
 
 def test_the_kernel_in_use_has_a_name(monkeypatch):

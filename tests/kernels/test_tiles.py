@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from fxq.kernels.tiles import PROCESSORS, TABLE, candidates, choose
+from fxq.kernels.tiles import PROCESSORS, TABLE, TWO_SUMS, candidates, choose
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHAPES = [(1, 1536, 1536), (16, 64, 32), (70, 1536, 8960), (1560, 1536, 1536), (4680, 8960, 1536), (9360, 5120, 13824)]
@@ -36,6 +36,16 @@ def test_a_kernel_that_spills_with_the_largest_tile_takes_a_smaller_one():
     assert choose(4680, 8960, 1536, 120) == choose(4680, 8960, 1536, 120, operation="gelu_tanh") == TABLE[0]
     assert choose(4680, 8960, 1536, 120, operation="gelu") in TABLE[1:]
     assert choose(4680, 8960, 1536, 121, operation="gelu") in TABLE[1:]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("arch", sorted(PROCESSORS))
+def test_two_sums_take_smaller_tiles_than_one(arch, packed):
+    dual, single = (
+        choose(4680, 8960, 1536, arch, packed=packed, operation=f"per_token{suffix}") for suffix in ("_dual", "")
+    )
+    assert replace(dual, swapped=False) in TWO_SUMS and replace(single, swapped=False) == TABLE[0]
+    assert all(t.block_m * t.block_n // (32 * t.warps) <= 32 for t in TWO_SUMS)
 
 
 @pytest.mark.parametrize("arch", sorted(PROCESSORS))

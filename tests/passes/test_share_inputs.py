@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.calibrate import Collector
+from fxq.collect import Collector
 from fxq.ir import QuantGraph, Stage, get_tensor
+from fxq.job import plan_passes
 from fxq.passes import detect_outliers
 from fxq.passes.merge_linears import MergeLinears
 from fxq.passes.methods.ranges import MinMax
 from fxq.passes.share_inputs import ShareInputs, input_groups
 from fxq.pipeline import run_passes
-from fxq.quantize import plan_passes
 from fxq.recipes import load_recipe, recipe_from_json, recipe_to_json
 from fxq.trace import trace
 from tests.toys import LEARN, recipe, rows, wan_rollout
@@ -129,21 +129,19 @@ def test_layers_without_a_group_are_what_they_are_without_sharing():
 
 
 @pytest.mark.parametrize(("per_call", "most"), [(4, 1000), (9, 10), (100, 7)])
-def test_a_follower_has_the_statistics_of_its_leader_and_others_their_own(per_call, most):
+def test_statistics_are_stored_once_for_layers_of_one_input(per_call, most):
     alone, shared = Collector(per_call, most, 0), Collector(per_call, most, 0, {"b": "a"})
     for collector in (alone, shared):
         for seed, count in enumerate((0, 3, 17, 40, 5)):
             for layer, width in (("a", 8), ("b", 8), ("c", 5)):
                 collector.chunk = seed
                 collector.add(layer, rows(count, width, seed=seed if layer < "c" else 99))
-        collector.finish()
-    assert shared.statistics["b"] is shared.statistics["a"] and list(shared.statistics) == list(alone.statistics)
-    assert (
-        torch.equal(shared.statistics["a"].rows, alone.statistics["a"].rows) and len(alone.statistics["a"].rows) <= most
-    )
-    assert not torch.equal(shared.statistics["b"].rows, alone.statistics["b"].rows)
-    for name in ("low", "high", "rows", "chunks"):
-        assert torch.equal(getattr(shared.statistics["c"], name), getattr(alone.statistics["c"], name))
+    alone, shared = alone.finish(), shared.finish()
+    assert shared["b"] is shared["a"] and sorted(shared) == sorted(alone)
+    assert len(alone["a"].rows) <= most
+    for layer in "abc":
+        for name in ("low", "high", "rows", "chunks"):
+            assert torch.equal(getattr(shared[layer], name), getattr(alone[layer], name))
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from fxq import numerics
 from fxq.ir import QuantGraph, Stage, get_tensor, put_tensor
 from fxq.passes.fold_permutations import FoldPermutations
 from fxq.passes.merge_linears import MergeLinears
-from fxq.passes.to_qdq import ToQdq, parts_of
+from fxq.passes.qdq_layers import parts_of
+from fxq.passes.to_qdq import ToQdq
 from fxq.pipeline import PassError, run_passes
 from fxq.trace import trace
 from tests.passes.test_share_inputs import model as siblings
@@ -83,14 +84,16 @@ def test_parts_hold_every_weight_once(permuted, split):
     weight = torch.randint(-127, 128, (5, 96), dtype=torch.int8)
     groups = 1 if split == 96 else 2
     perm = torch.randperm(96).int() if permuted else None
-    scales = torch.rand(groups, 5), torch.rand(groups) + 0.1, torch.zeros(groups, dtype=torch.int32)
-    parts = parts_of(weight, *scales, perm, split)
+    scales = torch.rand(groups, 5)
+    parts = parts_of(weight, scales, perm, split)
     ordered = weight if perm is None else torch.empty_like(weight).index_copy_(1, perm.long(), weight)
     total = torch.zeros_like(weight)
     for part in parts:
         total[:, slice(None) if part.channels is None else part.channels] += part.weight
     assert torch.equal(total, ordered)
-    assert [part.scale for part in parts] == scales[1].tolist()
+    assert torch.equal(torch.stack([part.weight_scale for part in parts]), scales)
+    for part in parts:
+        assert part.own is None or torch.equal(part.own == 0, (part.weight == 0).all(0))
 
 
 def test_channels_in_order_are_sliced():
@@ -205,14 +208,14 @@ def test_a_fused_product_is_left_and_says_so():
     node.update_arg(0, clone)
     run_passes(graph, (ToQdq(),))
     assert graph.remarks["blocks.0.up"] == [
-        "not lowered: fxq.dual_scale_linear.default does not read a quantize_act of its own"
+        "not lowered: fxq.dual_scale_linear.default does not read a quantize of its own"
     ]
 
 
 def test_a_merged_product_is_left_and_says_so():
     q = fxq.quantize(siblings("").eval(), [rows(40, 96)], recipe(), progress=False)
     graph = run_passes(QuantGraph(q, Stage.FROZEN).fork(), (MergeLinears(), ToQdq()))
-    wanted = "not lowered: fxq.dual_scale_linear.default does not read a quantize_act of its own"
+    wanted = "not lowered: fxq.dual_scale_linear.default does not read a quantize of its own"
     assert graph.remarks["blocks.0.q"][-1] == wanted
 
 

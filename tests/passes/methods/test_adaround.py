@@ -85,3 +85,19 @@ def test_nothing_is_kept_that_makes_the_output_worse():
 def test_scales_must_be_chosen_before():
     with pytest.raises(ValueError, match="put RangeSearch or MinMax first"):
         ROUND.apply(problem(), None)
+
+
+@pytest.mark.parametrize("outliers", [0, 32])
+def test_a_per_token_layer_learns_its_rounding(outliers):
+    p = problem(outliers=outliers, per_token=True)
+    nearest = RangeSearch().apply(p, None)
+    learned = ROUND.apply(p, nearest)
+    assert output_sqnr(p, learned) > output_sqnr(p, nearest) + 0.5
+    assert learned.input_scale is None and torch.equal(learned.weight_scale, nearest.weight_scale)
+
+
+def test_without_rows_nothing_is_learned():
+    p = problem(per_token=True)
+    p = dataclasses.replace(p, rows=p.rows[:0], row_weights=p.row_weights[:0])
+    nearest = RangeSearch().apply(p, None)
+    assert ROUND.apply(p, nearest) is nearest

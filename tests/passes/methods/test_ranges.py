@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fxq import numerics
 from fxq.config import RecipeError
-from fxq.passes.methods import Method, output_sqnr
+from fxq.passes.methods import Method, output_sqnr, ranges
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch, search_input_range, search_weight_scale
 from tests.toys import problem
@@ -96,3 +96,64 @@ def test_two_scales_lower_the_error_on_planted_outlier_channels(bits):
 def test_settings_without_meaning_are_refused(options):
     with pytest.raises(RecipeError, match="RangeSearch: "):
         RangeSearch(**options)
+
+
+def without_rows(p):
+    """The problem as it is when there is no calibration data."""
+    zeros, width = torch.zeros(p.weight.shape[1]), p.weight.shape[1]
+    return dataclasses.replace(p, rows=torch.empty(0, width), row_weights=torch.empty(0), low=zeros, high=zeros)
+
+
+@pytest.mark.parametrize("method", [MinMax(), RangeSearch()])
+@pytest.mark.parametrize("outliers", [0, 32])
+def test_a_per_token_scheme_gets_the_same_weights_with_and_without_data(method, outliers):
+    p = problem(outliers=outliers, per_token=True)
+    for update in (method.apply(p, None), method.apply(without_rows(p), None)):
+        assert update.input_scale is None and update.input_zero_point is None
+        assert torch.equal(update.weight, method.apply(p, None).weight)
+        assert torch.equal(update.weight_scale, method.apply(p, None).weight_scale)
+
+
+def test_no_ratio_of_scales_bounds_a_per_token_layer():
+    p = problem(outliers=32, bits=8, per_token=True)
+    p.weight[:, -32:] *= 1e7
+    scale = RangeSearch().apply(p, None).weight_scale
+    assert float((scale[1] / scale[0]).min()) > numerics.ratio_limit(96, 64)
+
+
+def test_the_output_sqnr_of_a_per_token_layer_is_that_of_its_simulation():
+    p = problem(outliers=32, bits=8, per_token=True)
+    p.rows[::2] *= 1e3
+    static = dataclasses.replace(p, scheme=dataclasses.replace(p.scheme, per_token=False))
+    small = dataclasses.replace(p, rows=p.rows[1::2])
+    update = RangeSearch().apply(p, None)
+    assert output_sqnr(p, update) > 35 and output_sqnr(small, update) > 35
+    assert output_sqnr(dataclasses.replace(static, rows=small.rows), RangeSearch().apply(static, None)) < 10
+
+
+def test_an_output_sqnr_needs_rows():
+    p = without_rows(problem(per_token=True))
+    with pytest.raises(ValueError, match=r"layer blocks.0.x: without calibration rows its output has no measured SQNR"):
+        output_sqnr(p, RangeSearch().apply(p, None))
+
+
+@pytest.mark.parametrize("limit", [96, 300, 1])
+def test_a_weight_searched_some_rows_at_a_time_gets_the_same_scales(limit, monkeypatch):
+    p = problem(outputs=37, outliers=32)
+    want = RangeSearch().apply(p, None)
+    monkeypatch.setattr(ranges, "_SEARCH_LIMIT", limit)
+    got = RangeSearch().apply(p, None)
+    assert torch.equal(got.weight_scale, want.weight_scale) and torch.equal(got.weight, want.weight)
+
+
+def test_the_memory_of_a_search_does_not_grow_with_the_outputs(monkeypatch):
+    seen = []
+    search = ranges._search_rows
+
+    def watched(weight, *rest):
+        seen.append(weight.numel())
+        return search(weight, *rest)
+
+    monkeypatch.setattr(ranges, "_search_rows", watched)
+    search_weight_scale(torch.ones(3000, 1024), 8, (1.0,), ())
+    assert sum(seen) == 3000 * 1024 and max(seen) <= ranges._SEARCH_LIMIT

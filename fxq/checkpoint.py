@@ -1,0 +1,61 @@
+"""Finished pieces of a long job as files, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder with one safetensors file per finished piece.
+
+    Every file carries the key of what it was made from; a file with another key, or a damaged one, does not count.
+    Tensors that are read, or given back by :meth:`write`, are mapped from the file and take no memory until they are
+    used.
+    """
+
+    folder: pathlib.Path
+
+    def path(self, name: str) -> pathlib.Path:
+        """The file of a piece."""
+        return self.folder / (re.sub(r"[^\w.-]", "_", name) + ".safetensors")
+
+    def read(self, name: str, key: str) -> dict[str, Tensor] | None:
+        """The tensors of a finished piece, or None when it is not there whole and of this key."""
+        path = self.path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                if (file.metadata() or {}).get("key") != key:
+                    return None
+                return {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
+        except SafetensorError:
+            return None
+
+    def write(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Store a finished piece, whole or not at all, and return its tensors as mapped from the file.
+
+        Raises:
+            OSError: when the folder cannot be written.
+        """
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        try:
+            save_file({n: t.contiguous() for n, t in tensors.items()}, part, metadata={"key": key})
+        except SafetensorError as error:
+            part.unlink(missing_ok=True)
+            raise OSError(f"cannot write {path}: {error}; free space, or choose another checkpoint directory") from None
+        part.replace(path)
+        stored = self.read(name, key)
+        if stored is None:
+            raise OSError(f"{path} changed while it was written; give each job a checkpoint directory of its own")
+        return stored

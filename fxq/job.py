@@ -1,0 +1,150 @@
+"""The steps between a traced graph and a lowered one, with what they share: recipe, progress, ranks, folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxq.calibrate import calibrate
+from fxq.checkpoint import Checkpoint
+from fxq.collect import CalibrationError, Collector
+from fxq.config import Recipe
+from fxq.ir import QuantGraph
+from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
+from fxq.passes.share_inputs import ShareInputs, input_groups
+from fxq.pipeline import Pass, run_passes
+from fxq.progress import Progress
+from fxq.recipes import recipe_to_json
+from fxq.rollout import Rollout
+from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
+from fxq.workers import Workers
+
+ForwardLoop = Callable[[Callable[..., Any]], None]
+
+
+def plan_passes(recipe: Recipe) -> tuple[Pass, ...]:
+    """The passes that bring a traced graph to PLANNED as the recipe wants it."""
+    passes: tuple[Pass, ...] = (PlanLayers(recipe), DetectOutliers())
+    return (*passes, ShareInputs()) if recipe.share_inputs else passes
+
+
+def needs_data(recipe: Recipe) -> str:
+    """The first rule whose input scales are measured on data; empty when there is none."""
+    static = [rule.pattern for rule in recipe.rules if rule.scheme is not None and not rule.scheme.per_token]
+    return static[0] if static else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One quantization.
+
+    ``workers`` share its calibration, sensitivities and layers; with a ``folder`` finished pieces are files there, and
+    what is large lies in files instead of memory. ``label`` is put before the names of steps.
+    """
+
+    recipe: Recipe
+    bar: Progress
+    workers: Workers = dataclasses.field(default_factory=Workers)
+    folder: pathlib.Path | None = None
+    label: str = ""
+
+    def calibrate(
+        self, graph: QuantGraph, loader: Iterable[Any] | Rollout | None, forward_loop: ForwardLoop | None = None
+    ) -> str:
+        """Collect statistics and move a PLANNED graph to CALIBRATED; returns the calibration hash, empty without data.
+
+        Raises:
+            CalibrationError: as :func:`fxq.calibrate.calibrate`; or when there is no data and a layer needs some.
+        """
+        if loader is None and forward_loop is None:
+            graph.adopt({})
+            return ""
+        recipe = self.recipe
+        groups = input_groups(graph.module) if recipe.share_inputs else []
+        leaders = {site.layer: first.layer for first, *others in groups for site in others}
+        collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder)
+        with self.bar.step(f"{self.label}calibrate") as on_progress:
+            return calibrate(graph, loader, forward_loop, collector, on_progress, self.workers)
+
+    def weigh_chunks(
+        self, graph: QuantGraph, loader: Iterable[Any] | Rollout | None, alpha: Tensor | None, data: str
+    ) -> Tensor | None:
+        """Set a CALIBRATED graph's chunk weights, measuring sensitivity when the recipe needs it and can have it.
+
+        It can for a rollout. Other loaders name chunks by :class:`fxq.Batch`; without a measured sensitivity their
+        chunks weigh the same.
+
+        Args:
+            graph: the graph.
+            loader: what it was calibrated on.
+            alpha: sensitivities measured before.
+            data: the calibration hash.
+
+        Raises:
+            CalibrationError: when the given sensitivity is of another number of chunks.
+        """
+        weighting = self.recipe.weighting
+        if isinstance(loader, Rollout):
+            chunks = max(loader.units(c, d) for c, d in loader.batches)
+            if alpha is None and weighting not in ("uniform", "exponential"):
+                alpha = self.measure(graph, loader, data).alpha
+        else:
+            chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)
+        if alpha is not None and len(alpha) < chunks:
+            raise CalibrationError(f"sensitivity has {len(alpha)} chunks, the calibration data {chunks}")
+        if alpha is None and weighting != "exponential":
+            graph.chunk_weights = torch.ones(chunks)
+        else:
+            graph.chunk_weights = chunk_weights(alpha, chunks, weighting)
+        return alpha
+
+    def measure(self, graph: QuantGraph, rollout: Rollout, data: str) -> ChunkSensitivity:
+        """Sensitivity of a CALIBRATED graph under the recipe's first method (initialised, not reconstructed).
+
+        Args:
+            graph: the graph; a fork of it is quantized.
+            rollout: prompts and noise.
+            data: the calibration hash; finished batches of an earlier run on the same data are not measured again.
+        """
+        fork = graph.fork()
+        run_passes(fork, (self.methods(first_only=True), LowerLinear()))
+        settings = json.dumps([data, recipe_to_json(self.recipe), len(rollout.batches)], sort_keys=True)
+        key = hashlib.sha256(settings.encode()).hexdigest()
+        checkpoint = None if self.folder is None else Checkpoint(self.folder)
+
+        def finished(batch: int, run: Callable[[], Tensor]) -> Tensor:
+            if checkpoint is None:
+                return run()
+            name = f"sensitivity-{batch}"
+            if (known := checkpoint.read(name, key)) is not None:
+                return known["mse"]
+            return checkpoint.write(name, key, {"mse": run()})["mse"]
+
+        with self.bar.step(f"{self.label}sensitivity") as on_progress:
+            return chunk_sensitivity(rollout, fork.module, graph.module, on_progress, self.workers, finished)
+
+    def methods(self, *, first_only: bool = False) -> ApplyMethods:
+        """The pass that applies the recipe's methods, or only the first of them."""
+        recipe = self.recipe
+        return ApplyMethods(
+            recipe.methods[:1] if first_only else recipe.methods,
+            recipe.weighting,
+            recipe.seed,
+            None if self.folder is None else Checkpoint(self.folder / "initial" if first_only else self.folder),
+            None,
+            recipe.share_inputs,
+            self.workers,
+        )
+
+    def choose_integers(self, graph: QuantGraph) -> None:
+        """Run the recipe's methods on a CALIBRATED graph."""
+        with self.bar.step(f"{self.label}reconstruct") as on_layer:
+            methods = dataclasses.replace(self.methods(), on_layer=lambda _, done, total: on_layer(done, total))
+            run_passes(graph, (methods,))

@@ -1,0 +1,193 @@
+"""Estimate what a quantization will need before it starts, from shapes and a short measurement."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxq.config import Recipe, Scheme
+from fxq.planning.drive import Drive
+from fxq.planning.estimate import JobEstimate
+from fxq.planning.memory import quantized_bytes, weight_bits
+from fxq.planning.speed import Speed, measure_speed
+from fxq.residency import Residency
+
+_PROCESS = int(0.7e9)  # Python, torch, the graph; measured on 300 linears
+_SEARCH, _LEARN = 11, 70  # bytes per weight of a layer: float32 copies and integers; gradients and moments beside them
+_SCRATCH = int(0.1e9)  # of a search, which works on a part of the weights at a time
+_TOGETHER = 3  # layers of one module that read the same input and are solved together: queries, keys and values
+_SAMPLED = 1 << 20  # calibration values of a layer that are searched for its range
+_CAPTURE = 0.05  # seconds per linear that torch.export takes
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A linear that is to be quantized; ``group`` layers like it share its input and its problem."""
+
+    outputs: int
+    width: int
+    scheme: Scheme
+    group: int
+    leads: bool
+
+    @property
+    def weights(self) -> int:
+        return self.outputs * self.width
+
+
+def estimate_job(
+    model: nn.Module,
+    recipe: Recipe,
+    drive: Drive | None = None,
+    *,
+    example: Drive | None = None,
+    measures_sensitivity: bool = False,
+    folder: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    speed: Speed | None = None,
+) -> JobEstimate:
+    """Estimate a quantization; takes about a second, of which the measurement of this machine is the most.
+
+    Args:
+        model: any module with :class:`torch.nn.Linear`, mapped from a file, in memory or on the meta device.
+        recipe: what is to be done with it.
+        drive: the calibration calls, see :func:`~fxq.planning.drive.drive_rollout`; None: there are none.
+        example: the call to trace with, see :func:`~fxq.planning.drive.drive_batches`; like one of ``drive`` if None.
+        measures_sensitivity: the loader is a rollout, so weightings that need sensitivities measure them.
+        folder: checkpoint directory.
+        out: where the bundle goes; None: it is not saved.
+        speed: of this machine; measured if None.
+    """
+    drive, layers, dtype = drive or Drive(), list(_layers(model, recipe)), next(model.parameters()).dtype
+    example = example or drive
+    speed = speed or measure_speed(recipe, dtype)
+    twice = measures_sensitivity and bool(drive.calls) and recipe.weighting not in ("uniform", "exponential")
+    disk = _disk(model, recipe, layers, drive, twice, folder is not None, out is not None)
+    places = {"checkpoint files": folder, "bundle": out}
+    return JobEstimate(
+        ram=_ram(model, recipe, layers, drive, example, twice, folder is not None),
+        ram_with_folder=max(_ram(model, recipe, layers, drive, example, twice, True).values()),
+        disk=disk,
+        time=_time(recipe, layers, drive, example, twice, speed),
+        ram_total=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        disk_free=_room({pathlib.Path(path): disk[name] for name, path in places.items() if path is not None}),
+        assumptions=(
+            "every quantized layer has two scales, and every method takes its full number of steps",
+            f"slices ran at {speed.flops / 1e9:.0f} GFLOP/s, {speed.search * 1e9:.0f} ns per weight searched and "
+            f"{speed.learn * 1e9:.0f} ns per weight and iteration learned; other work on the machine shows in it",
+            "reading the weights is not counted; it takes long when they are larger than the free memory",
+            *drive.assumptions,
+        ),
+    )
+
+
+def _layers(model: nn.Module, recipe: Recipe) -> Iterator[_Layer]:
+    found = []
+    for name, module in model.named_modules():
+        rule = recipe.rule_for(name) if isinstance(module, nn.Linear) else None
+        if rule is None or rule.scheme is None or not isinstance(module, nn.Linear):
+            continue
+        if weight_bits(recipe, name, module.in_features) < 16:
+            kind = (name.rpartition(".")[0], module.out_features, module.in_features, rule.scheme)
+            found.append(kind)
+    counts: Counter[Any] = Counter()
+    totals = Counter(found)
+    for kind in found:
+        counts[kind] += 1
+        group = min(_TOGETHER, totals[kind]) if recipe.share_inputs else 1
+        yield _Layer(*kind[1:], group=group, leads=counts[kind] == 1 or counts[kind] > group)
+
+
+def _kept_rows(recipe: Recipe, drive: Drive) -> int:
+    """Calibration rows of a layer."""
+    return min(recipe.max_rows, drive.calls * min(recipe.rows_per_call, drive.tokens))
+
+
+def _ram(
+    model: nn.Module, recipe: Recipe, layers: list[_Layer], drive: Drive, example: Drive, twice: bool, folder: bool
+) -> dict[str, int]:
+    """Bytes at the worst moment of each phase."""
+    rows, size = _kept_rows(recipe, drive), next(model.parameters()).dtype.itemsize
+    held = [] if folder else [rows * layer.width * size for layer in layers if layer.leads]
+    integers = 0 if folder else sum(layer.weights for layer in layers)
+    packed = sum(layer.weights // 2 for layer in layers if layer.scheme.weight_bits == 4)
+    base = _PROCESS + _unmapped_bytes(model)
+    widest = max((layer.weights for layer in layers), default=0) * size
+    phases = {"tracing": base + 2 * example.call_bytes + widest}
+    if drive.calls:
+        phases["calibration"] = base + drive.call_bytes + widest + sum(held)
+    if twice:
+        phases["sensitivity"] = base + drive.call_bytes + drive.kept_bytes + sum(held) + integers
+    work = max((_working_set(recipe, layer, rows) for layer in layers), default=0)
+    phases["reconstruction"] = base + sum(held) + integers + work
+    phases["writing"] = base + integers + packed + _kept_bytes(model, layers)
+    return phases
+
+
+def _working_set(recipe: Recipe, layer: _Layer, rows: int) -> int:
+    """Bytes of solving a layer and those that are solved with it."""
+    learns = layer.scheme.reconstruct and rows and any(hasattr(method, "iterations") for method in recipe.methods)
+    weights = layer.group * layer.weights
+    targets = 4 * rows * layer.group * layer.outputs if learns else 0
+    return _SCRATCH + weights * (_LEARN if learns else _SEARCH) + 8 * rows * layer.width + targets
+
+
+def _unmapped_bytes(model: nn.Module) -> int:
+    """Bytes of the weights that are in memory already."""
+    tensors: list[Tensor] = [t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"]
+    return max(0, sum(t.nbytes for t in tensors) - Residency().mapped_bytes(*tensors))
+
+
+def _kept_bytes(model: nn.Module, layers: list[_Layer]) -> int:
+    """Bytes of everything that is not quantized, in model dtype."""
+    size = next(model.parameters()).dtype.itemsize
+    return sum(p.nbytes for p in model.parameters()) - size * sum(layer.weights for layer in layers)
+
+
+def _disk(
+    model: nn.Module, recipe: Recipe, layers: list[_Layer], drive: Drive, twice: bool, folder: bool, out: bool
+) -> dict[str, int]:
+    sizes = {}
+    if folder:
+        rows = _kept_rows(recipe, drive) * 5 // 4 * next(model.parameters()).dtype.itemsize
+        stored = sum(layer.weights for layer in layers) * (2 if twice else 1)
+        sizes["checkpoint files"] = stored + sum(rows * layer.width for layer in layers if layer.leads)
+    if out:
+        quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
+        sizes["bundle"] = quantized + _kept_bytes(model, layers)
+    return sizes
+
+
+def _time(
+    recipe: Recipe, layers: list[_Layer], drive: Drive, example: Drive, twice: bool, speed: Speed
+) -> dict[str, float]:
+    weights, inputs = sum(layer.weights for layer in layers), _kept_rows(recipe, drive)
+    sampled = sum(min(_SAMPLED, inputs * layer.width) for layer in layers if layer.leads)
+    learned = sum(layer.weights for layer in layers if layer.scheme.reconstruct) if inputs else 0
+    iterations = sum(getattr(method, "iterations", 0) for method in recipe.methods)
+    search = weights * speed.search + sampled * speed.inputs
+    seconds = {
+        "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,
+        "calibration": drive.flops / speed.flops,
+        "sensitivity": search + drive.sensitivity_flops / speed.flops if twice else 0.0,
+        "search": search,
+        "reconstruction": learned * iterations * speed.learn,
+    }
+    return {name: value for name, value in seconds.items() if value}
+
+
+def _room(needed: Mapping[pathlib.Path, int]) -> int:
+    """Free bytes of the disk that gets fullest, less what goes there."""
+    free: dict[int, int] = {}
+    for path, size in needed.items():
+        there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        disk = there.stat().st_dev
+        free[disk] = free.get(disk, shutil.disk_usage(there).free) - size
+    return min(free.values(), default=0)

@@ -1,0 +1,141 @@
+"""Audio and multimodal transformers of diffusers in tiny."""
+
+import torch
+
+from tests.diffusers.cases import Case, normal, ones, uniform
+
+CASES = (
+    Case(
+        model="StableAudioDiTModel",
+        config={
+            "sample_size": 4,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "num_key_value_attention_heads": 2,
+            "out_channels": 4,
+            "cross_attention_dim": 16,
+            "time_proj_dim": 8,
+            "global_states_input_dim": 16,
+            "cross_attention_input_dim": 16,
+        },
+        inputs={
+            "hidden_states": normal(2, 4, 12),
+            "timestep": uniform(2),
+            "encoder_hidden_states": normal(2, 5, 16),
+            "global_hidden_states": normal(2, 1, 16),
+            "rotary_embedding": (normal(13, 4), normal(13, 4)),
+            "return_dict": False,
+        },
+    ),
+    Case(
+        model="AceStepTransformer1DModel",
+        config={
+            "hidden_size": 32,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "in_channels": 24,
+            "audio_acoustic_hidden_dim": 8,
+            "patch_size": 2,
+            "sliding_window": 16,
+            "encoder_hidden_size": 32,
+        },
+        inputs={
+            "hidden_states": normal(2, 8, 8),
+            "timestep": uniform(2),
+            "timestep_r": uniform(2),
+            "encoder_hidden_states": normal(2, 6, 32),
+            "context_latents": normal(2, 8, 16),
+            "return_dict": False,
+        },
+    ),
+    Case(
+        model="LongCatAudioDiTTransformer",
+        config={
+            "dit_dim": 32,
+            "dit_depth": 2,
+            "dit_heads": 4,
+            "dit_text_dim": 16,
+            "latent_dim": 8,
+            "text_conv": False,
+        },
+        inputs={
+            "hidden_states": normal(2, 12, 8),
+            "encoder_hidden_states": normal(2, 6, 16),
+            "encoder_attention_mask": ones(2, 6, dtype=torch.bool),
+            "timestep": uniform(2),
+            "attention_mask": ones(2, 12, dtype=torch.bool),
+            "latent_cond": normal(2, 12, 8),
+            "return_dict": False,
+        },
+    ),
+    Case(
+        model="MiniMaxMusic3Transformer1DModel",
+        config={
+            "in_channels": 8,
+            "condition_dim": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "ff_inner_dim": 40,
+            "rotary_dim": 8,
+            "fourier_embedding_dim": 16,
+        },
+        inputs={
+            "hidden_states": normal(2, 8, 12),
+            "timestep": uniform(2),
+            "encoder_hidden_states": normal(2, 12, 16),
+            "return_dict": False,
+        },
+    ),
+    Case(
+        model="Kandinsky5Transformer3DModel",
+        config={
+            "in_visual_dim": 4,
+            "out_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 12,
+            "time_dim": 16,
+            "model_dim": 32,
+            "ff_dim": 40,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+        },
+        inputs={
+            "hidden_states": normal(1, 2, 8, 8, 4),
+            "encoder_hidden_states": normal(1, 5, 16),
+            "timestep": uniform(1, scale=1000.0),
+            "pooled_projections": normal(1, 12),
+            "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+            "text_rope_pos": torch.arange(5),
+            "return_dict": False,
+        },
+    ),
+    Case(
+        model="TransformerTemporalModel",
+        config={"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 32, "norm_num_groups": 8},
+        inputs={"hidden_states": normal(4, 32, 4, 4), "num_frames": 4, "return_dict": False},
+    ),
+    Case(
+        model="T5FilmDecoder",
+        config={
+            "input_dims": 8,
+            "targets_length": 12,
+            "d_model": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "d_kv": 8,
+            "d_ff": 40,
+        },
+        inputs={
+            "encodings_and_masks": [(normal(2, 5, 16), ones(2, 5))],
+            "decoder_input_tokens": normal(2, 12, 8),
+            "decoder_noise_time": uniform(2),
+        },
+    ),
+)
