@@ -13,8 +13,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, fx, nn
 
-import fxq
-from fxq import numerics
+import fxq.numerics
 from fxq.config import Scheme
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
@@ -207,14 +206,14 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
 def _deviation(weight: Tensor, plan: LayerPlan, stored: Mapping[str, Tensor]) -> float:
     """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
     assert plan.scheme is not None
-    codes, top = stored["weight"].cpu(), numerics.integer_range(plan.scheme.weight_bits)[1]
-    codes = numerics.unpack_int4(codes) if plan.scheme.weight_bits == 4 else codes
+    codes, top = stored["weight"].cpu(), fxq.numerics.integer_range(plan.scheme.weight_bits)[1]
+    codes = fxq.numerics.unpack_int4(codes) if plan.scheme.weight_bits == 4 else codes
     ordered = weight.detach().to("cpu", torch.float32)
     if "perm" in stored:
         ordered = ordered[:, stored["perm"].cpu()]
     steps = [
         (ordered[:, part] / stored["weight_scale"][g].cpu().unsqueeze(1) - codes[:, part])[codes[:, part].abs() < top]
-        for g, part in enumerate(numerics.group_slices(plan.in_features, plan.split))
+        for g, part in enumerate(fxq.numerics.group_slices(plan.in_features, plan.split))
     ]
     inside = torch.cat(steps)
     return float(inside.square().mean().sqrt()) if inside.numel() else 0.0

@@ -41,7 +41,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     def called(module: nn.Module, _: Any, __: Any) -> None:
         residency.give_back(*module.parameters(recurse=False))
 
-    owners = [m for m in model.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+    owners = [m for m in model.modules() if residency.mapped_bytes(*m.parameters(recurse=False))]
     handles = [owner.register_forward_hook(called) for owner in owners]
     try:
         yield

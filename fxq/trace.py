@@ -15,9 +15,11 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from fxq.dense_masks import dense_masks
+from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
 from fxq.places import DataAccesses, place_of, quoted_place
 from fxq.regions import complex_as_real, inline_regions, without_autocast
+from fxq.signature import flatten_call
 
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
     "cond": "choose the branch outside the model, so that one call has one path",
@@ -108,7 +110,7 @@ def _eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
     """Leaves of what the model returns."""
     inputs, options = copy.deepcopy((args, kwargs))
     try:
-        with torch.no_grad(), _buffers_put_back(model):
+        with torch.no_grad(), _buffers_put_back(model), sparing(model):
             return pytree.tree_leaves(model(*inputs, **options))
     except Exception as error:
         raise TraceError(
@@ -184,7 +186,7 @@ def _run_unchanged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[s
     inputs, options = copy.deepcopy((args, kwargs))
     with torch.no_grad(), _buffers_put_back(module) as written:
         try:
-            got = pytree.tree_leaves(module(*inputs, **options))
+            got = pytree.tree_leaves(SparingInterpreter(module).call(*flatten_call(module, inputs, options)))
         except Exception as error:
             raise TraceError(f"the captured graph does not run on the example inputs: {_briefly(error)}") from error
     if written:
