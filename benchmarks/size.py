@@ -37,6 +37,8 @@ SMALL = ("--frames", "3", "--height", "16", "--width", "16")
 DATA = ("--videos", "1", "--iterations", "5")
 TARGETS = {"w8": (0.52, 1.95), "w4": (0.29, 3.4)}
 """By bits: block linears over bf16 at most, and how much smaller the whole file is at least."""
+ROOM = {"1.3b": 8e9, "14b": 60e9}
+"""Bytes of disk for the weights, the checkpoint files and the bundle."""
 LIMITS = {"1.3b": 8e9, "14b": 20e9}
 """Bytes of memory that a job may take."""
 
@@ -155,6 +157,14 @@ def _count(shape: Sequence[int]) -> int:
     return total
 
 
+def no_room(job: Job, folder: pathlib.Path) -> str:
+    """Why the disk is too small for a job, or ""; files of earlier runs count as room."""
+    free = shutil.disk_usage(folder).free + folder_bytes(folder)
+    if free >= ROOM[job.size]:
+        return ""
+    return f"{folder} has {free / 1e9:.0f} GB left, {job.name} needs about {ROOM[job.size] / 1e9:.0f} GB"
+
+
 def verdicts(job: Job, row: Mapping[str, Any]) -> dict[str, bool]:
     """Whether a finished job keeps the targets."""
     ratio, smaller = TARGETS[job.recipe[:2]]
@@ -250,6 +260,9 @@ def main() -> None:
     }
     write_prompts(args.folder)
     for job in chosen:
+        if reason := no_room(job, args.folder):
+            _note(result, {"job": job.name, "skipped": reason}, args.out)
+            continue
         weights = write_checkpoint(job.size, args.folder)
         _note(result, measure(job, args.folder, weights), args.out)
         if job.name == "1.3b w8a8-dynamic" and result["jobs"][-1]["exit_code"] == 0:

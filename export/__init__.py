@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxq.export.bundle import load, read_manifest, save
 from fxq.export.capture import ExportError
 from fxq.export.contract import Verdict, verify_bundle
+from fxq.export.diffusers_folder import save_diffusers
 from fxq.export.files import BundleError
 from fxq.export.onnx import check_onnx, export_onnx
 from fxq.export.program import export_program, load_program
@@ -23,6 +24,7 @@ __all__ = [
     "read_manifest",
     "read_receipt",
     "save",
+    "save_diffusers",
     "verify_bundle",
 ]
 

@@ -11,10 +11,11 @@ import torch
 import typer
 from rich.console import Console
 
-from fxq.export import BundleError, verify_bundle
+from fxq.export import BundleError, save_diffusers, verify_bundle
 from fxq.export.interop import Options, export_bundle
+from fxq.models.diffusers_folder import load_folder
 
-Target = Literal["lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
+Target = Literal["diffusers", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
 
 BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
@@ -46,12 +47,26 @@ def export(
     base_config: Annotated[
         pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
     ] = None,
+    source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
+    if target == "diffusers":
+        _export_diffusers(bundle, source, out, as_json)
+        return
     dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
     options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
     _print(export_bundle(bundle, target, out, options), as_json)
+
+
+def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:
+    if source is None:
+        raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
+    folder = save_diffusers(bundle, load_folder(source), out)
+    if as_json:
+        sys.stdout.write(json.dumps({"folder": str(folder), "reader": "fxq.diffusers_quantizer.register()"}) + "\n")
+    else:
+        _console().print(f"{folder}: for from_pretrained, after fxq.diffusers_quantizer.register()", highlight=False)
 
 
 def _read_config(path: pathlib.Path | None) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from fxq.adapters import ModelFiles, make_rollout
 from fxq.cli_source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.config import Recipe
 from fxq.export import load, read_manifest, save
-from fxq.export.diffusers_folder import save_diffusers
 from fxq.graph import linear_sites
 from fxq.ir import planned
 from fxq.job import plan_passes
@@ -80,9 +79,6 @@ def quantize(
     calls: Annotated[
         pathlib.Path | None, typer.Option(help="Recorded calls to calibrate on, for --model diffusers.")
     ] = None,
-    layout: Annotated[
-        Literal["bundle", "diffusers"], typer.Option("--as", help="What to write; diffusers: for from_pretrained.")
-    ] = "bundle",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -109,9 +105,7 @@ def quantize(
             group=workers.group,
             progress=workers.first and not quiet,
         )
-        if workers.first and layout == "diffusers":
-            save_diffusers(module, source.model, out)
-        elif workers.first:
+        if workers.first:
             save(module, out)
     if not workers.first:
         return

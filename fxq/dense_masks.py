@@ -41,7 +41,7 @@ def _drop_unread_writes(graph: fx.Graph) -> None:
     while changed:
         changed = graph.eliminate_dead_code()
         for node in reversed(list(graph.nodes)):
-            if not node.users and _writes(node) and list(node.args[0].users) == [node] and _is_fresh(node.args[0]):
+            if not node.users and _writes(node) and _is_unread(node, node.args[0]):
                 graph.erase_node(node)
                 changed = True
 
@@ -50,8 +50,12 @@ def _writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def _is_unread(write: fx.Node, tensor: fx.Node) -> bool:
+    """Whether nothing sees the write: the tensor is no input and no view, and is read only before it, as a whole."""
+    return _is_fresh(tensor) and all(user is write or (user < write and _is_fresh(user)) for user in tensor.users)
+
+
 def _is_fresh(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of its own: neither an input nor a view."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     return all(result.alias_info is None for result in node.target._schema.returns)

@@ -29,6 +29,7 @@ _KEPT = (
     ("*time_embed*", "time embedding: tiny and sensitive"),
     ("*timestep_embed*", "time embedding: tiny and sensitive"),
     ("*time_proj*", "time projection: tiny and sensitive"),
+    ("*delta_embed*", "time embedding: tiny and sensitive"),
     ("proj_out*", "prediction head: tiny and sensitive"),
 )
 _ONCE = ("text_embedding*", "*cross_attn.k", "*cross_attn.v")

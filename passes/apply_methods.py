@@ -132,7 +132,8 @@ class ApplyMethods(Analysis):
     def _problem(self, graph: QuantGraph, site: LinearSite, plan: LayerPlan) -> LayerProblem:
         order, scheme = group_order(plan), plan.scheme
         assert scheme is not None
-        weight = site.weight(graph.module).float().cpu()[:, order]
+        stored = site.weight(graph.module)
+        weight, device = stored.float()[:, order.to(stored.device)], stored.device
         statistics = graph.statistics.get(plan.layer) or _no_data(plan.in_features)
         weights = graph.chunk_weights
         if self.weighting == "single_scale_only" and plan.outliers:
@@ -141,10 +142,10 @@ class ApplyMethods(Analysis):
         return LayerProblem(
             layer=plan.layer,
             weight=weight,
-            low=statistics.low[order],
-            high=statistics.high[order],
-            rows=statistics.rows.float()[:, order],
-            row_weights=weights[chunk].float(),
+            low=statistics.low[order].to(device),
+            high=statistics.high[order].to(device),
+            rows=statistics.rows.float()[:, order].to(device),
+            row_weights=weights[chunk].float().to(device),
             scheme=scheme,
             split=plan.split,
             seed=self.seed,
@@ -174,7 +175,7 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tensor in (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights):
-        digest.update(tensor.contiguous().numpy().data)
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -198,7 +199,7 @@ def _to_tensors(updates: list[LayerUpdate]) -> dict[str, Tensor]:
     fields = [field.name for field in dataclasses.fields(LayerUpdate)]
     named = {f"{i}.{name}": getattr(update, name) for i, update in enumerate(updates) for name in fields}
     several = len(updates) > 1
-    return {name: t.clone() if several else t for name, t in named.items() if t is not None}
+    return {name: (t.clone() if several else t).cpu() for name, t in named.items() if t is not None}
 
 
 def _from_tensors(tensors: dict[str, Tensor], number: int) -> LayerUpdate:

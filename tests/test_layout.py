@@ -34,7 +34,7 @@ LAYERS = (
         "checkpoint",
     ),
     ("ir",),
-    ("graph", "signature", "interpret", "places", "regions"),
+    ("graph", "signature", "interpret", "places", "regions", "dense_masks"),
     ("verify",),
     ("pipeline",),
     ("trace", "collect", "calibrate"),

@@ -15,7 +15,7 @@ from fxq.ir import LayerUpdate
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerProblem:
-    """One linear as methods see it; input channels in ``[normal | outlier]`` order.
+    """One linear as methods see it, on the device of its weight; input channels in ``[normal | outlier]`` order.
 
     ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
     inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices. Without

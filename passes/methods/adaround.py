@@ -93,7 +93,7 @@ class AdaRound:
         scaled = problem.weight / step
         floor = scaled.floor()
         a = inverse_rectified_sigmoid(scaled - floor).requires_grad_()
-        gain = torch.zeros(len(problem.groups), requires_grad=True)
+        gain = torch.zeros(len(problem.groups), device=a.device, requires_grad=True)
         target = problem.rows @ problem.weight.T
         reference = self._error(problem, update, target)
         optimizer = torch.optim.Adam(

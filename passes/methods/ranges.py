@@ -96,7 +96,7 @@ def _search_rows(weight: Tensor, bits: int, percentiles: Sequence[float], ratios
 
 def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
     """The update of these scales; ``inputs`` is empty where input scales are measured per token."""
-    scale = torch.stack(weight_scales)
+    scale, device = torch.stack(weight_scales), problem.weight.device
     if not inputs:
         return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale)
     if len(inputs) == 2:
@@ -106,15 +106,15 @@ def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tu
     return LayerUpdate(
         weight=_round_weight(problem, scale),
         weight_scale=scale,
-        input_scale=torch.tensor([s for s, _ in inputs], dtype=torch.float32),
-        input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32),
+        input_scale=torch.tensor([s for s, _ in inputs], dtype=torch.float32, device=device),
+        input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32, device=device),
     )
 
 
 def _round_weight(problem: LayerProblem, scale: Tensor) -> Tensor:
     """int8 [N, K] of nearest integers, some rows at a time."""
     step = max(1, _SEARCH_LIMIT // problem.weight.shape[1])
-    integers = torch.empty(problem.weight.shape, dtype=torch.int8)
+    integers = torch.empty_like(problem.weight, dtype=torch.int8)
     for out, rows, scales in zip(*(t.split(step) for t in (integers, problem.weight, scale.T)), strict=True):
         out.copy_(numerics.quantize_weight(rows, scales.T, problem.split, problem.scheme.weight_bits))
     return integers

@@ -140,3 +140,12 @@ def test_the_table_has_a_line_for_every_job_that_succeeded():
     )
     assert len(text.splitlines()) == 3
     assert json.loads(json.dumps(dataclasses.asdict(size.JOBS[0])))["recipe"] == "w8a8-dynamic"
+
+
+def test_a_job_without_room_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "w.pt").write_bytes(b"1" * 10_000_000)
+    free = synthetic.shutil._ntuple_diskusage(10**12, 0, 20 * 10**9)
+    monkeypatch.setattr(size.shutil, "disk_usage", lambda _: free)
+    small, large = size.JOBS[0], size.JOBS[-1]
+    assert size.no_room(small, tmp_path) == ""
+    assert size.no_room(large, tmp_path) == f"{tmp_path} has 20 GB left, 14b w4a8-dynamic needs about 60 GB"

@@ -173,8 +173,6 @@ CASES = (
             "chunk_partition": [2, 2],
             "return_dict": False,
         },
-        refused="region flex_attention .* at attention_dispatch\\.py:\\d+ `.*: use another attention backend",
-        why="has no attention backend but `flex_attention`, whose mask is a function",
     ),
     Case(
         model="HeliosTransformer3DModel",

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fxq
 from fxq.checkpoint import Checkpoint
 from fxq.ir import LayerPlan, Stage
 from fxq.passes import ApplyMethods
@@ -13,7 +14,7 @@ from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.pipeline import run_passes
 from tests.test_verify import at
-from tests.toys import QUICK
+from tests.toys import LEARN, QUICK, recipe, rows, toy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,3 +155,14 @@ def test_methods_follow_each_other():
 def test_a_recipe_without_methods_is_refused():
     with pytest.raises(ValueError, match="the recipe has no method"):
         run_passes(at(Stage.CALIBRATED), (ApplyMethods(()),))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("per_token", [False, True])
+def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(per_token):
+    chosen = recipe(4, methods=LEARN, per_token=per_token)
+    x = rows(40, 96)
+    quantized = [fxq.quantize(toy().to(device), [x.to(device)], chosen, progress=False) for device in ("cpu", "cuda")]
+    assert all(t.is_cuda for t in quantized[1].state_dict().values())
+    assert all(row.output_sqnr > 10 for row in fxq.summary(quantized[1]).quantized)
+    torch.testing.assert_close(quantized[1](x.cuda()).cpu(), quantized[0](x), rtol=0, atol=0.05)
