@@ -6,6 +6,7 @@ every later step knows it. It costs one byte for each pair of a query and a key.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -30,9 +31,9 @@ def dense_masks(module: fx.GraphModule) -> None:
         assert isinstance(score, fx.GraphModule) and isinstance(mask, fx.GraphModule)
         results = [user for user in node.users if user.users]
         whole = all(user.target is operator.getitem and user.args[1] == 0 for user in results)
-        if whole and _unchanged(score) and all(map(_known, mask.graph.nodes)):
+        if results and whole and _unchanged(score) and all(map(_known, mask.graph.nodes)):
             _replace(node, mask, results)
-    _drop_unread_writes(module.graph)
+            _drop_unread_writes(module.graph)
 
 
 def _drop_unread_writes(graph: fx.Graph) -> None:
@@ -41,18 +42,19 @@ def _drop_unread_writes(graph: fx.Graph) -> None:
     while changed:
         changed = graph.eliminate_dead_code()
         for node in reversed(list(graph.nodes)):
-            if not node.users and _writes(node) and _is_unread(node, node.args[0]):
+            if not node.users and _is_unread_write(node):
                 graph.erase_node(node)
                 changed = True
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _is_unread(write: fx.Node, tensor: fx.Node) -> bool:
-    """Whether nothing sees the write: the tensor is no input and no view, and is read only before it, as a whole."""
-    return _is_fresh(tensor) and all(user is write or (user < write and _is_fresh(user)) for user in tensor.users)
+def _is_unread_write(node: fx.Node) -> bool:
+    """Whether a call writes to a tensor, no input and no view, that is read before it only, and as a whole."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    tensor = node.args[0]
+    if not isinstance(tensor, fx.Node) or not _is_fresh(tensor):
+        return False
+    return all(user is node or (user < node and _is_fresh(user)) for user in tensor.users)
 
 
 def _is_fresh(node: fx.Node) -> bool:
@@ -73,39 +75,44 @@ def _known(node: fx.Node) -> bool:
     return node.op != "call_function" or isinstance(node.target, torch._ops.OpOverload) or node.args[2] == _INDEX
 
 
-def _replace(node: fx.Node, mask: fx.GraphModule, results: list[fx.Node]) -> None:
-    query, key, value, _, _, scale, *_, tables = node.args
-    graph, sizes = node.graph, [example_value(x).shape for x in (query, key)]  # type: ignore[arg-type]
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """Makes calls, with their values, before a node and in its name."""
 
-    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        new = graph.call_function(target, args, kwargs)
+    before: fx.Node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        graph = self.before.graph
+        with graph.inserting_before(self.before):
+            new = graph.call_function(target, args, kwargs)
         known_args, known = fx.map_arg((args, kwargs), example_value)
-        with example_value(query).fake_mode:  # type: ignore[arg-type]
-            inherit_meta(new, node, target(*known_args, **known))
+        inherit_meta(new, self.before, target(*known_args, **known))
         return new
 
-    with graph.inserting_before(node):
-        positions = [
-            call(_ATEN.view.default, call(_ATEN.arange.default, size, device=example_value(query).device), shape)  # type: ignore[arg-type]
-            for size, shape in (
-                (sizes[0][0], [-1, 1, 1, 1]),
-                (sizes[0][1], [-1, 1, 1]),
-                (sizes[0][2], [-1, 1]),
-                (sizes[1][2], [-1]),
-            )
-        ]
-        values: dict[fx.Node, Any] = dict(
-            zip(mask.graph.find_nodes(op="placeholder"), (*positions, *tables), strict=True)  # type: ignore[misc]
-        )
+    def positions(self, tensor: fx.Node, dim: int, shape: list[int]) -> fx.Node:
+        """Numbers from 0 to the size of a tensor's dimension, in a shape."""
+        value = example_value(tensor)
+        size = value.shape[dim]
+        if not isinstance(size, int):
+            size = self(_ATEN.sym_size.int, tensor, dim)
+        return self(_ATEN.view.default, self(_ATEN.arange.default, size, device=value.device), shape)
+
+
+def _replace(node: fx.Node, mask: fx.GraphModule, results: list[fx.Node]) -> None:
+    query, key, value, _, _, scale, *_, tables = node.args
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(tables, tuple)
+    call = _Calls(node)
+    with example_value(query).fake_mode:
+        inputs = [call.positions(query, dim, [-1, *[1] * (3 - dim)]) for dim in (0, 1, 2)]
+        inputs += [call.positions(key, 2, [-1]), *tables]
+        values: dict[fx.Node, Any] = dict(zip(mask.graph.find_nodes(op="placeholder"), inputs, strict=True))
         for inner in mask.graph.nodes:
-            if inner.op != "call_function":
-                continue
-            args = fx.map_arg(inner.args, lambda n: values.get(n))
-            if inner.target is _APPLY:
-                values[inner] = call(_ATEN.index.Tensor, args[3], list(args[4:]))
-            else:
-                values[inner] = call(inner.target, *args, **inner.kwargs)
-        dense = values[mask.graph.output_node().args[0]]  # type: ignore[index]
+            if inner.op == "call_function":
+                args = fx.map_arg(inner.args, values.get)
+                indexed = inner.target is _APPLY
+                target, args = (_ATEN.index.Tensor, (args[3], list(args[4:]))) if indexed else (inner.target, args)
+                values[inner] = call(target, *args, **inner.kwargs)
+        dense: Any = fx.map_arg(mask.graph.output_node().args[0], values.__getitem__)
         attended = call(_ATEN.scaled_dot_product_attention.default, query, key, value, dense, scale=scale)
     for result in results:
         result.replace_all_uses_with(attended)

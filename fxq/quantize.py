@@ -27,7 +27,7 @@ from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
 from fxq.sensitivity import ChunkSensitivity
 from fxq.signature import batch_dynamic, guard_inputs, input_sizes
-from fxq.trace import TraceError, trace
+from fxq.trace import TraceError, plain_model, trace
 from fxq.workers import Workers
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
@@ -76,6 +76,7 @@ def quantize(
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.workers.WorkerError: a rank of the group is gone.
     """
+    model = plain_model(model) if isinstance(model, nn.Module) else model
     chosen = get_recipe(recipe)
     if not chosen.methods:
         raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from fxq.ir import example_value
 
-Sizes = list[list[int | None] | None]
-"""Per flat input its shape with None for dynamic dimensions, or None for an input that is not a tensor."""
+Sizes = list[list[int | None] | dict[str, Any] | None]
+"""Per flat input its shape with None for dynamic dimensions, ``{"value": v}`` for a constant, or None for anything."""
 
 
 class InputError(ValueError):
@@ -55,8 +55,11 @@ def input_sizes(module: fx.GraphModule) -> Sizes:
     sizes: Sizes = []
     for node in module.graph.find_nodes(op="placeholder"):
         value = example_value(node)
-        shape = value.shape if isinstance(value, Tensor) else None
-        sizes.append(None if shape is None else [_fixed(size) for size in shape])
+        if isinstance(value, Tensor):
+            sizes.append([_fixed(size) for size in value.shape])
+        else:
+            constant = value is None or isinstance(value, bool | int | float | str)
+            sizes.append({"value": value} if constant else None)
     return sizes
 
 
@@ -66,20 +69,32 @@ def _fixed(size: int | torch.SymInt) -> int | None:
 
 
 def check_sizes(module: fx.GraphModule, sizes: Sizes, leaves: Sequence[Any]) -> None:
-    """Compare flat inputs with the sizes of the captured graph.
+    """Compare flat inputs with the sizes and constants of the captured graph.
 
     Raises:
-        InputError: naming the input, its shape and the shape the graph was captured with.
+        InputError: naming the input, what it is and what the graph was captured for.
     """
     for node, want, value in zip(module.graph.find_nodes(op="placeholder"), sizes, leaves, strict=True):
-        if want is None or not isinstance(value, Tensor):
-            continue
-        if value.ndim != len(want) or any(w is not None and w != s for w, s in zip(want, value.shape, strict=True)):
-            shown = ", ".join("any" if w is None else str(w) for w in want)
-            raise InputError(
-                f"input {node.name} has shape {list(value.shape)}, the graph was captured for [{shown}]; "
-                "capture it with dynamic_shapes that allow this size"
-            )
+        if isinstance(want, dict):
+            if isinstance(value, Tensor) or type(value) is not type(want["value"]) or value != want["value"]:
+                shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise InputError(
+                    f"input {node.name} is {shown}, the graph was captured for {want['value']!r}: what is not a tensor "
+                    "is a constant of the graph; quantize once for each value that calls use"
+                )
+        elif want is not None:
+            _check_shape(node.name, want, value)
+
+
+def _check_shape(name: str, want: list[int | None], value: Any) -> None:
+    shown = ", ".join("any" if w is None else str(w) for w in want)
+    if not isinstance(value, Tensor):
+        raise InputError(f"input {name} is {value!r}, the graph was captured for a tensor of shape [{shown}]")
+    if value.ndim != len(want) or any(w is not None and w != s for w, s in zip(want, value.shape, strict=True)):
+        raise InputError(
+            f"input {name} has shape {list(value.shape)}, the graph was captured for [{shown}]; "
+            "capture it with dynamic_shapes that allow this size"
+        )
 
 
 def guard_inputs(module: fx.GraphModule, sizes: Sizes) -> fx.GraphModule:

@@ -17,8 +17,8 @@ class PlanLayers(Analysis):
     """Writes a :class:`~fxq.ir.LayerPlan` on every linear.
 
     Cases: 1. the weight is not a parameter of its own: kept; 2. a rule says None: kept, with the rule's reason; 3. no
-    rule matches: kept; 4. the weight is shared in a way that integers cannot serve: kept; 5. the shape cannot be stored
-    at the asked bits: kept; 6. otherwise the rule's scheme.
+    rule matches: kept; 4. the weight is empty: kept; 5. it is shared in a way that integers cannot serve: kept; 6. the
+    shape cannot be stored at the asked bits: kept; 7. otherwise the rule's scheme.
     """
 
     recipe: Recipe
@@ -45,6 +45,8 @@ class PlanLayers(Analysis):
                 plan = dataclasses.replace(plan, reason="no rule of the recipe matches")
             elif rule.scheme is None:
                 plan = dataclasses.replace(plan, reason=rule.reason or f"kept by rule {rule.pattern!r}")
+            elif not out_features * in_features:
+                plan = dataclasses.replace(plan, reason="its weight is empty")
             elif site.layer in conflicts:
                 plan = dataclasses.replace(plan, reason=conflicts[site.layer])
             elif rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:

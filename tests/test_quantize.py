@@ -301,3 +301,17 @@ def test_a_quantized_denoiser_runs_at_other_batch_sizes_and_prefix_lengths(wan, 
         got = rollout.rollout(*rollout.batches[0])
     assert {tuple(shape) for shape in shapes} == {(len(seeds), 6 * start) for start in range(0, frames, 2)}
     assert got.shape == want.shape and float((got - want).norm() / want.norm()) < 0.15
+
+
+def test_a_linear_without_weights_is_kept_with_its_reason():
+    class Empty(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.some = torch.nn.Linear(96, 0), torch.nn.Linear(96, 32)
+
+        def forward(self, x):
+            return self.some(x), self.none(x)
+
+    quantized = fxq.quantize(Empty().eval(), [X], recipe(8), progress=False)
+    reasons = {row.layer: row.reason for row in fxq.summary(quantized).rows}
+    assert reasons["none"] == "its weight is empty" and quantized(X)[1].shape == (len(X), 0)

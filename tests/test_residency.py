@@ -1,3 +1,4 @@
+import ctypes
 import mmap
 import os
 import pathlib
@@ -8,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from fxq import residency
-from fxq.interpret import sparing
 from fxq.models.checkpoints import read_tensors
-from fxq.residency import DiskError, Residency, give_back, mapped_tensor, peak_resident_bytes, resident_bytes
+from fxq.residency import DiskError, Residency, give_back, mapped_tensor, peak_resident_bytes, resident_bytes, trim
 
 PAGE = mmap.PAGESIZE
 pytestmark = pytest.mark.skipif(not pathlib.Path("/proc/self/pagemap").exists(), reason="needs /proc/self/pagemap")
@@ -182,37 +182,6 @@ def test_mapped_tensors_may_be_empty_or_scalar(tmp_path, shape):
     assert tensor.shape == shape and not tensor.any()
 
 
-def layers(folder, count):
-    """Linears in a row whose weights of 4 MB are mapped."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(count))).requires_grad_(False)
-    save_file(model.state_dict(), folder / "w.safetensors")
-    model.load_state_dict(read_tensors(folder / "w.safetensors"), assign=True)
-    expected = model(filled(1024))
-    give_back(*model.parameters())
-    return model, expected
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_a_sparing_call_holds_one_layer_and_computes_the_same(tmp_path, stops):
-    model, expected = layers(tmp_path, 12)
-    before, highest = resident_bytes(), 0
-
-    def watch(*_):
-        nonlocal highest
-        highest = max(highest, resident_bytes() - before)
-
-    with sparing(model):
-        watching = [layer.register_forward_hook(watch) for layer in model]
-        assert torch.equal(model(filled(1024)), expected)
-        if stops:
-            with pytest.raises(RuntimeError), sparing(model):
-                model(filled(3))
-    for handle in watching:
-        handle.remove()
-    assert highest < 8 << 20
-    assert not any(layer._forward_hooks for layer in model)
-
-
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(DiskError, match=r"needs 1125899\.91 GB and .* GB left; choose another folder"):
         mapped_tensor(tmp_path / "t", (1 << 50,), torch.int8)
@@ -251,6 +220,28 @@ def test_the_peak_counts_memory_that_is_gone():
     size = max(0, before - resident_bytes()) + (64 << 20)
     torch.ones(size, dtype=torch.int8)
     assert peak_resident_bytes() > before + (32 << 20)
+
+
+def test_freed_tensors_leave_the_process():
+    kept = []
+    for i in range(64):
+        scratch = torch.full((8 << 20,), i, dtype=torch.int8)
+        kept.append(scratch[: 1 << 16].clone())
+        del scratch
+    before = resident_bytes()
+    trim()
+    assert resident_bytes() <= before
+    assert [int(tensor[-1]) for tensor in kept] == list(range(64))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_a_heap_with_gaps_shrinks():
+    tensors = [torch.ones(1 << 17, dtype=torch.int8) for _ in range(1000)]
+    before, last = resident_bytes(), tensors[-1]
+    tensors.clear()
+    trim()
+    assert before - resident_bytes() > 100_000_000
+    assert bool(last.all())
 
 
 def test_giving_back_costs_little(tmp_path):

@@ -58,3 +58,32 @@ def test_keyword_calls_are_checked_too():
     assert q(x=torch.randn(5, 2, 32), gain=torch.ones(33)).shape == (5, 33)
     with pytest.raises(InputError, match="missing \\['gain'\\]"):
         q(x=torch.randn(5, 2, 32))
+
+
+class Steps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x, count, flag=True, mask=None):
+        return self.linear(x) * count if flag else self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"count": 3}, "input count is 3, the graph was captured for 2: what is not a tensor is a constant"),
+        ({"count": 2.0}, "input count is 2.0, the graph was captured for 2"),
+        ({"flag": False}, "input flag is False, the graph was captured for True"),
+        ({"mask": torch.ones(4)}, r"input mask is a tensor of shape \[4\], the graph was captured for None"),
+        ({"x": 5}, r"input x is 5, the graph was captured for a tensor of shape \[any, 64\]"),
+    ],
+)
+def test_another_constant_than_the_captured_one_is_refused(call, message, tmp_path):
+    given = {"x": torch.ones(4, 64), "count": 2, "flag": True, "mask": None}
+    quantized = fxq.quantize(Steps().eval(), [given], RECIPE, progress=False)
+    fxq.save(quantized, tmp_path / "bundle")
+    for module in (quantized, fxq.load(tmp_path / "bundle")):
+        assert module(**given).shape == (4, 32)
+        with pytest.raises(InputError, match=message):
+            module(**(given | call))
