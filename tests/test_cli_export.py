@@ -71,4 +71,4 @@ def test_an_unknown_target_is_wrong_usage(bundle, tmp_path):
 
 
 def test_every_target_can_be_chosen():
-    assert get_args(cli_export.Target) == tuple(TARGETS)
+    assert get_args(cli_export.Target) == ("diffusers", *TARGETS)

@@ -39,10 +39,6 @@ def test_training_mode_is_no_obstacle_where_it_changes_nothing():
     assert output_sqnr(model, quantize(model, WAN.batch(1)), [WAN.batch(9)]) > 25
     assert model.training
 
-    for i, block in enumerate(model.blocks):
-        model.blocks[i] = torch.compile(block)
-    return model
-
 
 def compiled_blocks(model):
     for i, block in enumerate(model.blocks):

@@ -242,7 +242,7 @@ def test_tensors_that_are_not_those_of_the_manifest_are_refused(folder, tmp_path
 
 def test_a_missing_file_is_named(folder, tmp_path):
     (tmp_path / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
-    with pytest.raises(fxq.BundleError, match=r"graph.json is missing; copy the whole folder"):
+    with pytest.raises(fxq.BundleError, match=r"model.safetensors is missing; copy the whole folder"):
         load_shard(tmp_path, CAUSAL_WAN, 0, 2)
 
 
