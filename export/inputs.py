@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -119,7 +120,8 @@ def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device:
         False, with no value recorded, when the graph cannot be run on fake values.
     """
     shape_env = ShapeEnv()
-    with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode:
+    # The Python dispatcher has the shape rules of operators that torch 2.11 cannot run on sizes that vary.
+    with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
         symbols: dict[str, Any] = {}
         try:
             leaves = [_fake(entry, shape_env, symbols, device) for entry in entries]

@@ -113,13 +113,11 @@ def _check_shapes(file: Any, manifest: Manifest, folder: pathlib.Path) -> None:
 
 
 def _skeleton(folder: pathlib.Path, manifest: Manifest, device: torch.device) -> fx.GraphModule:
-    """The bundle's graph with recorded values; its tensors are zeros, the integers without memory of their own."""
-    zeros = {}
-    for name, entry in manifest.tensors.items():
-        dtype = getattr(torch, entry.dtype)
-        # torch 2.11 cannot infer the shape of a float linear from a weight that is not contiguous.
-        own = entry.shape if dtype.is_floating_point else ()
-        zeros[name] = torch.zeros(own, dtype=dtype, device=device).expand(entry.shape)
+    """The bundle's graph with recorded values; its tensors are zeros without memory of their own."""
+    zeros = {
+        name: torch.zeros((), dtype=getattr(torch, entry.dtype), device=device).expand(entry.shape)
+        for name, entry in manifest.tensors.items()
+    }
     try:
         module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), zeros, device)
     except (GraphFormatError, ValueError) as error:
