@@ -105,16 +105,19 @@ def quantize(
             group=workers.group,
             progress=workers.first and not quiet,
         )
+        metrics = source.metrics(module) if workers.first else {}
         if workers.first:
-            save(module, out)
+            save(module, out, metrics=metrics)
     if not workers.first:
         return
     result = summary(module)
     if as_json:
-        sys.stdout.write(result.to_json() + "\n")
-    else:
-        _console().print(result)
-        _console().print(f"bundle: {out}", highlight=False)
+        _emit(json.loads(result.to_json()) | metrics)
+        return
+    _console().print(result)
+    for decibels in metrics.values():
+        _console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
+    _console().print(f"bundle: {out}", highlight=False)
 
 
 @with_model_files

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect as inspection
+import itertools
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
-from torch import nn
+from torch import fx, nn
 
 from fxq.adapters import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.calibrate import Batch
 from fxq.config import Recipe
 from fxq.job import needs_data
+from fxq.metrics.outputs import output_sqnr
 from fxq.models.diffusers_folder import load_folder
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
@@ -80,12 +83,20 @@ def with_model_files(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model, what it is calibrated on, and what it is captured with."""
+    """A model, what it is calibrated on, what it is captured with, and calls to compare its outputs on."""
 
     model: nn.Module
     loader: Rollout | Recording | None
     example: Batch
     shapes: Any
+    checks: tuple[Batch, ...] = ()
+
+    def metrics(self, quantized: fx.GraphModule) -> dict[str, float]:
+        """What a quantized module's outputs are worth on the calls to compare on; JSON values by name."""
+        if not self.checks:
+            return {}
+        decibels = output_sqnr(self.model, quantized, self.checks)
+        return {"output_sqnr_db": round(decibels, 2)} if math.isfinite(decibels) else {}
 
     def drive(self) -> Drive | None:
         """What calibration will cost, None without data."""
@@ -127,7 +138,8 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
         raise AdapterError("model 'diffusers' takes --checkpoint, --calls, --dtype and --device, and no other file")
     model = load_folder(folder, None if dtype is None else parse_dtype(dtype)).to(parse_device(device))
     recording = Recording.load(calls).to(parse_device(device))
-    return Source(model, recording if needs_data(recipe) else None, next(iter(recording)), None)
+    first = tuple(itertools.islice(recording, 2))
+    return Source(model, recording if needs_data(recipe) else None, first[0], None, first)
 
 
 def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: pathlib.Path) -> None:

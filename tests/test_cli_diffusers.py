@@ -45,7 +45,8 @@ def test_a_folder_with_recorded_calls_becomes_a_bundle_and_a_folder(folder, tmp_
     source = ["--model", "diffusers", "--checkpoint", folder / "model", "--calls", folder / "calls.safetensors"]
     words = ["quantize", *source, "--recipe", recipe, "--iterations", 3, "--out", tmp_path / "bundle"]
     told = json.loads(run(*words, "--json"))
-    assert sum(layer["quantized"] for layer in told["layers"]) > 5
+    assert sum(layer["quantized"] for layer in told["layers"]) > 5 and told["output_sqnr_db"] > 20
+    assert fxq.read_receipt(tmp_path / "bundle").metrics["output_sqnr_db"] == told["output_sqnr_db"]
     call = next(iter(fxq.Recording.load(folder / "calls.safetensors")))
     model = diffusers.LTXVideoTransformer3DModel.from_pretrained(folder / "model").eval()
     with torch.no_grad():
