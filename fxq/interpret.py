@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from fxq.residency import Residency
+from fxq.signature import flatten_call
 
 
 class SparingInterpreter(fx.Interpreter):
@@ -31,6 +32,18 @@ class SparingInterpreter(fx.Interpreter):
         graph = self.module.graph
         assert isinstance(graph, fx.Graph)
         return graph.process_outputs(self.run(*leaves, enable_io_processing=False))
+
+
+def sparing_call(module: fx.GraphModule) -> Callable[..., Any]:
+    """A callable like the module, which runs it by :class:`SparingInterpreter` where weights are mapped from files."""
+    runner = SparingInterpreter(module)
+    if not runner.residency.mapped_bytes(*module.parameters(), *module.buffers()):
+        return module
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return runner.call(*flatten_call(module, args, kwargs))
+
+    return call
 
 
 @contextlib.contextmanager

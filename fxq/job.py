@@ -16,6 +16,7 @@ from fxq.calibrate import calibrate
 from fxq.checkpoint import Checkpoint
 from fxq.collect import CalibrationError, Collector
 from fxq.config import Recipe
+from fxq.interpret import sparing_call
 from fxq.ir import QuantGraph
 from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
 from fxq.passes.share_inputs import ShareInputs, input_groups
@@ -128,7 +129,8 @@ class Job:
             return checkpoint.write(name, key, {"mse": run()})["mse"]
 
         with self.bar.step(f"{self.label}sensitivity") as on_progress:
-            return chunk_sensitivity(rollout, fork.module, graph.module, on_progress, self.workers, finished)
+            modules = sparing_call(fork.module), sparing_call(graph.module)
+            return chunk_sensitivity(rollout, *modules, on_progress, self.workers, finished)
 
     def methods(self, *, first_only: bool = False) -> ApplyMethods:
         """The pass that applies the recipe's methods, or only the first of them."""

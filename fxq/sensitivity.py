@@ -71,19 +71,15 @@ def chunk_sensitivity(
         return state
 
     def measure(batch: int) -> Tensor:
-        before = []
-        state = rollout.begin(*rollout.batches[batch])
-        for _ in range(count):
-            before.append(state)
-            state = advance(rollout.fork(state), reference)
-        want = state.latents
-        per_chunk = []
+        state, videos = rollout.begin(*rollout.batches[batch]), []
         for unit in range(count):
-            state = advance(rollout.fork(before[unit]), quantized)
+            other = advance(rollout.fork(state), quantized)
             for _ in range(unit + 1, count):
-                state = advance(state, reference)
-            per_chunk.append((state.latents.double() - want.double()).square().flatten(1).mean(1))
-        return torch.stack(per_chunk, dim=1)
+                other = advance(other, reference)
+            videos.append(other.latents)
+            state = advance(state, reference)
+        want = state.latents.double()
+        return torch.stack([(video.double() - want).square().flatten(1).mean(1) for video in videos], dim=1)
 
     errors = {}
     for number in mine:

@@ -18,7 +18,7 @@ from fxq.ir import LayerPlan, LayerStatistics, LayerUpdate, QuantGraph, Stage, p
 from fxq.passes.methods import LayerProblem, Method, output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.pipeline import Analysis
-from fxq.residency import Residency
+from fxq.residency import Residency, trim
 from fxq.workers import Workers
 
 
@@ -114,6 +114,8 @@ class ApplyMethods(Analysis):
         residency.give_back(*(site.weight(graph.module) for site in group), *tensors.values())
         if (statistics := graph.statistics.get(group[0].layer)) is not None:
             residency.give_back(statistics.rows)
+        del problems, joint
+        trim()
         return tensors
 
     def _record(

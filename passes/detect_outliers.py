@@ -11,6 +11,7 @@ from torch import Tensor
 from fxq.graph import linear_sites
 from fxq.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.pipeline import Analysis
+from fxq.residency import Residency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ class DetectOutliers(Analysis):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of layers with outliers."""
         found: dict[str, tuple[tuple[int, ...], str]] = {}
+        residency = Residency()
         for site in linear_sites(graph.module):
             plan = plan_of(site.node)
             if plan is None or plan.scheme is None:
@@ -98,7 +100,9 @@ class DetectOutliers(Analysis):
                 elif plan.in_features % scheme.align:
                     found[site.layer] = (), f"in_features {plan.in_features} is not a multiple of {scheme.align}"
                 else:
-                    outliers = detect_outliers(site.weight(graph.module), scheme.tau, scheme.alpha, scheme.align)
+                    weight = site.weight(graph.module)
+                    outliers = detect_outliers(weight, scheme.tau, scheme.alpha, scheme.align)
+                    residency.give_back(weight)
                     reason = "" if outliers.count else "no channel above the threshold"
                     if outliers.raw_count and not outliers.count:
                         reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"

@@ -9,6 +9,7 @@ from fxq import numerics
 from fxq.graph import drop_unread_attributes, unused_tensors
 from fxq.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor, stored_names
 from fxq.pipeline import Rewrite
+from fxq.residency import Residency, trim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +26,16 @@ class Freeze(Rewrite):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of layers packed."""
         module = graph.module
-        count = 0
+        count, residency = 0, Residency()
         for layer, (plan, nodes) in planned(module).items():
             if plan.scheme is None:
                 continue
             stored = get_tensor(module, f"{layer}.weight_int")
             bits = plan.scheme.weight_bits
             if bits == 4:
-                stored = numerics.pack_int4(stored)
+                loose, stored = stored, numerics.pack_int4(stored)
+                residency.give_back(loose)
+                trim()
             drop_tensor(module, f"{layer}.weight_int")
             put_tensor(module, f"{layer}.weight", stored)
             for node in nodes:

@@ -25,6 +25,7 @@ from fxq.ir import (
 )
 from fxq.passes.apply_methods import group_order
 from fxq.pipeline import Rewrite
+from fxq.residency import give_back
 
 
 class LoweringError(RuntimeError):
@@ -70,6 +71,7 @@ class LowerLinear(Rewrite):
     ) -> dict[str, Tensor]:
         _check_range(plan, update)
         bias = site.bias(module)
+        bias = None if bias is None else bias.to(update.weight.device)
         tensors: dict[str, Tensor] = {"weight_int": update.weight, "weight_scale": update.weight_scale}
         if update.input_scale is None or update.input_zero_point is None:
             tensors["offset"] = torch.zeros(plan.out_features) if bias is None else bias.float().clone()
@@ -77,6 +79,7 @@ class LowerLinear(Rewrite):
             scales = (update.weight_scale, update.input_scale, update.input_zero_point)
             tensors["input_scale"], tensors["input_zero_point"] = scales[1:]
             tensors["offset"] = numerics.fold_offset(bias, update.weight, *scales, plan.split)
+            give_back(update.weight)
         if plan.outliers:
             tensors["perm"] = group_order(plan).to(torch.int32)
         device = site.weight(module).device

@@ -10,6 +10,7 @@ from fxq.graph import linear_sites, sharing_conflicts
 from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
 from fxq.numerics import PACK_BLOCK
 from fxq.pipeline import Analysis
+from fxq.residency import Residency
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PlanLayers(Analysis):
         sites = list(linear_sites(graph.module))
         self.recipe.check_patterns(site.layer for site in sites)
         conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
-        chosen = set()
+        chosen, residency = set(), Residency()
         for site in sites:
             out_features, in_features = (0, 0) if site.weight_name is None else site.weight(graph.module).shape
             plan = LayerPlan(layer=site.layer, in_features=in_features, out_features=out_features)
@@ -60,6 +61,7 @@ class PlanLayers(Analysis):
                         f"layer {site.layer}: {bad} of {weight.numel()} weights are NaN or infinite; repair the "
                         "checkpoint or exclude the layer by a rule with scheme None"
                     )
+                residency.give_back(weight)
                 plan = dataclasses.replace(plan, scheme=rule.scheme)
                 chosen.add(site.layer)
             set_plan(site.node, plan)

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxq.config import Scheme
 from fxq.graph import LinearSite, linear_sites
 from fxq.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
 from fxq.passes.detect_outliers import detect_outliers, inside_block
 from fxq.pipeline import Analysis
+from fxq.residency import Residency
 
 
 def block_of(layer: str) -> str:
@@ -53,12 +54,14 @@ class ShareInputs(Analysis):
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of layers that share their input with another one."""
-        groups = input_groups(graph.module)
+        groups, residency = input_groups(graph.module), Residency()
         for group in groups:
             plans = [plan for site in group if (plan := plan_of(site.node)) is not None]
             if not _may_have_outliers(plans[0]):
                 continue
-            outliers, reason = _common_outliers(graph.module, group, plans[0])
+            weights = [site.weight(graph.module) for site in group]
+            outliers, reason = _common_outliers(weights, plans[0])
+            residency.give_back(*weights)
             for site, plan in zip(group, plans, strict=True):
                 others = ", ".join(other.layer for other in plans if other.layer != plan.layer)
                 text = f"{reason}, shared with {others}" if reason else f"shared with {others}"
@@ -72,14 +75,11 @@ def _may_have_outliers(plan: LayerPlan) -> bool:
     return scheme.dual_scale and inside_block(plan.layer) and plan.in_features % scheme.align == 0
 
 
-def _common_outliers(
-    module: fx.GraphModule, group: Sequence[LinearSite], plan: LayerPlan
-) -> tuple[tuple[int, ...], str]:
+def _common_outliers(weights: Sequence[Tensor], plan: LayerPlan) -> tuple[tuple[int, ...], str]:
     """Outlier channels of the stacked weights, and why there are none."""
     scheme = plan.scheme
     assert scheme is not None
-    stacked = torch.cat([site.weight(module) for site in group])
-    found = detect_outliers(stacked, scheme.tau, scheme.alpha, scheme.align)
+    found = detect_outliers(torch.cat(list(weights)), scheme.tau, scheme.alpha, scheme.align)
     reason = "" if found.count else "no channel above the threshold"
     if found.raw_count and not found.count:
         reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"

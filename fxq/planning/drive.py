@@ -27,7 +27,7 @@ class Drive:
         sensitivity_flops: operations of the rollouts that measure sensitivities, 0 where that is not possible.
         tokens: rows that a linear of a block sees in one call.
         call_bytes: most memory of a call: inputs, outputs and what is alive between.
-        kept_bytes: states of a video that measuring sensitivities keeps.
+        kept_bytes: the cache of the full-precision video that measuring sensitivities keeps beside that of the call.
         assumptions: what was not counted.
     """
 
@@ -114,7 +114,7 @@ def _self_forcing(rollout: SelfForcingRollout) -> Drive:
         sensitivity_flops=videos * forks,
         tokens=batch * tokens,
         call_bytes=(2 * prefix + 2 * tokens) * per_token + text + block,
-        kept_bytes=sum(unit.prefix for unit in units) * per_token,
+        kept_bytes=prefix * per_token,
         assumptions=() if sampler.window != -1 else ("the whole video stays in the cache",),
     )
 
