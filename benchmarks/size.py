@@ -2,6 +2,7 @@
 
 python -m benchmarks.size --folder /tmp/size                 # 1.3B: all jobs, and one that is killed and run again
 python -m benchmarks.size --folder /tmp/size --large         # 14B as well: 60 GB of disk
+python -m benchmarks.size --folder /tmp/size --only '1.3b w?a8'  # some jobs, beside the stored rows of others
 python -m benchmarks.size --table                            # the table of docs/size.md, from the stored result
 
 Weights are random (``benchmarks.synthetic``), so nothing is said about quality here.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import fnmatch
 import json
 import os
 import pathlib
@@ -34,7 +36,7 @@ from fxq.quantize import environment
 
 RESULT = pathlib.Path("benchmarks/results/size.json")
 SMALL = ("--frames", "3", "--height", "16", "--width", "16")
-DATA = ("--videos", "1", "--iterations", "5")
+DATA = ("--videos", "1", "--iterations", "1")
 TARGETS = {"w8": (0.52, 1.95), "w4": (0.29, 3.4)}
 """By bits: block linears over bf16 at most, and how much smaller the whole file is at least."""
 ROOM = {"1.3b": 8e9, "14b": 60e9}
@@ -242,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, help="where weights, bundles and checkpoint files go")
     parser.add_argument("--large", action="store_true", help="14B as well")
-    parser.add_argument("--only", default="", help="jobs whose name contains this")
+    parser.add_argument("--only", help="jobs whose name fits this glob; rows of others stay in the result")
     parser.add_argument("--table", action="store_true", help="print the table of the stored result")
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     args = parser.parse_args()
@@ -251,12 +253,12 @@ def main() -> None:
         return
     if args.folder is None:
         parser.error("--folder is needed to measure")
-    chosen = [job for job in JOBS if args.only in job.name and (args.large or job.size != "14b")]
+    chosen = [job for job in JOBS if fnmatch.fnmatch(job.name, args.only or "*") and (args.large or job.size != "14b")]
     result: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.size", *sys.argv[1:]]),
+        "command": "python -m benchmarks.size --folder DIR --large",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": environment() | {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
-        "jobs": [],
+        "jobs": _other_rows(args.out, chosen) if args.only else [],
     }
     write_prompts(args.folder)
     for job in chosen:
@@ -269,6 +271,15 @@ def main() -> None:
             _note(result, measure_killed(job, args.folder, weights, layers=60), args.out)
             _note(result, measure(job, args.folder, weights, spill=False), args.out)
     _clear(args.folder)
+
+
+def _other_rows(out: pathlib.Path, chosen: Sequence[Job]) -> list[dict[str, Any]]:
+    """Rows of a stored result that the chosen jobs do not replace."""
+    if not out.exists():
+        return []
+    names = {job.name for job in chosen}
+    stored: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))["jobs"]
+    return [row for row in stored if row["job"].split(",")[0] not in names]
 
 
 def _note(result: dict[str, Any], row: dict[str, Any], out: pathlib.Path) -> None:

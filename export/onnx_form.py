@@ -31,8 +31,36 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan]) -> None:
         offset = model.graph.initializers.get(f"{layer}.offset")
         for node, _ in [] if offset is None else list(offset.uses()):
             _sum_at_once(ir, node)
+    if any(plan.scheme is not None and plan.scheme.per_token for plan in plans.values()):
+        _largest_of_none(ir, model)
     for node in model.graph:
         node.metadata_props.clear()  # what the converter notes about its own work, more than the nodes themselves
+
+
+def _largest_of_none(ir: Any, model: Any) -> None:
+    """Take largest values by TopK.
+
+    ONNX Runtime 1.31 gives a reduction of an empty input the input's own shape, and inputs are empty where a call has
+    no text.
+    """
+    count = ir.Value(name="fxq_one", const_value=ir.tensor([1], dtype=ir.DataType.INT64, name="fxq_one"))
+    count.dtype, count.shape = ir.DataType.INT64, ir.Shape([1])
+    found = [node for node in model.graph if node.op_type == "ReduceMax" and _is_last_axis_kept(node)]
+    for node in found:
+        largest = ir.node("TopK", [node.inputs[0], count], attributes={"axis": -1}, num_outputs=2, name=node.name)
+        old, new = node.outputs[0], largest.outputs[0]
+        new.name, new.type, new.shape, largest.outputs[1].name = old.name, old.type, old.shape, f"{old.name}_at"
+        node.graph.insert_after(node, largest)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        node.graph.remove(node, safe=True)
+    if found:
+        model.graph.register_initializer(count)
+
+
+def _is_last_axis_kept(node: Any) -> bool:
+    axes = None if len(node.inputs) < 2 else node.inputs[1].const_value
+    kept = "keepdims" not in node.attributes or node.attributes["keepdims"].value == 1
+    return kept and axes is not None and axes.numpy().tolist() == [-1]
 
 
 def _chains(weight: Any) -> Iterator[tuple[Any, Any]]:

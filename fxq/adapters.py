@@ -30,7 +30,8 @@ class ModelFiles:
     ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``;
     ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
     the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's;
-    it runs on ``device``, by default on a GPU where there is one.
+    it runs on ``device``, by default on a GPU where there is one. With ``fixed_size`` the graph is captured for frames
+    of this height and width only.
     """
 
     checkpoint: pathlib.Path | None = None
@@ -45,6 +46,7 @@ class ModelFiles:
     batch: int | None = None
     dtype: str | None = None
     device: str | None = None
+    fixed_size: bool = False
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
@@ -165,7 +167,8 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
         batches = _batches(family, prompts, videos, seed, files.batch or 1)
     dtype = None if files.dtype is None else parse_dtype(files.dtype)
     model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
-    rollout = SelfForcingRollout(model.to(parse_device(files.device)), batches, family.sampler)
+    model = model.to(parse_device(files.device))
+    rollout = SelfForcingRollout(model, batches, family.sampler, any_size=not files.fixed_size)
     try:
         rollout.units(*rollout.batches[0])
     except ValueError as error:

@@ -45,6 +45,9 @@ def _model_files(
     batch: Annotated[int | None, typer.Option(min=1, help="Videos driven at once; the model's by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the file's by default.")] = None,
     device: Annotated[str | None, typer.Option(help="Where the model runs: cuda where there is one, or cpu.")] = None,
+    fixed_size: Annotated[
+        bool, typer.Option("--fixed-size", help="Capture for this height and width only; AOTInductor needs that.")
+    ] = False,
 ) -> ModelFiles:
     return ModelFiles(
         checkpoint=checkpoint,
@@ -59,6 +62,7 @@ def _model_files(
         batch=batch,
         dtype=dtype,
         device=device,
+        fixed_size=fixed_size,
     )
 
 

@@ -94,7 +94,7 @@ class Job:
         weighting = self.recipe.weighting
         if isinstance(loader, Rollout):
             chunks = max(loader.units(c, d) for c, d in loader.batches)
-            if alpha is None and weighting not in ("uniform", "exponential"):
+            if alpha is None and chunks > 1 and weighting not in ("uniform", "exponential"):
                 alpha = self.measure(graph, loader, data).alpha
         else:
             chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)

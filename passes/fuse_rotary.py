@@ -137,13 +137,13 @@ def _result(made: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Nod
 def _table(table: fx.Node, rows: Any, head_dim: int, before: fx.Node) -> fx.Node:
     """Cosines or sines as float32 [S, head_dim / 2]."""
     wanted = (rows, head_dim // 2)
-    forms = {(rows, 1, wanted[1]): [1], (1, rows, 1, wanted[1]): [0, 2]}
+    forms = (((rows, 1, wanted[1]), [1]), ((1, rows, 1, wanted[1]), [0, 2]))
     for step in patterns.back(table, RESHAPES):
         if same(shape_of(step), wanted):
             found = step
             break
     else:
-        axes = next((axes for form, axes in forms.items() if same(shape_of(table), form)), None)
+        axes = next((axes for form, axes in forms if same(shape_of(table), form)), None)
         if axes is None:
             raise Unfit(f"{table.name} is {patterns.shown(shape_of(table))}: expected {patterns.shown(wanted)}")
         flat = value_of(table).new_empty(wanted)

@@ -79,14 +79,21 @@ class SelfForcingRollout(Rollout):
         model: the denoiser.
         batches: (condition, draws) pairs.
         sampler: the loop's settings.
+        any_size: capture a graph for frames of any height and width, on small ones; else for those of the draws.
     """
 
     def __init__(
-        self, model: CausalWan, batches: Sequence[tuple[Condition, Draws]], sampler: SamplerConfig | None = None
+        self,
+        model: CausalWan,
+        batches: Sequence[tuple[Condition, Draws]],
+        sampler: SamplerConfig | None = None,
+        *,
+        any_size: bool = False,
     ) -> None:
         super().__init__(model, batches)
         self.model = model
         self.sampler = sampler or SamplerConfig()
+        self.any_size = any_size
 
     def _given(self, condition: Condition) -> int:
         latent = condition.get("initial_latent")
@@ -204,11 +211,16 @@ class SelfForcingRollout(Rollout):
         return dataclasses.replace(state, keys=append(state.keys, new_k), values=append(state.values, new_v))
 
     def example_call(self) -> tuple[tuple[Any, ...], Any]:
-        """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic."""
+        """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic.
+
+        So are height and width with ``any_size``.
+        """
         config, weight, draws = self.model.config, self.model.patch_embedding.weight, self.batches[0][1]
         generator = torch.Generator().manual_seed(0)
         frames, (_, channels, height, width) = self.sampler.frames_per_chunk, draws.shape
         _, ph, pw = config.patch_size
+        if self.any_size:
+            height, width = 4 * ph, 6 * pw
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
@@ -222,4 +234,7 @@ class SelfForcingRollout(Rollout):
         args = (x, t, normal(2, 4, config.text_dim), cache(3), cache(3), cache(6), cache(6), cos, sin)
         auto, none = Dim.AUTO, None
         cached = [{0: auto, 1: auto} for _ in range(config.num_layers)]
-        return args, ({0: auto}, {0: auto}, {0: auto, 1: auto}, cached, cached, cached, cached, none, none)
+        size = {3: auto, 4: auto} if self.any_size else {}
+        table = {0: auto} if self.any_size else none
+        text = {0: auto, 1: auto}
+        return args, ({0: auto} | size, {0: auto}, text, cached, cached, cached, cached, table, table)
