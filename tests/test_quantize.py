@@ -315,3 +315,10 @@ def test_a_linear_without_weights_is_kept_with_its_reason():
     quantized = fxq.quantize(Empty().eval(), [X], recipe(8), progress=False)
     reasons = {row.layer: row.reason for row in fxq.summary(quantized).rows}
     assert reasons["none"] == "its weight is empty" and quantized(X)[1].shape == (len(X), 0)
+
+
+def test_one_chunk_has_nothing_to_be_compared_with(monkeypatch):
+    monkeypatch.setattr("fxq.job.Job.measure", None)
+    rollout = wan_rollout(frames=2)
+    quantized = fxq.quantize(rollout.denoiser, rollout, recipe(weighting="sensitivity"), progress=False)
+    assert facts_of(quantized)["sensitivity"] is None and facts_of(quantized)["chunk_weights"] == [1.0]
