@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.ir import get_tensor
+from fxq.ir import facts_of, get_tensor
 from tests.test_calibrate import Keywords
 from tests.toys import LEARN, recipe, relative_error, rows, toy, wan_rollout
 
