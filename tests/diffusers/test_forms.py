@@ -129,7 +129,9 @@ def toy_case(forward, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"forward": twice}, {"forward": both, "bias": False}, {"forward": both, "same_bias": True}], ids=str
+    "options",
+    [{"forward": twice}, {"forward": both, "bias": False}, {"forward": both, "same_bias": True}],
+    ids=["one module", "no bias", "one bias"],
 )
 def test_one_weight_used_twice_is_one_layer(options):
     model, q, summary = toy_case(**options)
