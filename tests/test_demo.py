@@ -63,11 +63,9 @@ def test_w8a8_is_closer_than_w4a8_is_closer_than_w4a6(demo):
 @pytest.mark.slow
 def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least(demo):
     report, _ = demo
-    # At 6-bit inputs every chunk's error is large: over seeds the first weighs 1.7 to 2.0 times the last.
-    least = {"W8A8": 2, "W4A8": 2, "W4A6": 1.5}
     for view in report.sensitivity:
         assert int(np.argmax(view.alpha)) == 0
-        assert view.alpha[0] > least[view.bits] * view.alpha[-1], view.bits
+        assert view.alpha[-1] < view.alpha[0] / 2
         assert view.alpha[-1] < 1.1 * min(view.alpha)
 
 
