@@ -18,7 +18,7 @@ from fxq.workers import Workers
 from tests.toys import rows
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)}
-QUANTIZE = ["--model", "tiny", "--videos", "4", "--batch", "1", "--iterations", "30", "--quiet"]
+QUANTIZE = ["--model", "tiny", "--videos", "3", "--batch", "1", "--iterations", "20", "--quiet"]
 
 
 def torchrun(*words, ranks=2):
@@ -132,7 +132,7 @@ def test_two_ranks_write_the_bundle_of_one(recipe, single, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_measure_the_sensitivity_of_one():
-    words = ["sensitivity", "--model", "tiny", "--videos", "3", "--batch", "1", "--json"]
+    words = ["sensitivity", "--model", "tiny", "--videos", "2", "--batch", "1", "--json"]
     alone = json.loads(run([sys.executable, "-m", "fxq", *words]))
     assert json.loads(run(torchrun("-m", "fxq", *words))) == alone
 

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch._dynamo.config as dynamo
-import torch._inductor.config as inductor
 
 Clock = Callable[[], float]
 Timed = Callable[[], object]
@@ -49,6 +47,9 @@ def settings(threads: int) -> Iterator[None]:
 
     All contestants of a case share code objects, and torch.compile stops compiling one of them quietly after 8 times.
     """
+    import torch._dynamo.config as dynamo  # slow to import, and every command of fxq would
+    import torch._inductor.config as inductor
+
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from fxq.bench.contest import BF16, CaseResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _OURS, _FLOAT, _RIVAL, _INK, _LINE = "#c8553d", "#9aa5b1", "#4a6fa5", "#2b2d30", "#d9dde2"
 _STYLE: dict[Any, Any] = {
@@ -63,6 +62,9 @@ def write_plot(cases: Sequence[CaseResult], path: pathlib.Path, note: str) -> pa
         note: conditions, shown under the panels.
 
     """
+    from matplotlib import rc_context  # slow to import, and every command of fxq would
+    from matplotlib.figure import Figure
+
     shown = (result.name for case in cases for result in case.results if result.status != "skipped")
     names = list(dict.fromkeys(shown))
     tops = [ratio.high for case in cases for name in names if (ratio := case.ratio(name, BF16)) is not None]

@@ -13,7 +13,7 @@ from fxq.config import RecipeError
 from fxq.ir import LayerUpdate
 from fxq.passes.methods import LayerProblem
 
-_SORT_LIMIT = 1 << 20
+_SAMPLE_LIMIT = 1 << 20
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
 _LEAST_WEIGHT = 1e-30  # an output channel below it counts as zero: its scale would not be a normal float32
 _MAX_ZERO_POINT = 1 << 20  # beyond it float32 no longer resolves single integers
@@ -42,17 +42,17 @@ def search_input_range(values: Tensor, bits: int, percentiles: Sequence[float]) 
         percentiles: fractions in 0.5..1, 1 meaning no clipping.
     """
     flat = values.flatten()
-    if len(flat) > _SORT_LIMIT:
-        flat = flat[:: -(-len(flat) // _SORT_LIMIT)]
-    ordered = flat.sort().values
+    if len(flat) > _SAMPLE_LIMIT:
+        flat = flat[:: -(-len(flat) // _SAMPLE_LIMIT)]
     low_bit, high_bit = numerics.integer_range(bits)
     best: tuple[float, float, int] | None = None
-    for p in percentiles:
-        last = len(ordered) - 1
-        low, high = float(ordered[round((1 - p) * last)]), float(ordered[round(p * last)])
-        scale, zero = affine(low, high, bits)
-        q = (ordered / scale).round().add_(zero).clamp_(low_bit, high_bit)
-        error = float((q.sub_(zero).mul_(scale) - ordered).square().mean())
+    clipped = [round((1 - p) * (len(flat) - 1)) for p in percentiles]  # values beyond the range, at either end
+    lowest = flat.topk(max(clipped) + 1, largest=False).values
+    highest = flat.topk(max(clipped) + 1).values
+    for beyond in clipped:
+        scale, zero = affine(float(lowest[beyond]), float(highest[beyond]), bits)
+        q = (flat / scale).round_().add_(zero).clamp_(low_bit, high_bit)
+        error = float(q.sub_(zero).mul_(scale).sub_(flat).square_().mean())
         if best is None or error < best[0]:
             best = (error, scale, zero)
     assert best is not None
