@@ -38,10 +38,10 @@ lint: $(STAMP) ## formatting, lint rules and types
 	$(BIN)/mypy
 
 check: lint ## lint and the fast tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: lint ## lint and every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .

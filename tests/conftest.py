@@ -31,6 +31,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker ends alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_generate_tests(metafunc):
     if "golden_path" in metafunc.fixturenames:
         files = golden_files()
