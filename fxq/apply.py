@@ -109,7 +109,7 @@ class QuantizedLinear(nn.Module):
 
     def lay_out(self) -> None:
         """Make ``panels`` of the weight where the native kernels run, and drop them elsewhere."""
-        here = self.weight.device.type == "cpu" and not self.per_token and native.ready()
+        here = self.weight.device.type == "cpu" and native.ready()
         self.panels = pack_panels(self.codes(), self.split) if here else None
 
     def codes(self) -> Tensor:

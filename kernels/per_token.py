@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import gemm, per_token_rows, per_token_triton
+from fxq.kernels import gemm, native, per_token_rows, per_token_triton
 from fxq.kernels.gemm import Operands
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
@@ -96,11 +96,14 @@ def quantize_per_token(x: Tensor, perm: Tensor | None, split: int, bits: int) ->
     return q.contiguous(), scale.contiguous()
 
 
-@quantize_per_token.on("cpu", "eager")
+@quantize_per_token.on("cpu", native.or_else("eager"))
 def quantize_chunks(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
-    """The reference's float operations in its order, in place on chunks of rows."""
+    """Native kernel, else the reference's float operations in its order, in place on chunks of rows."""
+    q, scale = _empty(x, split)
+    if x.dtype != torch.float16 and native.ready():
+        return native.quantize_per_token(x, perm, split, bits, numerics.LEAST_MAGNITUDE, q, scale)
     width, high = x.shape[-1], numerics.integer_range(bits)[1]
-    rows, (q, scale) = x.reshape(-1, width), _empty(x, split)
+    rows = x.reshape(-1, width)
     flat_q, flat_scale = q.view(-1, width), scale.view(-1, scale.shape[-1])
     step = max(1, min(len(rows), CHUNK // width))
     buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
@@ -142,8 +145,6 @@ def _unfit_linear(
     one_row = weight_scale.new_empty(groups, dtype=torch.float32)
     if reason := gemm.unfit(Operands(q, weight, weight_scale, one_row, offset, split, bits)):
         return reason
-    if weight.ndim != 2:
-        return f"weight is {tuple(weight.shape)}, panels for the native kernels: expected [N, K] or packed int4"
     wanted = (*q.shape[:-1], groups)
     if input_scale.dtype != torch.float32 or input_scale.shape != wanted:
         return f"input_scale is {input_scale.dtype} {tuple(input_scale.shape)}: expected float32 {tuple(wanted)}"
@@ -164,10 +165,10 @@ def _fake_linear(
 
 
 def sample_operands(
-    shape: tuple[int, ...], outputs: int, split: int, bits: int, random: torch.Generator
+    shape: tuple[int, ...], outputs: int, split: int, bits: int, random: torch.Generator, panels: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
     """Random arguments of :func:`dual_scale_linear_per_token` but for the dtype, for tests and samples."""
-    static = gemm.sample_operands(shape, outputs, split, bits, random)
+    static = gemm.sample_operands(shape, outputs, split, bits, random, panels)
     scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random) * 0.05 + 0.005
     return static.q, scale, static.weight, static.weight_scale, static.offset, split, bits
 
@@ -211,7 +212,8 @@ def dual_scale_linear_per_token(
     Args:
         q: int8 [..., K] in ``[normal | outlier]`` order.
         input_scale: float32 [..., G], positive, of :func:`quantize_per_token`.
-        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4.
+        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
+            int8 panels of :func:`fxq.kernels.panels.pack_panels` for any bits.
         weight_scale: float32 [G, N], positive; G = 2 when ``split < K``, else 1.
         offset: float32 [N], the bias.
         split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is packed.
@@ -239,8 +241,10 @@ def linear_chunks(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The reference on ``_int_mm``; packed weights are unpacked on every call."""
+    """Native kernel for panels, else the reference on ``_int_mm``; packed weights are unpacked on every call."""
     operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
+    if weight.ndim == 4 and dtype != torch.float16 and native.ready():
+        return native.linear_per_token(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))
     return _in_chunks(gemm.cpu_matmul, operands, dtype)
 
 

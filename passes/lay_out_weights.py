@@ -14,20 +14,22 @@ from fxq.kernels import native
 from fxq.kernels.panels import pack_panels
 from fxq.pipeline import Rewrite
 
-_FAMILY = tuple(
-    op.definition
-    for op in (kernels.dual_scale_linear, kernels.dual_scale_linear_quantize, kernels.dual_scale_linear_add)
-)
+_WEIGHT = {
+    kernels.dual_scale_linear.definition: 1,
+    kernels.dual_scale_linear_quantize.definition: 1,
+    kernels.dual_scale_linear_add.definition: 1,
+    kernels.dual_scale_linear_per_token.definition: 2,
+}
+"""Place of the weight among an operator's arguments."""
 
-_PER_TOKEN = "input scales are measured per token: quantize and product stay apart, with the weight as stored"
+_PER_TOKEN = "input scales are measured per token: quantize and product stay apart"
 
 
 @dataclasses.dataclass(frozen=True)
 class LayOutWeights(Rewrite):
     """On a CPU with native kernels weights become panels (:mod:`fxq.kernels.panels`); elsewhere they stay.
 
-    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one. Layers with
-    scales per token keep theirs: no native kernel and no fused operator multiplies with such scales.
+    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -40,9 +42,9 @@ class LayOutWeights(Rewrite):
             if planned.scheme is not None and planned.scheme.per_token:
                 graph.remark(layer, _PER_TOKEN)
         for node in module.graph.nodes:
-            if node.op != "call_function" or node.target not in _FAMILY:
+            if node.op != "call_function" or node.target not in _WEIGHT:
                 continue
-            read, split, bits = node.args[1], node.args[5], node.args[6]
+            read, split, bits = node.args[_WEIGHT[node.target]], node.args[5], node.args[6]
             assert isinstance(read, fx.Node) and isinstance(split, int) and isinstance(bits, int)
             name = str(read.target)
             weight = get_tensor(module, name)

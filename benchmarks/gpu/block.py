@@ -83,7 +83,8 @@ class Quantized:
         if rows not in self._modules:
             problem = block_problem(self.shape(rows, 2 * rows), self.device)
             shapes = (None,) * PREFIX.start + ({1: Dim.AUTO},) * 2 + (None, None)
-            self._modules[rows] = ours.optimized(problem.model(BF16), [problem.args(BF16)], True, shapes)
+            recipe = ours.speed_recipe(dual_scale=True)
+            self._modules[rows] = ours.optimized(problem.model(BF16), [problem.args(BF16)], recipe, shapes)
         return self._modules[rows]
 
     def built(self, rows: int, problem: Problem, attention: str = "") -> Built:

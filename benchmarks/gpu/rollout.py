@@ -121,7 +121,7 @@ class Video:
 
     def quantized(self) -> Built:
         """Quantized on the first chunks, optimized, one CUDA graph per cache length."""
-        module = ours.optimized(self.rollout.model, beginning(self.rollout, CALIBRATED_CHUNKS), dual_scale=True)
+        module = ours.optimized(self.rollout.model, beginning(self.rollout, CALIBRATED_CHUNKS), ours.speed_recipe(True))
         run = Graphed(module, self.device)
         checked = ours.finish(module, self.probe, self.device, lambda: None)
         return self.built(run, kernel=checked.kernel, refusal=checked.refusal, facts=checked.facts)

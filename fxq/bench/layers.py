@@ -103,7 +103,7 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     def quantized() -> Built:
         if "input_scale" in stored:
             return _static(plan, x.bfloat16(), stored, integers)
-        return _per_token(plan, x.bfloat16(), stored)
+        return _per_token(plan, x.bfloat16(), stored, integers)
 
     bounds = LEAST_SQNR["model"]
     contestants = (
@@ -131,8 +131,7 @@ def _inputs(plan: LayerPlan, rows: int, stored: Mapping[str, Tensor], integers: 
 
 def _static(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: Tensor) -> Built:
     assert plan.scheme is not None
-    panels = native.ready() and x.device.type == "cpu"
-    weight = pack_panels(integers, plan.split) if panels else stored["weight"]
+    weight = _laid_out(plan, stored, integers)
     first = stored.get("perm"), stored["input_scale"], stored["input_zero_point"], plan.split, plan.scheme.input_bits
     rest = stored["input_scale"], stored["offset"], plan.split, plan.scheme.weight_bits, torch.bfloat16
 
@@ -140,20 +139,26 @@ def _static(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: 
         q = kernels.quantize_act(x, *first)
         return kernels.dual_scale_linear(q, weight, stored["weight_scale"], *rest)
 
-    return Built(call, "panels" if panels else kernels.used("dual_scale_linear", str(x.device)))
+    return Built(call, kernels.used("dual_scale_linear", str(x.device), weight))
 
 
-def _per_token(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor]) -> Built:
+def _per_token(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: Tensor) -> Built:
     scheme = plan.scheme
     assert scheme is not None
     order, split, bits = stored.get("perm"), plan.split, scheme.weight_bits
-    rest = stored["weight"], stored["weight_scale"], stored["offset"], split, bits, torch.bfloat16
+    weight = _laid_out(plan, stored, integers)
+    rest = weight, stored["weight_scale"], stored["offset"], split, bits, torch.bfloat16
 
     def call() -> Tensor:
         q, scale = kernels.quantize_per_token(x, order, split, scheme.input_bits)
         return kernels.dual_scale_linear_per_token(q, scale, *rest)
 
-    return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device)))
+    return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device), weight))
+
+
+def _laid_out(plan: LayerPlan, stored: Mapping[str, Tensor], integers: Tensor) -> Tensor:
+    """The weight as the kernels of its device read it."""
+    return pack_panels(integers, plan.split) if native.ready() and not integers.is_cuda else stored["weight"]
 
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:

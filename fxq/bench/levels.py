@@ -17,19 +17,20 @@ from fxq.bench.rivals import rivals_for
 
 
 def _ours(problem: Problem, device: str, bound: float, single: bool) -> tuple[Contestant, ...]:
-    def contestant(name: str, dual_scale: bool) -> Contestant:
+    def contestant(name: str, dual_scale: bool, per_token: bool = False) -> Contestant:
         def build() -> Any:
-            return ours.build(problem.model(torch.bfloat16), problem.args(torch.bfloat16), dual_scale, device)
+            recipe = ours.speed_recipe(dual_scale, per_token)
+            return ours.build(problem.model(torch.bfloat16), problem.args(torch.bfloat16), recipe, device)
 
         return Contestant(name, build, bound, "int8", "bfloat16", ours=True)
 
     def compiled() -> Any:
         return ours.through_backend(problem.model(torch.bfloat16), problem.args(torch.bfloat16))
 
-    both = (contestant("fxq single scale", False), contestant("fxq dual scale", True))
+    dual = contestant("fxq dual scale", True), contestant("fxq per token", True, True)
     if single:
-        return both
-    return (*both[1:], Contestant("fxq torch.compile", compiled, bound, "int8", "bfloat16", ours=True))
+        return (contestant("fxq single scale", False), *dual)
+    return (*dual, Contestant("fxq torch.compile", compiled, bound, "int8", "bfloat16", ours=True))
 
 
 def _contestants(level: str, problem: Problem, device: str, threads: int, single: bool) -> tuple[Contestant, ...]:

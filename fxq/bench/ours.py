@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxq import kernels
 from fxq.bench.contest import Built
@@ -23,10 +24,10 @@ from fxq.signature import flatten_call
 from fxq.summary import summary
 
 
-def speed_recipe(dual_scale: bool) -> Recipe:
+def speed_recipe(dual_scale: bool, per_token: bool = False) -> Recipe:
     """W8A8 by ranges alone: speed does not depend on how well the integers are chosen."""
-    scheme = Scheme(weight_bits=8, input_bits=8, dual_scale=dual_scale)
-    name = "w8a8 dual scale" if dual_scale else "w8a8 single scale"
+    scheme = Scheme(weight_bits=8, input_bits=8, dual_scale=dual_scale, per_token=per_token)
+    name = f"w8a8 {'dual' if dual_scale else 'single'} scale{' per token' if per_token else ''}"
     return wan_recipe(name, scheme, methods=(MinMax(),), weighting="uniform")
 
 
@@ -41,15 +42,15 @@ class _Comparing(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.op == "call_function" and n.target in self.ops and isinstance(result, Tensor):
+        if n.op == "call_function" and n.target in self.ops:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._compare(n, args, result)
         return result
 
-    def _compare(self, node: fx.Node, args: Sequence[Any], result: Tensor) -> None:
+    def _compare(self, node: fx.Node, args: Sequence[Any], result: Tensor | tuple[Tensor, ...]) -> None:
         op = self.ops[node.target]  # type: ignore[index]
-        expected = op.reference(*args)
-        error = relative_error(expected, result)
+        pairs = zip(pytree.tree_leaves(op.reference(*args)), pytree.tree_leaves(result), strict=True)
+        error = max(relative_error(expected, found) for expected, found in pairs)
         self.worst[op.name] = max(error, self.worst.get(op.name, 0.0))
         if not error <= op.max_error and not self.refusal:
             self.refusal = (
@@ -101,16 +102,15 @@ def kernel_text(facts: dict[str, Any]) -> str:
 
 
 def optimized(
-    model: nn.Module, data: list[Any] | Rollout, dual_scale: bool, dynamic_shapes: Any = None
+    model: nn.Module, data: list[Any] | Rollout, recipe: Recipe, dynamic_shapes: Any = None
 ) -> fx.GraphModule:
-    """The model quantized on ``data`` by :func:`speed_recipe` and optimized for its device."""
-    recipe = speed_recipe(dual_scale)
+    """The model quantized on ``data`` and optimized for its device."""
     return optimize(quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False))
 
 
-def build(model: nn.Module, args: tuple[Any, ...], dual_scale: bool, device: str) -> Built:
+def build(model: nn.Module, args: tuple[Any, ...], recipe: Recipe, device: str) -> Built:
     """Quantize a model on its own arguments and check every operator on them."""
-    module = optimized(model, [args], dual_scale, dynamic_shapes=(None,) * len(args))
+    module = optimized(model, [args], recipe, dynamic_shapes=(None,) * len(args))
     return finish(module, args, device, lambda: module(*args))
 
 

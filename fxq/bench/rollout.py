@@ -99,7 +99,7 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
 
     def quantized() -> Built:
         rollout = in_dtype(base, torch.bfloat16)
-        module = ours.optimized(rollout.model, rollout, dual_scale=True)
+        module = ours.optimized(rollout.model, rollout, ours.speed_recipe(dual_scale=True))
         probe = cast_args(args[0], torch.bfloat16)
         return ours.finish(module, probe, device, _through(rollout, module), output=lambda: module(*probe)[0])
 

@@ -123,22 +123,25 @@ def check_op(op: Op, device: str) -> Iterator[Check]:
     yield _check(op, device, kernel, portable, why_slow(op, device))
     if _is_linear(op) and device == "cpu":
         if native.ready():
-            yield _check(op, device, "native", list(map(_with_panels, portable)), "weights laid out by fxq.optimize")
+            laid_out = [_with_panels(op, arguments) for arguments in portable]
+            yield _check(op, device, "native", laid_out, "weights laid out by fxq.optimize")
         else:
             yield Check(op.name, device, "native", "unusable", None, native.why_not())
 
 
 def _is_linear(op: Op) -> bool:
-    return op.name.startswith("dual_scale_linear") and not op.name.endswith(("fp8", "per_token"))
+    return op.name.startswith("dual_scale_linear") and not op.name.endswith("fp8")
 
 
 def _has_panels(arguments: Arguments) -> bool:
     return any(isinstance(a, Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in arguments)
 
 
-def _with_panels(arguments: Arguments) -> Arguments:
-    operands = Operands(*arguments[:7])
-    return (arguments[0], pack_panels(plain_weight(operands), operands.split), *arguments[2:])
+def _with_panels(op: Op, arguments: Arguments) -> Arguments:
+    names = [argument.name for argument in op.definition._schema.arguments]  # type: ignore[attr-defined]
+    values = dict(zip(names, arguments, strict=True))
+    operands = Operands(**{name: values[name] for name in Operands._fields})
+    return tuple((values | {"weight": pack_panels(plain_weight(operands), operands.split)}).values())
 
 
 def _unusable(op: Op, device: str) -> str:

@@ -22,10 +22,12 @@ __all__ = [
     "attention",
     "linear",
     "linear_add",
+    "linear_per_token",
     "linear_quantize",
     "norm_quantize",
     "or_else",
     "quantize_act",
+    "quantize_per_token",
     "ready",
     "rms_norm_rope",
     "why_not",
@@ -63,9 +65,10 @@ _Linear = _struct(
     "Linear",
     "q:p panels:p weight_scale:p input_scale:p offset:p out:p rows:l outputs:l width:l split:l q_stride:l store:i"
     " threads:i out_scale:p out_zero_point:p out_split:l out_bits:i activation:i residual:p gate:p residual_stride:l"
-    " gate_rows:l gate_is_bfloat16:i",
+    " gate_rows:l gate_is_bfloat16:i per_token:i",
 )
 _Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
+_Tokens = _struct("Tokens", "scale:p least:f")
 _Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
 _Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
 _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
@@ -121,6 +124,11 @@ def linear(operands: Operands, out: Tensor) -> Tensor:
     return _run_linear(operands, out, _STORES[out.dtype])
 
 
+def linear_per_token(operands: Operands, out: Tensor) -> Tensor:
+    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G]; see :mod:`fxq.kernels.per_token`."""
+    return _run_linear(operands, out, _STORES[out.dtype], per_token=True)
+
+
 def linear_quantize(
     operands: Operands, activation: str, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
 ) -> Tensor:
@@ -174,6 +182,16 @@ def quantize_act(
 ) -> Tensor:
     """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.quantize_act`."""
     return _run_rows(x, None, perm, scale, zero_point, split, bits, out)
+
+
+def quantize_per_token(
+    x: Tensor, perm: Tensor | None, split: int, bits: int, least: float, out: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``out`` int8 [..., K] and ``scale`` [..., G] of float32 or bfloat16 x; see :mod:`fxq.kernels.per_token`."""
+    rows, order = _rows(x), None if perm is None else perm.contiguous()
+    quantization = _Quantization(_address(order), None, None, x.shape[-1], split, bits)
+    _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least))
+    return out, scale
 
 
 def norm_quantize(

@@ -72,11 +72,12 @@ inline __m512 reciprocal(__m512 x) {
   return _mm512_mask_fmadd_ps(guess, finite, error, guess);
 }
 
-// Static quantization of one channel group: clip(round(x / scale) + zero_point), as fxq.numerics.quantize_input.
+// Quantization of one channel group.
 struct Group {
   __m512 inverse, low, high;
   __m512i zero;
 
+  // Static: clip(round(x / scale) + zero_point), as fxq.numerics.quantize_input.
   Group(float scale, int32_t zero_point, int bits) {
     const int half = 1 << (bits - 1);
     inverse = _mm512_set1_ps(1.0f / scale);
@@ -84,6 +85,13 @@ struct Group {
     high = _mm512_set1_ps(static_cast<float>(half - 1 - zero_point));
     zero = _mm512_set1_epi32(zero_point);
   }
+
+  // Symmetric: clip(round(x / scale), -high, high), as fxq.numerics.quantize_per_token.
+  Group(float scale, float high)
+      : inverse(_mm512_set1_ps(1.0f / scale)),
+        low(_mm512_set1_ps(-high)),
+        high(_mm512_set1_ps(high)),
+        zero(_mm512_setzero_si512()) {}
 
   __m128i quantize(__m512 v) const {
     const __m512 clipped = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, inverse), low), high);

@@ -21,7 +21,7 @@ extern "C" struct Linear {
   const int8_t* q;      // [rows, width], rows q_stride bytes apart
   const int8_t* panels;
   const float* weight_scale;  // [groups, outputs]
-  const float* input_scale;   // [groups]
+  const float* input_scale;   // [groups], or [rows, groups] where it is per token
   const float* offset;        // [outputs]
   void* out;                  // [rows, outputs]
   long rows, outputs, width, split, q_stride;
@@ -36,6 +36,8 @@ extern "C" struct Linear {
   const void* gate;
   long residual_stride, gate_rows;
   int32_t gate_is_bfloat16;
+  // FLOAT32 and BFLOAT16 only
+  int32_t per_token;
 };
 
 namespace {
@@ -95,28 +97,35 @@ inline __m128i requantize(const Linear& p, const Group& first, const Group& seco
   return _mm_mask_mov_epi8(second.quantize(y), lanes(p.out_split - column), first.quantize(y));
 }
 
-template <int STORE>
+template <int STORE, bool PER_TOKEN>
 void finish(const Linear& p, const Group& first, const Group& second, const Tile& tile) {
   for (int j = 0; j < TILE_COLUMNS / 16; j++) {
     const long column = tile.column + 16 * j;
     if (column >= p.outputs) return;
     const __mmask16 mask = lanes(p.outputs - column);
     const __m512 offset = load(p.offset + column, mask);
-    const __m512 scale0 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[0]), load(p.weight_scale + column, mask));
+    __m512 scale0 = load(p.weight_scale + column, mask);
+    if (!PER_TOKEN) scale0 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[0]), scale0);
     const __m512i sum0 = _mm512_loadu_si512(tile.sums + 16 * j);
     __m512 scale1 = _mm512_setzero_ps();
     __m512i sum1 = _mm512_setzero_si512();
     if (tile.outlier != nullptr) {
-      scale1 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[1]), load(p.weight_scale + p.outputs + column, mask));
+      scale1 = load(p.weight_scale + p.outputs + column, mask);
+      if (!PER_TOKEN) scale1 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[1]), scale1);
       sum1 = _mm512_loadu_si512(tile.sums + TILE_COLUMNS + 16 * j);
     }
     for (int i = 0; i < tile.rows; i++) {
       const long row = tile.row + i, place = row * p.outputs + column;
       const __m512i total0 = _mm512_sub_epi32(_mm512_loadu_si512(tile.normal + i * TILE_COLUMNS + 16 * j), sum0);
-      __m512 y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total0), scale0), offset);
+      const float* token = p.input_scale + row * (tile.outlier != nullptr ? 2 : 1);
+      __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(total0), scale0);
+      if (PER_TOKEN) y = _mm512_mul_ps(y, _mm512_set1_ps(token[0]));
+      y = _mm512_add_ps(y, offset);
       if (tile.outlier != nullptr) {
         const __m512i total1 = _mm512_sub_epi32(_mm512_loadu_si512(tile.outlier + i * TILE_COLUMNS + 16 * j), sum1);
-        y = _mm512_add_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(total1), scale1), y);
+        __m512 rest = _mm512_mul_ps(_mm512_cvtepi32_ps(total1), scale1);
+        if (PER_TOKEN) rest = _mm512_mul_ps(rest, _mm512_set1_ps(token[1]));
+        y = _mm512_add_ps(rest, y);
       }
       if (STORE == FLOAT32) store(static_cast<float*>(p.out) + place, y, mask);
       if (STORE == BFLOAT16) store(static_cast<bfloat16*>(p.out) + place, y, mask);
@@ -144,7 +153,7 @@ void shift_to_unsigned(const Linear& p, long first, long last, long normal_bytes
   }
 }
 
-template <int STORE>
+template <int STORE, bool PER_TOKEN = false>
 void run(const Linear& p) {
   const long threads = busy_threads(p.threads, static_cast<double>(p.rows) * p.outputs * p.width, PRODUCT_WORK);
   const long normal = ceil_div(p.split, 4), outlier = ceil_div(p.width - p.split, 4), steps = normal + outlier;
@@ -179,7 +188,7 @@ void run(const Linear& p) {
         multiply_int8(a, stride, weights, normal, sum_normal, 256);
         if (outlier) multiply_int8(a + 4 * normal, stride, weights + normal * 256, outlier, sum_outlier, 256);
         const int height = static_cast<int>(std::min<long>(TILE_ROWS, end - row));
-        finish<STORE>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums});
+        finish<STORE, PER_TOKEN>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums});
       }
     }
   }
@@ -190,8 +199,8 @@ void run(const Linear& p) {
 extern "C" void fxq_linear(const Linear* p) {
   if (p->rows == 0 || p->outputs == 0) return;
   switch (p->store) {
-    case FLOAT32: return run<FLOAT32>(*p);
-    case BFLOAT16: return run<BFLOAT16>(*p);
+    case FLOAT32: return p->per_token ? run<FLOAT32, true>(*p) : run<FLOAT32>(*p);
+    case BFLOAT16: return p->per_token ? run<BFLOAT16, true>(*p) : run<BFLOAT16>(*p);
     case QUANTIZE: return run<QUANTIZE>(*p);
     case ADD_FLOAT32: return run<ADD_FLOAT32>(*p);
     default: return run<ADD_BFLOAT16>(*p);

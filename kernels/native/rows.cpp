@@ -1,4 +1,4 @@
-// Row-wise kernels: static quantization, LayerNorm + modulation + quantization, RMSNorm + rotary embedding.
+// Row-wise kernels: quantization with static scales or one per token, LayerNorm + modulation + quantization, RMSNorm + rotary embedding.
 #include <vector>
 
 #include "common.h"
@@ -7,10 +7,15 @@ using namespace fxq;
 
 extern "C" struct Quantization {
   const int32_t* perm;        // [width] or null
-  const float* scale;         // [groups]
-  const int32_t* zero_point;  // [groups]
+  const float* scale;         // [groups]; null where each token has its own
+  const int32_t* zero_point;  // [groups]; null where each token has a scale of its own
   long width, split;
   int32_t bits;
+};
+
+extern "C" struct Tokens {
+  float* scale;  // [rows, groups], written
+  float least;   // a row whose largest magnitude is not above it counts as zero and gets scale 1
 };
 
 extern "C" struct Rows {
@@ -64,32 +69,50 @@ inline __m512 gather(const bfloat16* row, __m512i index, __mmask16 mask) {
 // in place and the bytes of the others squeezed out: gathering all channels costs several times as much.
 class Quantizer {
  public:
-  explicit Quantizer(const Quantization& q)
-      : q_(q), normal_(q.scale[0], q.zero_point[0], q.bits), outlier_(second(q, q.scale), second(q, q.zero_point), q.bits) {
+  explicit Quantizer(const Quantization& q) : q_(q) {
     if (q.perm == nullptr || !ascending(0, q.split) || !ascending(q.split, q.width)) return;
     masks_.assign(ceil_div(q.width, 64), 0);
     for (long k = 0; k < q.split; k++) masks_[q.perm[k] / 64] |= 1ull << (q.perm[k] % 64);
   }
 
   template <typename T>
-  void run(const T* row, int8_t* out) const {
+  void run(const Group& normal, const Group& outlier, const T* row, int8_t* out) const {
     if (q_.perm == nullptr) {
-      in_order(normal_, row, 0, q_.split, out);
-      in_order(outlier_, row, q_.split, q_.width, out);
+      in_order(normal, row, 0, q_.split, out);
+      in_order(outlier, row, q_.split, q_.width, out);
       return;
     }
     if (masks_.empty()) {
-      gather_all(normal_, row, 0, q_.split, out);
+      gather_all(normal, row, 0, q_.split, out);
     } else {
-      squeeze(row, out);
+      squeeze(normal, row, out);
     }
-    gather_all(outlier_, row, q_.split, q_.width, out);
+    gather_all(outlier, row, q_.split, q_.width, out);
+  }
+
+  // Largest magnitudes of the normal and of the outlier channels.
+  template <typename T>
+  void largest(const T* row, float* top) const {
+    __m512 normal = _mm512_setzero_ps(), outlier = normal;
+    for (long k = 0; k < q_.width; k += 16) {
+      const __mmask16 mask = lanes(q_.width - k), first = normal_lanes(k);
+      const __m512 v = _mm512_abs_ps(masks_.empty() && q_.perm ? gathered(row, k, mask) : load(row + k, mask));
+      normal = _mm512_mask_max_ps(normal, first, normal, v);
+      outlier = _mm512_mask_max_ps(outlier, static_cast<__mmask16>(~first), outlier, v);
+    }
+    top[0] = _mm512_reduce_max_ps(normal);
+    top[1] = _mm512_reduce_max_ps(outlier);
   }
 
  private:
-  template <typename V>
-  static V second(const Quantization& q, const V* values) {
-    return values[q.split < q.width ? 1 : 0];
+  // Which of the 16 channels that are read for k and on are normal ones.
+  __mmask16 normal_lanes(long k) const {
+    return masks_.empty() ? lanes(q_.split - k) : static_cast<__mmask16>(masks_[k / 64] >> (k % 64));
+  }
+
+  template <typename T>
+  __m512 gathered(const T* row, long k, __mmask16 mask) const {
+    return gather(row, _mm512_maskz_loadu_epi32(mask, q_.perm + k), mask);
   }
 
   bool ascending(long from, long to) const {
@@ -120,19 +143,18 @@ class Quantizer {
   void gather_all(const Group& group, const T* row, long from, long to, int8_t* out) const {
     for (long k = from; k < to; k += 16) {
       const __mmask16 mask = lanes(to - k);
-      const __m512i index = _mm512_maskz_loadu_epi32(mask, q_.perm + k);
-      store(out + k, group.quantize(gather(row, index, mask)), mask);
+      store(out + k, group.quantize(gathered(row, k, mask)), mask);
     }
   }
 
   template <typename T>
-  void squeeze(const T* row, int8_t* out) const {
+  void squeeze(const Group& normal, const T* row, int8_t* out) const {
     const long whole = q_.width / 64;
-    for (long i = 0; i < whole; i++, row += 64) out = keep(masks_[i], block(normal_, row), out);
+    for (long i = 0; i < whole; i++, row += 64) out = keep(masks_[i], block(normal, row), out);
     if (q_.width % 64 == 0) return;
     alignas(64) T rest[64] = {};
     std::copy(row, row + q_.width % 64, rest);
-    keep(masks_[whole], block(normal_, rest), out);
+    keep(masks_[whole], block(normal, rest), out);
   }
 
   // The chosen bytes to the front of `out`; returns where the next ones go.
@@ -144,7 +166,6 @@ class Quantizer {
   }
 
   const Quantization& q_;
-  const Group normal_, outlier_;
   std::vector<uint64_t> masks_;
 };
 
@@ -187,20 +208,39 @@ void layer_norm_row(const Norm& p, long index, long width, float* row) {
 template <typename T>
 void quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
+  const int second = q.split < q.width ? 1 : 0;
+  const Group normal(q.scale[0], q.zero_point[0], q.bits), outlier(q.scale[second], q.zero_point[second], q.bits);
   const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
     const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
     if (norm == nullptr) {
-      quantizer.run(from, to);
+      quantizer.run(normal, outlier, from, to);
       continue;
     }
     static thread_local Scratch scratch;
     float* row = scratch.get<float>(r.width + 16);
     widen(from, row, r.width);
     layer_norm_row<T>(*norm, i, r.width, row);
-    quantizer.run(row, to);
+    quantizer.run(normal, outlier, row, to);
+  }
+}
+
+template <typename T>
+void quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) {
+  const Quantizer quantizer(q);
+  const float high = static_cast<float>((1 << (q.bits - 1)) - 1);
+  const long groups = q.split < q.width ? 2 : 1;
+  const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (long i = 0; i < r.rows; i++) {
+    const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
+    float scale[2];
+    quantizer.largest(from, scale);
+    for (float& s : scale) s = s > tokens.least ? s / high : 1.0f;
+    std::copy(scale, scale + groups, tokens.scale + i * groups);
+    quantizer.run(Group(scale[0], high), Group(scale[1], high), from, static_cast<int8_t*>(r.out) + i * r.width);
   }
 }
 
@@ -250,6 +290,11 @@ void rotate_rows(const Rows& r, const Rotary& p) {
 extern "C" void fxq_quantize_rows(const Rows* rows, const Norm* norm, const Quantization* quantization) {
   return rows->is_bfloat16 ? quantize_rows<bfloat16>(*rows, norm, *quantization)
                            : quantize_rows<float>(*rows, norm, *quantization);
+}
+
+extern "C" void fxq_quantize_tokens(const Rows* rows, const Quantization* quantization, const Tokens* tokens) {
+  return rows->is_bfloat16 ? quantize_tokens<bfloat16>(*rows, *quantization, *tokens)
+                           : quantize_tokens<float>(*rows, *quantization, *tokens);
 }
 
 extern "C" void fxq_rotate_rows(const Rows* rows, const Rotary* rotary) {

@@ -24,9 +24,12 @@ def frozen(problem):
     return fxq.quantize(problem.module, [args], ours.speed_recipe(dual_scale=True), progress=False)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize(("dual_scale", "outliers"), [(True, 32), (False, 0)])
-def test_dual_scale_means_that_the_planted_channels_have_their_own_scale(problem, dual_scale, outliers):
-    built = ours.build(problem.model(torch.bfloat16), problem.args(torch.bfloat16), dual_scale, "cpu")
+def test_dual_scale_means_that_the_planted_channels_have_their_own_scale(problem, dual_scale, outliers, per_token):
+    recipe = ours.speed_recipe(dual_scale, per_token)
+    built = ours.build(problem.model(torch.bfloat16), problem.args(torch.bfloat16), recipe, "cpu")
+    assert ("quantize_per_token" in built.facts["operators"]) == per_token
     assert built.refusal == ""
     assert built.facts["outliers"]["blocks.0.0"] == outliers
     assert sum(op["nodes"] for op in built.facts["operators"].values()) >= 2

@@ -13,6 +13,7 @@ from fxq.export.interop.layers import read_model
 from fxq.export.onnx import check_onnx, export_onnx
 from fxq.export.program import export_program, load_program
 from fxq.ir import put_tensor
+from fxq.kernels import native
 from tests.export.test_bundle import resign
 from tests.toys import recipe, relative_error, rows, toy
 
@@ -53,9 +54,10 @@ def test_a_manifest_names_what_a_layer_stores(bundle):
 def test_a_sound_bundle_passes_every_check(bundle, bits):
     verdict = verify_bundle(bundle)
     assert verdict.ok and {check.status for check in verdict.checks} == {"passed"}
-    label, product = f"W{bits}A8 per token", fxq.kernels.used("dual_scale_linear_per_token", "cpu")
+    label, names = f"W{bits}A8 per token", ("quantize_per_token", "dual_scale_linear_per_token")
+    quantize, product = (fxq.kernels.used(name, "cpu") for name in names)
     assert [(c.layer, c.bits, c.quantize_kernel, c.linear_kernel) for c in verdict.layers] == [
-        (layer, label, "eager", product) for layer in ("blocks.0.up", "blocks.0.down")
+        (layer, label, quantize, product) for layer in ("blocks.0.up", "blocks.0.down")
     ]
 
 
@@ -75,8 +77,8 @@ def test_the_swapped_model_computes_what_the_graph_does(quantized, bundle):
         applied = fxq.apply(toy(), source)
         assert torch.equal(applied(SPREAD), quantized(SPREAD))
     up = applied.blocks[0].up
-    assert up.per_token and up.panels is None and "per token" in repr(up)
-    assert {name for name, _ in up.named_buffers()} == {"weight", "weight_scale", "offset", "perm"}
+    assert up.per_token and (up.panels is not None) == native.ready() and "per token" in repr(up)
+    assert set(up.state_dict()) == {"weight", "weight_scale", "offset", "perm"}
     applied.load_state_dict(applied.half().state_dict())
     assert up.weight_scale.dtype == torch.float32
 

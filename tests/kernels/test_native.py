@@ -14,10 +14,13 @@ from fxq.kernels import (
     attention,
     dual_scale_linear,
     dual_scale_linear_add,
+    dual_scale_linear_per_token,
     dual_scale_linear_quantize,
     native,
     norm_quantize,
+    per_token,
     quantize_act,
+    quantize_per_token,
     rms_norm_rope,
 )
 from fxq.kernels.gemm import sample_operands
@@ -67,6 +70,15 @@ SHAPES = [
 def test_linear_equals_the_reference(shape, outputs, split, dtype, threads):
     arguments = (*sample_operands(shape, outputs, split, 8, random(1), panels=True), dtype)
     assert torch.equal(dual_scale_linear(*arguments), dual_scale_linear.reference(*arguments))
+
+
+@needs_native
+@pytest.mark.parametrize(("shape", "outputs", "split"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_per_token_equals_the_reference(shape, outputs, split, dtype, threads):
+    arguments = (*per_token.sample_operands(shape, outputs, split, 8, random(1), panels=True), dtype)
+    got, want = dual_scale_linear_per_token(*arguments), dual_scale_linear_per_token.reference(*arguments)
+    assert torch.equal(got, want) and got.dtype == dtype
 
 
 @needs_native
@@ -143,6 +155,22 @@ def test_rows_are_quantized_as_by_the_reference(order, width, split, dtype, thre
     scale, zero = torch.tensor([0.02, 0.3])[:groups], torch.tensor([4, -30]).int()[:groups]
     arguments = (x, perm, scale, zero, split, 8)
     assert torch.equal(quantize_act(*arguments), quantize_act.reference(*arguments))
+
+
+@needs_native
+@pytest.mark.parametrize("order", PERMUTATIONS)
+@pytest.mark.parametrize(("width", "split"), [(1, 1), (63, 40), (64, 32), (130, 129), (200, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_get_the_scales_and_integers_of_the_reference(order, width, split, dtype, threads):
+    torch.manual_seed(width)
+    perm = PERMUTATIONS[order](width, split)
+    perm = None if perm is None else perm.int()
+    wide = (torch.randn(900, 3 * width) * torch.logspace(-6, 4, 900)[:, None]).to(dtype)
+    wide[5], wide[6, width : 2 * width] = 0, -1e-30
+    x = wide[:, width : 2 * width]
+    for bits in (8, 5):
+        got, want = (f(x, perm, split, bits) for f in (quantize_per_token, quantize_per_token.reference))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @needs_native
