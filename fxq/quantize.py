@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import operator
 import pathlib
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +92,7 @@ def quantize(
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
             run_passes(graph, plan_passes(chosen))
+        _warn_of_nothing(graph, chosen)
         data = job.calibrate(graph, loader, forward_loop)
         alpha = None if sensitivity is None else torch.as_tensor(sensitivity, dtype=torch.float64)
         alpha = job.weigh_chunks(graph, loader, alpha, data)
@@ -145,6 +148,15 @@ def _check_sources(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
             f"(rule {static!r}), which are measured on data. Schemes with per_token, as in 'w8a8-dynamic', need none"
         )
+
+
+def _warn_of_nothing(graph: QuantGraph, recipe: Recipe) -> None:
+    """Say so when every linear stays in model dtype, with the reasons."""
+    if graph.quantized_plans:
+        return
+    reasons = collections.Counter(plan.reason for plan in graph.plans.values()).most_common(3)
+    told = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "the model has none"
+    warnings.warn(f"recipe {recipe.name!r} quantizes no linear of {len(graph.plans)}: {told}", stacklevel=3)
 
 
 def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:

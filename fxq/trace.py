@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
 _ADVICE = (
     "Make the forward free of data-dependent Python branches and in-place cache writes, or pass an ExportedProgram"
 )
+_ADVISERS = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
 _CHECKS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
@@ -94,10 +96,25 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, strict: bool
 ) -> ExportedProgram:
     try:
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # there torch prints the graph of a failure
+        # torch prints the graph of a failure to stderr.
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _without_advice():
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
     except Exception as error:
         raise TraceError(f"torch.export cannot capture {type(model).__name__}: {_briefly(error)}. {_ADVICE}") from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep torch from logging which dimensions it fixed: the quantized module itself refuses calls of other sizes."""
+    loggers = [logging.getLogger(name) for name in _ADVISERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _briefly(error: BaseException) -> str:

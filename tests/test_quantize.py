@@ -156,6 +156,13 @@ def test_weights_that_are_not_finite_are_refused_unless_excluded(value):
     assert [row.layer for row in fxq.summary(q).quantized] == ["blocks.0.up"]
 
 
+def test_a_recipe_that_quantizes_nothing_says_why():
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    with pytest.warns(UserWarning, match="quantizes no linear of 2: 2 x in_features 24 is not a multiple of 32"):
+        q = fxq.quantize(model, [torch.randn(2, 24)], recipe(bits=4), progress=False)
+    assert not fxq.summary(q).quantized
+
+
 def test_a_pattern_that_matches_nothing_is_refused():
     plain = recipe()
     wrong = dataclasses.replace(plain, rules=(fxq.Rule("block.0.up", None), *plain.rules))

@@ -229,3 +229,12 @@ def test_a_model_that_does_not_run_is_told_from_one_that_cannot_be_captured():
 def test_an_example_of_the_wrong_shape_is_refused():
     with pytest.raises(TraceError, match="cannot capture Toy"):
         trace(toy(), (rows(3, 95),))
+
+
+def test_torch_does_not_talk_about_dimensions_that_it_fixed(caplog):
+    one = torch.randn(1, 8)
+    shapes = {"input": {0: torch.export.Dim.AUTO}}
+    trace(nn.Linear(8, 4), (one,), None, shapes)
+    assert "specialized" not in caplog.text
+    torch.export.export(nn.Linear(8, 4), (one,), dynamic_shapes=shapes)
+    assert "specialized" in caplog.text
