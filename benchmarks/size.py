@@ -2,10 +2,11 @@
 
 python -m benchmarks.size --folder /tmp/size                 # 1.3B: all jobs, and one that is killed and run again
 python -m benchmarks.size --folder /tmp/size --large         # 14B as well: 60 GB of disk
-python -m benchmarks.size --folder /tmp/size --only '1.3b w?a8'  # some jobs, beside the stored rows of others
+python -m benchmarks.size --folder /tmp/size --only '1.3b w?a8'  # some jobs
 python -m benchmarks.size --table                            # the table of docs/size.md, from the stored result
 
-Weights are random (``benchmarks.synthetic``), so nothing is said about quality here.
+Stored rows of jobs that are not run stay in the result. Weights are random (``benchmarks.synthetic``), so nothing is
+said about quality here.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=pathlib.Path, help="where weights, bundles and checkpoint files go")
     parser.add_argument("--large", action="store_true", help="14B as well")
-    parser.add_argument("--only", help="jobs whose name fits this glob; rows of others stay in the result")
+    parser.add_argument("--only", help="jobs whose name fits this glob")
     parser.add_argument("--table", action="store_true", help="print the table of the stored result")
     parser.add_argument("--out", type=pathlib.Path, default=RESULT)
     args = parser.parse_args()
@@ -258,7 +259,7 @@ def main() -> None:
         "command": "python -m benchmarks.size --folder DIR --large",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "environment": environment() | {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
-        "jobs": _other_rows(args.out, chosen) if args.only else [],
+        "jobs": _other_rows(args.out, chosen),
     }
     write_prompts(args.folder)
     for job in chosen:
@@ -283,8 +284,9 @@ def _other_rows(out: pathlib.Path, chosen: Sequence[Job]) -> list[dict[str, Any]
 
 
 def _note(result: dict[str, Any], row: dict[str, Any], out: pathlib.Path) -> None:
-    """Add a row, print it and write all rows: a run that stops keeps what it has."""
-    result["jobs"].append(row)
+    """Add a row, print it and write all rows in the order of their jobs: a run that stops keeps what it has."""
+    names = [job.name for job in JOBS]
+    result["jobs"] = sorted((*result["jobs"], row), key=lambda row: names.index(row["job"].split(",")[0]))
     print(json.dumps(row, indent=1), flush=True)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
