@@ -175,18 +175,8 @@ def sample_operands(
 
 def _linear_samples() -> Sequence[Arguments]:
     random = torch.Generator().manual_seed(0)
-    return [
-        (*sample_operands(shape, outputs, split, bits, random), dtype)
-        for shape, outputs, split, bits, dtype in (
-            ((5, 96), 40, 96, 8, torch.float32),
-            ((2, 9, 160), 33, 128, 8, torch.bfloat16),
-            ((17, 75), 19, 50, 5, torch.float32),
-            ((1, 128), 64, 96, 4, torch.float32),
-            ((33, 96), 7, 96, 4, torch.float16),
-            ((0, 64), 16, 32, 8, torch.bfloat16),
-            ((64,), 1, 64, 3, torch.float32),
-        )
-    ]
+    cases = gemm.SAMPLE_CASES
+    return [(*sample_operands(shape, n, split, bits, random), dtype) for shape, n, split, bits, dtype in cases]
 
 
 @declare(
