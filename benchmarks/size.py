@@ -255,12 +255,7 @@ def main() -> None:
     if args.folder is None:
         parser.error("--folder is needed to measure")
     chosen = [job for job in JOBS if fnmatch.fnmatch(job.name, args.only or "*") and (args.large or job.size != "14b")]
-    result: dict[str, Any] = {
-        "command": "python -m benchmarks.size --folder DIR --large",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment() | {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
-        "jobs": _other_rows(args.out, chosen),
-    }
+    result: dict[str, Any] = {"jobs": _other_rows(args.out, chosen)}
     write_prompts(args.folder)
     for job in chosen:
         if reason := no_room(job, args.folder):
@@ -284,7 +279,15 @@ def _other_rows(out: pathlib.Path, chosen: Sequence[Job]) -> list[dict[str, Any]
 
 
 def _note(result: dict[str, Any], row: dict[str, Any], out: pathlib.Path) -> None:
-    """Add a row, print it and write all rows in the order of their jobs: a run that stops keeps what it has."""
+    """Add a row with how it was made, print it and write all rows in the order of their jobs.
+
+    A run that stops keeps what it has.
+    """
+    row |= {
+        "run": shlex.join(["python", "-m", "benchmarks.size", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "environment": environment() | {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
+    }
     names = [job.name for job in JOBS]
     result["jobs"] = sorted((*result["jobs"], row), key=lambda row: names.index(row["job"].split(",")[0]))
     print(json.dumps(row, indent=1), flush=True)

@@ -104,13 +104,16 @@ def test_measured_weightings_need_a_measurement():
 
 @pytest.mark.slow
 def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least():
-    """On as many videos as the demo: what the first chunk decides shows in few of its 64, in none of a set of 24."""
+    """On the demo's 64 videos: by far in the mean, which few of them make, and about twofold in the median."""
     settings, model = DemoSettings(), load_tiny()
     calibration, _ = tiny_rollout(model, settings.calibration_videos, seed=settings.seed, unseen=False)
     unseen, _ = tiny_rollout(model, settings.evaluation_videos, seed=settings.seed + 1, unseen=True)
     lab = Lab(calibration, fxq.PRESETS[settings.bits[0]], Progress(False))
     for bits in settings.bits:
-        alpha = chunk_sensitivity(unseen, lab.initialised(bits)).alpha
+        measured = chunk_sensitivity(unseen, lab.initialised(bits))
+        alpha, median = measured.alpha, measured.mse.median(0).values
+        assert (measured.mse.argmax(1) == 0).double().mean() > 0.9, bits
+        assert median[0] > 1.5 * median[1:].max(), bits
         assert int(alpha.argmax()) == 0, bits
         assert alpha[-1] < alpha[0] / 2, bits
         assert alpha[-1] < 1.1 * alpha.min(), bits
