@@ -51,7 +51,6 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 def run_rank(folder: pathlib.Path) -> None:
     """What each process does."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     rollout = make_rollout()
     if rank == 0:
@@ -74,13 +73,14 @@ def run_rank(folder: pathlib.Path) -> None:
         print(f"bytes of the blocks on a rank {stored_bytes(shard)} of {stored_bytes(whole)}")
         print(f"linears split: relative error {distance(by_layers, want):.1e}")
         print(f"tokens split: relative error {distance(by_tokens, want):.1e}")
-    dist.destroy_process_group()
 
 
 def main() -> None:
     """Run as a rank, or start the ranks."""
     if "RANK" in os.environ:
+        dist.init_process_group("gloo")
         run_rank(pathlib.Path(os.environ.get("FXQ_BUNDLE", "out/tensor_parallel")))
+        dist.destroy_process_group()  # after the modules, which hold the group, are gone
         return
     with tempfile.TemporaryDirectory() as folder:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES), __file__]
