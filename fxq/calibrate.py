@@ -183,12 +183,12 @@ def _drive_batches(
 
 
 def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
-    """sha256 over layer names, extremes and sampled rows."""
+    """sha256 over layer names, extremes, sampled rows and their weights."""
     digest = hashlib.sha256()
     for layer in sorted(statistics):
         s = statistics[layer]
         digest.update(f"{layer}:{s.seen}:{tuple(s.rows.shape)}".encode())
-        for tensor in (s.low, s.high, s.rows):
+        for tensor in (s.low, s.high, s.rows, *(() if s.weights is None else (s.weights,))):
             for part in tensor.split(4096):
                 digest.update(part.float().contiguous().numpy().data)
     return digest.hexdigest()

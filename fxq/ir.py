@@ -153,7 +153,8 @@ class LayerStatistics:
     """What calibration saw of one linear's input.
 
     ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
-    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows.
+    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
+    float32 [R] how many of them each sampled row stands for; None: all the same.
     """
 
     low: Tensor
@@ -161,6 +162,7 @@ class LayerStatistics:
     rows: Tensor
     chunks: Tensor
     seen: int
+    weights: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ class QuantGraph:
     stage: Stage = Stage.TRACED
     statistics: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
     updates: dict[str, LayerUpdate] = dataclasses.field(default_factory=dict)
-    chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))
+    chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1, dtype=torch.float32, device="cpu"))
     log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 

@@ -37,7 +37,7 @@ LAYERS = (
     ("graph", "signature", "interpret", "places", "regions", "dense_masks"),
     ("verify",),
     ("pipeline",),
-    ("trace", "collect", "calibrate"),
+    ("trace", "row_sample", "collect", "calibrate"),
 )
 CORE = tuple(name for layer in LAYERS for name in layer)
 USER_FACING = (
