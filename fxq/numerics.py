@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_MAGNITUDE = 1e-30
-"""A row of a group counts as zero below it: its scale would not be a normal float32."""
+LEAST_MAGNITUDE = 127 * 2.0**-126
+"""A row of a group counts as zero up to it, 1.5e-36: the scale would not be a normal float32, nor its inverse finite."""
 
 PACK_BLOCK = 32
 """Channels per packing block of int4 weights; every group's width is a multiple of it."""

@@ -25,6 +25,7 @@ LAYERS = (
         "allocator",
         "config",
         "numerics",
+        "units",
         "rollout",
         "models",
         "metrics",
