@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
+from fxq.kernels import gradient
+
 NAMESPACE = "fxq"
 
 Arguments = tuple[Any, ...]
@@ -49,6 +51,9 @@ def _process_registry() -> _Registry:
 
 
 _REGISTRY = _process_registry()
+
+_GRADIENTS = ("CPU", "CUDA")
+"""Devices whose kernels are called without a second trip through the dispatcher."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,7 @@ class Op:
         """Call through the dispatcher.
 
         Raises:
-            ValueError: with the reason from ``supports``.
+            ValueError: with the reason from ``supports``, or when tensors lie on different devices or are not dense.
         """
         return self.definition(*args)
 
@@ -87,7 +92,11 @@ class Op:
         """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
 
         def bind(kernel: Kernel) -> Kernel:
-            _register(self.name, device.upper(), _checked(self.name, self.supports, kernel))
+            key, checked = device.upper(), _checked(self.name, self.supports, kernel)
+            _register(self.name, key, checked)
+            if key in _GRADIENTS:
+                under_autograd = gradient.autograd_kernel(self.definition, key, checked)
+                _register(self.name, f"Autograd{key}", under_autograd, with_keyset=True)
             self.implementations[device] = implementation
             return kernel
 
@@ -125,22 +134,52 @@ def declare(
             _REGISTRY.done.add((name, "schema"))
         _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
         definition = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _register(name, "Autograd", gradient.autograd_kernel(definition), with_keyset=True)
         return Op(name, schema, definition, reference, samples, supports, max_error)
 
     return bind
 
 
-def _register(name: str, key: str, kernel: Callable[..., Tensor]) -> None:
+def _register(name: str, key: str, kernel: Callable[..., Any], with_keyset: bool = False) -> None:
     if (name, key) not in _REGISTRY.done:
-        _REGISTRY.library.impl(name, kernel, key)
+        _REGISTRY.library.impl(name, kernel, key, with_keyset=with_keyset)
         _REGISTRY.done.add((name, key))
 
 
 def _checked(name: str, supports: Callable[..., str], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(kernel)
     def run(*args: object) -> Tensor:
-        if reason := supports(*args):
+        if reason := _misplaced(name, args) or supports(*args):
             raise ValueError(f"{NAMESPACE}::{name}: {reason}")
         return kernel(*args)
 
     return run
+
+
+def _misplaced(name: str, args: Sequence[object]) -> str:
+    """Why the tensors among an operator's arguments are not dense and on one device, or ""."""
+    first: Tensor | None = None
+    for i, value in enumerate(args):
+        for tensor in (value,) if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else ():
+            first = tensor if first is None else first
+            if tensor.device == first.device and tensor.layout is torch.strided and not tensor.is_nested:
+                continue
+            argument = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments[i].name
+            if tensor.device != first.device:
+                return f"{argument} is on {tensor.device}, the arguments before it on {first.device}: move it there"
+            form = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
+            return f"{argument} is {form}: expected a dense one, as of to_dense() or to_padded_tensor()"
+    return ""
+
+
+def _declare_no_gradient() -> None:
+    """Define what backward passes run into."""
+    name = gradient.NO_GRADIENT.split("(", 1)[0]
+    if (name, "schema") not in _REGISTRY.done:
+        _REGISTRY.library.define(gradient.NO_GRADIENT, tags=(torch.Tag.pt2_compliant_tag,))
+        register_fake(f"{NAMESPACE}::{name}", gradient.refuse_fake, lib=_REGISTRY.library)
+        _REGISTRY.done.add((name, "schema"))
+    _register(name, "CompositeExplicitAutograd", gradient.refuse)
+
+
+_declare_no_gradient()
