@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+
+from fxq.kernels import guards
 
 SOURCES = "_fxq_sources"
 """Attribute of int8 results: the tensors with a gradient that they were made of."""
 
 NO_GRADIENT = "no_gradient(Tensor grad, SymInt[] size, ScalarType dtype, str operator) -> Tensor"
 """Schema of the operator that backward passes run into; an operator, so that compiled ones do as well."""
-
-_BELOW = torch._C._after_ADInplaceOrView_keyset
-_DENSE = {"CPU": torch._C.DispatchKey.CPU, "CUDA": torch._C.DispatchKey.CUDA}
 
 
 def refuse(grad: Tensor, size: Sequence[int], dtype: torch.dtype, operator: str) -> Tensor:
@@ -96,37 +96,44 @@ def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     known = {id(value) for value in flat}
     # torch.func has come down to one level here: its own way into autograd.Function would start at the top again.
     apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
-    result = apply(definition, spec, *flat, *(s for s in sources if id(s) not in known))
+    with enable_single_level_autograd_function():
+        result = apply(definition, spec, *flat, *(s for s in sources if id(s) not in known))
     for tensor in pytree.tree_leaves(result):
         if tensor.dtype == torch.int8:
             vars(tensor)[SOURCES] = sources
     return result
 
 
-def autograd_kernel(
-    definition: Callable[..., Any], device: str = "", kernel: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """What the dispatcher calls in place of the operator while tensors may have gradients.
-
-    Without a gradient it costs next to nothing: plain tensors go to the device's kernel at once, and everything else
-    (tracing, tensor subclasses, devices without a kernel) goes on through the dispatcher.
-
-    Args:
-        definition: the operator.
-        device: "CPU" or "CUDA" with a kernel.
-        kernel: of that device.
-    """
-    key = _DENSE.get(device)
+def autograd(definition: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls in place of the operator while tensors may have gradients."""
 
     def run(keys: Any, *arguments: Any) -> Any:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             result = _attach(definition, arguments)
             if result is not None:
                 return result
-        below = keys & _BELOW
-        if kernel is not None and below.highestPriorityTypeId() == key:
-            return kernel(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            return definition.redispatch(below, *arguments)  # type: ignore[attr-defined]
+            return definition.redispatch(keys & guards.BELOW, *arguments)  # type: ignore[attr-defined]
+
+    return run
+
+
+def autograd_cpu(definition: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`autograd` on a CPU, where it costs next to nothing: plain tensors go to the kernel at once.
+
+    Everything else, as tracing and tensor subclasses, goes on through the dispatcher.
+
+    Args:
+        definition: the operator.
+        kernel: of the CPU, takes the dispatcher's keys before the arguments.
+    """
+    through_dispatcher = autograd(definition)
+
+    def run(keys: Any, *arguments: Any) -> Any:
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not guards.plain(keys):
+            result = through_dispatcher(keys, *arguments)
+            guards.learn(keys)
+            return result
+        return kernel(keys, *arguments)
 
     return run

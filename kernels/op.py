@@ -18,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from fxq.kernels import gradient
+from fxq.kernels import gradient, guards
 
 NAMESPACE = "fxq"
 
@@ -51,9 +50,6 @@ def _process_registry() -> _Registry:
 
 
 _REGISTRY = _process_registry()
-
-_GRADIENTS = ("CPU", "CUDA")
-"""Devices whose kernels are called without a second trip through the dispatcher."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +88,10 @@ class Op:
         """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
 
         def bind(kernel: Kernel) -> Kernel:
-            key, checked = device.upper(), _checked(self.name, self.supports, kernel)
-            _register(self.name, key, checked)
-            if key in _GRADIENTS:
-                under_autograd = gradient.autograd_kernel(self.definition, key, checked)
-                _register(self.name, f"Autograd{key}", under_autograd, with_keyset=True)
+            key, checked = device.upper(), guards.checked_by_keys(self.name, self.supports, kernel)
+            _register(self.name, key, checked, with_keyset=True)
+            if device == "cpu":
+                _register(self.name, "AutogradCPU", gradient.autograd_cpu(self.definition, checked), with_keyset=True)
             self.implementations[device] = implementation
             return kernel
 
@@ -130,11 +125,11 @@ def declare(
     def bind(reference: Callable[..., Tensor]) -> Op:
         if (name, "schema") not in _REGISTRY.done:
             _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            register_fake(f"{NAMESPACE}::{name}", _checked(name, supports, fake), lib=_REGISTRY.library)
+            register_fake(f"{NAMESPACE}::{name}", guards.checked(name, supports, fake), lib=_REGISTRY.library)
             _REGISTRY.done.add((name, "schema"))
-        _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
+        _register(name, "CompositeExplicitAutograd", guards.checked(name, supports, reference))
         definition = getattr(getattr(torch.ops, NAMESPACE), name).default
-        _register(name, "Autograd", gradient.autograd_kernel(definition), with_keyset=True)
+        _register(name, "Autograd", gradient.autograd(definition), with_keyset=True)
         return Op(name, schema, definition, reference, samples, supports, max_error)
 
     return bind
@@ -144,32 +139,6 @@ def _register(name: str, key: str, kernel: Callable[..., Any], with_keyset: bool
     if (name, key) not in _REGISTRY.done:
         _REGISTRY.library.impl(name, kernel, key, with_keyset=with_keyset)
         _REGISTRY.done.add((name, key))
-
-
-def _checked(name: str, supports: Callable[..., str], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @wraps(kernel)
-    def run(*args: object) -> Tensor:
-        if reason := _misplaced(name, args) or supports(*args):
-            raise ValueError(f"{NAMESPACE}::{name}: {reason}")
-        return kernel(*args)
-
-    return run
-
-
-def _misplaced(name: str, args: Sequence[object]) -> str:
-    """Why the tensors among an operator's arguments are not dense and on one device, or ""."""
-    first: Tensor | None = None
-    for i, value in enumerate(args):
-        for tensor in (value,) if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else ():
-            first = tensor if first is None else first
-            if tensor.device == first.device and tensor.layout is torch.strided and not tensor.is_nested:
-                continue
-            argument = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments[i].name
-            if tensor.device != first.device:
-                return f"{argument} is on {tensor.device}, the arguments before it on {first.device}: move it there"
-            form = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
-            return f"{argument} is {form}: expected a dense one, as of to_dense() or to_padded_tensor()"
-    return ""
 
 
 def _declare_no_gradient() -> None:
