@@ -82,7 +82,8 @@ _Attention = _struct(
 def _call(function: str, *structures: Any) -> None:
     loaded = library()[0]
     assert loaded is not None
-    getattr(loaded, function)(*(None if s is None else ctypes.byref(s) for s in structures))
+    if getattr(loaded, function)(*(None if s is None else ctypes.byref(s) for s in structures)):
+        raise ValueError("perm has entries outside of a row: expected every channel of x once")
 
 
 def _address(tensor: Tensor | None) -> int | None:
