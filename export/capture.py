@@ -56,13 +56,13 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
     return graph
 
 
-def lower(module: fx.GraphModule) -> QuantGraph:
+def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.to_qdq.ToQdq`.
 
     Raises:
         ExportError: as :func:`frozen`, and when an operator of fxq is left.
     """
-    graph = run_passes(frozen(module), (ToQdq(),))
+    graph = run_passes(frozen(module), (ToQdq(in_halves),))
     left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     if left:
         raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")

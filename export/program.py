@@ -22,9 +22,11 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 import fxq.kernels  # registers the operators
+from fxq import cpu
 from fxq.export import bundle
 from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
 from fxq.export.files import BundleError, sha256, whole_folder
+from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
 from fxq.ir import get_tensor
 
 PROGRAM, FACTS = "program.pt2", "program.json"
@@ -48,6 +50,7 @@ def export_program(
     Without ``aoti`` the folder is a bundle with ``program.pt2``, the graph without tensors. With it ``program.pt2`` is
     an AOTInductor package with the entries ``denoise`` and ``context``, compiled for this machine. On a CPU it holds no
     operator of fxq and runs in a process that imports torch alone; on CUDA the process imports fxq for its kernels.
+    Compiled on an x86 CPU without VNNI, 8-bit weights are multiplied in two halves, which is exact there.
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`.
@@ -109,7 +112,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     from torch._inductor.package.package import package_aoti
 
     on_cpu = _device(module).type == "cpu"
-    graph = lower(module) if on_cpu else frozen(module)
+    graph = lower(module, in_halves=cpu.saturates()) if on_cpu else frozen(module)
     files = [pathlib.Path(file) for file in _compile(capture(graph.module, example))]
     products = len(graph.module.graph.find_nodes(op="call_function", target=WEIGHT)) if on_cpu else 0
     source = "".join(file.read_text(encoding="utf-8") for file in files if file.name.endswith("wrapper.cpp"))
@@ -118,7 +121,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     kept: list[Any] = [str(file) for file in files if file.suffix != ".cpp"]  # sources name paths of this machine
     with _quiet():
         package_aoti(str(folder / PROGRAM), dict.fromkeys(ENTRIES, kept))
-    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer}
+    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer, "cpu": compiled_for()}
 
 
 def _compile(program: ExportedProgram) -> list[str]:
@@ -129,7 +132,7 @@ def _compile(program: ExportedProgram) -> list[str]:
     args, kwargs = program.example_inputs
     settings = {"aot_inductor.package": True, "freezing": True}
     try:
-        with torch.no_grad(), _inductor.config.patch(freezing=True), _quiet():
+        with torch.no_grad(), _inductor.config.patch({"freezing": True} | march_setting()), _quiet():
             found = _inductor.aot_compile(module, args, kwargs, options=settings)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -198,7 +201,7 @@ def load_program(
         device: where a weight-free program's tensors go.
 
     Raises:
-        ExportError: as :func:`read_program`, or for an unknown entry.
+        ExportError: as :func:`read_program`, for an unknown entry, or when a program was compiled for another CPU.
     """
     folder = pathlib.Path(path)
     facts = read_program(folder)
@@ -211,4 +214,5 @@ def load_program(
         raise ExportError(f"entry {entry!r}: expected one of {', '.join(ENTRIES)}")
     from torch._inductor.package.package import load_package
 
+    refuse_other_cpu(folder / FACTS, facts)
     return load_package(str(folder / PROGRAM), entry)

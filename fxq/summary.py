@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from fxq import kernels
 from fxq.graph import linear_sites, product_of
 from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.kernels import gemm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Summary:
                 style=None if row.quantized else "dim",
             )
         yield table
+        if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
+            yield Text(gemm.in_float_note())
 
     def __str__(self) -> str:
         console = Console(width=140, record=True, file=None, force_terminal=False)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxq import numerics
+from fxq import cpu, numerics
 from fxq.kernels import gemm_triton, native
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
@@ -94,6 +94,14 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """The integers of :func:`exact_matmul` as float32, without a detour through int32 where one block holds them."""
+    if a.shape[1] > EXACT_BLOCK:
+        return exact_matmul(a, b).float()
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] of int8 [M, K] and [N, K] by the CPU's integer instructions; exact where it has VNNI."""
     if a.shape[1] == 1:
@@ -134,23 +142,21 @@ def in_chunks(
     return y.reshape(*q.shape[:-1], outputs)
 
 
-def _has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits.
-
-    Older x86 instructions saturate pairs of products at 16 bits, and ``_int_mm`` uses them (pytorch/pytorch#136746).
-    """
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-
-
 def cpu_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """int32 [M, N] of int8 [M, K] and [N, K] on a CPU, by integer instructions where they are exact."""
-    return int_mm(a, b) if _HAS_VNNI else exact_matmul(a, b)
+    """Integers [M, N] of int8 [M, K] and [N, K] on a CPU: int32 by its instructions where exact, else as float32."""
+    return int_mm(a, b) if _HAS_VNNI else exact_product(a, b)
 
 
-_HAS_VNNI = _has_vnni()
-ON_CPU = "int_mm" if _HAS_VNNI else "eager"
+_HAS_VNNI = cpu.has_vnni()
+IN_FLOAT = "float32"
+"""Name of the implementation that multiplies integers in float32: exact, and slower than the float model."""
+ON_CPU = "int_mm" if _HAS_VNNI else IN_FLOAT
 """Name of the CPU implementation for weights in the portable layouts."""
+
+
+def in_float_note() -> str:
+    """What a user of :data:`IN_FLOAT` should know, in one line."""
+    return f"{cpu.lacks()}: integers are multiplied in float32, which is exact and slower than the float model"
 
 
 def _supports(
@@ -265,7 +271,7 @@ def linear_cpu(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Native kernel for panels, else ``_int_mm``; packed weights are unpacked on every call, a few per cent of it."""
+    """Native kernel for panels, else :func:`cpu_matmul`; packed weights are unpacked on every call, a few per cent."""
     operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
     if weight.ndim == 4 and dtype != torch.float16 and native.ready():
         return native.linear(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))

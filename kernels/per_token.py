@@ -231,7 +231,7 @@ def linear_chunks(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Native kernel for panels, else the reference on ``_int_mm``; packed weights are unpacked on every call."""
+    """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
     operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
     if weight.ndim == 4 and dtype != torch.float16 and native.ready():
         return native.linear_per_token(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 
-import torch
+from fxq import cpu
 
 SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp")
 HEADERS = ("common.h", "tile.h")
@@ -29,9 +29,9 @@ def missing() -> str:
         return "native kernels are switched off by FXQ_NATIVE=0"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"native kernels are for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if absent := [name for name in NEEDS if not capabilities.get(name)]:
-        return f"native kernels need a CPU with {', '.join(NEEDS)}; this one lacks {', '.join(absent)}"
+    if absent := cpu.missing(NEEDS):
+        why = f"{cpu.LIMIT}={cpu.limit()} takes away" if cpu.limit() else "this one lacks"
+        return f"native kernels need a CPU with {', '.join(NEEDS)}; {why} {', '.join(absent)}"
     if compiler() is None:
         return "native kernels are compiled at first use and there is no C++ compiler: install g++ or set CXX"
     return ""
