@@ -118,7 +118,14 @@ def test_recipes_are_frozen():
         made().seed = 1
 
 
-WRAPPERS = ("model.", "generator.model.", "module.", "base_model.model.", "transformer._orig_mod.", "a.module._orig_mod.")
+WRAPPERS = (
+    "model.",
+    "generator.model.",
+    "module.",
+    "base_model.model.",
+    "transformer._orig_mod.",
+    "a.module._orig_mod.",
+)
 
 
 @pytest.mark.parametrize("prefix", ["", *WRAPPERS])

@@ -164,7 +164,16 @@ LAYERS = (
     "proj_out",
     "head.head",
 )
-WRAPPERS = ("model.", "module.", "_orig_mod.", "generator.model.", "base_model.model.", "transformer.", "0.", "models.1.")
+WRAPPERS = (
+    "model.",
+    "module.",
+    "_orig_mod.",
+    "generator.model.",
+    "base_model.model.",
+    "transformer.",
+    "0.",
+    "models.1.",
+)
 
 
 @pytest.mark.parametrize("prefix", WRAPPERS)
