@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import os
+import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
-
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
@@ -193,7 +192,8 @@ class Recipe:
                     found = reasons.setdefault(".".join(parts[:i]), set())
                     found.update(rule.reason for rule in kept if rule._names(rest))
         roots = {prefix for prefix, found in reasons.items() if len(found) > 1}
-        common = os.path.commonprefix(names) if len(names) > 1 else []
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+        common = [parts[0] for parts in shared] if len(names) > 1 else []
         if any(_has_number(parts[len(common) :]) for parts in names):
             roots |= {".".join(common[: i + 1]) for i in range(len(common))}
         return roots

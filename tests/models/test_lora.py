@@ -77,7 +77,7 @@ def test_an_alpha_given_or_in_the_file_takes_the_place_of_the_settings(tmp_path)
     assert scales(written(tmp_path, tensors(**own), config)) == [3, 5, 2]
     assert scales(tmp_path / "adapter.safetensors", alpha=1.0) == [0.25] * 3
     (tmp_path / "adapter_config.json").write_text(json.dumps(BASE | {"use_rslora": True}))
-    with pytest.raises(CheckpointError, match="alphas of its own, .* has use_rslora: .* give the alpha"):
+    with pytest.raises(CheckpointError, match=r"alphas of its own, .* has use_rslora: .* give the alpha"):
         read_lora(tmp_path / "adapter.safetensors")
     assert scales(tmp_path / "adapter.safetensors", alpha=1.0) == [0.5] * 3
 
