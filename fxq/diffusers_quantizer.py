@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 from typing import Any
 
@@ -14,9 +15,9 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from fxq.apply import QuantizedLinear
 from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
+from fxq.quantized_linear import QuantizedLinear, buffer_name
 
 
 class Method(enum.StrEnum):
@@ -95,7 +96,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     f"layer {layer} of quantization_config is no nn.Linear of {entry.in_features} inputs and "
                     f"{entry.out_features} outputs in {type(model).__name__}: load the folder with its own class"
                 )
-            setattr(owner, leaf, _empty_layer(layer, entry))
+            setattr(owner, leaf, _empty_layer(layer, entry, linear))
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -131,8 +132,10 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         path, _, leaf = param_name.rpartition(".")
         module, stored = model.get_submodule(path), state_dict[param_name].to(target_device)
-        if path in self.entries.layers and stored.dtype != (expected := getattr(module, leaf).dtype):
-            raise BundleError(f"{param_name} is {stored.dtype}, expected {expected}; the folder is damaged")
+        if path in self.entries.layers:
+            leaf = buffer_name(leaf)
+            if stored.dtype != (expected := getattr(module, leaf).dtype):
+                raise BundleError(f"{param_name} is {stored.dtype}, expected {expected}; the folder is damaged")
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
         else:
@@ -142,10 +145,13 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if absent:
             raise BundleError(f"the folder lacks {len(absent)} tensors of the model: {', '.join(absent[:8])}")
+        dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.numel()]
+        kept = collections.Counter(dtypes).most_common(1)[0][0] if dtypes else torch.float32
         for layer, entry in self.entries.layers.items():
             module = model.get_submodule(layer)
             assert isinstance(module, QuantizedLinear)
             module.plan = entry.plan(layer, module.perm)
+            module.set_form(self.dtype or kept)
             module.lay_out()
         return model
 
@@ -187,6 +193,7 @@ def _sizes(entry: LinearEntry) -> tuple[int, int]:
     return entry.in_features, entry.out_features
 
 
-def _empty_layer(layer: str, entry: LinearEntry) -> QuantizedLinear:
+def _empty_layer(layer: str, entry: LinearEntry, linear: nn.Linear) -> QuantizedLinear:
     plan = entry.plan(layer)
-    return QuantizedLinear(plan, plan.split, entry.input_bits, entry.weight_bits, entry.empty_tensors()).eval()
+    form, bits = (linear.weight.dtype, linear.bias is not None), (entry.input_bits, entry.weight_bits)
+    return QuantizedLinear(plan, plan.split, *bits, entry.empty_tensors(), dtype=form[0], has_bias=form[1]).eval()

@@ -45,11 +45,12 @@ def wan_recipe(
     """The default rules for Wan-like transformers around one scheme.
 
     Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
-    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072).
+    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold
+    inside wrappers too (``wrapped`` of :class:`~fxq.config.Rule`).
     """
     once = dataclasses.replace(scheme, reconstruct=False)
-    rules = tuple(Rule(pattern, None, reason, optional=True) for pattern, reason in _KEPT)
-    rules += tuple(Rule(pattern, once, optional=True) for pattern in _ONCE)
+    rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
+    rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 

@@ -34,12 +34,13 @@ class PlanLayers(Analysis):
         """
         sites = list(linear_sites(graph.module))
         self.recipe.check_patterns(site.layer for site in sites)
+        rules = self.recipe.decide(site.layer for site in sites)
         conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
         chosen, residency = set(), Residency()
         for site in sites:
             out_features, in_features = (0, 0) if site.weight_name is None else site.weight(graph.module).shape
             plan = LayerPlan(layer=site.layer, in_features=in_features, out_features=out_features)
-            rule = self.recipe.rule_for(site.layer)
+            rule = rules[site.layer]
             if site.weight_name is None:
                 plan = dataclasses.replace(plan, reason="its weight or bias is computed in the graph, not a parameter")
             elif rule is None:

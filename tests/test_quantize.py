@@ -329,3 +329,21 @@ def test_one_chunk_has_nothing_to_be_compared_with(monkeypatch):
     rollout = wan_rollout(frames=2)
     quantized = fxq.quantize(rollout.denoiser, rollout, recipe(weighting="sensitivity"), progress=False)
     assert facts_of(quantized)["sensitivity"] is None and facts_of(quantized)["chunk_weights"] == [1.0]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.generator = model
+
+    def forward(self, *args):
+        return self.generator(*args)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, nn.Sequential, lambda model: Wrapper(Wrapper(model))])
+def test_a_preset_keeps_the_same_layers_of_a_model_in_a_wrapper(wrap):
+    model = toy(blocks=2)
+    kept = {row.layer for row in fxq.summary(fxq.quantize(model, [rows(5, 96)], recipe(), progress=False)).kept}
+    wrapped = fxq.quantize(wrap(model).eval(), [rows(5, 96)], recipe(), progress=False)
+    assert kept == {"head"}
+    assert {row.layer.rpartition(".")[2] for row in fxq.summary(wrapped).kept} == kept

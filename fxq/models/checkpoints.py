@@ -21,7 +21,7 @@ KEYS = ("generator_ema", "generator", "model")
 """Where training checkpoints keep the denoiser, the preferred place first."""
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-_PREFIXES = ("generator.", "model.", "module.")
+PREFIXES = ("generator.", "model.", "module.", "diffusion_model.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -197,7 +197,7 @@ def plain_names(tensors: Mapping[str, Tensor], path: pathlib.Path) -> dict[str, 
         short = name
         for wrapper in _WRAPPERS:
             short = short.replace(wrapper, "")
-        while short.startswith(_PREFIXES):
+        while short.startswith(PREFIXES):
             short = short.split(".", 1)[1]
         if short in plain:
             raise CheckpointError(f"{path}: two tensors mean {short}, one of them is {name}; keep one model per file")

@@ -100,7 +100,7 @@ def test_a_layer_read_back_has_its_plan_and_its_tensors(pair, folder):
         layer.plan.output_sqnr
         == configuration(folder)["quantization_config"]["layers"][layer.plan.layer]["output_sqnr"]
     )
-    assert torch.equal(layer.weight, pair[1].get_buffer("blocks.0.attn1.to_q.weight"))
+    assert torch.equal(layer.integers, pair[1].get_buffer("blocks.0.attn1.to_q.weight"))
 
 
 def test_the_folder_has_one_file_of_integers_and_says_how_it_was_made(pair, folder):
