@@ -202,7 +202,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     try:
         module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
         set_facts(module, manifest.facts)
-        guard_inputs(module, manifest.facts.get("inputs", []))
+        module = guard_inputs(module, manifest.facts)
         check(QuantGraph(module, Stage.FROZEN), "after load")
         if manifest.inputs is not None:
             record_values(module, manifest.inputs, torch.device(device))

@@ -15,7 +15,7 @@ from fxq.collect import CalibrationError, Collector
 from fxq.interpret import SparingInterpreter
 from fxq.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.rollout import Rollout, current_call
-from fxq.signature import check_sizes, flatten_call, input_sizes
+from fxq.signature import call_rules, flatten_call, rules_of
 from fxq.workers import Workers
 
 OnProgress = Callable[[int, int | None], None]
@@ -73,13 +73,13 @@ class _Observer(SparingInterpreter):
 
 def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]:
     """A callable like ``module`` that also feeds ``collector``."""
-    observer, sizes = _Observer(module, collector), input_sizes(module)
+    observer, rules = _Observer(module, collector), rules_of(module) or call_rules(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if (current := current_call()) is not None:
             collector.chunk = current.chunk
         flat = flatten_call(module, args, kwargs)
-        check_sizes(module, sizes, flat)
+        rules.check(flat)
         result = observer.call(*flat)
         collector.give_back()
         return result

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxq.captured import CapturedModule
 from fxq.config import Scheme
 
 _KEY = "fxq"
@@ -226,7 +227,7 @@ class QuantGraph:
         for node in graph.nodes:
             if node.op == "get_attr":
                 put_tensor(root, str(node.target), get_tensor(self.module, str(node.target)))
-        module = fx.GraphModule(root, graph, self.module.__class__.__name__)
+        module = CapturedModule(root, graph, self.module.__class__.__name__)
         module.meta.update(self.module.meta)
         return QuantGraph(
             module,

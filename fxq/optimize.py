@@ -38,4 +38,4 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
     facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
     facts["remarks"] = graph.remarks
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
+    return guard_inputs(graph.module, facts)

@@ -28,7 +28,7 @@ from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
 from fxq.sensitivity import ChunkSensitivity
-from fxq.signature import batch_dynamic, guard_inputs, input_sizes
+from fxq.signature import batch_dynamic, call_rules, guard_inputs, rules_of
 from fxq.trace import TraceError, plain_model, trace
 from fxq.workers import Workers
 
@@ -224,12 +224,12 @@ def finish(
         "sensitivity": alpha,
         "chunk_weights": graph.chunk_weights.tolist(),
         "never_called": never_called,
-        "inputs": input_sizes(graph.module),
+        **(rules_of(graph.module) or call_rules(graph.module)).to_json(),
         "passes": [[name, touched] for name, touched, _ in graph.log],
         "environment": environment(),
     }
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
+    return guard_inputs(graph.module, facts)
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,12 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxq.aliasing import read_around_writes, told
+from fxq.captured import convention, guard_calls
+from fxq.comparisons import compared_sizes
+from fxq.conditions import ConditionError
 from fxq.dense_masks import dense_masks
+from fxq.guards import Assumptions, assumptions_of
 from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
 from fxq.places import DataAccesses, place_of, quoted_place
 from fxq.regions import complex_as_real, inline_regions, without_autocast
-from fxq.signature import flatten_call
+from fxq.signature import call_rules, flatten_call
+from fxq.small_sizes import final_conditions
 
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
     "cond": "choose the branch outside the model, so that one call has one path",
@@ -78,15 +84,18 @@ def trace(
     if isinstance(model, ExportedProgram):
         graph = _captured(model)
         _run_unchanged(graph.module, args, kwargs)
-        return graph
+        return _guarded(graph, _assumed(model, None), args, kwargs, None)
     eager, errors = plain_model(model), list[TraceError]()
     # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
     want = _eager(eager, args, kwargs)
     for strict in (False, True):
         try:
-            graph = _captured(_export(eager, args, kwargs, dynamic_shapes, strict))
+            with compared_sizes() as compared:
+                program = _export(eager, args, kwargs, dynamic_shapes, strict)
+            graph = _captured(program)
             _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
-            return graph
+            assumed = _assumed(program, None if strict else compared)  # Bytecode is read, not run: nothing is compared.
+            return _guarded(graph, assumed, args, kwargs, lambda *call: _agrees(eager, graph.module, *call, tolerance))
         except TraceError as error:
             errors.append(error)
     raise TraceError(_reasons(eager, args, kwargs, errors)) from errors[0]
@@ -158,9 +167,14 @@ def _mode(model: nn.Module) -> str:
 
 def _captured(program: ExportedProgram) -> QuantGraph:
     """The program's graph in the form that passes work on."""
-    module = without_autocast(program).module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    inline_regions(module)
+    module = _inlined(without_autocast(program))
+    if read_around_writes(module.graph):
+        with torch.no_grad():
+            module = _inlined(program.run_decompositions({}))
+    if left := read_around_writes(module.graph):
+        raise TraceError(
+            f"{told(left)}, so that what is read is not one value: write the result to a tensor of its own in the model"
+        )
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in _CHECKS:
             module.graph.erase_node(node)
@@ -170,6 +184,54 @@ def _captured(program: ExportedProgram) -> QuantGraph:
     complex_as_real(module)
     module.recompile()
     return QuantGraph(module, Stage.TRACED).fork()
+
+
+def _inlined(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
+    return module
+
+
+def _assumed(program: ExportedProgram, compared: set[Any] | None) -> Assumptions:
+    try:
+        return assumptions_of(program, compared)
+    except ConditionError as error:
+        raise TraceError(
+            f"the capture depends on sizes in a way that calls cannot be checked for: {error}. Pass dynamic_shapes "
+            "that fix these sizes"
+        ) from error
+
+
+def _guarded(
+    graph: QuantGraph,
+    assumed: Assumptions,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    agrees: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None,
+) -> QuantGraph:
+    """The graph whose module refuses calls that the capture does not hold for."""
+    _, spec = convention(graph.module)
+
+    def try_out(leaves: list[Any]) -> bool:
+        assert agrees is not None
+        return agrees(*pytree.tree_unflatten(leaves, spec))
+
+    leaves = flatten_call(graph.module, args, kwargs)
+    conditions = final_conditions(assumed, leaves, None if agrees is None else try_out)
+    graph.module = guard_calls(graph.module, call_rules(graph.module, conditions))
+    return graph
+
+
+def _agrees(
+    model: nn.Module, module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> bool:
+    """Whether the model can be called so, and the graph computes the same."""
+    try:
+        _compare(_run_unchanged(module, args, kwargs), _eager(model, args, kwargs), tolerance, "")
+    except TraceError:
+        return False
+    return True
 
 
 def _refuse_regions(module: fx.GraphModule) -> None:

@@ -102,7 +102,7 @@ def _split(graph: QuantGraph, facts: dict[str, Any], plan: ShardPlan, place: Pla
     facts["inputs"] = input_sizes(graph.module)
     facts["parallel"] = {"rank": place.rank, "size": place.size, "plan": dataclasses.asdict(plan)}
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
+    return guard_inputs(graph.module, facts)
 
 
 def _check_shapes(file: Any, manifest: Manifest, folder: pathlib.Path) -> None:
