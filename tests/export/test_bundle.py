@@ -249,7 +249,7 @@ GRAPH_FAULTS = {
     ),
     "few args": (
         lambda d: next(n for n in d["nodes"] if "dual" in n["target"])["args"].pop() and None,
-        "blocks.0.up: dual_scale_linear.* does not read stored tensors",
+        "dual_scale_linear.default needs the argument 'dtype'",
     ),
     "no plan": (lambda d: d["nodes"][-2].pop("plan") and None, "every linear is decided: head: no plan"),
 }
