@@ -70,7 +70,7 @@ def _quantize_samples() -> Sequence[Arguments]:
     supports=_quantize_supports,
 )
 def quantize_fp8(x: Tensor, perm: Tensor | None, scale: Tensor, split: int) -> Tensor:
-    """``x * (1 / scale[g])`` in float8_e4m3fn, rounded half to even, saturating at +-448.
+    """``x * (1 / scale[g])`` in float8_e4m3fn, rounded half to even, saturating at +-448; NaN where x is not finite.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -89,7 +89,8 @@ def quantize_fp8(x: Tensor, perm: Tensor | None, scale: Tensor, split: int) -> T
         (ordered[..., part].float() * scale[g].reciprocal()).clamp(-LARGEST, LARGEST)
         for g, part in enumerate(numerics.group_slices(x.shape[-1], split))
     ]
-    return torch.cat(parts, dim=-1).to(FP8)
+    values = torch.cat(parts, dim=-1)
+    return torch.where(ordered.isfinite(), values, torch.nan).to(FP8)
 
 
 def _linear_supports(

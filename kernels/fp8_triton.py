@@ -37,6 +37,7 @@ def quantize_fp8_kernel(
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
     scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
+    scaled = tl.where(tl.abs(x * inverse * 0.0) == 0.0, scaled, float("nan"))
     tl.store(q_ptr + row * K + columns, scaled.to(q_ptr.dtype.element_ty), mask=inside)
 
 

@@ -53,6 +53,8 @@ def unfit(operands: Operands) -> str:
     if not 2 <= bits <= 8:
         return f"bits = {bits}: expected 2..8"
     width = q.shape[-1]
+    if width > numerics.MAX_WIDTH:
+        return f"q has {width} channels: their sum can overflow int32; at most {numerics.MAX_WIDTH} cannot"
     if not 0 < split <= width:
         return f"split = {split}: expected 1..{width}, the number of normal channels of q"
     if offset.dtype != torch.float32 or offset.ndim != 1:
@@ -112,6 +114,14 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a, b.T)
 
 
+def show_poisoned(q: Tensor, y: Tensor) -> Tensor:
+    """``y`` float32 [M, N] with NaN in the rows where ``q`` [M, K] is marked as not finite."""
+    rows = numerics.poisoned(q)
+    if rows.is_cpu and not bool(rows.any()):
+        return y
+    return y.masked_fill(rows.unsqueeze(1), torch.nan)
+
+
 Finish = Callable[[Tensor, slice], Tensor]
 """Epilogue of a chunk of rows: (float32 [rows, N], the rows) -> what is stored."""
 
@@ -138,6 +148,7 @@ def in_chunks(
             product = matmul(chunk[:, part], w[:, part]) * scale
             total = product.add_(total)
         here = slice(start, start + len(chunk))
+        total = show_poisoned(chunk, total)
         y[here] = total if finish is None else finish(total, here)
     return y.reshape(*q.shape[:-1], outputs)
 
@@ -239,6 +250,8 @@ def dual_scale_linear(
     dtype: torch.dtype,
 ) -> Tensor:
     """Linear layer on integers, ``sum_g s_x[g] s_w[g, n] sum_k q w + offset[n]``, as numerics.dual_scale_matmul.
+
+    Rows that :func:`fxq.numerics.poison` has marked as not finite are NaN.
 
     Args:
         q: int8 [..., K] in ``[normal | outlier]`` order.

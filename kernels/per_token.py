@@ -77,8 +77,8 @@ def _quantize_samples() -> Sequence[Arguments]:
 def quantize_per_token(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
     """Symmetric quantization of activations with one scale per token, or with one per token and channel group.
 
-    Every implementation returns the same integers and scales as :func:`fxq.numerics.quantize_per_token`. Those of a row
-    with NaN or infinity are unspecified.
+    Every implementation returns the same integers and scales as :func:`fxq.numerics.quantize_per_token`: what is not
+    finite has the scale NaN.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -124,8 +124,10 @@ def quantize_chunks(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Qu
 def _round_rows(values: Tensor, high: int) -> Tensor:
     """Replace float32 rows by their integers; returns the scale of each."""
     top = torch.maximum(values.amax(1), values.amin(1).neg_())  # aminmax takes forty times as long
-    scale = torch.where(top > numerics.LEAST_MAGNITUDE, top / torch.full_like(top, high), 1.0)
+    scale = numerics.token_scale(top, high)
     values.mul_(scale.reciprocal().unsqueeze(1)).clamp_(-high, high).round_()
+    if bool(scale.isnan().any()):
+        values[scale.isnan()] = 0
     return scale
 
 

@@ -65,6 +65,8 @@ def rms_norm_rope(
 ) -> Tensor:
     """Root-mean-square norm over all channels, then rotation of neighbouring channel pairs of each head.
 
+    A row whose squares overflow float32 is NaN, not zero.
+
     Args:
         x: float32, bfloat16 or float16 [B, S, heads * head_dim].
         weight: float [heads * head_dim], the norm's scale, or None for no norm.
@@ -81,7 +83,8 @@ def rms_norm_rope(
     """
     h = x.float()
     if weight is not None:
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+        mean = h.pow(2).mean(-1, keepdim=True)
+        h = h * torch.where(mean.isfinite(), torch.rsqrt(mean + eps), torch.nan) * weight.float()
     h = h.unflatten(-1, (heads, x.shape[-1] // heads))
     if cos is not None and sin is not None:
         pairs = h.unflatten(-1, (h.shape[-1] // 2, 2))
