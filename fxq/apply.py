@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxq import kernels, numerics
+from fxq.ambient import own_tensors
 from fxq.export import load
 from fxq.ir import LAYER_TENSORS, LayerPlan, facts_of, get_tensor, plan_of, planned, stored_names
 from fxq.kernels import native
@@ -246,6 +247,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+@own_tensors()
 def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Module:
     """Swap the linears of a model for the quantized ones of a bundle; their float weights are freed.
 
