@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import fx
 
 import fxq.kernels  # registers the operators a bundle's graph calls
+from fxq.ambient import own_tensors
 from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
@@ -174,6 +175,7 @@ def check_files(folder: pathlib.Path, manifest: Manifest, *, hash_tensors: bool 
             )
 
 
+@own_tensors()
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
     """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
 

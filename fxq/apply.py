@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxq import kernels
+from fxq.ambient import own_tensors
 from fxq.config import plain_layer
 from fxq.export import load
 from fxq.ir import facts_of, get_tensor, plan_of, planned, stored_names
@@ -176,6 +177,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+@own_tensors()
 def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Module:
     """Swap the linears of a model for the quantized ones of a bundle; their float weights are freed.
 

@@ -8,8 +8,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxq.collect import CalibrationError, Collector
 from fxq.interpret import SparingInterpreter
@@ -17,6 +19,11 @@ from fxq.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.rollout import Rollout, current_call
 from fxq.signature import call_rules, flatten_call, rules_of
 from fxq.workers import Workers
+
+NO_BATCH = (
+    "the calibration loader yielded no batch; static scales need at least one. A generator yields its batches once: "
+    "make a new one for every call, or a list"
+)
 
 OnProgress = Callable[[int, int | None], None]
 """Told (batches or calls done, total or None)."""
@@ -49,6 +56,36 @@ def as_batch(item: Any) -> Batch:
         f"the calibration loader yielded {type(item).__name__}; expected a dict (keyword arguments), a tuple or list "
         "(positional arguments), a tensor (one argument) or fxq.Batch"
     )
+
+
+def usable(item: Any, number: int) -> Batch:
+    """:func:`as_batch` of a loader's item number ``number``, with tensors that any mode of torch can compute with.
+
+    Tensors that require gradients are detached, those of inference mode copied.
+
+    Raises:
+        CalibrationError: for an item of another kind, or one with numpy arrays or numbers where tensors belong.
+    """
+    batch = as_batch(item)
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise CalibrationError(
+            f"calibration batch {number} has numpy arrays; make tensors of them by torch.from_numpy, and mind the dtype"
+        )
+    if leaves and all(isinstance(leaf, int | float | complex) for leaf in leaves):
+        raise CalibrationError(
+            f"calibration batch {number} is {len(leaves)} numbers without a tensor, and a tuple or list is one "
+            "argument an item: make it a tensor by torch.tensor"
+        )
+    args, kwargs = pytree.tree_map(_plain, (batch.args, dict(batch.kwargs)))
+    return dataclasses.replace(batch, args=args, kwargs=kwargs)
+
+
+def _plain(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    return leaf.clone() if leaf.is_inference() else leaf
 
 
 class _Observer(SparingInterpreter):
@@ -163,7 +200,7 @@ def _drive_batches(
         collector.batch = count - 1
         if collector.batch % workers.size != workers.rank:
             continue
-        batch = as_batch(item)
+        batch = usable(item, collector.batch)
         collector.chunk = batch.chunk
         try:
             run(*batch.args, **batch.kwargs)
@@ -179,7 +216,7 @@ def _drive_batches(
         if on_progress:
             on_progress(count, length)
     if not count:
-        raise CalibrationError("the calibration loader yielded no batch; static scales need at least one")
+        raise CalibrationError(NO_BATCH)
 
 
 def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:

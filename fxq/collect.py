@@ -12,7 +12,7 @@ from torch import Tensor
 from fxq.ir import LayerStatistics
 from fxq.residency import give_back, mapped_tensor
 from fxq.rollout import current_call
-from fxq.row_sample import RowSample
+from fxq.row_sample import RowSample, measure
 from fxq.workers import Workers
 
 
@@ -66,13 +66,13 @@ class Collector:
             return
         if rows.dtype not in _STORED:
             rows = rows.float()
-        low, high = rows.amin(0).float().cpu(), rows.amax(0).float().cpu()
+        low, high, norms = measure(rows)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise CalibrationError(
                 f"layer {layer}: its input has NaN or infinity{self._where()}; check inputs and dtype"
             )
         self._widen(layer, low, high)
-        self._sample(layer).add(rows, (self.batch << 32) + call, self.chunk, self.seed)
+        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed)
 
     def _where(self) -> str:
         if (current := current_call()) is not None:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 LEAST_MAGNITUDE = 127 * 2.0**-126
-"""A row of a group counts as zero up to it, 1.5e-36: the scale would not be a normal float32, nor its inverse finite."""
+"""A row of a group counts as zero up to it (1.5e-36): its scale would not be a normal float32."""
 
 PACK_BLOCK = 32
 """Channels per packing block of int4 weights; every group's width is a multiple of it."""

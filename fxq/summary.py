@@ -15,12 +15,15 @@ from fxq import kernels
 from fxq.graph import linear_sites, product_of
 from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
 from fxq.kernels import gemm
+from fxq.products import OtherProduct, other_products
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
     """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs.
 
+    ``output_sqnr`` is that of the layer's output, bias included, over all calibration data, with exact inputs; None
+    where nothing was measured. A matrix product that is no linear but reads a stored tensor has a row of its own.
     ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not.
     """
 
@@ -120,6 +123,11 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[s
     )
 
 
+def _other(product: OtherProduct) -> LayerRow:
+    reason = f"matrix product that is no linear: {product.operator}"
+    return LayerRow(product.layer, False, reason, "-", product.shape, 0, None, 0, 2 * product.size, "")
+
+
 def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
     read = next(node for node in product.all_input_nodes if node.op == "get_attr")  # the weight, for every product
     weight = get_tensor(module, str(read.target))
@@ -149,6 +157,7 @@ def summary(module: fx.GraphModule) -> Summary:
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
             rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
+    rows += [_other(product) for product in other_products(module) if product.layer not in known]
     for layer in facts.get("never_called", []):
         rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
     return Summary(tuple(rows), facts)

@@ -61,6 +61,7 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     tolerance: float = 1e-4,
+    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
 ) -> QuantGraph:
     """Capture ``model`` at training IR (``aten.linear`` kept) without changing it.
 
@@ -73,6 +74,7 @@ def trace(
         kwargs: example keyword inputs.
         dynamic_shapes: as for ``torch.export.export``.
         tolerance: largest allowed ``max |graph - eager| / max |eager|`` on the example.
+        captured_with: inputs (args, kwargs) of other sizes to capture with; only their sizes and dtypes are looked at.
 
     Returns:
         A TRACED graph whose tensors share storage with the model's.
@@ -91,7 +93,7 @@ def trace(
     for strict in (False, True):
         try:
             with compared_sizes() as compared:
-                program = _export(eager, args, kwargs, dynamic_shapes, strict)
+                program = _export(eager, *(captured_with or (args, kwargs)), dynamic_shapes, strict)
             graph = _captured(program)
             _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
             assumed = _assumed(program, None if strict else compared)  # Bytecode is read, not run: nothing is compared.
@@ -296,8 +298,9 @@ def _compare_output(i: int, a: Tensor, b: Tensor, tolerance: float, mode: str) -
         return
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    scale = b.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-12)
-    error = (torch.where(same, 0.0, (a - b).abs()).max() / scale).item()
+    scale, error = float(b.nan_to_num(0, 0, 0).abs().max()), float(torch.where(same, 0.0, (a - b).abs()).max())
+    if error:
+        error = error / scale if scale else float("inf")
     if not error <= tolerance:
         raise TraceError(
             f"output {i}: the captured graph differs from eager by {error:.2e} relative, allowed {tolerance:.0e}."

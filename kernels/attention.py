@@ -45,7 +45,7 @@ def _samples() -> Sequence[Arguments]:
     ):
 
         def normal(length: int, *rest: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(2, length, *rest, generator=random).to(dtype)
+            return torch.randn(2, length, *rest, generator=random, dtype=torch.float32).to(dtype)
 
         keys = [normal(length, heads, size) for length in lengths]
         values = [normal(length, heads, size) for length in lengths]

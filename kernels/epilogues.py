@@ -72,7 +72,7 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((0, 64), 16, 32, 8, "gelu_tanh", 16, 8, False),
     ):
         groups = 1 if out_split == outputs else 2
-        scale = torch.rand(groups, generator=random) * 0.1 + 0.02
+        scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.1 + 0.02
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
         operands = sample_operands(shape, outputs, split, bits, random, panels)
         cases.append((*operands, activation, scale, zero_point, out_split, out_bits))
@@ -182,8 +182,10 @@ def _add_samples() -> Sequence[Arguments]:
         ((2, 8, 128), 64, 96, 4, torch.bfloat16, 0, False),
         ((2, 0, 64), 16, 32, 8, torch.float32, 1, False),
     ):
-        residual = torch.randn(*shape[:-1], outputs, generator=random).to(dtype)
-        gate = torch.randn(shape[0], frames, outputs, generator=random).to(dtype) if frames else None
+        residual = torch.randn(*shape[:-1], outputs, generator=random, dtype=torch.float32).to(dtype)
+        gate = (
+            torch.randn(shape[0], frames, outputs, generator=random, dtype=torch.float32).to(dtype) if frames else None
+        )
         cases.append((*sample_operands(shape, outputs, split, bits, random, panels), residual, gate))
     return cases
 

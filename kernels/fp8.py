@@ -56,9 +56,9 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((2, 7, 130), 64, torch.bfloat16, True),
         ((0, 64), 32, torch.float16, False),
     ):
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
-        scale = torch.rand(1 if split == shape[-1] else 2, generator=random) * 0.01 + 0.002
+        scale = torch.rand(1 if split == shape[-1] else 2, generator=random, dtype=torch.float32) * 0.01 + 0.002
         cases.append((x, perm, scale, split))
     return cases
 
@@ -137,11 +137,21 @@ def _linear_samples() -> Sequence[Arguments]:
         ((0, 64), 16, 32, torch.float16),
     ):
         groups = 1 if split == shape[-1] else 2
-        q = torch.randn(shape, generator=random).mul(60).to(FP8)
-        weight = torch.randn(outputs, shape[-1], generator=random).mul(60).to(FP8)
-        weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
-        input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
-        cases.append((q, weight, weight_scale, input_scale, torch.randn(outputs, generator=random), split, dtype))
+        q = torch.randn(shape, generator=random, dtype=torch.float32).mul(60).to(FP8)
+        weight = torch.randn(outputs, shape[-1], generator=random, dtype=torch.float32).mul(60).to(FP8)
+        weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
+        input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
+        cases.append(
+            (
+                q,
+                weight,
+                weight_scale,
+                input_scale,
+                torch.randn(outputs, generator=random, dtype=torch.float32),
+                split,
+                dtype,
+            )
+        )
     return cases
 
 

@@ -207,9 +207,9 @@ def sample_operands(
     low, high = numerics.integer_range(bits)
     q = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
     w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
-    weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
-    input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
-    offset = torch.randn(outputs, generator=random)
+    weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
+    input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
+    offset = torch.randn(outputs, generator=random, dtype=torch.float32)
     stored = pack_panels(w, split) if panels else numerics.pack_int4(w) if bits <= 4 else w
     return Operands(q, stored, weight_scale, input_scale, offset, split, bits)
 

@@ -77,7 +77,7 @@ def _samples() -> Sequence[Arguments]:
         groups = 1 if split == width else 2
 
         def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*size, generator=random).to(dtype)
+            return torch.randn(*size, generator=random, dtype=torch.float32).to(dtype)
 
         cases.append(
             (
@@ -88,7 +88,7 @@ def _samples() -> Sequence[Arguments]:
                 normal(batch, frames, width) if frames else None,
                 1e-6,
                 torch.randperm(width, generator=random).to(torch.int32) if gather else None,
-                torch.rand(groups, generator=random) * 0.05 + 0.02,
+                torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.02,
                 torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32),
                 split,
                 bits,

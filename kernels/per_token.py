@@ -60,7 +60,7 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((0, 64), 32, 8, torch.bfloat16, False),
         ((48,), 48, 2, torch.float32, False),
     ):
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         if x.ndim > 1:
             x[..., :1, :] = 0
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
@@ -171,7 +171,7 @@ def sample_operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
     """Random arguments of :func:`dual_scale_linear_per_token` but for the dtype, for tests and samples."""
     static = gemm.sample_operands(shape, outputs, split, bits, random, panels)
-    scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random) * 0.05 + 0.005
+    scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random, dtype=torch.float32) * 0.05 + 0.005
     return static.q, scale, static.weight, static.weight_scale, static.offset, split, bits
 
 

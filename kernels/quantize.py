@@ -61,9 +61,9 @@ def _samples() -> Sequence[Arguments]:
         ((48,), 48, 2, torch.float32, False),
     ):
         groups = 1 if split == shape[-1] else 2
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
-        scale = torch.rand(groups, generator=random) * 0.05 + 0.005
+        scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
         cases.append((x, perm, scale, zero_point, split, bits))
     return cases

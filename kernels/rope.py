@@ -46,9 +46,9 @@ def _samples() -> Sequence[Arguments]:
         ((2, 0, 64), 2, True, True, torch.float16),
     ):
         _, rows, width = shape
-        angle = torch.rand(rows, width // heads // 2, generator=random) * 6
-        x = torch.randn(shape, generator=random).to(dtype)
-        weight = torch.randn(width, generator=random).to(dtype) if norm else None
+        angle = torch.rand(rows, width // heads // 2, generator=random, dtype=torch.float32) * 6
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
+        weight = torch.randn(width, generator=random, dtype=torch.float32).to(dtype) if norm else None
         cases.append((x, weight, 1e-6, angle.cos() if rotate else None, angle.sin() if rotate else None, heads))
     return cases
 

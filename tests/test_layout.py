@@ -26,6 +26,7 @@ LAYERS = (
         "config",
         "numerics",
         "units",
+        "ambient",
         "rollout",
         "models",
         "metrics",
@@ -39,6 +40,7 @@ LAYERS = (
     ("ir", "calls", "captured", "conditions"),
     (
         "graph",
+        "products",
         "signature",
         "interpret",
         "places",

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxq.row_sample import RowSample, strata
+from fxq.row_sample import RowSample, measure, strata
 from tests.toys import rows
 
 
@@ -14,7 +14,7 @@ def sample(limit=200, per_call=32):
 def fill(calls, limit=200, per_call=32, order=None, seed=0):
     made = sample(limit, per_call)
     for place in order or range(len(calls)):
-        made.add(calls[place], place, place, seed)
+        made.add(calls[place], measure(calls[place])[2], place, place, seed)
     return made
 
 
@@ -101,7 +101,9 @@ def test_every_call_has_the_same_share_of_rows_alike():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strata_follow_the_size_of_rows_in_any_unit(unit, dtype):
     x = (rows(6, 64) * torch.tensor([1.0, 0.0, 1e-3, 1e3, 1.0, 1e3])[:, None] * unit).to(dtype)
-    found = strata(x)
+    low, high, norms = measure(x)
+    assert torch.equal(low, x.float().amin(0)) and torch.equal(high, x.float().amax(0))
+    found = strata(norms)
     assert len({int(found[i]) for i in (0, 1, 2, 3)}) == 4
     assert found[1] < found[2] < found[0] < found[3] and abs(int(found[4] - found[0])) <= 1
 

@@ -109,7 +109,7 @@ class ScaledMM(nn.Module):
         scale = linear.weight.abs().max() / largest
         self.weight = (linear.weight / scale).to(torch.float8_e4m3fn)
         self.inverse, self.weight_scale = largest / top, scale.float()
-        self.input_scale = torch.tensor(top / largest, device=linear.weight.device)
+        self.input_scale = torch.tensor(top / largest, dtype=torch.float32, device=linear.weight.device)
         self.bias = linear.bias.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:

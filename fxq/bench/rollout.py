@@ -35,7 +35,7 @@ def make_rollout(shape: RolloutShape, device: str) -> SelfForcingRollout:
     model = CausalWan(config).eval().requires_grad_(False)
     plant_outliers(model)
     open_gates(model)
-    condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim)}
+    condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim, dtype=torch.float32)}
     draws = Draws([1], (FRAMES * shape.chunks, config.in_dim, *shape.latent))
     sampler = SamplerConfig(steps=shape.steps, frames_per_chunk=FRAMES)
     return SelfForcingRollout(model.to(device), [(condition, draws)], sampler)
