@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from fxq.fixed_dtypes import FixedGraphModule
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 
 _NAMESPACES = ("aten", "fxq", "prims")
@@ -264,7 +265,7 @@ def _build(data: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch
         _check_identifier(argument, "arguments")
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(data["arguments"]), in_spec, out_spec)))
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return FixedGraphModule(root, graph)
 
 
 def tensors_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.config import Scheme
+from fxq.fixed_dtypes import FixedGraphModule
 
 _KEY = "fxq"
 
@@ -224,7 +225,7 @@ class QuantGraph:
         for node in graph.nodes:
             if node.op == "get_attr":
                 put_tensor(root, str(node.target), get_tensor(self.module, str(node.target)))
-        module = fx.GraphModule(root, graph, self.module.__class__.__name__)
+        module = FixedGraphModule(root, graph, self.module.__class__.__name__)
         module.meta.update(self.module.meta)
         return QuantGraph(
             module,

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxq.dense_masks import dense_masks
 from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
+from fxq.offload import absent_weights
 from fxq.places import DataAccesses, place_of, quoted_place
 from fxq.regions import complex_as_real, inline_regions, without_autocast
 from fxq.signature import flatten_call
@@ -80,6 +81,8 @@ def trace(
         _run_unchanged(graph.module, args, kwargs)
         return graph
     eager, errors = plain_model(model), list[TraceError]()
+    if absent := absent_weights(eager):
+        raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
     # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
     want = _eager(eager, args, kwargs)
     for strict in (False, True):

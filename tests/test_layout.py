@@ -32,6 +32,7 @@ LAYERS = (
         "residency",
         "reach",
         "offload",
+        "fixed_dtypes",
         "workers",
         "checkpoint",
     ),
