@@ -108,9 +108,7 @@ TENSOR, TENSORS, NUMBER, NOTHING, ANY = (
 )
 
 
-def check_call(
-    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[fx.Node, Value]
-) -> Value:
+def check_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[fx.Node, Value]) -> Value:
     """Check a call and say what it gives.
 
     Args:

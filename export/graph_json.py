@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
+from fxq.captured import CapturedModule
 from fxq.export import operators
 from fxq.export.arguments import (
     ANY,
@@ -258,7 +259,7 @@ def _build(data: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch
     _check_leaves(graph, in_spec, out_spec)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(data["arguments"]), in_spec, out_spec)))
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return CapturedModule(root, graph)
 
 
 def _node(

@@ -6,7 +6,6 @@ A pickle runs code when it is read. Bundles do not: they are the form for files.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch

@@ -118,8 +118,7 @@ def _tail(nodes: list[fx.Node]) -> int:
     position = len(nodes)
     while position and (
         nodes[position - 1].op == "output"
-        or (targets := list(written(nodes[position - 1])))
-        and all(t.op == "placeholder" for t in targets)
+        or ((targets := list(written(nodes[position - 1]))) and all(t.op == "placeholder" for t in targets))
     ):
         position -= 1
     return position

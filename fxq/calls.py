@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx._pytree import tree_flatten_spec
 from torch.utils import _pytree as pytree
 
-from fxq.conditions import ConditionError, Evaluate, Expression, check_conditions, evaluator, holds, shown_inputs, text
+from fxq.conditions import ConditionError, Expression, check_conditions, evaluator, holds, shown_inputs, text
 
 Sizes = list[list[int | None] | dict[str, Any] | None]
 """Per flat input its shape with None for dynamic dimensions, ``{"value": v}`` for a constant, ``{"type": t}`` for a

@@ -10,6 +10,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxq.calls import CallRules, bind
+from fxq.fixed_dtypes import FixedDtypes
 
 _FLAT = "_fxq_flat"
 
@@ -54,7 +55,7 @@ def _is_flat(spec: pytree.TreeSpec) -> bool:
     return all(spec.child(i).num_nodes == 1 + spec.child(i).num_children for i in range(2))
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(FixedDtypes, fx.GraphModule):
     """A GraphModule that says which arguments it was captured with, and that copies and pickles carry whole."""
 
     reducer: ClassVar[Callable[[CapturedModule], tuple[Any, ...]] | None] = None

@@ -84,6 +84,14 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise BundleError(f"{', '.join(pickles)}: expected safetensors only; copy the whole folder again")
         return loaded_keys
 
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Without those that no folder has."""
+        return [name for name in missing_keys if not self._is_form(name)]
+
+    def _is_form(self, name: str) -> bool:
+        path, _, leaf = name.rpartition(".")
+        return leaf == "like" and path in self.entries.layers
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for layer, entry in self.entries.layers.items():
             parent, _, leaf = layer.rpartition(".")
@@ -142,7 +150,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             module._buffers[leaf] = stored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        absent = [name for name, t in model.state_dict().items() if t.is_meta and not self._is_form(name)]
         if absent:
             raise BundleError(f"the folder lacks {len(absent)} tensors of the model: {', '.join(absent[:8])}")
         dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.numel()]
@@ -165,7 +173,8 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise BundleError("a quantized model is saved as safetensors only; leave safe_serialization on")
-        return state_dict, dict(self.entries.receipt.to_header())
+        stored = {name: tensor for name, tensor in state_dict.items() if not self._is_form(name)}
+        return stored, dict(self.entries.receipt.to_header())
 
     @property
     def is_serializable(self) -> bool:

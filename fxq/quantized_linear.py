@@ -30,8 +30,8 @@ class QuantizedLinear(nn.Module):
     but that the attribute of the integers is ``integers``: ``weight`` and ``bias`` are a
     :class:`~fxq.stand_in.FloatStandIn` with the form of the float tensors. ``half()`` and ``to(dtype)`` change that
     form only; ``to(device)`` moves everything. ``like`` is a parameter without elements that holds dtype and device of
-    the floats, for code that asks the first parameter of a module. On a CPU with native kernels ``panels`` holds the
-    integers once more, in their layout. Neither is saved.
+    the floats, for code that asks the first parameter of a module; a state dict may lack it. On a CPU with native
+    kernels ``panels`` holds the integers once more, in their layout; it is not saved.
 
     Args:
         plan: of the layer.
@@ -209,7 +209,6 @@ class QuantizedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[f"{prefix}like"]
         destination[f"{prefix}weight"] = destination.pop(f"{prefix}integers")
 
     def _load_from_state_dict(
@@ -226,7 +225,7 @@ class QuantizedLinear(nn.Module):
         if why := self._misfit(given):
             error_msgs.append(f"layer {prefix.removesuffix('.') or self.plan.layer} is quantized: {why}")
             return
-        given = {_OWN.get(name, name): tensor for name, tensor in given.items()} | {"like": self.like}
+        given = {"like": self.like} | {_OWN.get(name, name): tensor for name, tensor in given.items()}
         missing: list[str] = []
         super()._load_from_state_dict(
             {prefix + name: tensor for name, tensor in given.items()},
@@ -238,7 +237,8 @@ class QuantizedLinear(nn.Module):
             error_msgs,
         )
         missing_keys += [f"{prefix}weight" if name == f"{prefix}integers" else name for name in missing]
-        self.set_form(self.like.dtype)
+        if self.like.device != self.integers.device:
+            self.set_form(self.like.dtype)
         self.lay_out()
 
     def _misfit(self, given: Mapping[str, Any]) -> str:

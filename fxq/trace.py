@@ -23,6 +23,7 @@ from fxq.dense_masks import dense_masks
 from fxq.guards import Assumptions, assumptions_of
 from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
+from fxq.offload import absent_weights
 from fxq.places import DataAccesses, place_of, quoted_place
 from fxq.regions import complex_as_real, inline_regions, without_autocast
 from fxq.signature import call_rules, flatten_call
@@ -88,6 +89,8 @@ def trace(
         _run_unchanged(graph.module, args, kwargs)
         return _guarded(graph, _assumed(model, None), args, kwargs, None)
     eager, errors = plain_model(model), list[TraceError]()
+    if absent := absent_weights(eager):
+        raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
     # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
     want = _eager(eager, args, kwargs)
     for strict in (False, True):

@@ -142,7 +142,7 @@ def round_rows(values: Tensor, scale: Tensor, zero_point: Tensor, split: int, bi
 
 
 def broken_rows(values: Tensor) -> Tensor | None:
-    """bool [M], the rows of float32 [M, K] on a CPU that are not finite; None when all are."""
+    """Bool [M], the rows of float32 [M, K] on a CPU that are not finite; None when all are."""
     if bool(values.sum(1).isfinite().all()):
         return None
     broken = ~values.isfinite().all(1)

@@ -34,6 +34,7 @@ LAYERS = (
         "residency",
         "reach",
         "offload",
+        "fixed_dtypes",
         "workers",
         "checkpoint",
     ),
