@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from fxq.export.foreign import advice, find_foreign, foreign_name, is_foreign
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 
 _NAMESPACES = ("aten", "fxq", "prims")
@@ -44,6 +45,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         operator.ge,
     )
 } | {f"torch.{f.__name__}": f for f in (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not)}
+_FUNCTIONS |= {f"math.{f.__name__}": f for f in (math.ceil, math.floor, math.trunc)}
+_FUNCTIONS |= {f"operator.{f.__name__}": f for f in (operator.abs, operator.pos, operator.and_, operator.or_)}
+_FUNCTIONS |= {f"torch.{name}": f for name in ("sym_sum", "sym_ite", "_sym_sqrt") if (f := getattr(torch, name, None))}
 _NAMES = {f: name for name, f in _FUNCTIONS.items()}
 _TORCH_KINDS: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -62,6 +66,8 @@ def target_name(target: Any, node: str) -> str:
         return str(target)
     if target in _NAMES:
         return _NAMES[target]
+    if (foreign := foreign_name(target)) is not None:
+        return foreign
     raise GraphFormatError(f"node {node}: {target} is neither an ATen or fxq operator nor integer arithmetic")
 
 
@@ -73,6 +79,10 @@ def find_target(name: str, node: str) -> Any:
     """
     if name in _FUNCTIONS:
         return _FUNCTIONS[name]
+    if (foreign := find_foreign(name)) is not None:
+        return foreign
+    if is_foreign(name):
+        raise GraphFormatError(f"node {node}: operator {name!r} is not allowed in a bundle: {advice(name)}")
     namespace, _, rest = name.partition(".")
     if namespace not in _NAMESPACES or name in _REFUSED:
         raise GraphFormatError(f"node {node}: operator {name!r} is not allowed in a bundle")
