@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import fxq.kernels  # registers the operators a bundle's graph calls
 from fxq.ambient import own_tensors
 from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
+from fxq.export.foreign import allowing
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
 from fxq.export.inputs import InputEntry, input_entries, record_values
 from fxq.export.receipt import make_receipt
@@ -176,7 +177,9 @@ def check_files(folder: pathlib.Path, manifest: Manifest, *, hash_tensors: bool 
 
 
 @own_tensors()
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
+def load(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, operators: Iterable[str] = ()
+) -> fx.GraphModule:
     """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
 
     The nodes get their example values back where the bundle states its inputs, so that :func:`fxq.optimize` can work
@@ -185,9 +188,11 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     Args:
         path: folder written by :func:`save`.
         device: where tensors go.
+        operators: those of other libraries that the bundle may call, ``"library.name"`` each; import the library first.
 
     Raises:
-        BundleError: when a file is missing, truncated, altered, of an unknown version or inconsistent.
+        BundleError: when a file is missing, truncated, altered, of an unknown version or inconsistent, or when it calls
+            an operator of another library that is not among ``operators``.
     """
     folder = pathlib.Path(path)
     manifest = read_manifest(folder)
@@ -202,7 +207,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
         wrong = [n for n in sorted({*found, *manifest.tensors}) if found.get(n) != manifest.tensors.get(n)]
         raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
     try:
-        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
+        with allowing(operators):
+            module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
         set_facts(module, manifest.facts)
         module = guard_inputs(module, manifest.facts)
         check(QuantGraph(module, Stage.FROZEN), "after load")

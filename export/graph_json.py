@@ -34,6 +34,7 @@ from fxq.export.arguments import (
     Value,
     check_call,
 )
+from fxq.export.foreign import advice, find_foreign, foreign_name, is_foreign
 from fxq.export.structure import StructureError, structure_from_json, structure_to_json
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 from fxq.reading import MAX_NAME
@@ -58,7 +59,7 @@ def target_name(target: Any, node: str) -> str:
     Raises:
         GraphFormatError: when it is not among the operators a bundle may call (:mod:`fxq.export.operators`).
     """
-    if (name := operators.name_of(target)) is None:
+    if (name := operators.name_of(target) or foreign_name(target)) is None:
         raise GraphFormatError(
             f"node {node}: {target} is neither an ATen or fxq operator nor integer arithmetic that a bundle may call; "
             "express it by other operators, or run the module without saving it"
@@ -72,8 +73,10 @@ def find_target(name: Any, node: str) -> Any:
     Raises:
         GraphFormatError: unknown or refused name.
     """
-    if isinstance(name, str) and (found := operators.find(name)) is not None:
+    if isinstance(name, str) and (found := operators.find(name) or find_foreign(name)) is not None:
         return found
+    if is_foreign(name):
+        raise GraphFormatError(f"node {node}: operator {name!r} is not allowed in a bundle: {advice(name)}")
     shown = f"node {node}: operator {str(name)[:120]!r}"
     if isinstance(name, str) and name.startswith(operators.NAMESPACES) and not operators.exists(name):
         raise GraphFormatError(

@@ -101,15 +101,21 @@ def reduce_module(module: CapturedModule) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    return fx.node.map_aggregate(value, lambda part: _Ref(part.name) if isinstance(part, fx.Node) else part)
+    def plain(part: Any) -> Any:
+        return _Ref(part.name) if isinstance(part, fx.Node) else part
+
+    return fx.node.map_aggregate(value, plain)
 
 
 def restore_module(state: _State) -> CapturedModule:
     """The module that :func:`reduce_module` described."""
     graph, root, nodes = fx.Graph(), torch.nn.Module(), dict[str, fx.Node]()
 
+    def link(part: Any) -> Any:
+        return nodes[part.node] if isinstance(part, _Ref) else part
+
     def linked(value: Any) -> Any:
-        return fx.node.map_aggregate(value, lambda part: nodes[part.node] if isinstance(part, _Ref) else part)
+        return fx.node.map_aggregate(value, link)
 
     for entry in state.nodes:
         target = entry.target.find() if isinstance(entry.target, _Operator) else entry.target

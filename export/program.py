@@ -25,6 +25,7 @@ import fxq.kernels  # registers the operators
 from fxq import cpu
 from fxq.export import bundle
 from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
+from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.export.files import BundleError, sha256, whole_folder
 from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
 from fxq.ir import get_tensor
@@ -71,7 +72,7 @@ def export_program(
         with whole_folder(out, (PROGRAM, FACTS, *BUNDLE), "a program") as part:
             extra = _write_compiled(module, part, example) if aoti else _write_weight_free(module, part, example)
             hashes = {name: sha256(part / name) for name in own if name != FACTS}
-            facts = _facts(aoti, runtime, hashes) | extra
+            facts = _facts(aoti, runtime, hashes) | extra | ({KEY: call_facts(module)} if aoti else {})
             (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BundleError as error:
         raise ExportError(str(error)) from error
@@ -190,7 +191,7 @@ def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_program(
     path: str | os.PathLike[str], entry: str = "denoise", device: str | torch.device = "cpu"
 ) -> Callable[..., Any]:
-    """A callable with the module's arguments and results.
+    """A callable with the module's arguments and results, which refuses calls that the module was not captured for.
 
     Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: load it
     from where you would install software.
@@ -215,4 +216,4 @@ def load_program(
     from torch._inductor.package.package import load_package
 
     refuse_other_cpu(folder / FACTS, facts)
-    return load_package(str(folder / PROGRAM), entry)
+    return compiled_program(load_package(str(folder / PROGRAM), entry), facts, str(folder))

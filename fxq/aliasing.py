@@ -54,7 +54,7 @@ def memory_of(graph: fx.Graph) -> dict[fx.Node, Memory]:
         if node.op == "output":
             continue
         values = [v for v in pytree.tree_leaves(example_value(node)) if isinstance(v, Tensor)]
-        own: set[object] = {v.untyped_storage()._cdata for v in values}
+        own = {storage for v in values if (storage := _storage(v)) is not None}
         if node.op == "get_attr":
             own.add(str(node.target))
         elif node.op == "call_function" and is_view(node):
@@ -62,6 +62,14 @@ def memory_of(graph: fx.Graph) -> dict[fx.Node, Memory]:
             own.update(*(shared[:1] if not any(written(node)) else [found[source] for source in written(node)]))
         found[node] = frozenset(own or {node})
     return found
+
+
+def _storage(tensor: Tensor) -> object | None:
+    """The identity of a tensor's storage; None for kinds that have none, such as batched ones."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def read_around_writes(graph: fx.Graph) -> list[tuple[fx.Node, fx.Node]]:

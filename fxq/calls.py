@@ -57,12 +57,13 @@ class CallRules:
         object.__setattr__(self, "_checks", checks)
         object.__setattr__(self, "_plans", [self._plan(i) for i in range(len(self.names))])
 
-    def _plan(self, i: int) -> tuple[int, tuple[tuple[int, int], ...], torch.dtype | None] | None:
+    def _plan(self, i: int) -> tuple[int, tuple[tuple[int, int], ...], Any] | None:
         """Rank, fixed dimensions and dtype of a tensor input, for the check of every call."""
         size, dtype = self.sizes[i], self.dtypes[i]
         if not isinstance(size, list):
             return None
-        return len(size), tuple((d, s) for d, s in enumerate(size) if s is not None), dtype and getattr(torch, dtype)
+        expected = None if dtype is None else getattr(torch, dtype)
+        return len(size), tuple((d, s) for d, s in enumerate(size) if s is not None), expected
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallRules:
         return self

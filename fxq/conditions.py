@@ -1,6 +1,6 @@
 """Conditions on the sizes and numbers of a call, as data: checked without running code that a file brings.
 
-An expression is a number, ``["size", input, dimension]``, ``["value", input]`` or an operator with its operands, such as
+An expression is a number, ``["size", input, dimension]``, ``["value", input]`` or an operator with its operands, as in
 ``["==", ["%", ["size", 0, 0], 2], 0]``. Inputs are counted as the graph's placeholders.
 """
 

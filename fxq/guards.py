@@ -54,8 +54,8 @@ class Assumptions:
     """What holds for the inputs of a program.
 
     ``symbols``: where each free size or number of the inputs is read, an expression; ``lows``: its least value where
-    torch assumes one; ``conditions``: all the others; ``shapes``: of each tensor input its sizes in symbols, of a number
-    that may vary the number, else None; ``compared``: the symbols that the model's code compares with something.
+    torch assumes one; ``conditions``: all the others; ``shapes``: of each tensor input its sizes in symbols, of a
+    number that may vary the number, else None; ``compared``: the symbols that the model's code compares with something.
     """
 
     symbols: dict[str, Expression] = dataclasses.field(default_factory=dict)
@@ -97,7 +97,7 @@ def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -
     guards = [] if env is None else [env.replace(guard.expr) for guard in env.guards]
     for guard in guards:
         if guard.free_symbols <= symbols.keys():
-            if guard not in (sympy.true, True):
+            if guard.free_symbols:
                 found.conditions.append(expression_of(guard, symbols))
         elif any(not _depends_on_data(symbol) for symbol in guard.free_symbols - symbols.keys()):
             raise ConditionError(f"the condition {guard} is on sizes that no input has by itself")
@@ -178,7 +178,7 @@ def _int(bound: Any) -> int | None:
 def _shape_env(inputs: list[fx.Node]) -> Any:
     """What torch knows of the sizes, or None where all are fixed."""
     values = [example_value(node) for node in inputs]
-    sizes = [size for value in values if isinstance(value, Tensor) for size in value.shape]
+    sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
     sizes += [value for value in values if isinstance(value, torch.SymInt | torch.SymFloat)]
     return next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
 

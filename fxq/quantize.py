@@ -22,6 +22,8 @@ from fxq.ambient import without_autocast
 from fxq.calibrate import NO_BATCH, Batch, usable
 from fxq.collect import CalibrationError
 from fxq.config import Recipe, RecipeError
+from fxq.export.graph_json import GraphFormatError
+from fxq.export.savable import check_savable
 from fxq.ir import LayerPlan, QuantGraph, set_facts
 from fxq.job import ForwardLoop, Job, needs_data, plan_passes
 from fxq.passes import Freeze, LowerLinear
@@ -180,10 +182,29 @@ def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
         # Some models refuse a dynamic batch; the static capture then refuses other batches when it is called.
         if (larger := _larger(args, kwargs)) is not None:
             with contextlib.suppress(TraceError):
-                return trace(model, args, kwargs, default, captured_with=larger)
+                return _trace_savable(model, args, kwargs, default, larger)
         with contextlib.suppress(TraceError):
-            return trace(model, args, kwargs, default)
-    return trace(model, args, kwargs, dynamic_shapes)
+            return _trace_savable(model, args, kwargs, default)
+    return _trace_savable(model, args, kwargs, dynamic_shapes)
+
+
+def _trace_savable(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+) -> QuantGraph:
+    """The captured graph, which can be saved once it is quantized."""
+    graph = trace(model, args, kwargs, dynamic_shapes, captured_with=captured_with)
+    try:
+        check_savable(graph.module)
+    except GraphFormatError as error:
+        raise TraceError(
+            f"what is quantized could not be saved: {error}. Compute it outside the model or by operators of torch on "
+            "tensors, or pass dynamic_shapes that fix the sizes it works on"
+        ) from error
+    return graph
 
 
 def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -20,14 +20,14 @@ _ASSUMED = 2
 
 
 def final_conditions(
-    assumed: Assumptions, leaves: Sequence[Any], agrees: Callable[[list[Any]], bool] | None
+    assumed: Assumptions, leaves: Sequence[Any], agrees: Callable[[list[Any]], bool]
 ) -> list[Expression]:
     """Conditions of calls for which the graph is right.
 
     Args:
         assumed: what torch.export assumed.
         leaves: flat inputs of the example.
-        agrees: whether model and graph compute the same for flat inputs; None when there is no model to ask.
+        agrees: whether model and graph compute the same for flat inputs.
     """
     trial = _Trial(assumed, leaves, agrees, list(assumed.conditions))
     bounds: list[Expression] = []
@@ -46,7 +46,7 @@ class _Trial:
 
     assumed: Assumptions
     leaves: Sequence[Any]
-    agrees: Callable[[list[Any]], bool] | None
+    agrees: Callable[[list[Any]], bool]
     conditions: list[Expression]
     tried: dict[tuple[int, tuple[str, ...]], bool] = dataclasses.field(default_factory=dict)
 
@@ -74,8 +74,6 @@ class _Trial:
 
     def _fits(self, symbols: tuple[str, ...], size: int) -> bool:
         """Whether model and graph agree when these have the size."""
-        if self.agrees is None:
-            return False
         if (key := (size, symbols)) not in self.tried:
             changed = _resized(self.assumed, self.leaves, dict.fromkeys(symbols, size))
             self.tried[key] = changed is not None and self.agrees(changed)

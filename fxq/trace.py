@@ -6,7 +6,7 @@ import contextlib
 import copy
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def trace(
     if isinstance(model, ExportedProgram):
         graph = _captured(model)
         _run_unchanged(graph.module, args, kwargs)
-        return _guarded(graph, _assumed(model, None), args, kwargs, None)
+        return _guarded(graph, _assumed(model, None), args, kwargs, None, tolerance)
     eager, errors = plain_model(model), list[TraceError]()
     if absent := absent_weights(eager):
         raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
@@ -100,7 +100,7 @@ def trace(
             graph = _captured(program)
             _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
             assumed = _assumed(program, None if strict else compared)  # Bytecode is read, not run: nothing is compared.
-            return _guarded(graph, assumed, args, kwargs, lambda *call: _agrees(eager, graph.module, *call, tolerance))
+            return _guarded(graph, assumed, args, kwargs, eager, tolerance)
         except TraceError as error:
             errors.append(error)
     raise TraceError(_reasons(eager, args, kwargs, errors)) from errors[0]
@@ -173,9 +173,8 @@ def _mode(model: nn.Module) -> str:
 def _captured(program: ExportedProgram) -> QuantGraph:
     """The program's graph in the form that passes work on."""
     module = _inlined(without_autocast(program))
-    if read_around_writes(module.graph):
-        with torch.no_grad():
-            module = _inlined(program.run_decompositions({}))
+    if around := read_around_writes(module.graph):
+        module = _inlined(_without_writes(program, around))
     if left := read_around_writes(module.graph):
         raise TraceError(
             f"{told(left)}, so that what is read is not one value: write the result to a tensor of its own in the model"
@@ -189,6 +188,15 @@ def _captured(program: ExportedProgram) -> QuantGraph:
     complex_as_real(module)
     module.recompile()
     return QuantGraph(module, Stage.TRACED).fork()
+
+
+def _without_writes(program: ExportedProgram, around: list[tuple[fx.Node, fx.Node]]) -> ExportedProgram:
+    """The program with a tensor of its own for what each write in place makes."""
+    try:
+        with torch.no_grad():
+            return program.run_decompositions({})
+    except Exception as error:
+        raise TraceError(f"{told(around)}, and torch cannot undo that: {_briefly(error)}") from error
 
 
 def _inlined(program: ExportedProgram) -> fx.GraphModule:
@@ -213,18 +221,19 @@ def _guarded(
     assumed: Assumptions,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    agrees: Callable[[tuple[Any, ...], dict[str, Any]], bool] | None,
+    model: nn.Module | None,
+    tolerance: float,
 ) -> QuantGraph:
     """The graph whose module refuses calls that the capture does not hold for."""
-    _, spec = convention(graph.module)
+    module = graph.module
+    _, spec = convention(module)
 
-    def try_out(leaves: list[Any]) -> bool:
-        assert agrees is not None
-        return agrees(*pytree.tree_unflatten(leaves, spec))
+    def agrees(leaves: list[Any]) -> bool:
+        call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
+        return model is not None and _agrees(model, module, call_args, call_kwargs, tolerance)
 
-    leaves = flatten_call(graph.module, args, kwargs)
-    conditions = final_conditions(assumed, leaves, None if agrees is None else try_out)
-    graph.module = guard_calls(graph.module, call_rules(graph.module, conditions))
+    conditions = final_conditions(assumed, flatten_call(module, args, kwargs), agrees)
+    graph.module = guard_calls(module, call_rules(module, conditions))
     return graph
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -42,8 +43,9 @@ def _sources(program: ExportedProgram, count: int) -> dict[str, int]:
     """The names by which torch's text may call each flat input."""
     names = {f"L['flat_args'][{i}]": i for i in range(count)}
     args, kwargs = pytree.tree_unflatten(list(range(count)), program.call_spec.in_spec)
-    given = program.module(check_guards=False).graph._codegen.pytree_info.orig_args  # type: ignore[union-attr]
-    named = dict(zip([name for name in given if name != "self"], args, strict=False)) | kwargs
+    graph: Any = program.module(check_guards=False).graph
+    given = [name for name in graph._codegen.pytree_info.orig_args if name != "self"]
+    named = dict(zip(given, args, strict=False)) | kwargs
     for path, i in pytree.tree_flatten_with_path({**named})[0]:
         names[f"L{pytree.keystr(path)}"] = i
     return names
