@@ -5,27 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
 from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, seeded_inputs
+from fxq.export.strict import DtypeName, Finite, Shape, Text
 from fxq.ir import example_value, planned
+from fxq.reading import MAX_TENSORS
 
 SEED = 2605
 PROJECTIONS = 4
 MAX_PRODUCTS = 5_000_000_000
 MAX_INPUT_VALUES = 2**24
+MAX_TOLERANCE = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputMark:
     """One output: shape, dtype, Euclidean norm, and its products with fixed rows of signs."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    norm: float
-    projections: tuple[float, ...]
+    dtype: DtypeName
+    shape: Shape
+    norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    projections: Annotated[tuple[Finite, ...], Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +41,10 @@ class Fingerprint:
     and where a float lies on the border of two integers the next layer sees the difference.
     """
 
-    seed: int = SEED
-    tolerance: float = 0.0
-    outputs: tuple[OutputMark, ...] = ()
-    reason: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = SEED
+    tolerance: Annotated[float, Field(ge=0, le=MAX_TOLERANCE)] = 0.0
+    outputs: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] = ()
+    reason: Text = ""
 
 
 def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | None) -> Fingerprint:

@@ -45,7 +45,7 @@ MAX_PATH = 32
 _CONSTANTS: dict[str, dict[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
 _CLASSES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _DEVICE = re.compile(r"[a-z]{1,20}(:\d{1,4})?")
-_SHADOWED = frozenset({"torch", "fx_pytree", "pytree", "device", "inf", "nan", "NoneType"})
+_SHADOWED = frozenset({"torch", "fx_pytree", "pytree", "device", "inf", "nan", "NoneType", "_fxq_flat"})
 """Globals of the source that fx generates; an argument of such a name would hide it."""
 
 
