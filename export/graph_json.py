@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from fxq.exclusive import exclusive
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 
 _NAMESPACES = ("aten", "fxq", "prims")
@@ -210,6 +211,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
     }
 
 
+@exclusive
 def graph_from_json(
     data: dict[str, Any], tensors: dict[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> fx.GraphModule:

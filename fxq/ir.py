@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.config import Scheme
+from fxq.exclusive import exclusive
 
 _KEY = "fxq"
 
@@ -213,6 +214,7 @@ class QuantGraph:
         self.statistics = dict(statistics)
         self.stage = Stage.CALIBRATED
 
+    @exclusive
     def fork(self) -> QuantGraph:
         """A copy whose graph can be rewritten on its own; tensors are shared."""
         root = torch.nn.Module()
