@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxq.exclusive import exclusive
 from fxq.export.inputs import hint_of
 from fxq.ir import QuantGraph, Stage, example_value, facts_of
 from fxq.kernels.op import NAMESPACE
@@ -69,6 +70,7 @@ def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     return graph
 
 
+@exclusive
 def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedProgram:
     """The module as an ExportedProgram whose sizes vary where the module's do.
 

@@ -20,6 +20,7 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxq.captured import CapturedModule
+from fxq.exclusive import exclusive
 from fxq.export import operators
 from fxq.export.arguments import (
     ANY,
@@ -215,6 +216,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
     return {"nodes": nodes, "arguments": list(info.orig_args), "in_spec": in_spec, "out_spec": out_spec}
 
 
+@exclusive
 def graph_from_json(
     data: dict[str, Any], tensors: dict[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> fx.GraphModule:

@@ -8,11 +8,9 @@ import glob
 import hashlib
 import importlib
 import json
-import logging
 import os
 import pathlib
 import tempfile
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import fxq.kernels  # registers the operators
 from fxq import cpu
+from fxq.exclusive import exclusive, quiet
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
 from fxq.export.onnx_form import integer_form
 from fxq.ir import LayerPlan, get_tensor
@@ -45,6 +44,7 @@ class OnnxLayer:
     products: int
 
 
+@exclusive
 def export_onnx(
     module: fx.GraphModule,
     path: str | os.PathLike[str],
@@ -132,19 +132,14 @@ def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> A
     spec = program.call_spec.out_spec
     assert spec is not None
     names = output_names(spec)
-    level = logging.getLogger("torch.onnx").level
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with quiet("torch.onnx"):
             done = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=names
             )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"torch.onnx cannot convert the graph: {first}") from error
-    finally:
-        logging.getLogger("torch.onnx").setLevel(level)
     assert done is not None
     return done.model
 

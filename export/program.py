@@ -7,14 +7,11 @@ expressions of sizes as Python, so it is for files one trusts.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import pathlib
 import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torch.export import ExportedProgram
 
 import fxq.kernels  # registers the operators
 from fxq import cpu
+from fxq.exclusive import exclusive, quiet
 from fxq.export import bundle
 from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
 from fxq.export.compiled import KEY, call_facts, compiled_program
@@ -38,6 +36,7 @@ ENTRIES = ("denoise", "context")
 """Names of a compiled program's graph: a denoising step and the call that writes clean keys and values."""
 
 
+@exclusive
 def export_program(
     module: fx.GraphModule,
     path: str | os.PathLike[str],
@@ -104,7 +103,7 @@ def _write_weight_free(module: fx.GraphModule, folder: pathlib.Path, example: Ex
         trained = isinstance(tensor, torch.nn.Parameter)
         program.state_dict[name] = torch.nn.Parameter(empty, tensor.requires_grad) if trained else empty
     program._example_inputs = None
-    with _quiet():
+    with quiet("torch.export"):
         torch.export.save(program, folder / PROGRAM)
     return {"imports": ["torch", "fxq"]}
 
@@ -120,7 +119,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     if (integer := len(re.findall(r"aoti_torch_cpu__qlinear_\w+\(", source))) < products:
         raise ExportError(f"AOTInductor multiplies floats in {products - integer} of {products} quantized products")
     kept: list[Any] = [str(file) for file in files if file.suffix != ".cpp"]  # sources name paths of this machine
-    with _quiet():
+    with quiet("torch.export"):
         package_aoti(str(folder / PROGRAM), dict.fromkeys(ENTRIES, kept))
     return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer, "cpu": compiled_for()}
 
@@ -133,25 +132,17 @@ def _compile(program: ExportedProgram) -> list[str]:
     args, kwargs = program.example_inputs
     settings = {"aot_inductor.package": True, "freezing": True}
     try:
-        with torch.no_grad(), _inductor.config.patch({"freezing": True} | march_setting()), _quiet():
+        with (
+            torch.no_grad(),
+            _inductor.config.patch({"freezing": True} | march_setting()),
+            quiet("torch.export"),
+        ):
             found = _inductor.aot_compile(module, args, kwargs, options=settings)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"AOTInductor cannot compile the graph: {first}") from error
     assert isinstance(found, list)
     return [file for file in found if isinstance(file, str)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    level = logging.getLogger("torch.export").level
-    logging.getLogger("torch.export").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.getLogger("torch.export").setLevel(level)
 
 
 def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:

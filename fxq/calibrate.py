@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxq.agreement import describe
 from fxq.collect import CalibrationError, Collector
 from fxq.interpret import SparingInterpreter
 from fxq.ir import LayerStatistics, QuantGraph, plan_of
@@ -195,9 +196,11 @@ def _drive_batches(
     on_progress: OnProgress | None,
     workers: Workers,
 ) -> None:
-    length, count = operator.length_hint(loader) or None, 0
+    length, count, seen = operator.length_hint(loader) or None, 0, hashlib.sha256()
     for count, item in enumerate(loader, 1):
         collector.batch = count - 1
+        if workers.size > 1:
+            seen.update(describe(item if not isinstance(item, Batch) else [item.args, dict(item.kwargs)]).encode())
         if collector.batch % workers.size != workers.rank:
             continue
         batch = usable(item, collector.batch)
@@ -215,6 +218,9 @@ def _drive_batches(
             ) from error
         if on_progress:
             on_progress(count, length)
+    if workers.size > 1:
+        facts = {"number of batches": str(count), "content of its batches": seen.hexdigest()[:16]}
+        workers.agree({"calibration data": facts})
     if not count:
         raise CalibrationError(NO_BATCH)
 

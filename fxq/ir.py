@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxq.captured import CapturedModule
 from fxq.config import Scheme
+from fxq.exclusive import exclusive
 
 _KEY = "fxq"
 
@@ -216,6 +217,7 @@ class QuantGraph:
         self.statistics = dict(statistics)
         self.stage = Stage.CALIBRATED
 
+    @exclusive
     def fork(self) -> QuantGraph:
         """A copy whose graph can be rewritten on its own; tensors are shared."""
         root = torch.nn.Module()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import fx
 
 from fxq.ambient import own_tensors
+from fxq.exclusive import exclusive
 from fxq.ir import QuantGraph, Stage, facts_of, set_facts
 from fxq.passes import FUSIONS, LayOutWeights
 from fxq.pipeline import PassError, run_passes
 from fxq.signature import guard_inputs
 
 
+@exclusive
 @own_tensors()
 def optimize(module: fx.GraphModule) -> fx.GraphModule:
     """Merge, fuse and bind a quantized module to the fastest kernels of the device it lies on.

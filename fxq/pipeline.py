@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from fxq.ambient import own_tensors
+from fxq.exclusive import one_at_a_time
 from fxq.ir import QuantGraph, Stage
 from fxq.verify import check
 
@@ -78,7 +80,8 @@ def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str
         check(graph, f"before {step.name}")
         before = _structure(graph) if isinstance(step, Analysis) else ""
         start = time.perf_counter()
-        touched = step.run(graph)
+        with one_at_a_time() if isinstance(step, Rewrite) else contextlib.nullcontext():
+            touched = step.run(graph)
         seconds = time.perf_counter() - start
         if isinstance(step, Analysis) and _structure(graph) != before:
             raise PassError(f"{step.name} is an Analysis but changed the graph")
@@ -87,7 +90,8 @@ def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str
                 graph.module.graph.lint()
             except RuntimeError as error:
                 raise PassError(f"{step.name} left a malformed graph: {error}") from error
-            graph.module.recompile()
+            with one_at_a_time():
+                graph.module.recompile()
         graph.stage = max(graph.stage, step.gives)
         check(graph, f"after {step.name}")
         graph.log.append((step.name, touched, seconds))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from fxq.exclusive import one_at_a_time
+from fxq.streams import is_terminal, stderr_console
 
 
 class Progress:
@@ -22,6 +25,9 @@ class Progress:
 
     def __init__(self, enabled: bool = True, prefix: str = "") -> None:
         self.prefix = prefix
+        console = stderr_console()
+        # Only where nothing else is meant to be in the process's streams: what others print goes above the bars.
+        main = threading.current_thread() is threading.main_thread()
         self._bar = RichProgress(
             TextColumn("{task.description:<34}"),
             BarColumn(),
@@ -29,18 +35,22 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not enabled or not sys.stderr.isatty(),
+            console=console,
+            disable=not enabled or not is_terminal(sys.stderr) or console.is_dumb_terminal,
+            redirect_stdout=main,
+            redirect_stderr=main,
         )
 
     def __enter__(self) -> Progress:
-        self._bar.start()
+        with one_at_a_time():
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        with one_at_a_time():
+            self._bar.stop()
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Callable[[int, int | None], None]]:

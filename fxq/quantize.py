@@ -8,7 +8,6 @@ import dataclasses
 import operator
 import pathlib
 import platform
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from fxq.collect import CalibrationError
 from fxq.config import Recipe, RecipeError
 from fxq.export.graph_json import GraphFormatError
 from fxq.export.savable import check_savable
+from fxq.handshake import compare_plans, shake_hands
 from fxq.ir import LayerPlan, QuantGraph, set_facts
 from fxq.job import ForwardLoop, Job, needs_data, plan_passes
 from fxq.passes import Freeze, LowerLinear
@@ -33,8 +33,10 @@ from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
 from fxq.sensitivity import ChunkSensitivity
 from fxq.signature import batch_dynamic, call_rules, guard_inputs, rules_of
+from fxq.streams import warn
 from fxq.trace import TraceError, plain_model, trace
 from fxq.workers import Workers
+from fxq.writable import writable_folder
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
 
@@ -81,23 +83,26 @@ def quantize(
             quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
-        fxq.workers.WorkerError: a rank of the group is gone.
+        fxq.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
+        OSError: checkpoint_dir cannot be written.
     """
-    model = plain_model(model) if isinstance(model, nn.Module) else model
-    _refuse_quantized(model)
-    chosen = get_recipe(recipe)
-    if not chosen.methods:
-        raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
-    _check_sources(chosen, calib_loader, forward_loop)
     # Methods learn by gradients, tensors must outlive the call and products be exact, whatever mode the caller is in.
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(), Progress(progress) as bar:
+    with Workers.of(group).watched() as workers, _learning(), Progress(progress) as bar:
+        model = plain_model(model) if isinstance(model, nn.Module) else model
+        _refuse_quantized(model)
+        chosen = get_recipe(recipe)
+        if not chosen.methods:
+            raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
+        _check_sources(chosen, calib_loader, forward_loop)
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
-        folder = None if checkpoint_dir is None else pathlib.Path(checkpoint_dir)
-        job = Job(chosen, bar, Workers.of(group), folder)
+        folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
+        shake_hands(workers, chosen, model, calib_loader, example if example_inputs is None else None)
+        job = Job(chosen, bar, workers, folder)
         with bar.step("trace"):
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
             run_passes(graph, plan_passes(chosen))
+        compare_plans(workers, graph.plans)
         _warn_of_nothing(graph, chosen)
         data = job.calibrate(graph, loader, forward_loop)
         alpha = None if sensitivity is None else torch.as_tensor(sensitivity, dtype=torch.float64)
@@ -134,8 +139,9 @@ def measure_sensitivity(
 ) -> ChunkSensitivity:
     """As :func:`sensitivity`, with the per-video errors behind it; the ranks of ``group`` divide the batches."""
     chosen = get_recipe(recipe)
-    with torch.inference_mode(False), without_autocast(), Progress(progress) as bar:
-        job = Job(chosen, bar, Workers.of(group))
+    with Workers.of(group).watched() as workers, _learning(), Progress(progress) as bar:
+        shake_hands(workers, chosen, rollout.denoiser, rollout, None)
+        job = Job(chosen, bar, workers)
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)
@@ -153,6 +159,12 @@ def _refuse_quantized(model: Model) -> None:
         if made or isinstance(getattr(module, "plan", None), LayerPlan):
             what = f"its part {name}" if name else "the model"
             raise RecipeError(f"{what} is quantized already; quantize the float model that it was made from")
+
+
+@contextlib.contextmanager
+def _learning() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
+        yield
 
 
 def _check_sources(
@@ -173,7 +185,7 @@ def _warn_of_nothing(graph: QuantGraph, recipe: Recipe) -> None:
         return
     reasons = collections.Counter(plan.reason for plan in graph.plans.values()).most_common(3)
     told = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "the model has none"
-    warnings.warn(f"recipe {recipe.name!r} quantizes no linear of {len(graph.plans)}: {told}", stacklevel=3)
+    warn(f"recipe {recipe.name!r} quantizes no linear of {len(graph.plans)}: {told}", stacklevel=3)
 
 
 def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:

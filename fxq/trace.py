@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +18,7 @@ from fxq.captured import convention, guard_calls
 from fxq.comparisons import compared_sizes
 from fxq.conditions import ConditionError
 from fxq.dense_masks import dense_masks
+from fxq.exclusive import exclusive, quiet
 from fxq.guards import Assumptions, assumptions_of
 from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
@@ -56,6 +55,7 @@ def plain_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
+@exclusive
 def trace(
     model: nn.Module | fx.GraphModule | ExportedProgram,
     args: tuple[Any, ...],
@@ -110,25 +110,12 @@ def _export(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, strict: bool
 ) -> ExportedProgram:
     try:
-        # torch prints the graph of a failure to stderr.
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _without_advice():
+        # torch prints the graph of a failure to stderr, and logs which dimensions it fixed: the quantized module
+        # itself refuses calls of other sizes.
+        with torch.no_grad(), quiet(*_ADVISERS):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
     except Exception as error:
         raise TraceError(f"torch.export cannot capture {type(model).__name__}: {_briefly(error)}. {_ADVICE}") from error
-
-
-@contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Keep torch from logging which dimensions it fixed: the quantized module itself refuses calls of other sizes."""
-    loggers = [logging.getLogger(name) for name in _ADVISERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _briefly(error: BaseException) -> str:

@@ -1,0 +1,73 @@
+"""What torch keeps for ever of each graph that it works on, let go with the graph."""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import graph_module as _fx
+
+
+def _forget(file: str) -> None:
+    """Remove a generated file from the caches of fx and of tracebacks."""
+    getattr(getattr(_fx, "_loader", None), "eval_cache", {}).pop(file, None)
+    linecache.cache.pop(file, None)
+
+
+def _code_of(namespace: dict[str, Any], known: set[str]) -> Iterator[types.CodeType]:
+    for value in list(namespace.values()):
+        if isinstance(value, types.FunctionType) and value.__code__.co_filename in known:
+            yield value.__code__
+
+
+@contextlib.contextmanager
+def sources_let_go() -> Iterator[None]:
+    """Let the source of every graph that this thread compiles in the block go when its code goes.
+
+    fx keeps the source of each compilation for ever, for tracebacks; a pass compiles its graph anew, so that one call
+    of ``fxq.optimize`` would leave a megabyte. Only one thread may be in such a block. Where torch has no such cache,
+    nothing is done.
+    """
+    compile_source: Any = getattr(_fx, "_exec_with_source", None)
+    cache = getattr(getattr(_fx, "_loader", None), "eval_cache", None)
+    if compile_source is None or not isinstance(cache, dict):
+        yield
+        return
+    thread = threading.get_ident()
+
+    def compiled(src: str, globals: dict[str, Any], *rest: Any, **options: Any) -> None:
+        before = set(cache) if threading.get_ident() == thread else None
+        compile_source(src, globals, *rest, **options)
+        if before is None:
+            return
+        new = set(cache) - before
+        for code in _code_of(globals, new):
+            weakref.finalize(code, _forget, code.co_filename).atexit = False
+
+    _fx._exec_with_source = compiled
+    try:
+        yield
+    finally:
+        _fx._exec_with_source = compile_source
+
+
+@contextlib.contextmanager
+def shapes_let_go() -> Iterator[None]:
+    """Let what torch notes of operators' results on shapes alone go at the end of the block.
+
+    The notes are made for the symbols of one graph, which no other graph has. Where torch has no such cache, nothing is
+    done.
+    """
+    cache = getattr(FakeTensorMode, "cache", None)
+    before = set(cache) if isinstance(cache, dict) else set()
+    try:
+        yield
+    finally:
+        for key in [key for key in list(cache or ()) if key not in before] if isinstance(cache, dict) else []:
+            cache.pop(key, None)

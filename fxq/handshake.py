@@ -1,0 +1,55 @@
+"""What the ranks of a quantization make sure of before they work: the same recipe, model, data and versions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import fxq
+from fxq.agreement import describe, describe_data, describe_model, environment_facts, flat_facts
+from fxq.calibrate import Batch
+from fxq.config import Recipe
+from fxq.ir import LayerPlan
+from fxq.recipes import recipe_to_json
+from fxq.workers import Workers
+
+
+def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: Batch | None) -> None:
+    """Compare the calls of all ranks; nothing is done by one process alone.
+
+    Args:
+        workers: the ranks.
+        recipe: what each is to do.
+        model: what each has; of every tensor only a few elements are compared.
+        data: calibration data: a rollout, a sequence or any iterable.
+        first: the first batch of data that can only be iterated.
+
+    Raises:
+        fxq.workers.WorkerError: naming a rank and what differs there.
+    """
+    if workers.size == 1:
+        return
+    facts = {
+        "version": environment_facts(fxq.__version__),
+        "recipe": flat_facts(recipe_to_json(recipe)),
+        "model": describe_model(model),
+        "calibration data": describe_data(data),
+    }
+    if first is not None:
+        facts["calibration data"]["first batch"] = describe([list(first.args), dict(first.kwargs)])
+    workers.agree(facts)
+    workers.compare_threads()
+
+
+def compare_plans(workers: Workers, plans: Mapping[str, LayerPlan]) -> None:
+    """Compare what the ranks are about to do with each layer: outlier channels follow from all of a weight.
+
+    Raises:
+        fxq.workers.WorkerError: naming a rank and a layer.
+    """
+    if workers.size > 1:
+        told = {name: json.dumps(plan.to_json(), sort_keys=True, default=str) for name, plan in plans.items()}
+        digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in told.items()}
+        workers.agree({"plan of layers": digests})
