@@ -5,6 +5,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import features
+
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fxq")
 
@@ -35,6 +37,13 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker ends alone with one."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A green run says what it did not test."""
+    skips = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for line in features.not_tested(skips):
+        terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc):
