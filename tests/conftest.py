@@ -36,7 +36,6 @@ def seeded():
 ANY_CPU = (
     "benchmarks",
     "diffusers",
-    "kernels/interpreted.py",
     "kernels/test_aot.py",
     "kernels/test_gluon_gemm.py",
     "kernels/test_launches.py",
