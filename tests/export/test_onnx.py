@@ -289,7 +289,7 @@ def test_a_fresh_process_needs_numpy_and_onnxruntime_only(toys, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), toys[4](X).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_openvino_reads_the_same_file(files, toys):
+def test_openvino_reads_the_same_file(toys, files):
     openvino = pytest.importorskip("openvino")
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     for bits, file in files.items():
@@ -298,7 +298,8 @@ def test_openvino_reads_the_same_file(files, toys):
         assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
         facts = [op.get_rt_info() for op in model.get_runtime_model().get_ops()]
         kinds = [str(f["primitiveType"].value) for f in facts if f["layerType"].value == "FullyConnected"]
-        assert sum(kind.endswith("I8") for kind in kinds) == 3, kinds
+        in_integers = 3 if bits == 4 or BYTES == onnx.TensorProto.INT8 else 0  # it has none for unsigned weights
+        assert sum(kind.endswith("I8") for kind in kinds) == in_integers, kinds
 
 
 def test_a_module_without_recorded_values_needs_an_example(toys, tmp_path):
