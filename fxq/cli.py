@@ -20,7 +20,7 @@ from fxq.cli_quantize import JsonOption, QuietOption, SeedOption
 from fxq.collect import CalibrationError
 from fxq.config import RecipeError
 from fxq.demo import DemoSettings, run_demo
-from fxq.export import BundleError, load, save
+from fxq.export import BundleError, ExportError, load, save
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.checkpoints import CheckpointError
@@ -49,6 +49,7 @@ _REFUSALS = (
     BundleError,
     CalibrationError,
     CheckpointError,
+    ExportError,
     FileNotFoundError,
     LoweringError,
     PassError,

@@ -11,11 +11,12 @@ import torch
 import typer
 from rich.console import Console
 
-from fxq.export import BundleError, save_diffusers, verify_bundle
+from fxq import cpu
+from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
 
-Target = Literal["diffusers", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
+Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
 
 BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
@@ -36,7 +37,7 @@ def _print(result: Any, as_json: bool) -> None:
 def export(
     bundle: BundleArgument,
     target: Annotated[Target, typer.Option(help="The runtime that is to read it.")],
-    out: Annotated[pathlib.Path, typer.Option(help="Folder to write.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write; for onnx the file.")],
     float_dtype: Annotated[
         Literal["keep", "bfloat16", "float16", "float32"],
         typer.Option(help="Dtype of tensors that stay in floating point."),
@@ -48,15 +49,38 @@ def export(
         pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
     ] = None,
     source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
+    vnni: Annotated[
+        bool | None,
+        typer.Option(
+            "--vnni/--no-vnni",
+            help="For onnx: whether the x86 CPUs that will run it have VNNI; as this one when absent. Without, 8-bit "
+            "products of a file with --vnni saturate.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
+    if target == "onnx":
+        _export_onnx(bundle, out, vnni, as_json)
+        return
+    if vnni is not None:
+        raise BundleError(f"--vnni and --no-vnni are for target onnx, not {target}")
     if target == "diffusers":
         _export_diffusers(bundle, source, out, as_json)
         return
     dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
     options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
     _print(export_bundle(bundle, target, out, options), as_json)
+
+
+def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_json: bool) -> None:
+    file = export_onnx(load(bundle), out, vnni=vnni)
+    anywhere = cpu.saturates() if vnni is None else not vnni
+    cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
+    if as_json:
+        sys.stdout.write(json.dumps({"file": str(file), "cpus": cpus}) + "\n")
+    else:
+        _console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
 
 
 def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:

@@ -94,6 +94,11 @@ def _features(limited: str) -> frozenset[str]:
     return frozenset(name for name in found if not (limited and name.startswith(ABOVE_AVX2)))
 
 
+def above_avx2() -> bool:
+    """Whether there is anything that ``FXQ_CPU=avx2`` takes away."""
+    return any(name.startswith(ABOVE_AVX2) for name in features())
+
+
 def missing(names: Iterable[str]) -> tuple[str, ...]:
     """Those of ``names`` that are not among :func:`features`."""
     here = features()

@@ -8,7 +8,7 @@ from torch import nn
 import fxq
 from fxq.apply import ApplyError, QuantizedLinear, apply
 from fxq.ir import LAYER_TENSORS
-from fxq.kernels import native
+from tests.features import needs
 from tests.toys import recipe, relative_error, rows, toy, wan_rollout
 
 DATA = [rows(6, 96, seed=seed) for seed in range(3)]
@@ -109,7 +109,7 @@ def test_the_state_loads_into_another_copy(pair):
     assert relative_error(first, second, rows(5, 96)) == 0
 
 
-@pytest.mark.skipif(not native.ready(), reason=native.why_not())
+@needs("native")
 def test_with_native_kernels_the_panels_follow_a_loaded_weight(pair):
     layer, other = (apply(*pair).blocks[0].up for _ in range(2))
     with torch.no_grad():

@@ -24,6 +24,7 @@ LAYERS = (
     (
         "allocator",
         "config",
+        "cpu",
         "numerics",
         "units",
         "ambient",
@@ -91,7 +92,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         for i, layer in enumerate(LAYERS)
         for name in layer
     },
-    "kernels": (*(n for n in CORE if n != "numerics"), "passes", "export", "recipes", *USER_FACING),
+    "kernels": (*(n for n in CORE if n not in ("cpu", "numerics")), "passes", "export", "recipes", *USER_FACING),
     "passes": ("models", "metrics", "trace", "export", "recipes", *USER_FACING),
     "export": ("models", "metrics", "trace", "calibrate", "recipes", *USER_FACING),
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
