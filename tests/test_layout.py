@@ -33,6 +33,7 @@ LAYERS = (
         "reach",
         "offload",
         "fixed_dtypes",
+        "content",
         "workers",
         "checkpoint",
     ),
