@@ -164,10 +164,10 @@ def check_bias(layer: QuantizedLinear, bias: Tensor | None) -> None:
         ApplyError: when it was not.
     """
     if not layer.has_values_of(bias):
-        has = "no bias" if bias is None else "another bias"
+        what = "no bias, the quantized layer has one" if bias is None else "another bias than the quantized layer"
         raise ApplyError(
-            f"layer {layer.plan.layer}: the model has {has} than the one that was quantized; quantize this model, or "
-            "run the bundle's own graph (fxq.load)"
+            f"layer {layer.plan.layer}: the model has {what}; quantize this model, or run the bundle's own graph "
+            "(fxq.load)"
         )
 
 
@@ -245,9 +245,10 @@ def _swapped_copy(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, Quantiz
 def _check_weights_elsewhere(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, QuantizedLinear]]) -> None:
     """Refuse weights that other code holds too, and warn of embeddings, which go on reading the floats they hold."""
     weights = {id(linear.weight): new.plan.layer for linear, new in swaps.values()}
+    tables = {id(linear._parameters) for linear, _ in swaps.values()}
     for key, found in holders(model, weights).items():
         for holder in found:
-            if id(holder.owner) in swaps and holder.path.rpartition(".")[2] == "weight":
+            if id(holder.owner) in tables or (id(holder.owner) in swaps and holder.path.rpartition(".")[2] == "weight"):
                 continue
             if isinstance(holder.owner, nn.Embedding | nn.EmbeddingBag):
                 warnings.warn(

@@ -159,7 +159,8 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             module = model.get_submodule(layer)
             assert isinstance(module, QuantizedLinear)
             module.plan = entry.plan(layer, module.perm)
-            module.set_form(self.dtype or kept)
+            in_float32 = set(layer.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ())
+            module.set_form(torch.float32 if in_float32 else self.dtype or kept)
             module.lay_out()
         return model
 

@@ -184,13 +184,15 @@ class QuantizedLinear(nn.Module):
         return offset - numerics.fold_offset(None, self.codes(), *scales, self.split).double()
 
     def has_values_of(self, bias: Tensor | None) -> bool:
-        """Whether a float bias [N] (None: zeros) is the one that is in the offset."""
+        """Whether a float bias [N] (None: zeros) is the one that is in the offset, but for rounding to its dtype."""
         own = self.float_bias()
         other = torch.zeros_like(own) if bias is None else bias.detach().to(own)
         if other.shape != own.shape:
             return False
-        size = self.offset.double().abs() + (self.offset.double() - own).abs() + other.abs()
-        return bool(((own - other).abs() <= 1e-5 * size + 1e-30).all())
+        offset = self.offset.double()
+        rounding = 0.0 if bias is None else torch.finfo(bias.dtype).eps
+        size = 1e-5 * (offset.abs() + (offset - own).abs()) + rounding * other.abs()
+        return bool(((own - other).abs() <= size + 1e-30).all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         def move(tensor: Tensor) -> Tensor:

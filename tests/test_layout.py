@@ -36,6 +36,7 @@ LAYERS = (
         "reach",
         "offload",
         "fixed_dtypes",
+        "content",
         "workers",
         "checkpoint",
     ),
