@@ -18,7 +18,8 @@ def unit(top: Tensor) -> Tensor:
     Args:
         top: finite magnitudes, any shape.
     """
-    exponent = torch.frexp(top.float()).exponent.to(torch.int32).clamp(-125, 127)
+    top = top.float()
+    exponent = torch.where(top > 0, torch.frexp(top).exponent, 1).to(torch.int32).clamp(-125, 127)
     return ((exponent + 126) << 23).view(torch.float32)
 
 

@@ -347,3 +347,45 @@ def test_a_preset_keeps_the_same_layers_of_a_model_in_a_wrapper(wrap):
     wrapped = fxq.quantize(wrap(model).eval(), [rows(5, 96)], recipe(), progress=False)
     assert kept == {"head"}
     assert {row.layer.rpartition(".")[2] for row in fxq.summary(wrapped).kept} == kept
+
+
+class Pair(torch.nn.Module):
+    """Two inputs of one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(96, 32), torch.nn.Linear(64, 32)
+
+    def forward(self, x, t):
+        return self.a(x) + self.b(t)[:, None]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_a_first_batch_of_any_size_lets_the_others_vary(first, form):
+    def item(count, seed):
+        x, t = rows(count, 5, 96, seed=seed), rows(count, 64, seed=seed)
+        return (x, t) if form is tuple else {"x": x, "t": t}
+
+    torch.manual_seed(0)
+    model = Pair().eval()
+    q = fxq.quantize(model, [item(first, 1), item(9, 2)], recipe(), progress=False)
+    for count in (1, 2, 3, 9, 17):
+        x, t = rows(count, 5, 96, seed=2), rows(count, 64, seed=3)
+        assert relative_error(model, q, x, t) < 0.03
+
+
+def test_a_model_of_one_batch_stays_one():
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(96, 32)
+
+        def forward(self, x):
+            return self.a(x.reshape(1, 5, 96))
+
+    model = One().eval()
+    q = fxq.quantize(model, [rows(1, 5, 96)], recipe(), progress=False)
+    assert relative_error(model, q, rows(1, 5, 96, seed=4)) < 0.03
+    with pytest.raises(ValueError, match="captured for"):
+        q(rows(2, 5, 96))

@@ -91,16 +91,50 @@ class Units:
         return dataclasses.replace(update, weight_scale=update.weight_scale / weights, input_scale=scales)
 
 
+def amounts(energy: Tensor, mass: Tensor, total: float, most: float) -> Tensor:
+    """How much of each row to look at, float64 [R]: ``total`` in all, ``most`` at most of one.
+
+    A row's part is its mass times the mean of one and its energy over the mean energy: sums of what is alike for all
+    rows and sums of what grows with their squares are both met closely. Rows whose part is ``most`` are set aside and
+    the others compared among themselves, so that one huge row does not make the large ones look like the small.
+
+    Args:
+        energy: float64 [R], not negative.
+        mass: float64 [R], positive: how often a row counts.
+        total: less than ``most`` times the number of rows.
+        most: of one row.
+    """
+    parts = torch.full_like(energy, most)
+    free = torch.arange(len(energy), device=energy.device)
+    while len(free) and total > 0:
+        e, m = energy[free], mass[free]
+        mean = float((e * m).sum() / m.sum())
+        size = m * (1 + e / mean) if mean > 0 else m
+        part = size * (total / size.sum())
+        parts[free] = part.clamp(max=most)
+        if not bool((full := part >= most).any()):
+            break
+        free, total = free[~full], total - most * int(full.sum())
+    return parts
+
+
+def row_energies(rows: Tensor) -> Tensor:
+    """Squared L2 norms of rows [R, K] in the unit of the largest, float64 [R]."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if not bool(norms.isfinite().all() and norms.amax() > 1e-15):
+        norms = torch.linalg.vector_norm(rows / unit_of(rows), dim=1)
+    return norms.double().square()
+
+
 def subsample(rows: Tensor, weights: Tensor, limit: int, seed: int) -> tuple[Tensor, Tensor]:
     """At most ``limit`` of weighted rows, with weights under which sums stay what they are in the mean.
 
-    A row's chance is its weight times the mean of one and its energy over the mean energy: sums of what is alike for
-    all rows and sums of what grows with their squares are both met closely (priority sampling, Duffield, Lund and
-    Thorup). Rows that count for more than their share are all there.
+    The chances of rows are those of :func:`amounts`; a row whose chance is one is always there (priority sampling,
+    Duffield, Lund and Thorup).
 
     Args:
         rows: float [R, K].
-        weights: float [R], not negative.
+        weights: float [R], positive.
         limit: rows wanted.
         seed: of the draws.
 
@@ -109,15 +143,14 @@ def subsample(rows: Tensor, weights: Tensor, limit: int, seed: int) -> tuple[Ten
     """
     if len(rows) <= limit:
         return torch.arange(len(rows), device=rows.device), weights.float()
-    energy = torch.linalg.vector_norm(rows / unit_of(rows), dim=1).double().square()
     mass = weights.double()
-    mean = (energy * mass).sum() / mass.sum()
-    size = mass * (1 + energy / mean) if float(mean) > 0 else mass
+    size = amounts(row_energies(rows), mass, limit, 1.0)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     draw = torch.rand(len(rows), generator=generator, dtype=torch.float64, device="cpu").to(rows.device)
-    priority, order = (size / draw.clamp(min=2.0**-53)).topk(limit + 1)
+    priority = torch.where(size < 1, size / draw.clamp(min=2.0**-53), torch.inf)
+    found, order = priority.topk(limit + 1)
     index = order[:limit].sort().values
-    chance = (size[index] / priority[-1]).clamp(max=1.0)
+    chance = torch.where(size[index] < 1, (size[index] / found[-1]).clamp(max=1.0), 1.0)
     return index, (mass[index] / chance).float()
 
 

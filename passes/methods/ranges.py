@@ -12,8 +12,8 @@ from torch import Tensor
 from fxq import numerics
 from fxq.config import RecipeError
 from fxq.ir import LayerUpdate
-from fxq.passes.methods import LayerProblem
-from fxq.units import TINY, unit, unit_of
+from fxq.passes.methods import LayerProblem, amounts, row_energies
+from fxq.units import TINY, unit
 
 _SAMPLE_LIMIT = 1 << 20  # activations searched, about
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
@@ -85,15 +85,11 @@ def _representative(rows: Tensor, weights: Tensor | None, seed: int) -> tuple[Te
         weights = None
     if rows.numel() <= _SAMPLE_LIMIT:
         return rows.flatten(), None if weights is None else weights.repeat_interleave(width)
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    if not bool(norms.isfinite().all() and (norms.amax() > 1e-15)):
-        norms = torch.linalg.vector_norm(rows / unit_of(rows), dim=1)
     mass = torch.ones(count, dtype=torch.float64, device=rows.device) if weights is None else weights.double()
-    energy = norms.double().square()
-    mean = (energy * mass).sum() / mass.sum()
-    share = mass * (1 + energy / mean) if float(mean) > 0 else mass
-    taken = (share * (_SAMPLE_LIMIT / share.sum())).ceil().clamp(max=width)
-    start = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    taken = amounts(row_energies(rows), mass, _SAMPLE_LIMIT, width).ceil().clamp(max=width)
+    start = torch.rand(
+        count, generator=torch.Generator(device="cpu").manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
     sizes = taken.long()
     row = torch.repeat_interleave(sizes)
     place = torch.arange(len(row), device=rows.device) - (sizes.cumsum(0) - sizes)[row]
