@@ -8,7 +8,7 @@ from typing import ClassVar
 from fxq.config import Recipe, RecipeError
 from fxq.graph import linear_sites, sharing_conflicts
 from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
-from fxq.numerics import PACK_BLOCK
+from fxq.numerics import PACK_BLOCK, unfit_width
 from fxq.pipeline import Analysis
 from fxq.residency import Residency
 
@@ -19,7 +19,8 @@ class PlanLayers(Analysis):
 
     Cases: 1. the weight is not a parameter of its own: kept; 2. a rule says None: kept, with the rule's reason; 3. no
     rule matches: kept; 4. the weight is empty: kept; 5. it is shared in a way that integers cannot serve: kept; 6. the
-    shape cannot be stored at the asked bits: kept; 7. otherwise the rule's scheme.
+    shape cannot be stored at the asked bits, or its integers cannot be added up or show what is not finite: kept; 7.
+    otherwise the rule's scheme.
     """
 
     recipe: Recipe
@@ -52,6 +53,8 @@ class PlanLayers(Analysis):
                 plan = dataclasses.replace(plan, reason=conflicts[site.layer])
             elif rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:
                 reason = f"in_features {in_features} is not a multiple of {PACK_BLOCK}, the int4 packing block"
+                plan = dataclasses.replace(plan, reason=reason)
+            elif reason := unfit_width(in_features, rule.scheme.per_token):
                 plan = dataclasses.replace(plan, reason=reason)
             else:
                 weight = site.weight(graph.module)
