@@ -14,6 +14,7 @@ from fxq.conditions import MOST_CONDITIONS
 from fxq.config import Scheme
 from fxq.export.arguments import DTYPES
 from fxq.ir import LayerPlan
+from fxq.numerics import MAX_WIDTH
 from fxq.reading import MAX_INTEGER, MAX_NAME, MAX_RANK, MAX_TENSORS
 
 
@@ -32,8 +33,6 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Value = bool | int | float | Text | None
 
 MAX_FEATURES = 2**31 - 1
-MAX_EXACT = 2**17
-"""Products of so many int8 values may leave an int32 accumulator."""
 _Class = TypeVar("_Class")
 
 
@@ -138,7 +137,7 @@ def check_plan(plan: LayerPlan) -> None:
         last = channel
     if plan.scheme is not None:
         _check_scheme(plan.scheme, where)
-        if plan.in_features >= MAX_EXACT or plan.split < 1:
+        if plan.in_features > MAX_WIDTH or plan.split < 1:
             raise SchemaError(f"{where}: {plan.in_features} inputs with {len(plan.outliers)} outliers cannot be exact")
 
 

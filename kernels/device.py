@@ -54,7 +54,9 @@ def round_to_int32(x: Block, PTX: constexpr) -> Block:
 def to_int8(x: Block, inverse: Block, zero: Block, LOW: constexpr, HIGH: constexpr) -> Block:
     """``clip(round(x * inverse) + zero, LOW, HIGH)``, round half to even, as fxq.numerics.quantize_input; NaN is LOW."""
     # The clamp stands between product and sum: they cannot contract to one FMA, which would round differently.
-    scaled = tl.maximum(x * inverse, (LOW - zero).to(tl.float32))
+    low = (LOW - zero).to(tl.float32)
+    scaled = x * inverse
+    scaled = tl.where(scaled > low, scaled, low)
     scaled = tl.minimum(scaled, (HIGH - zero).to(tl.float32))
     # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits of the mantissa.
     return ((scaled + 12582912.0).to(tl.int32, bitcast=True) + zero).to(tl.int8)

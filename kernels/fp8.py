@@ -85,12 +85,12 @@ def quantize_fp8(x: Tensor, perm: Tensor | None, scale: Tensor, split: int) -> T
         ValueError: on a wrong dtype or shape; on a GPU older than sm_89.
     """
     ordered = x if perm is None else x.index_select(-1, perm)
-    parts = [
-        (ordered[..., part].float() * scale[g].reciprocal()).clamp(-LARGEST, LARGEST)
-        for g, part in enumerate(numerics.group_slices(x.shape[-1], split))
-    ]
-    values = torch.cat(parts, dim=-1)
-    return torch.where(ordered.isfinite(), values, torch.nan).to(FP8)
+    parts = []
+    for g, part in enumerate(numerics.group_slices(x.shape[-1], split)):
+        values, inverse = ordered[..., part].float(), scale[g].reciprocal()
+        finite = values.isfinite() & inverse.isfinite()
+        parts.append(torch.where(finite, (values * inverse).clamp(-LARGEST, LARGEST), torch.nan))
+    return torch.cat(parts, dim=-1).to(FP8)
 
 
 def _linear_supports(

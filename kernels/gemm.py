@@ -108,10 +108,16 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] of int8 [M, K] and [N, K] by the CPU's integer instructions; exact where it has VNNI."""
     if a.shape[1] == 1:
         return exact_matmul(a, b)
-    # _int_mm takes the stride of a dimension of size 1 for a row length and then returns uninitialised memory
-    # (pytorch/pytorch#195066): a copy has the right one.
-    a, b = (t.clone(memory_format=torch.contiguous_format) if t.shape[0] == 1 else t for t in (a, b))
+    # _int_mm takes a stride for a row length, also where rows overlap, as in expanded tensors, or there is only one
+    # (pytorch/pytorch#195066), and then returns other numbers or uninitialised memory: a copy has the right one.
+    a, b = (t if _has_rows(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
     return torch._int_mm(a, b.T)
+
+
+def _has_rows(t: Tensor) -> bool:
+    """Whether the rows of a matrix, or its columns, lie apart in memory."""
+    rows, columns = t.shape
+    return rows > 1 and ((t.stride(1) == 1 and t.stride(0) >= columns) or (t.stride(0) == 1 and t.stride(1) >= rows))
 
 
 def show_poisoned(q: Tensor, y: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ from fxq.ir import (
     set_plan,
 )
 from fxq.passes.apply_methods import group_order
-from fxq.passes.plan_layers import MOST_INPUTS
 from fxq.pipeline import Rewrite
 from fxq.residency import give_back
 
@@ -115,7 +114,7 @@ def _cast(graph: fx.Graph, old: fx.Node, x: Any, dtype: torch.dtype) -> fx.Node:
 
 def _check_range(plan: LayerPlan, update: LayerUpdate) -> None:
     """Refuse integers that could overflow an int32 accumulator; groups with scales per token have one each."""
-    if plan.in_features > MOST_INPUTS:
+    if plan.in_features > numerics.MAX_WIDTH:
         raise LoweringError(
             f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; exclude it by a rule"
         )

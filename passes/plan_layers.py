@@ -11,12 +11,9 @@ from torch import Tensor, fx
 from fxq.config import Recipe, RecipeError, Rule
 from fxq.graph import linear_sites, sharing_conflicts
 from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
-from fxq.numerics import PACK_BLOCK
+from fxq.numerics import PACK_BLOCK, unfit_width
 from fxq.pipeline import Analysis
 from fxq.residency import Residency
-
-MOST_INPUTS = 2**17 - 1
-"""Inputs whose products with 8-bit weights cannot leave an int32 sum."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -27,8 +24,8 @@ class PlanLayers(Analysis):
 
     Cases: 1. the weight is not a parameter of its own: kept; 2. it is no matrix: kept; 3. a rule says None: kept, with
     the rule's reason; 4. no rule matches: kept; 5. the weight is empty or of a dtype without kernels: kept; 6. it is
-    shared in a way that integers cannot serve: kept; 7. the shape cannot be stored at the asked bits, or its sums leave
-    int32: kept; 8. otherwise the rule's scheme.
+    shared in a way that integers cannot serve: kept; 7. the shape cannot be stored at the asked bits, or its integers
+    cannot be added up or show what is not finite: kept; 8. otherwise the rule's scheme.
     """
 
     recipe: Recipe
@@ -108,8 +105,8 @@ def _unfit(weight: Tensor | None, bias: Tensor | None, rule: Rule | None, confli
     in_features = weight.shape[1]
     if conflict:
         return conflict
-    if in_features > MOST_INPUTS:
-        return f"in_features {in_features}: sums of more than {MOST_INPUTS} products can overflow int32"
+    if reason := unfit_width(in_features, rule.scheme.per_token):
+        return reason
     if rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:
         return f"in_features {in_features} is not a multiple of {PACK_BLOCK}, the int4 packing block"
     return ""

@@ -24,7 +24,7 @@ inline int busy_threads(int threads, double work, double least) {
   return static_cast<int>(std::max(1.0, std::min<double>(threads, work / least)));
 }
 
-// Whether this process is a fork of the one that loaded the library.
+// Whether this process is a fork, of one that may have used threads of OpenMP: torch's are from the same library.
 inline bool forked = false;
 
 // Calls f, which may start threads. After a fork OpenMP waits for the parent's threads for ever, but only in a thread

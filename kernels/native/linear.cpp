@@ -1,7 +1,5 @@
 // Dual-scale integer product with its epilogues. Activations are read as q + 128 (unsigned, as VNNI wants its first
 // operand); the panels carry 128 * sum_k q_w of each segment, which is subtracted before anything is scaled.
-#include <pthread.h>
-
 #include <vector>
 
 #include "common.h"
@@ -237,11 +235,6 @@ void run(const Linear& p) {
   }
 }
 
-// A library has one such handler, whatever the number of its sources.
-__attribute__((constructor)) void notice_forks() {
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
-}
-
 void choose(const Linear& p) {
   switch (p.store) {
     case FLOAT32: return p.per_token ? run<FLOAT32, true>(p) : run<FLOAT32>(p);
@@ -256,5 +249,10 @@ void choose(const Linear& p) {
 
 extern "C" int fxq_linear(const Linear* p) {
   if (p->rows > 0 && p->outputs > 0) with_threads(p->threads, [&] { choose(*p); });
+  return 0;
+}
+
+extern "C" int fxq_after_fork() {
+  forked = true;
   return 0;
 }

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxq
-from fxq.passes.plan_layers import MOST_INPUTS
+from fxq.numerics import MAX_WIDTH
 from fxq.trace import trace
 from tests.toys import recipe, rows, toy
 
@@ -98,16 +98,16 @@ def test_sums_that_can_leave_int32_are_kept_before_any_work():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
-            self.over, self.most = nn.Linear(MOST_INPUTS + 1, 2), nn.Linear(MOST_INPUTS, 2)
+            self.over, self.most = nn.Linear(MAX_WIDTH + 1, 2), nn.Linear(MAX_WIDTH, 2)
 
         def forward(self, x):
             return self.over(x), self.most(x[:, 1:])
 
-    x = rows(3, MOST_INPUTS + 1)
+    x = rows(3, MAX_WIDTH + 1)
     module = quantized(Wide(), [x])
     assert reasons(module) == {"over": "in_features 131072: sums of more than 131071 products can overflow int32"}
-    extreme = torch.full((1, MOST_INPUTS), 127, dtype=torch.int64) * 127
-    assert int(extreme.sum()) < 2**31 <= 128 * 128 * (MOST_INPUTS + 1)
+    extreme = torch.full((1, MAX_WIDTH), 127, dtype=torch.int64) * 127
+    assert int(extreme.sum()) < 2**31 <= 128 * 128 * (MAX_WIDTH + 1)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
