@@ -6,6 +6,7 @@ They come from the branches that the model's code took, from reshapes, and from 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,11 @@ _NAMES = {
     "Not": "not",
 }
 """Class of sympy or torch -> operator of :mod:`fxq.conditions`."""
+_LAYOUT = re.compile(
+    r"torch/_prims_common/.*\bin \w*(contiguous|strides|channels_last|non_overlapping)\w*"
+    r"|torch/_refs/.*\bin _reshape_view_helper\w*"
+)
+"""Functions of torch that reason about strides."""
 
 
 @dataclasses.dataclass
@@ -94,8 +100,8 @@ def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -
     found.compared = {str(symbol) for symbol in watched}
     for symbol, place in symbols.items():
         _bound(str(symbol), place, program.range_constraints.get(symbol), found)
-    guards = [] if env is None else [env.replace(guard.expr) for guard in env.guards]
-    for guard in guards:
+    guards = [] if env is None else list(env.guards)
+    for guard in [env.replace(guard.expr) for guard in guards if not _about_layout(guard)]:
         if guard.free_symbols <= symbols.keys():
             if guard.free_symbols:
                 found.conditions.append(expression_of(guard, symbols))
@@ -112,7 +118,8 @@ def _free_sizes(inputs: list[fx.Node]) -> Iterator[tuple[sympy.Expr, Expression]
     for i, node in enumerate(inputs):
         value = example_value(node)
         if isinstance(value, Tensor):
-            for dim, size in enumerate(value.shape):
+            sizes: list[Any] = list(value.shape)
+            for dim, size in enumerate(sizes):
                 if not isinstance(size, int) and size.node.maybe_as_int() is None:
                     yield size.node.expr, ["size", i, dim]
         elif isinstance(value, torch.SymInt | torch.SymFloat) and not value.node.expr.is_number:
@@ -181,6 +188,11 @@ def _shape_env(inputs: list[fx.Node]) -> Any:
     sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
     sizes += [value for value in values if isinstance(value, torch.SymInt | torch.SymFloat)]
     return next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
+
+
+def _about_layout(guard: Any) -> bool:
+    """Whether torch asked how a tensor lies in memory: an operator of the graph finds that out by itself each time."""
+    return bool(_LAYOUT.search(str(getattr(getattr(guard, "sloc", None), "framework_loc", ""))))
 
 
 def _current(env: Any, symbol: Any) -> set[Any]:
