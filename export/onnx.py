@@ -21,9 +21,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxq.kernels  # registers the operators
+from fxq.aliasing import written_inputs
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
 from fxq.export.onnx_form import integer_form
 from fxq.ir import LayerPlan, get_tensor
+from fxq.signature import call_rules, rules_of
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -54,9 +56,10 @@ def export_onnx(
     """Write a quantized float32 module as ONNX (opset 21, no custom operators).
 
     Inputs are named as the module's arguments, list members ``name_0``, ``name_1`` and so on; outputs ``output`` with
-    their position. Sizes that vary in the module vary in the file. 4-bit weights are stored as INT4 and cast to INT8
-    when a session is made, because integer kernels read bytes. The file's metadata have an entry ``fxq``: version,
-    quantized layers and ``metadata``.
+    their position. Sizes that vary in the module vary in the file. ONNX Runtime refuses other ranks, dtypes and fixed
+    sizes by itself, not what breaks a condition between sizes: those stand in the metadata. 4-bit weights are stored as
+    INT4 and cast to INT8 when a session is made, because integer kernels read bytes. The file's metadata have an entry
+    ``fxq``: version, quantized layers, ``call`` (what the module may be called with) and ``metadata``.
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`.
@@ -77,10 +80,13 @@ def export_onnx(
     graph = lower(module)
     _refuse_half(graph.module)
     plans = graph.quantized_plans
+    _refuse_writes(graph.module)
     program = capture(graph.module, example)
     model = _convert(program, graph.module)
     integer_form(model, plans)
-    model.metadata_props["fxq"] = json.dumps(_facts(plans, runtime))
+    rules = rules_of(module) or call_rules(module)
+    facts = _facts(plans, runtime) | {"call": {"names": list(rules.names)} | rules.to_json()}
+    model.metadata_props["fxq"] = json.dumps(facts)
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
 
 
@@ -99,6 +105,15 @@ def _refuse_half(module: fx.GraphModule) -> None:
                 f"{node.target} is {tensor.dtype}: ONNX Runtime's CPU kernels are float32; quantize the model after "
                 ".float() and export that"
             )
+
+
+def _refuse_writes(module: fx.GraphModule) -> None:
+    """ONNX has values only: the caller's tensor would stay as it was."""
+    if names := sorted(node.name for node in written_inputs(module.graph)):
+        raise ExportError(
+            f"the model writes to its input {', '.join(names[:4])} in place, which an ONNX file cannot: return the new "
+            "value from the forward instead"
+        )
 
 
 def _facts(plans: Mapping[str, LayerPlan], runtime: dict[str, Any]) -> dict[str, Any]:
