@@ -71,12 +71,13 @@ class Assumptions:
     compared: set[str] = dataclasses.field(default_factory=set)
 
 
-def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -> Assumptions:
+def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None, given: bool = True) -> Assumptions:
     """What a program assumes of its inputs.
 
     Args:
         program: the capture.
         compared: symbols that the model's code compared; None when that is not known.
+        given: whether the program may come from a file, where torch keeps guards as text.
 
     Raises:
         ConditionError: when a condition has no form as data.
@@ -107,7 +108,7 @@ def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -
                 found.conditions.append(expression_of(guard, symbols))
         elif any(not _depends_on_data(symbol) for symbol in guard.free_symbols - symbols.keys()):
             raise ConditionError(f"the condition {guard} is on sizes that no input has by itself")
-    if not guards:
+    if given:
         found.conditions += written_guards(program, len(inputs))
     found.conditions = list({str(c): c for c in found.conditions}.values())
     return found
