@@ -37,6 +37,8 @@ _NAMES = {
     "floor": "floor",
     "TruncToInt": "trunc",
     "ToFloat": "float",
+    "Abs": "abs",
+    "RoundToInt": "round",
     "Equality": "==",
     "Unequality": "!=",
     "StrictLessThan": "<",
@@ -230,7 +232,7 @@ def expression_of(expression: Any, symbols: Mapping[sympy.Symbol, Expression]) -
         raise ConditionError(f"the condition {expression} has no form that can be kept")
     else:
         name = found
-    if name in ("not", "ceil", "floor", "trunc", "float"):
+    if len(operands) == 1:
         return [name, operands[0]]
     result = operands[0]
     for operand in operands[1:]:
