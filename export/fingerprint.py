@@ -114,7 +114,10 @@ def _too_large(module: fx.GraphModule, entries: Sequence[InputEntry]) -> str:
             value = example_value(node)
             if not isinstance(value, Tensor):
                 return "the graph carries no recorded values"
-            products += math.prod(hint_of(size) for size in value.shape) * plan.in_features
+            try:
+                products += math.prod(hint_of(size) for size in value.shape) * plan.in_features
+            except ValueError as error:
+                return f"what a call costs is not known: {error}"
     return f"one call multiplies {products} times, more than {MAX_PRODUCTS}" if products > MAX_PRODUCTS else ""
 
 

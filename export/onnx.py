@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 
 import fxq.kernels  # registers the operators
 from fxq import cpu
+from fxq.aliasing import written_inputs
 from fxq.exclusive import exclusive, quiet
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
 from fxq.export.onnx_form import integer_form
 from fxq.ir import LayerPlan, get_tensor
 from fxq.passes.qdq_layers import may_saturate
+from fxq.signature import call_rules, rules_of
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -57,9 +59,10 @@ def export_onnx(
     """Write a quantized float32 module as ONNX (opset 21, no custom operators).
 
     Inputs are named as the module's arguments, list members ``name_0``, ``name_1`` and so on; outputs ``output`` with
-    their position. Sizes that vary in the module vary in the file. 4-bit weights are stored as INT4 and cast to INT8
-    when a session is made, because integer kernels read bytes. The file's metadata have an entry ``fxq``: version,
-    quantized layers and ``metadata``.
+    their position. Sizes that vary in the module vary in the file. ONNX Runtime refuses other ranks, dtypes and fixed
+    sizes by itself, not what breaks a condition between sizes: those stand in the metadata. 4-bit weights are stored as
+    INT4 and cast to INT8 when a session is made, because integer kernels read bytes. The file's metadata have an entry
+    ``fxq``: version, quantized layers, ``call`` (what the module may be called with) and ``metadata``.
 
     x86 CPUs without VNNI saturate products of 8-bit activations (unsigned) and 8-bit weights (signed), in every
     runtime. A file for them has unsigned weights: exact on every CPU, faster than float32 there, and several times
@@ -85,11 +88,14 @@ def export_onnx(
     graph = lower(module)
     _refuse_half(graph.module)
     plans = graph.quantized_plans
+    _refuse_writes(graph.module)
     program = capture(graph.module, example)
     model = _convert(program, graph.module)
     for_vnni = not cpu.saturates() if vnni is None else vnni
     integer_form(model, plans, for_vnni)
-    model.metadata_props["fxq"] = json.dumps(_facts(plans, for_vnni, runtime))
+    rules = rules_of(module) or call_rules(module)
+    facts = _facts(plans, for_vnni, runtime) | {"call": {"names": list(rules.names)} | rules.to_json()}
+    model.metadata_props["fxq"] = json.dumps(facts)
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
 
 
@@ -108,6 +114,15 @@ def _refuse_half(module: fx.GraphModule) -> None:
                 f"{node.target} is {tensor.dtype}: ONNX Runtime's CPU kernels are float32; quantize the model after "
                 ".float() and export that"
             )
+
+
+def _refuse_writes(module: fx.GraphModule) -> None:
+    """ONNX has values only: the caller's tensor would stay as it was."""
+    if names := sorted(node.name for node in written_inputs(module.graph)):
+        raise ExportError(
+            f"the model writes to its input {', '.join(names[:4])} in place, which an ONNX file cannot: return the new "
+            "value from the forward instead"
+        )
 
 
 def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) -> dict[str, Any]:

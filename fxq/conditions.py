@@ -42,6 +42,8 @@ _CALLS: dict[str, tuple[Callable[..., Any], int]] = {
     "floor": (math.floor, 1),
     "trunc": (math.trunc, 1),
     "float": (float, 1),
+    "abs": (abs, 1),
+    "round": (round, 1),
 }
 _JOINED = ("and", "or")
 

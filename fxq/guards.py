@@ -6,6 +6,7 @@ They come from the branches that the model's code took, from reshapes, and from 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ _NAMES = {
     "floor": "floor",
     "TruncToInt": "trunc",
     "ToFloat": "float",
+    "Abs": "abs",
+    "RoundToInt": "round",
     "Equality": "==",
     "Unequality": "!=",
     "StrictLessThan": "<",
@@ -47,6 +50,11 @@ _NAMES = {
     "Not": "not",
 }
 """Class of sympy or torch -> operator of :mod:`fxq.conditions`."""
+_LAYOUT = re.compile(
+    r"torch/_prims_common/.*\bin \w*(contiguous|strides|channels_last|non_overlapping)\w*"
+    r"|torch/_refs/.*\bin _reshape_view_helper\w*"
+)
+"""Functions of torch that reason about strides."""
 
 
 @dataclasses.dataclass
@@ -65,12 +73,13 @@ class Assumptions:
     compared: set[str] = dataclasses.field(default_factory=set)
 
 
-def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -> Assumptions:
+def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None, given: bool = True) -> Assumptions:
     """What a program assumes of its inputs.
 
     Args:
         program: the capture.
         compared: symbols that the model's code compared; None when that is not known.
+        given: whether the program may come from a file, where torch keeps guards as text.
 
     Raises:
         ConditionError: when a condition has no form as data.
@@ -94,14 +103,14 @@ def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None) -
     found.compared = {str(symbol) for symbol in watched}
     for symbol, place in symbols.items():
         _bound(str(symbol), place, program.range_constraints.get(symbol), found)
-    guards = [] if env is None else [env.replace(guard.expr) for guard in env.guards]
-    for guard in guards:
+    guards = [] if env is None else list(env.guards)
+    for guard in [env.replace(guard.expr) for guard in guards if not _about_layout(guard)]:
         if guard.free_symbols <= symbols.keys():
             if guard.free_symbols:
                 found.conditions.append(expression_of(guard, symbols))
         elif any(not _depends_on_data(symbol) for symbol in guard.free_symbols - symbols.keys()):
             raise ConditionError(f"the condition {guard} is on sizes that no input has by itself")
-    if not guards:
+    if given:
         found.conditions += written_guards(program, len(inputs))
     found.conditions = list({str(c): c for c in found.conditions}.values())
     return found
@@ -112,7 +121,8 @@ def _free_sizes(inputs: list[fx.Node]) -> Iterator[tuple[sympy.Expr, Expression]
     for i, node in enumerate(inputs):
         value = example_value(node)
         if isinstance(value, Tensor):
-            for dim, size in enumerate(value.shape):
+            sizes: list[Any] = list(value.shape)
+            for dim, size in enumerate(sizes):
                 if not isinstance(size, int) and size.node.maybe_as_int() is None:
                     yield size.node.expr, ["size", i, dim]
         elif isinstance(value, torch.SymInt | torch.SymFloat) and not value.node.expr.is_number:
@@ -183,6 +193,11 @@ def _shape_env(inputs: list[fx.Node]) -> Any:
     return next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
 
 
+def _about_layout(guard: Any) -> bool:
+    """Whether torch asked how a tensor lies in memory: an operator of the graph finds that out by itself each time."""
+    return bool(_LAYOUT.search(str(getattr(getattr(guard, "sloc", None), "framework_loc", ""))))
+
+
 def _current(env: Any, symbol: Any) -> set[Any]:
     """What stands for a symbol since torch found that it equals others; nothing where it is fixed."""
     return set() if env is None else set(env.replace(symbol).free_symbols)
@@ -217,7 +232,7 @@ def expression_of(expression: Any, symbols: Mapping[sympy.Symbol, Expression]) -
         raise ConditionError(f"the condition {expression} has no form that can be kept")
     else:
         name = found
-    if name in ("not", "ceil", "floor", "trunc", "float"):
+    if len(operands) == 1:
         return [name, operands[0]]
     result = operands[0]
     for operand in operands[1:]:

@@ -87,7 +87,7 @@ def trace(
     if isinstance(model, ExportedProgram):
         graph = _captured(model)
         _run_unchanged(graph.module, args, kwargs)
-        return _guarded(graph, _assumed(model, None), args, kwargs, None, tolerance)
+        return _guarded(graph, _assumed(model, None, given=True), args, kwargs, None, tolerance)
     eager, errors = plain_model(model), list[TraceError]()
     if absent := absent_weights(eager):
         raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
@@ -99,7 +99,9 @@ def trace(
                 program = _export(eager, *(captured_with or (args, kwargs)), dynamic_shapes, strict)
             graph = _captured(program)
             _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
-            assumed = _assumed(program, None if strict else compared)  # Bytecode is read, not run: nothing is compared.
+            assumed = _assumed(
+                program, None if strict else compared, given=False
+            )  # Bytecode is read, not run: nothing is compared.
             return _guarded(graph, assumed, args, kwargs, eager, tolerance)
         except TraceError as error:
             errors.append(error)
@@ -193,9 +195,9 @@ def _inlined(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _assumed(program: ExportedProgram, compared: set[Any] | None) -> Assumptions:
+def _assumed(program: ExportedProgram, compared: set[Any] | None, given: bool) -> Assumptions:
     try:
-        return assumptions_of(program, compared)
+        return assumptions_of(program, compared, given)
     except ConditionError as error:
         raise TraceError(
             f"the capture depends on sizes in a way that calls cannot be checked for: {error}. Pass dynamic_shapes "

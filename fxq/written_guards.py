@@ -91,6 +91,6 @@ def _python(node: ast.AST) -> Expression:
         called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         if called in ("min", "max") and len(node.args) == 2:
             return [called, *map(_python, node.args)]
-        if called in ("ceil", "floor", "trunc", "float") and len(node.args) == 1:
+        if called in ("ceil", "floor", "trunc", "float", "abs", "round") and len(node.args) == 1:
             return [called, _python(node.args[0])]
     raise ConditionError(ast.dump(node))

@@ -56,7 +56,7 @@ def call(dtype, batch=2, prefix=6, text=4, seed=0):
     known = 0 if text else 5
     return (
         normal(batch, 2, 3, 4, 6),
-        torch.full((batch, 2), 500.0).to(dtype),
+        torch.full((batch, 2), 500.0),
         normal(batch, text, CONFIG.text_dim),
         *(cache(known), cache(known), cache(prefix), cache(prefix)),
         angle.cos(),

@@ -360,7 +360,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-def test_an_operator_that_could_not_be_loaded_is_not_saved(tmp_path):
+def test_an_operator_of_another_library_is_loaded_at_the_callers_word_only(tmp_path):
     class Custom(nn.Module):
         def __init__(self):
             super().__init__()
@@ -370,8 +370,14 @@ def test_an_operator_that_could_not_be_loaded_is_not_saved(tmp_path):
             return triple(self.linear(x))
 
     q = fxq.quantize(Custom().eval(), [rows(3, 64)], recipe())
-    with pytest.raises(fxq.BundleError, match=r"node triple: fxq_tests.triple.default is neither an ATen"):
-        fxq.save(q, tmp_path / "b")
+    fxq.save(q, tmp_path / "b")
+    for allowed in ((), ("fxq_tests.double",), ("fxq_tests",)):
+        with pytest.raises(
+            fxq.BundleError, match=r"fxq_tests\.triple\.default.*pass operators=\['fxq_tests\.triple'\]"
+        ):
+            fxq.load(tmp_path / "b", operators=allowed)
+    x = rows(3, 64)
+    assert torch.equal(fxq.load(tmp_path / "b", operators=["fxq_tests.triple"])(x), q(x))
 
 
 def test_a_bundle_replaces_a_bundle_and_nothing_else(bundle, quantized, tmp_path):
