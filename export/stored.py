@@ -70,7 +70,7 @@ def _quantize_of(node: fx.Node, plan: LayerPlan) -> fx.Node:
     """The node that quantizes the input of a layer's product."""
     assert plan.scheme is not None
     product, wanted = (_LINEAR_PER_TOKEN, _PER_TOKEN) if plan.scheme.per_token else (_LINEAR, _QUANTIZE)
-    source = node.args[0] if node.target == product and node.args else None
+    source: object = node.args[0] if node.target == product and node.args else None
     if plan.scheme.per_token:
         pair = {_item_of(node.args[i], i) for i in range(2)} if source is not None and len(node.args) > 1 else {None}
         source = pair.pop() if len(pair) == 1 else None

@@ -16,7 +16,6 @@ from fxq.ir import LayerPlan
 from fxq.reading import MAX_INTEGER, MAX_NAME, MAX_RANK, MAX_TENSORS
 
 
-
 def _dtype_name(name: str) -> str:
     if name not in DTYPES:
         raise ValueError(f"{name[:40]!r} is no dtype of torch that a tensor may have")
@@ -42,7 +41,7 @@ class SchemaError(ValueError):
 
 
 @functools.cache
-def _adapter(cls: type[_Class]) -> TypeAdapter[_Class]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
@@ -53,7 +52,9 @@ def validated(cls: type[_Class], data: Any) -> _Class:
         SchemaError: naming the first place where it does not fit.
     """
     try:
-        return _adapter(cls).validate_json(json.dumps(data), strict=True)
+        adapter: TypeAdapter[_Class] = _adapter(cls)  # type: ignore[arg-type]
+        found = adapter.validate_json(json.dumps(data), strict=True)
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SchemaError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg'][:200]}") from None
