@@ -115,8 +115,9 @@ def check_plan(plan: LayerPlan) -> None:
         if not isinstance(value, str) or len(value) > 2000:
             raise SchemaError(f"{where}: {field} is no short text")
     for field in ("in_features", "out_features"):
-        if type(value := getattr(plan, field)) is not int or not 0 < value <= MAX_FEATURES:
-            raise SchemaError(f"{where}: {field} = {str(value)[:40]}, expected 1..{MAX_FEATURES}")
+        least = 0 if plan.scheme is None else 1
+        if type(value := getattr(plan, field)) is not int or not least <= value <= MAX_FEATURES:
+            raise SchemaError(f"{where}: {field} = {str(value)[:40]}, expected {least}..{MAX_FEATURES}")
     sqnr = plan.output_sqnr
     if sqnr is not None and type(sqnr) not in (int, float):
         raise SchemaError(f"{where}: output_sqnr is no number")

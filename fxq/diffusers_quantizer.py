@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fxq.apply import QuantizedLinear
 from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
+from fxq.export.stored import layer_problems
+from fxq.ir import stored_names
 
 
 class Method(enum.StrEnum):
@@ -146,6 +148,9 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             module = model.get_submodule(layer)
             assert isinstance(module, QuantizedLinear)
             module.plan = entry.plan(layer, module.perm)
+            stored = {name: getattr(module, name) for name in stored_names(module.plan)}
+            for problem in layer_problems(module.plan, stored):
+                raise BundleError(f"layer {layer}: {problem}; the folder is damaged")
             module.lay_out()
         return model
 

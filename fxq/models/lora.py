@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxq.models.checkpoints import CheckpointError, compact, plain_names, read_raw
+from fxq.reading import read_json
 
 LORA_KEYS = ("generator_lora", "lora", "generator_ema", "generator", "model")
 _NAME = re.compile(r"(?:base_model\.model\.|diffusion_model\.)?(.+?)\.lora_(A|B|down|up)(?:\.default)?\.weight")
@@ -54,6 +54,8 @@ def read_lora(path: str | pathlib.Path, alpha: float | None = None) -> dict[str,
             side = "down" if match[2] in ("A", "down") else "up"
             halves.setdefault(match[1].removeprefix("model."), {})[side] = tensor
         elif match := _ALPHA.fullmatch(name):
+            if tensor.numel() != 1:
+                raise CheckpointError(f"{path}: {name} has {tensor.numel()} values, expected one number")
             alphas[match[1].removeprefix("model.")] = float(tensor)
         else:
             strangers.append(name)
@@ -82,7 +84,7 @@ def _update(
     default: float | None,
 ) -> Update:
     down, up = pair["down"], pair["up"]
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
         raise CheckpointError(
             f"{path}: {layer} has down {list(down.shape)} and up {list(up.shape)}, expected [rank, K] and [N, rank]"
         )
@@ -96,9 +98,9 @@ def _config_alpha(path: pathlib.Path) -> float | None:
     if not config.exists():
         return None
     try:
-        return float(json.loads(config.read_text(encoding="utf-8"))["lora_alpha"])
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{config} has no number lora_alpha; give the alpha yourself") from None
+        return float(read_json(config, path.parent)["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise CheckpointError(f"{config} has no number lora_alpha; give the alpha yourself") from error
 
 
 def check_updates(tensors: Mapping[str, Tensor], updates: Mapping[str, Update], path: pathlib.Path) -> None:
