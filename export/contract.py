@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
@@ -71,7 +72,8 @@ class Verdict:
         for name in ("check", "result", "detail"):
             table.add_column(name)
         for check in self.checks:
-            table.add_row(check.name, check.status, check.detail, style="red" if check.status == "failed" else None)
+            cells = (check.name, check.status, check.detail)
+            table.add_row(*map(Text, cells), style="red" if check.status == "failed" else None)
         yield table
         if not self.layers:
             return
@@ -81,7 +83,8 @@ class Verdict:
         for item in self.layers:
             problems = "; ".join(item.problems)
             style = "red" if problems else None
-            rows.add_row(item.layer, item.bits, item.quantize_kernel, item.linear_kernel, problems, style=style)
+            cells_of = (item.layer, item.bits, item.quantize_kernel, item.linear_kernel, problems)
+            rows.add_row(*map(Text, cells_of), style=style)
         yield rows
 
 

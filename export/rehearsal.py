@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxq.export.kernel_rules import misfit, tensors_in, work_of
 from fxq.ir import get_tensor
 
 FLOOR_BYTES = 1 << 29
@@ -92,6 +92,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count(func, args, result)
+        if reason := misfit(func, args, kwargs or {}):
+            raise RehearsalError(reason)
         return result
 
     def count(self, func: Any, args: Sequence[Any], result: Any) -> int:
@@ -132,35 +134,6 @@ class Brake(Meter):
         if self.live > self.limit:
             raise RehearsalError(f"the values up to {func} take {self.live} bytes, more than {self.limit}")
         return func(*args, **(kwargs or {}))
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """Tensors of an argument list or result, in lists too."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
-
-
-def work_of(name: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
-    """About how many multiplications an operator makes; elements that are read and written count as eight."""
-    passes = 8 * sum(math.prod(t.shape) for t in (*read, *made))
-    if not made or not read:
-        return passes
-    kind, out = name.split(".")[1], math.prod(made[0].shape)
-    if kind in ("mm", "bmm", "linear", "matmul", "mv", "dot") or kind.startswith("dual_scale_linear"):
-        return passes + out * (read[0].shape[-1] if read[0].ndim else 1)
-    if kind in ("addmm", "baddbmm", "addbmm", "addmv") and len(read) > 1:
-        return passes + out * read[1].shape[-1]
-    if "convolution" in kind and len(read) > 1:
-        wide = max(out, math.prod(read[0].shape))
-        return passes + wide * math.prod(read[1].shape[1:])
-    if "scaled_dot_product" in kind and len(read) > 1 and read[1].ndim > 1:
-        return passes + 2 * math.prod(read[0].shape) * read[1].shape[-2]
-    if kind.startswith(("linalg_", "chain")) and read[0].ndim > 1:
-        return passes + math.prod(read[0].shape) * min(read[0].shape[-2:]) * 4
-    return passes
 
 
 class _Rehearsal(fx.Interpreter):

@@ -22,9 +22,15 @@ def _dtype_name(name: str) -> str:
     return name
 
 
+def _printable(text: str) -> str:
+    if not all(character.isprintable() or character in "\n\t" for character in text):
+        raise ValueError("a text with control characters, which could steer a terminal")
+    return text
+
+
 DtypeName = Annotated[str, AfterValidator(_dtype_name)]
-Text = Annotated[str, Field(max_length=2000)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_printable)]
 Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=MAX_RANK)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -114,6 +120,10 @@ def check_plan(plan: LayerPlan) -> None:
         value = getattr(plan, field)
         if not isinstance(value, str) or len(value) > 2000:
             raise SchemaError(f"{where}: {field} is no short text")
+        try:
+            _printable(value)
+        except ValueError as error:
+            raise SchemaError(f"{where}: {field} is {error}") from None
     for field in ("in_features", "out_features"):
         least = 0 if plan.scheme is None else 1
         if type(value := getattr(plan, field)) is not int or not least <= value <= MAX_FEATURES:

@@ -198,7 +198,8 @@ class Recording:
         except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, RecordError):
                 raise
-            raise RecordError(f"recording {path} cannot be read: {type(error).__name__}: {error}") from error
+            kind = type(error.__cause__ or error).__name__
+            raise RecordError(f"recording {path} cannot be read: {kind}: {error}") from error
         return recording
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from fxq import kernels
@@ -80,15 +81,16 @@ class Summary:
         table.add_column("output SQNR dB", justify="right")
         table.add_column("kernel or reason")
         for row in self.rows:
-            table.add_row(
+            cells = (
                 row.layer,
                 row.bits,
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
                 "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
-                style=None if row.quantized else "dim",
             )
+            # As plain text: names and reasons may come from a file, and brackets in them are no markup.
+            table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
         yield table
 
     def __str__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import struct
 import zipfile
 from collections.abc import Mapping
 from typing import IO, Any
@@ -30,8 +31,11 @@ def check_archive(path: pathlib.Path) -> None:
         ReadError: naming the entry.
     """
     with regular_file(path).open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            return
+        try:
+            if not zipfile.is_zipfile(file):
+                return
+        except (zipfile.BadZipFile, struct.error, OSError, ValueError) as error:
+            raise ReadError(f"it is no whole zip archive: {error}") from error
         with _opened(file) as archive:
             for entry in archive.infolist():
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
@@ -39,14 +43,18 @@ def check_archive(path: pathlib.Path) -> None:
                 if entry.filename.endswith("data.pkl"):
                     if entry.file_size > MAX_PICKLE:
                         raise ReadError(f"its pickle has {entry.file_size} bytes, at most {MAX_PICKLE} are read")
-                    if b"bytearray" in archive.read(entry):
+                    try:
+                        content = archive.read(entry)
+                    except (EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+                        raise ReadError(f"its pickle is truncated or damaged: {error}") from error
+                    if b"bytearray" in content:
                         raise ReadError("its pickle asks for a bytearray, which can be of any size")
 
 
 def _opened(file: IO[bytes]) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, struct.error, ValueError, OSError, NotImplementedError) as error:
         raise ReadError(f"it is no whole zip archive: {error}") from error
     if len(archive.infolist()) > MAX_ENTRIES:
         raise ReadError(f"it has {len(archive.infolist())} entries, at most {MAX_ENTRIES} are read")
