@@ -59,6 +59,7 @@ MEMORY_FORMATS: dict[str, torch.memory_format] = {
     for form in (torch.contiguous_format, torch.preserve_format, torch.channels_last, torch.channels_last_3d)
 }
 
+_DTYPE_SET: frozenset[torch.dtype] = frozenset(DTYPES.values())
 _TEXTS = {
     "approximate": r"none|tanh",
     "rounding_mode": r"trunc|floor",
@@ -220,7 +221,6 @@ _FITS: dict[str, Callable[[Any, Mapping[fx.Node, Value]], bool]] = {
     "MemoryFormat": lambda value, known: isinstance(value, torch.memory_format),
     "Device": lambda value, known: isinstance(value, torch.device),
 }
-_DTYPE_SET = frozenset(DTYPES.values())
 
 
 def _check_arithmetic(target: Callable[..., Any], args: Sequence[Any], known: Mapping[fx.Node, Value]) -> Value:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -55,7 +56,7 @@ class Manifest:
     """What a bundle holds.
 
     ``facts``: recipe, sensitivity, calibration hash, environment; ``files``: sha256 by name. ``inputs`` and
-    ``fingerprint`` are None in bundles written before they existed.
+    ``fingerprint`` are None, and ``seal`` (see :func:`seal_of`) is empty, in bundles written before they existed.
     """
 
     format_version: int
@@ -66,6 +67,7 @@ class Manifest:
     files: dict[Name, Text]
     inputs: Annotated[tuple[InputEntry, ...], Field(max_length=MAX_TENSORS)] | None = None
     fingerprint: Fingerprint | None = None
+    seal: Text = ""
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -108,7 +110,7 @@ def save(
     with whole_folder(out, (MANIFEST, TENSORS, GRAPH), "a bundle") as folder:
         tensors = tensors_of(module)
         write_tensors(tensors, folder / TENSORS, receipt.to_header() | {"format": "pt"})
-        (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
+        (folder / GRAPH).write_text(json.dumps(graph | {"sealed": True}, separators=(",", ":")), encoding="utf-8")
         inputs = input_entries(module)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -120,8 +122,34 @@ def save(
             inputs=inputs,
             fingerprint=take_fingerprint(module, inputs) if fingerprint else None,
         )
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+        data = dataclasses.asdict(manifest)
+        data["seal"] = seal_of(data)
+        (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
     return out
+
+
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's JSON without its ``seal``, with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def stated_seal(folder: pathlib.Path) -> str:
+    """The seal that the manifest in a folder should have.
+
+    Raises:
+        OSError, ReadError: when it cannot be read.
+    """
+    return seal_of(read_json(folder / MANIFEST, folder))
+
+
+def is_sealed(folder: pathlib.Path) -> bool:
+    """Whether the graph says that the manifest beside it was written with a seal.
+
+    Raises:
+        OSError, ReadError: when it cannot be read.
+    """
+    return read_json(folder / GRAPH, folder).get("sealed") is True
 
 
 def _layer_entry(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> LayerEntry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +23,7 @@ from fxq.reading import MAX_RANK
 from fxq.signature import Sizes
 
 _MASK = 0xFFFFFFFF
+_PIECE = 1 << 20
 MAX_VALUES = 2**44
 """Most values of one input."""
 
@@ -86,6 +87,11 @@ def stand_ins(module: fx.GraphModule, entries: Sequence[InputEntry] | None, size
             agree = agree and want == constant and type(want["value"]) is type(entry.value)
         if not agree or entry.name != node.name:
             raise BundleError(f"input {node.name}: facts.inputs says {want}, inputs says {entry.name} {stated}")
+    return without_data(entries)
+
+
+def without_data(entries: Sequence[InputEntry]) -> list[Any]:
+    """Flat inputs of the captured sizes on the meta device."""
     return [
         entry.value if entry.dtype is None else torch.empty(entry.example, dtype=_dtype(entry), device="meta")
         for entry in entries
@@ -148,9 +154,10 @@ def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device
             continue
         dtype = _dtype(entry)
         if dtype.is_floating_point:
-            count = torch.Size(entry.example).numel()
-            values = (noise(count, seed + position) - 0.5) * 12**0.5
-            leaves.append(values.reshape(entry.example).to(device, dtype))
+            values = torch.empty(entry.example, dtype=dtype)
+            for start, part in pieces(values):
+                part.copy_((noise(len(part), seed + position, start) - 0.5) * 12**0.5)
+            leaves.append(values.to(device))
         else:
             leaves.append(torch.full(entry.example, dtype == torch.bool, dtype=dtype, device=device))
     return leaves
@@ -163,12 +170,19 @@ def _dtype(entry: InputEntry) -> torch.dtype:
     return dtype
 
 
-def noise(count: int, seed: int) -> Tensor:
+def noise(count: int, seed: int, start: int = 0) -> Tensor:
     """float64 [count] in 0..1 from an integer hash of position and seed: no generator, so no version dependence."""
-    z = (torch.arange(count, dtype=torch.int64) + 1_000_003 * (seed + 1)) * 0x9E3779B1 & _MASK
+    z = (torch.arange(start, start + count, dtype=torch.int64) + 1_000_003 * (seed + 1)) * 0x9E3779B1 & _MASK
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         z = (z ^ (z >> shift)) * factor & _MASK
     return (z ^ (z >> 16)).double() / 2**32
+
+
+def pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A contiguous tensor in flat parts of bounded size, with the position of each."""
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield start, flat[start : start + _PIECE]
 
 
 def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> bool:

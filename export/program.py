@@ -7,14 +7,16 @@ expressions of sizes as Python, so it is for files one trusts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -26,7 +28,10 @@ from fxq.export.capture import Example, ExportError, capture, frozen, lower, pla
 from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.export.files import BundleError, sha256, whole_folder
 from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
+from fxq.export.native_code import load_native, note_as_own
+from fxq.export.strict import Name, SchemaError, Size, Text, validated
 from fxq.ir import get_tensor
+from fxq.reading import ReadError, read_json, regular_file
 
 PROGRAM, FACTS = "program.pt2", "program.json"
 BUNDLE = (bundle.MANIFEST, bundle.TENSORS, bundle.GRAPH)
@@ -75,7 +80,21 @@ def export_program(
             (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BundleError as error:
         raise ExportError(str(error)) from error
+    if aoti:
+        note_as_own(hashes[PROGRAM])
     return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What ``program.json`` holds beside version and kind."""
+
+    fxq_version: Text
+    torch_version: Text
+    files: dict[Name, Text]
+    runtime: dict[str, Any]
+    imports: Annotated[list[Name], Field(max_length=10)]
+    integer_products: Size = 0
 
 
 def _facts(aoti: bool, runtime: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
@@ -154,46 +173,71 @@ def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:
     folder = pathlib.Path(path)
     file = folder / FACTS
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_json(file, folder)
     except OSError as error:
-        raise ExportError(f"{file}: {error.strerror or error}; expected a folder made by fxq.export_program") from None
-    except ValueError as error:
-        raise ExportError(f"{file} is not valid JSON ({error}); the program is damaged, export it again") from None
+        raise ExportError(f"{file}: {error.strerror or error}; expected a folder made by fxq.export_program") from error
+    except ReadError as error:
+        raise ExportError(f"{file}: {error}; the program is damaged, export it again") from error
     version = facts.get("format_version") if isinstance(facts, dict) else None
-    if version != FORMAT_VERSION:
-        raise ExportError(f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; export it again")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ExportError(
+            f"{file}: format version {repr(version)[:40]}, this fxq reads {FORMAT_VERSION}; export it again"
+        )
     files, kind = facts.get("files"), facts.get("kind")
     wanted = {PROGRAM, *(BUNDLE if kind == "weight_free" else ())}
     if kind not in ("aoti", "weight_free") or not isinstance(files, dict) or set(files) != wanted:
-        raise ExportError(f"{file}: kind {kind!r} with files {files}; the program is damaged, export it again")
+        shown = f"kind {repr(kind)[:40]} with files {str(files)[:200]}"
+        raise ExportError(f"{file}: {shown}; the program is damaged, export it again")
+    if facts.get("entries") != list(ENTRIES if kind == "aoti" else ("model",)):
+        shown = f"entries {str(facts.get('entries'))[:80]} of a program of kind {kind}"
+        raise ExportError(f"{file}: {shown}; the program is damaged, export it again")
+    try:
+        validated(_Facts, facts)
+    except SchemaError as error:
+        raise ExportError(f"{file}: {error}; the program is damaged, export it again") from error
     for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder / name} is missing; copy the whole folder")
-        if sha256(folder / name) != digest:
-            raise ExportError(
-                f"{folder / name} does not have the hash that {FACTS} states: truncated or altered; copy it again"
-            )
+        _check_hash(folder, name, digest)
     here = torch.__version__.partition("+")[0]
     if kind == "aoti" and facts.get("torch_version") != here:
         raise ExportError(f"{folder}: compiled by torch {facts.get('torch_version')}, this is {here}; export it again")
-    return facts
+    return dict(facts)
+
+
+def _check_hash(folder: pathlib.Path, name: str, digest: str) -> None:
+    try:
+        found = sha256(regular_file(folder / name, folder))
+    except FileNotFoundError as error:
+        raise ExportError(f"{folder / name} is missing; copy the whole folder") from error
+    except (OSError, ReadError) as error:
+        raise ExportError(f"{folder / name} cannot be read: {error}") from error
+    if found != digest:
+        raise ExportError(
+            f"{folder / name} does not have the hash that {FACTS} states: truncated or altered; copy it again"
+        )
 
 
 def load_program(
-    path: str | os.PathLike[str], entry: str = "denoise", device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    entry: str = "denoise",
+    device: str | torch.device = "cpu",
+    *,
+    allow_native_code: bool = False,
 ) -> Callable[..., Any]:
     """A callable with the module's arguments and results, which refuses calls that the module was not captured for.
 
-    Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: load it
-    from where you would install software.
+    Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: it is
+    loaded where this user exported it (:mod:`fxq.export.native_code` keeps note), or with your word.
 
     Args:
         path: folder of :func:`export_program`.
         entry: of a compiled program.
         device: where a weight-free program's tensors go.
+        allow_native_code: load a compiled program of somebody else; say so only for one from where you would install
+            software.
 
     Raises:
-        ExportError: as :func:`read_program`, for an unknown entry, or when a program was compiled for another CPU.
+        ExportError: as :func:`read_program`, for an unknown entry, when a program was compiled for another CPU, or for
+            a compiled program of somebody else without your word.
     """
     folder = pathlib.Path(path)
     facts = read_program(folder)
@@ -201,10 +245,9 @@ def load_program(
         try:
             return bundle.load(folder, device)
         except BundleError as error:
-            raise ExportError(str(error)) from None
+            raise ExportError(str(error)) from error
     if entry not in ENTRIES:
         raise ExportError(f"entry {entry!r}: expected one of {', '.join(ENTRIES)}")
-    from torch._inductor.package.package import load_package
-
     refuse_other_cpu(folder / FACTS, facts)
-    return compiled_program(load_package(str(folder / PROGRAM), entry), facts, str(folder))
+    run = load_native(folder, PROGRAM, facts["files"][PROGRAM], entry, allow_native_code)
+    return compiled_program(run, facts, str(folder))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +15,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxq.export.kernel_rules import misfit, tensors_in, work_of
 from fxq.ir import get_tensor
 
 FLOOR_BYTES = 1 << 29
@@ -81,21 +82,22 @@ def rehearse(module: fx.GraphModule, leaves: Sequence[Any] | None) -> Cost:
 
 
 class Meter(TorchDispatchMode):
-    """Counts what the operators below composite ones make; ``before`` may refuse one before it runs."""
+    """Counts what the operators below composite ones make."""
 
     def __init__(self, limit: int, max_work: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.limit, self.max_work = limit, max_work
         self.live = self.peak = self.work = 0
-        self.before: Callable[[Any, Any, Any], Any] | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count(func, args, result)
+        if reason := misfit(func, args, kwargs or {}):
+            raise RehearsalError(reason)
         return result
 
-    def count(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        """Add up one operator's results.
+    def count(self, func: Any, args: Sequence[Any], result: Any) -> int:
+        """Add up one operator's results; returns their bytes.
 
         Raises:
             RehearsalError: when they are larger than the limits.
@@ -108,35 +110,30 @@ class Meter(TorchDispatchMode):
             raise RehearsalError(f"{func} would make {size} bytes, more than {self.limit}")
         if self.work > self.max_work:
             raise RehearsalError(f"a call would take more than {self.max_work} multiplications")
+        return size
 
 
-def tensors_in(value: Any) -> list[Tensor]:
-    """Tensors of an argument list or result, in lists too."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in tensors_in(item)]
-    return []
+class Brake(Meter):
+    """Tries every operator of a real call on fake tensors first, and refuses it when all that was made is too much."""
 
+    def __init__(self, limit: int, max_work: int) -> None:
+        super().__init__(limit, max_work)
+        self.mode = FakeTensorMode(allow_fallback_kernels=False)
 
-def work_of(name: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
-    """About how many multiplications an operator makes; elements that are read and written count as eight."""
-    passes = 8 * sum(math.prod(t.shape) for t in (*read, *made))
-    if not made or not read:
-        return passes
-    kind, out = name.split(".")[1], math.prod(made[0].shape)
-    if kind in ("mm", "bmm", "linear", "matmul", "mv", "dot") or kind.startswith("dual_scale_linear"):
-        return passes + out * (read[0].shape[-1] if read[0].ndim else 1)
-    if kind in ("addmm", "baddbmm", "addbmm", "addmv") and len(read) > 1:
-        return passes + out * read[1].shape[-1]
-    if "convolution" in kind and len(read) > 1:
-        wide = max(out, math.prod(read[0].shape))
-        return passes + wide * math.prod(read[1].shape[1:])
-    if "scaled_dot_product" in kind and len(read) > 1 and read[1].ndim > 1:
-        return passes + 2 * math.prod(read[0].shape) * read[1].shape[-2]
-    if kind.startswith(("linalg_", "chain")) and read[0].ndim > 1:
-        return passes + math.prod(read[0].shape) * min(read[0].shape[-2:]) * 4
-    return passes
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def fake(value: Any) -> Any:
+            return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
+
+        given, named = pytree.tree_map(fake, (tuple(args), dict(kwargs or {})))
+        try:
+            with self.mode:
+                result = func(*given, **named)
+            self.live += self.count(func, given, result)
+        except _NO_RULE:
+            self.live += 8 * sum(tensor.nbytes for tensor in tensors_in(args))
+        if self.live > self.limit:
+            raise RehearsalError(f"the values up to {func} take {self.live} bytes, more than {self.limit}")
+        return func(*args, **(kwargs or {}))
 
 
 class _Rehearsal(fx.Interpreter):

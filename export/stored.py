@@ -7,7 +7,7 @@ as indices. What a file says of them is checked here once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -57,7 +57,7 @@ def check_stored(module: fx.GraphModule, *, values: bool = True) -> None:
         operands |= {f"{layer}.{name}" for name in stored_names(plan)}
         if values:
             tensors = {name: get_tensor(module, f"{layer}.{name}") for name in stored_names(plan)}
-            for problem in _problems(plan, tensors):
+            for problem in layer_problems(plan, tensors):
                 raise StoredError(f"{layer}: {problem}")
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in _STORED and node not in done:
@@ -70,7 +70,7 @@ def _quantize_of(node: fx.Node, plan: LayerPlan) -> fx.Node:
     """The node that quantizes the input of a layer's product."""
     assert plan.scheme is not None
     product, wanted = (_LINEAR_PER_TOKEN, _PER_TOKEN) if plan.scheme.per_token else (_LINEAR, _QUANTIZE)
-    source = node.args[0] if node.target == product and node.args else None
+    source: object = node.args[0] if node.target == product and node.args else None
     if plan.scheme.per_token:
         pair = {_item_of(node.args[i], i) for i in range(2)} if source is not None and len(node.args) > 1 else {None}
         source = pair.pop() if len(pair) == 1 else None
@@ -105,7 +105,7 @@ def _check_reads(node: fx.Node, plan: LayerPlan) -> None:
             raise StoredError(f"{plan.layer}: {name} {given.get(name)}, the plan says {wanted}")
 
 
-def _problems(plan: LayerPlan, tensors: dict[str, Tensor]) -> Iterator[str]:
+def layer_problems(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with the values of a layer's tensors; shapes of the product's operands are known to fit."""
     groups = 2 if plan.outliers else 1
     for name in ("weight_scale", "input_scale"):
@@ -127,7 +127,7 @@ def _is_scale(scale: Tensor) -> bool:
     return scale.dtype == torch.float32 and bool(((scale > 0) & scale.reciprocal().isfinite() & scale.isfinite()).all())
 
 
-def _outlier_problems(plan: LayerPlan, tensors: dict[str, Tensor]) -> Iterator[str]:
+def _outlier_problems(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     perm = tensors["perm"]
     outliers = torch.tensor(plan.outliers, dtype=torch.int32)
     normal = torch.ones(plan.in_features, dtype=torch.bool)

@@ -24,9 +24,15 @@ def _dtype_name(name: str) -> str:
     return name
 
 
+def _printable(text: str) -> str:
+    if not all(character.isprintable() or character in "\n\t" for character in text):
+        raise ValueError("a text with control characters, which could steer a terminal")
+    return text
+
+
 DtypeName = Annotated[str, AfterValidator(_dtype_name)]
-Text = Annotated[str, Field(max_length=2000)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+Text = Annotated[str, Field(max_length=2000), AfterValidator(_printable)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_printable)]
 Size = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=MAX_RANK)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -41,7 +47,7 @@ class SchemaError(ValueError):
 
 
 @functools.cache
-def _adapter(cls: type[_Class]) -> TypeAdapter[_Class]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
@@ -52,7 +58,9 @@ def validated(cls: type[_Class], data: Any) -> _Class:
         SchemaError: naming the first place where it does not fit.
     """
     try:
-        return _adapter(cls).validate_json(json.dumps(data), strict=True)
+        adapter: TypeAdapter[_Class] = _adapter(cls)  # type: ignore[arg-type]
+        found = adapter.validate_json(json.dumps(data), strict=True)
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise SchemaError(f"{'.'.join(map(str, first['loc']))[:200]}: {first['msg'][:200]}") from None
@@ -124,9 +132,14 @@ def check_plan(plan: LayerPlan) -> None:
         value = getattr(plan, field)
         if not isinstance(value, str) or len(value) > 2000:
             raise SchemaError(f"{where}: {field} is no short text")
+        try:
+            _printable(value)
+        except ValueError as error:
+            raise SchemaError(f"{where}: {field} is {error}") from None
     for field in ("in_features", "out_features"):
-        if type(value := getattr(plan, field)) is not int or not 0 < value <= MAX_FEATURES:
-            raise SchemaError(f"{where}: {field} = {str(value)[:40]}, expected 1..{MAX_FEATURES}")
+        least = 0 if plan.scheme is None else 1
+        if type(value := getattr(plan, field)) is not int or not least <= value <= MAX_FEATURES:
+            raise SchemaError(f"{where}: {field} = {str(value)[:40]}, expected {least}..{MAX_FEATURES}")
     sqnr = plan.output_sqnr
     if sqnr is not None and type(sqnr) not in (int, float):
         raise SchemaError(f"{where}: output_sqnr is no number")

@@ -15,6 +15,7 @@ from fxq import cpu
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
+from fxq.reading import ReadError, read_json
 
 Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
@@ -97,9 +98,9 @@ def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read as a model's config.json: {error}") from None
+        config = read_json(path)
+    except (OSError, ReadError) as error:
+        raise BundleError(f"{path} cannot be read as a model's config.json: {error}") from error
     if not isinstance(config, dict):
         raise BundleError(f"{path} is not a model's config.json: expected a JSON object")
     return config

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
+from fxq.export.stored import layer_problems
+from fxq.ir import stored_names
 from fxq.quantized_linear import QuantizedLinear, buffer_name
 
 
@@ -159,6 +161,9 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             module = model.get_submodule(layer)
             assert isinstance(module, QuantizedLinear)
             module.plan = entry.plan(layer, module.perm)
+            stored = {name: getattr(module, buffer_name(name)) for name in stored_names(module.plan)}
+            for problem in layer_problems(module.plan, stored):
+                raise BundleError(f"layer {layer}: {problem}; the folder is damaged")
             in_float32 = set(layer.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ())
             module.set_form(torch.float32 if in_float32 else self.dtype or kept)
             module.lay_out()

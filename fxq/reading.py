@@ -126,7 +126,7 @@ def parse_json(content: str | bytes, max_string: int = MAX_STRING) -> Any:
     except ReadError:
         raise
     except ValueError as error:
-        raise ReadError(f"not valid JSON ({str(error)[:200]})") from None
+        raise ReadError(f"not valid JSON ({str(error)[:200]})") from error
     return value
 
 

@@ -85,15 +85,16 @@ class Summary:
         table.add_column("output SQNR dB", justify="right")
         table.add_column("kernel or reason")
         for row in self.rows:
-            table.add_row(
+            cells = (
                 row.layer,
                 row.bits,
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
                 "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
-                style=None if row.quantized else "dim",
             )
+            # As plain text: names and reasons may come from a file, and brackets in them are no markup.
+            table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
         yield table
         if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
             yield Text(gemm.in_float_note())

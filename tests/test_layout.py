@@ -32,6 +32,7 @@ LAYERS = (
         "models",
         "metrics",
         "progress",
+        "reading",
         "residency",
         "reach",
         "offload",
@@ -98,6 +99,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "export": ("models", "metrics", "trace", "calibrate", "recipes", *USER_FACING),
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
     "recipes": USER_FACING,
+    "recipe_files": ("passes", "export", "recipes", *USER_FACING),
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
         for name in (
@@ -137,8 +139,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "bench": ("cli", "demo", "lab", "report"),
     "planning": ("export", "quantize", "optimize", "adapters", "bench", "cli", "demo", "lab", "report"),
 }
-FORBIDDEN |= {name: FORBIDDEN["numerics"] for name in ("checkpoint", "residency", "workers")}
-for foundation in (*LAYERS[0], "checkpoint", "residency", "workers"):
+FORBIDDEN |= {name: FORBIDDEN["numerics"] for name in ("checkpoint", "reading", "residency", "workers")}
+for foundation in (*LAYERS[0], "checkpoint", "reading", "residency", "workers"):
     FORBIDDEN[foundation] += ("kernels",)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def _devices() -> tuple[Device, ...]:
 
 def _compiler() -> str:
     path = compiler()
-    return f"{path}: {_first_line([path, '--version']) or 'does not run'}" if path else ""
+    return f"{path}: {_first_line([*shlex.split(path), '--version']) or 'does not run'}" if path else ""
 
 
 def _first_line(command: list[str]) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxq
-from fxq.export.bundle import FORMAT_VERSION, read_manifest
+from fxq.export.bundle import FORMAT_VERSION, read_manifest, seal_of
 from tests.test_calibrate import Keywords
 from tests.toys import recipe, rows, toy, wan_rollout
 
@@ -43,12 +43,15 @@ def resign(folder):
     data = json.loads(file.read_text())
     for name in data["files"]:
         data["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    data["seal"] = seal_of(data)
     file.write_text(json.dumps(data))
 
 
 def change(folder, name, edit):
     data = json.loads((folder / name).read_text())
     data = edit(data) or data
+    if name == "manifest.json" and isinstance(data, dict):
+        data["seal"] = seal_of(data)
     (folder / name).write_text(json.dumps(data))
     if name != "manifest.json":
         resign(folder)

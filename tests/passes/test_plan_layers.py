@@ -105,7 +105,9 @@ def test_sums_that_can_leave_int32_are_kept_before_any_work():
 
     x = rows(3, MAX_WIDTH + 1)
     module = quantized(Wide(), [x])
-    assert reasons(module) == {"over": "in_features 131072: sums of more than 131071 products can overflow int32"}
+    assert reasons(module) == {
+        "over": "131072 input channels can overflow the int32 sum of a product: at most 131071 fit"
+    }
     extreme = torch.full((1, MAX_WIDTH), 127, dtype=torch.int64) * 127
     assert int(extreme.sum()) < 2**31 <= 128 * 128 * (MAX_WIDTH + 1)
 
