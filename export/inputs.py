@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from fxq.exclusive import exclusive
 from fxq.export.files import BundleError
 from fxq.ir import example_value, get_tensor, inherit_meta
 
@@ -113,6 +114,7 @@ def noise(count: int, seed: int) -> Tensor:
     return (z ^ (z >> 16)).double() / 2**32
 
 
+@exclusive
 def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> bool:
     """Record the fake value of every node, as tracing does; passes that run on a loaded graph read them.
 
