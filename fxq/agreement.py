@@ -95,7 +95,7 @@ def flat_facts(data: Any, name: str = "") -> dict[str, str]:
         items = enumerate(data)
     else:
         return {name: json.dumps(data)}
-    found = {}
+    found: dict[str, str] = {}
     for key, value in items:
         found |= flat_facts(value, f"{name}.{key}" if name else str(key))
     return found or {name: json.dumps(data)}
@@ -108,7 +108,8 @@ def differences(told: Sequence[Mapping[str, Mapping[str, str]]], limit: int = 3)
         told: per rank its facts by subject and name.
         limit: most of them.
     """
-    found, first = [], told[0]
+    found: list[str] = []
+    first = told[0]
     for rank, facts in enumerate(told[1:], 1):
         for subject in first.keys() | facts.keys():
             mine, theirs = first.get(subject, {}), facts.get(subject, {})

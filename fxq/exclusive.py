@@ -94,11 +94,12 @@ def quiet(*loggers: str) -> Iterator[None]:
         for logger in map(logging.getLogger, loggers):
             undo.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        muted, before = _Muted(sys.stderr), sys.stderr
-        sys.stderr = muted  # type: ignore[assignment]
+        before: Any = sys.stderr
+        muted: Any = _Muted(before)
+        sys.stderr = muted
         try:
             yield
         finally:
             muted.thread = -1
-            if sys.stderr is muted:  # type: ignore[comparison-overlap]
+            if sys.stderr is muted:
                 sys.stderr = before

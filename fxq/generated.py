@@ -64,10 +64,11 @@ def shapes_let_go() -> Iterator[None]:
     The notes are made for the symbols of one graph, which no other graph has. Where torch has no such cache, nothing is
     done.
     """
-    cache = getattr(FakeTensorMode, "cache", None)
-    before = set(cache) if isinstance(cache, dict) else set()
+    found: Any = getattr(FakeTensorMode, "cache", None)
+    cache: dict[Any, Any] = found if isinstance(found, dict) else {}
+    before = set(cache)
     try:
         yield
     finally:
-        for key in [key for key in list(cache or ()) if key not in before] if isinstance(cache, dict) else []:
+        for key in [key for key in list(cache) if key not in before]:
             cache.pop(key, None)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from torch import distributed as dist
+import torch.distributed
 
 TIMEOUT = "FXQ_RANK_TIMEOUT"
 """Environment variable: seconds after which a rank without a sign of life counts as lost."""
@@ -239,7 +239,8 @@ class Watch:
             failed = "" if error is None else first_line(error)
             self._own = dataclasses.replace(self._own, left=True, failed=failed)
         self._wake.set()
-        self._thread.join(min(5.0, self.seconds))
+        answers = self._broken is None and time.monotonic() - self._looked < min(5.0, self.seconds)
+        self._thread.join(min(5.0, self.seconds) if answers else _SLOWEST)
         if failed and self.rank == 0:
             time.sleep(min(_IDLE, self.seconds / 5))  # the store may end with this process, and the others must read it
 
@@ -248,4 +249,10 @@ def own_connection(store: Any, prefix: str) -> Any:
     """The store under a prefix, by a connection of its own where torch can make one: others may wait in theirs."""
     with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):
         store = store.clone()
-    return dist.PrefixStore(prefix, store)
+    return prefixed(store, prefix)
+
+
+def prefixed(store: Any, prefix: str) -> Any:
+    """The part of a store whose keys have a prefix."""
+    distributed: Any = torch.distributed
+    return distributed.PrefixStore(prefix, store)

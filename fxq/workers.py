@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxq.agreement import differences
-from fxq.ranks import TIMEOUT, Watch, WorkerError, first_line, own_connection, patience
+from fxq.ranks import TIMEOUT, Watch, WorkerError, first_line, own_connection, patience, prefixed
 from fxq.streams import warn
 
 __all__ = ["WorkerError", "Workers", "launched", "let_go_of_default_group"]
@@ -262,10 +262,11 @@ def _ending(watch: Watch) -> Iterator[None]:
 
 def _meeting_place(rank: int, size: int, seconds: float) -> Any:
     """The store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name."""
+    distributed: Any = dist
     host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
     agent = _keeper() != "rank 0"
     try:
-        store = dist.TCPStore(
+        store = distributed.TCPStore(
             host,
             port,
             size,
@@ -279,7 +280,7 @@ def _meeting_place(rank: int, size: int, seconds: float) -> Any:
             f"({first_line(error)}). Start all ranks; {TIMEOUT} sets the seconds that they are waited for"
         ) from error
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"/worker/attempt_{restart}", store) if agent else store
+    return prefixed(store, f"/worker/attempt_{restart}") if agent else store
 
 
 @contextlib.contextmanager
@@ -311,7 +312,7 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
     with _ending(watch):
         watch.meet()
         try:
-            place = dist.PrefixStore("fxq/group", store)
+            place = prefixed(store, "fxq/group")
             dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_LONGEST_STEP)
         except (RuntimeError, ValueError) as error:
             raise WorkerError(f"the ranks of torchrun cannot find each other: {first_line(error)}") from error
