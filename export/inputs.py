@@ -15,11 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-<<<<<<< HEAD
-from fxq.export.arguments import DTYPES
-=======
 from fxq.exclusive import exclusive
->>>>>>> h-processes
+from fxq.export.arguments import DTYPES
 from fxq.export.files import BundleError
 from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Size, Value
 from fxq.ir import example_value, get_tensor, inherit_meta
@@ -182,7 +179,6 @@ def noise(count: int, seed: int, start: int = 0) -> Tensor:
     return (z ^ (z >> 16)).double() / 2**32
 
 
-<<<<<<< HEAD
 def pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """A contiguous tensor in flat parts of bounded size, with the position of each."""
     flat = tensor.view(-1)
@@ -190,9 +186,7 @@ def pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, flat[start : start + _PIECE]
 
 
-=======
 @exclusive
->>>>>>> h-processes
 def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> bool:
     """Record the fake value of every node, as tracing does; passes that run on a loaded graph read them.
 

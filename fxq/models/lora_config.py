@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fxq.models.checkpoints import CheckpointError
+from fxq.reading import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 _HEADER = "lora_adapter_metadata"  # where diffusers keeps the same settings, in the file's header
@@ -126,8 +126,8 @@ def read_settings(path: pathlib.Path, alpha: float | None = None) -> LoraSetting
     if config.exists():
         source = str(config)
         try:
-            data = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            data = read_json(config, path.parent)
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{source} is not valid JSON: {_line(error)}; copy it again") from error
     else:
         source, data = f"{path}, {_HEADER}", _from_header(path)
@@ -153,8 +153,8 @@ def _from_header(path: pathlib.Path) -> Any:
     try:
         with safe_open(path, "np") as file:
             text = (file.metadata() or {}).get(_HEADER)
-        data = None if text is None else json.loads(text)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        data = None if text is None else parse_json(text)
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {_HEADER} in its header is not valid JSON: {_line(error)}") from error
     if isinstance(data, dict):
         for component in _COMPONENTS:
