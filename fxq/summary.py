@@ -15,7 +15,6 @@ from fxq.graph import linear_sites, product_of
 from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
 from fxq.products import OtherProduct, other_products
 
-
 _OTHER = "matrix product that is no linear"
 
 
