@@ -125,7 +125,7 @@ class Recipe:
             ``uniform`` is 1, ``exponential`` is 2^-i, ``reversed`` is the measured one backwards, and
             ``single_scale_only`` is the measured one in single-scale layers and 1 elsewhere (the released code of
             arXiv 2605.21072).
-        rows_per_call: calibration rows kept per layer and denoiser call.
+        rows_per_call: calibration rows kept per layer and denoiser call, beside those that are rare for their size.
         max_rows: calibration rows kept per layer.
         seed: of every random choice.
         share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input

@@ -127,8 +127,8 @@ class RowSample:
         kept |= priority < bound
         weights = 1 / np.minimum(np.maximum(least, bound * share), 1.0)
         self._keep(kept.nonzero()[0])
-        weights = torch.from_numpy(self._calibrated(weights[kept])).float()
-        return self.rows, torch.from_numpy(self._marks[:, _CHUNK].copy()), weights
+        counts = torch.from_numpy(self._calibrated(weights[kept])).float()
+        return self.rows, torch.from_numpy(self._marks[:, _CHUNK].copy()), counts
 
     def _calibrated(self, weights: Floats) -> Floats:
         """The weights scaled so that those of each stratum add up to the rows seen of it, and all to all rows."""

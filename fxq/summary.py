@@ -17,6 +17,8 @@ from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
 from fxq.kernels import gemm
 from fxq.products import OtherProduct, other_products
 
+_OTHER = "matrix product that is no linear"
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
@@ -54,8 +56,13 @@ class Summary:
 
     @property
     def kept(self) -> tuple[LayerRow, ...]:
-        """Rows of layers in model dtype."""
+        """Rows of layers in model dtype, products that are no linear among them."""
         return tuple(row for row in self.rows if not row.quantized)
+
+    @property
+    def others(self) -> tuple[LayerRow, ...]:
+        """Rows of matrix products that are no linear."""
+        return tuple(row for row in self.rows if row.reason.startswith(_OTHER))
 
     @property
     def ratio(self) -> float:
@@ -77,9 +84,10 @@ class Summary:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(
-            title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16"
-        )
+        others = len(self.others)
+        counts = f"{len(self.quantized)} linears quantized, {len(self.kept) - others} kept"
+        counts += f", {others} other product{'s' * (others > 1)}" if others else ""
+        table = Table(title=f"{counts}, {self.ratio:.3f}x of bf16")
         for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("output SQNR dB", justify="right")
@@ -125,7 +133,7 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[s
 
 
 def _other(product: OtherProduct) -> LayerRow:
-    reason = f"matrix product that is no linear: {product.operator}"
+    reason = f"{_OTHER}: {product.operator}"
     return LayerRow(product.layer, False, reason, "-", product.shape, 0, None, 0, 2 * product.size, "")
 
 

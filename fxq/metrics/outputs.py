@@ -50,16 +50,18 @@ def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batche
 
 
 def _call(model: Callable[..., Any], item: Any) -> Any:
-    if isinstance(item, Mapping):
-        args, kwargs = (), dict(item)
-    elif isinstance(item, Tensor):
-        args, kwargs = (item,), {}
-    elif isinstance(item, tuple | list):
-        args, kwargs = tuple(item), {}
-    else:
-        args, kwargs = item.args, dict(item.kwargs)
-    args, kwargs = pytree.tree_map(_copied, (args, kwargs))
+    args, kwargs = pytree.tree_map(_copied, _arguments(item))
     return model(*args, **kwargs)
+
+
+def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, Tensor):
+        return (item,), {}
+    if isinstance(item, tuple | list):
+        return tuple(item), {}
+    return item.args, dict(item.kwargs)
 
 
 def _copied(leaf: Any) -> Any:
