@@ -174,7 +174,9 @@ def test_writes_that_nobody_can_notice_stay_as_they_are(run):
 def test_a_graph_that_reads_around_a_write_breaks_a_rule():
     program = torch.export.export(Block(base_behind_a_view).eval(), (torch.randn(4, 8, 64),))
     graph = QuantGraph(program.module(check_guards=False), Stage.TRACED)
-    with pytest.raises(RuleError, match=r"read around a write: mul_ at test_aliasing\.py:\d+ .* writes to what linear at"):
+    with pytest.raises(
+        RuleError, match=r"read around a write: mul_ at test_aliasing\.py:\d+ .* writes to what linear at"
+    ):
         check(graph, "now")
 
 

@@ -19,7 +19,6 @@ from fxq.ir import facts_of
 from fxq.passes.methods.ranges import MinMax
 from tests.toys import recipe, rows, toy
 
-
 PLAIN = fxq.Recipe(name="r", rules=(fxq.Rule("*", fxq.Scheme()),), methods=(MinMax(),))
 
 

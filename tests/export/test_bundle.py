@@ -372,7 +372,9 @@ def test_an_operator_of_another_library_is_loaded_at_the_callers_word_only(tmp_p
     q = fxq.quantize(Custom().eval(), [rows(3, 64)], recipe())
     fxq.save(q, tmp_path / "b")
     for allowed in ((), ("fxq_tests.double",), ("fxq_tests",)):
-        with pytest.raises(fxq.BundleError, match=r"fxq_tests\.triple\.default.*pass operators=\['fxq_tests\.triple'\]"):
+        with pytest.raises(
+            fxq.BundleError, match=r"fxq_tests\.triple\.default.*pass operators=\['fxq_tests\.triple'\]"
+        ):
             fxq.load(tmp_path / "b", operators=allowed)
     x = rows(3, 64)
     assert torch.equal(fxq.load(tmp_path / "b", operators=["fxq_tests.triple"])(x), q(x))
