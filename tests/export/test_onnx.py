@@ -207,11 +207,30 @@ def test_the_file_has_standard_operators_and_stored_integers(files):
 def test_the_metadata_say_what_the_file_holds(files):
     entry = {p.key: p.value for p in onnx.load(files[4]).metadata_props}["fxq"]
     assert json.loads(entry) == {
+        "call": {"names": ["x"], "inputs": [[None, 96]], "dtypes": ["float32"], "conditions": []},
         "fxq_version": fxq.__version__,
         "layers": {"blocks.0.up": 4, "blocks.0.down": 4},
         "needs_vnni": [],
         "runtime": {"steps": [1, 2]},
     }
+
+
+class Writes(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(64, 64)
+
+    def forward(self, x, cache):
+        cache[:, 1:].copy_(self.fc(x)[:, 1:])
+        return cache * 2
+
+
+def test_a_model_that_writes_to_its_input_has_no_onnx_form(tmp_path):
+    batch = (torch.randn(4, 64), torch.zeros(4, 64))
+    q = fxq.quantize(Writes().eval(), [batch], recipe(8), progress=False)
+    with pytest.raises(ExportError, match="writes to its input cache in place, which an ONNX file cannot"):
+        export_onnx(q, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_no_path_of_this_machine_is_in_the_file(files):

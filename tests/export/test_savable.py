@@ -77,7 +77,7 @@ class Named(nn.Module):
 
 
 def test_what_has_no_place_in_a_bundle_is_refused_before_calibration():
-    with pytest.raises(fxq.TraceError, match="could not be saved: .*calling convention"):
+    with pytest.raises(fxq.TraceError, match=r"could not be saved: .*calling convention"):
         fxq.quantize(Named().eval(), Calls(torch.randn(2, 32)), RECIPE, progress=False)
 
 
