@@ -223,6 +223,13 @@ _FITS: dict[str, Callable[[Any, Mapping[fx.Node, Value]], bool]] = {
 }
 
 
+_UNARY = frozenset(
+    {f"operator.{name}" for name in ("neg", "pos", "abs")}
+    | {f"torch.{name}" for name in ("sym_int", "sym_float", "sym_not", "_sym_sqrt", "sym_sqrt")}
+    | {"math.ceil", "math.floor", "math.trunc"}
+)
+
+
 def _check_arithmetic(target: Callable[..., Any], args: Sequence[Any], known: Mapping[fx.Node, Value]) -> Value:
     name = ARITHMETIC_NAMES[target]
     if target is operator.getitem and len(args) == 2 and isinstance(args[0], fx.Node):
@@ -232,8 +239,9 @@ def _check_arithmetic(target: Callable[..., Any], args: Sequence[Any], known: Ma
     if name == "torch.sym_sum" and len(args) == 1 and isinstance(args[0], list | tuple):
         bits = [_bits(item, known, name) for item in args[0]]
         return _number(max(bits, default=1) + len(bits).bit_length(), name)
-    if not 1 <= len(args) <= 3 or (target is operator.getitem):
-        raise ArgumentError(f"{name} takes one to three numbers, not {len(args)} arguments")
+    wanted = 1 if name in _UNARY else 3 if name == "torch.sym_ite" else 2
+    if len(args) != wanted or target is operator.getitem:
+        raise ArgumentError(f"{name} takes {wanted} numbers, not {str(args)[:80]}")
     bits = [_bits(item, known, name) for item in args]
     if target is operator.mul:
         return _number(sum(bits), name)

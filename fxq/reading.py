@@ -54,7 +54,7 @@ def regular_file(path: str | os.PathLike[str], folder: str | os.PathLike[str] | 
     path = pathlib.Path(path)
     real = pathlib.Path(os.path.realpath(path, strict=True))
     if folder is not None and not any(real.is_relative_to(place) for place in _places(pathlib.Path(folder))):
-        raise ReadError(f"{path} is a link to {real}, outside its folder; put the file itself there")
+        raise ReadError(f"{path.name} is a link to a place outside its folder, {real}; put the file itself there")
     if not stat.S_ISREG(os.stat(real, follow_symlinks=False).st_mode):
         raise ReadError(f"{path} is no regular file; copy the file itself there")
     return real
