@@ -103,7 +103,7 @@ def poison(q: Tensor, rows: Tensor) -> Tensor:
 
 
 def poisoned(q: Tensor) -> Tensor:
-    """Bool [...] of integers [..., K]: the rows that :func:`poison` marked."""
+    """The rows of integers [..., K] that :func:`poison` marked, bool [...]."""
     if q.shape[-1] < POISON_LEAST:
         return torch.zeros(q.shape[:-1], dtype=torch.bool, device=q.device)
     codes = poison_codes(q.shape[-1], q.device)

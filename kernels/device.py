@@ -52,7 +52,7 @@ def round_to_int32(x: Block, PTX: constexpr) -> Block:
 
 @jit
 def to_int8(x: Block, inverse: Block, zero: Block, LOW: constexpr, HIGH: constexpr) -> Block:
-    """``clip(round(x * inverse) + zero, LOW, HIGH)``, round half to even, as fxq.numerics.quantize_input; NaN is LOW."""
+    """``clip(round(x * inverse) + zero, LOW, HIGH)``, half to even, as fxq.numerics.quantize_input; NaN is LOW."""
     # The clamp stands between product and sum: they cannot contract to one FMA, which would round differently.
     low = (LOW - zero).to(tl.float32)
     scaled = x * inverse

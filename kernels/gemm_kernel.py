@@ -221,7 +221,7 @@ def linear_kernel(
         # At the end, where the sums no longer need the registers.
         columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
         broken = poisoned(q_rows, w_width * 2 if PACKED else w_width).to(tl.int32)
-        if EPILOGUE == "quantize":
+        if EPILOGUE == "quantize":  # noqa: SIM102
             if within // height == 0:
                 broken += broken_constants(
                     weight_scale_ptr, input_scale_ptr, offset_ptr, out_scale_ptr, N, DUAL, OUT_DUAL

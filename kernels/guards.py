@@ -1,4 +1,4 @@
-"""What every call of an operator passes before its kernel: tensors that are dense and on one device, and ``supports``."""
+"""What every call of an operator passes before its kernel: dense tensors on one device, and ``supports``."""
 
 from __future__ import annotations
 

@@ -120,7 +120,8 @@ def norm_quantize(
 ) -> Tensor:
     """``quantize_act(layer_norm(x) * (1 + gain) + shift)``, in float32 up to the store.
 
-    A row counts as not finite where what is quantized is not, or where its variance overflows. Kernels may differ from the reference by one integer where the value lies within their float error of a rounding
+    A row counts as not finite where what is quantized is not, or where its variance overflows. Kernels may differ from
+    the reference by one integer where the value lies within their float error of a rounding
     boundary.
 
     Args:

@@ -78,8 +78,8 @@ def _samples() -> Sequence[Arguments]:
 def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
     """Static asymmetric quantization of activations with one scale, or with one per channel group.
 
-    Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Rows that are not finite carry
-    the mark of :func:`fxq.numerics.poison`.
+    Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Rows that are not finite
+    carry the mark of :func:`fxq.numerics.poison`.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -142,7 +142,7 @@ def round_rows(values: Tensor, scale: Tensor, zero_point: Tensor, split: int, bi
 
 
 def broken_rows(values: Tensor) -> Tensor | None:
-    """Bool [M], the rows of float32 [M, K] on a CPU that are not finite; None when all are."""
+    """The rows of float32 [M, K] on a CPU that are not finite, bool [M]; None when all are."""
     if bool(values.sum(1).isfinite().all()):
         return None
     broken = ~values.isfinite().all(1)

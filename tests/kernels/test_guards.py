@@ -1,4 +1,4 @@
-"""Every tensor of every operator on another device or in another layout is refused by name; odd strides are read right."""
+"""Tensors on another device or in another layout are refused by name, in every operator; odd strides are read right."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_sparse_tensor_is_refused(op, sample, grad):
 
 def test_a_nested_tensor_is_refused():
     x = torch.nested.nested_tensor([torch.randn(3, 64), torch.randn(5, 64)])
-    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match="(?i)nested"):
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=r"(?i)nested"):
         quantize_act(x, None, torch.ones(1), torch.zeros(1).int(), 64, 8)
 
 
