@@ -14,6 +14,7 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
@@ -62,6 +63,10 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     use_keep_in_fp32_modules = True
     dtype: torch.dtype | None = None
 
+    def __init__(self, quantization_config: FxqConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.hooks: list[RemovableHandle] = []
+
     @property
     def entries(self) -> QuantizationConfig:
         """What the folder says of its layers."""
@@ -86,14 +91,6 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise BundleError(f"{', '.join(pickles)}: expected safetensors only; copy the whole folder again")
         return loaded_keys
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Without those that no folder has."""
-        return [name for name in missing_keys if not self._is_form(name)]
-
-    def _is_form(self, name: str) -> bool:
-        path, _, leaf = name.rpartition(".")
-        return leaf == "like" and path in self.entries.layers
-
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for layer, entry in self.entries.layers.items():
             parent, _, leaf = layer.rpartition(".")
@@ -106,7 +103,9 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     f"layer {layer} of quantization_config is no nn.Linear of {entry.in_features} inputs and "
                     f"{entry.out_features} outputs in {type(model).__name__}: load the folder with its own class"
                 )
-            setattr(owner, leaf, _empty_layer(layer, entry, linear))
+            empty = _empty_layer(layer, entry, linear)
+            self.hooks.append(empty.register_state_dict_post_hook(_as_stored))  # type: ignore[no-untyped-call]
+            setattr(owner, leaf, empty)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -152,7 +151,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             module._buffers[leaf] = stored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        absent = [name for name, t in model.state_dict().items() if t.is_meta and not self._is_form(name)]
+        absent = [name for name, t in model.state_dict().items() if t.is_meta]
         if absent:
             raise BundleError(f"the folder lacks {len(absent)} tensors of the model: {', '.join(absent[:8])}")
         dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.numel()]
@@ -167,6 +166,8 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             in_float32 = set(layer.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ())
             module.set_form(torch.float32 if in_float32 else self.dtype or kept)
             module.lay_out()
+        while self.hooks:
+            self.hooks.pop().remove()
         return model
 
     def get_state_dict_and_metadata(
@@ -179,7 +180,9 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise BundleError("a quantized model is saved as safetensors only; leave safe_serialization on")
-        stored = {name: tensor for name, tensor in state_dict.items() if not self._is_form(name)}
+        stored = dict(state_dict)
+        for layer in self.entries.layers:
+            _as_stored(None, stored, f"{layer}.", None)
         return stored, dict(self.entries.receipt.to_header())
 
     @property
@@ -206,6 +209,13 @@ def register() -> None:
 
 def _sizes(entry: LinearEntry) -> tuple[int, int]:
     return entry.in_features, entry.out_features
+
+
+def _as_stored(module: nn.Module | None, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give the tensors of one layer in a state dict the names that they have in a folder."""
+    tensors.pop(f"{prefix}like", None)
+    if f"{prefix}integers" in tensors:
+        tensors[f"{prefix}weight"] = tensors.pop(f"{prefix}integers")
 
 
 def _empty_layer(layer: str, entry: LinearEntry, linear: nn.Linear) -> QuantizedLinear:

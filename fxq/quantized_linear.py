@@ -26,12 +26,12 @@ def buffer_name(stored: str) -> str:
 class QuantizedLinear(nn.Module):
     """A linear on integers: quantization of the input, static or per token, integer product, one or two scales.
 
-    Its buffers, and its ``state_dict``, are the tensors of the bundle's layer (docs/bundle.md) under the same names,
-    but that the attribute of the integers is ``integers``: ``weight`` and ``bias`` are a
-    :class:`~fxq.stand_in.FloatStandIn` with the form of the float tensors. ``half()`` and ``to(dtype)`` change that
-    form only; ``to(device)`` moves everything. ``like`` is a parameter without elements that holds dtype and device of
-    the floats, for code that asks the first parameter of a module; a state dict may lack it. On a CPU with native
-    kernels ``panels`` holds the integers once more, in their layout; it is not saved.
+    Its buffers are the tensors of the bundle's layer (docs/bundle.md) under the same names, but that the bundle's
+    ``weight`` is ``integers``: ``weight`` and ``bias`` are a :class:`~fxq.stand_in.FloatStandIn` with the form of the
+    float tensors. ``half()`` and ``to(dtype)`` change that form only; ``to(device)`` moves everything. A state dict
+    with the bundle's names loads too. ``like`` is a parameter without elements that holds dtype and device of the
+    floats, for code that asks the first parameter of a module; a state dict may lack it. On a CPU with native kernels
+    ``panels`` holds the integers once more, in their layout; it is not saved.
 
     Args:
         plan: of the layer.
@@ -129,7 +129,8 @@ class QuantizedLinear(nn.Module):
 
     def product(self) -> tuple[Any, ...]:
         """Arguments of the product between the integers, or the scales measured with them, and the dtype."""
-        weight = self.integers if self.panels is None else self.panels
+        panels = self.panels
+        weight = self.integers if panels is None or panels.device.type != "cpu" else panels
         scales = (self.weight_scale,) if self.per_token else (self.weight_scale, self.input_scale)
         return weight, *scales, self.offset, self.split, self.weight_bits
 
@@ -209,10 +210,6 @@ class QuantizedLinear(nn.Module):
             self.lay_out()
         return self
 
-    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"] = destination.pop(f"{prefix}integers")
-
     def _load_from_state_dict(
         self,
         state_dict: MutableMapping[str, Any],
@@ -227,28 +224,21 @@ class QuantizedLinear(nn.Module):
         if why := self._misfit(given):
             error_msgs.append(f"layer {prefix.removesuffix('.') or self.plan.layer} is quantized: {why}")
             return
-        given = {"like": self.like} | {_OWN.get(name, name): tensor for name, tensor in given.items()}
-        missing: list[str] = []
-        super()._load_from_state_dict(
-            {prefix + name: tensor for name, tensor in given.items()},
-            prefix,
-            local_metadata,
-            strict,
-            missing,
-            unexpected_keys,
-            error_msgs,
-        )
-        missing_keys += [f"{prefix}weight" if name == f"{prefix}integers" else name for name in missing]
+        given = {"like": self.like} | {buffer_name(name): tensor for name, tensor in given.items()}
+        renamed = {prefix + name: tensor for name, tensor in given.items()}
+        rest = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(renamed, prefix, *rest)
         if self.like.device != self.integers.device:
             self.set_form(self.like.dtype)
         self.lay_out()
 
     def _misfit(self, given: Mapping[str, Any]) -> str:
         """Why tensors of a state dict by name are not those of this layer, whatever ``strict`` says; else empty."""
-        mine = {name: self._buffers[own] for name, own in _OWN.items()}
-        form = {name: tensor.dtype for name, tensor in mine.items() if tensor is not None}
-        stored = {name: t.dtype for name, t in given.items() if name in mine and isinstance(t, Tensor)}
-        if "bias" in given or any(dtype.is_floating_point for name, dtype in stored.items() if name == "weight"):
+        own = set(_OWN.values())
+        form = {name: tensor.dtype for name in own if (tensor := self._buffers[name]) is not None}
+        found = {buffer_name(name): tensor for name, tensor in given.items()}
+        stored = {name: tensor.dtype for name, tensor in found.items() if name in own and isinstance(tensor, Tensor)}
+        if "bias" in given or stored.get("integers", torch.int8).is_floating_point:
             return "the state dict has a float weight or bias for it; load that into the float model and quantize it"
         if wrong := [name for name, dtype in stored.items() if form.get(name, dtype) != dtype]:
             return f"{wrong[0]} is {stored[wrong[0]]}, expected {form[wrong[0]]}; the state is of another recipe"

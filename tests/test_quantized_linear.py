@@ -64,7 +64,7 @@ def test_weight_and_bias_cannot_be_set(model, name, value):
             lambda: {"blocks.0.up.bias": torch.ones(64)},
             "float weight or bias for it; load that into the float model",
         ),
-        (lambda: applied(4).state_dict(), r"weight is torch\.uint8, expected torch\.int8"),
+        (lambda: applied(4).state_dict(), r"integers is torch\.uint8, expected torch\.int8"),
         (lambda: applied(per_token=True, dual_scale=False).state_dict() | plain(), "which this layer lacks"),
     ],
     ids=["float", "bias", "bits", "scales"],
@@ -83,16 +83,18 @@ def plain():
     return {"blocks.0.up.input_scale": torch.ones(1), "blocks.0.up.perm": torch.arange(96, dtype=torch.int32)}
 
 
-def test_a_state_without_the_form_of_the_floats_loads(model):
+@pytest.mark.parametrize("names", [".integers", ".weight"], ids=["own names", "names of the bundle"])
+def test_a_state_without_the_form_of_the_floats_loads(model, names):
     state = {name: t for name, t in model.state_dict().items() if not name.endswith(".like")}
-    assert state["blocks.0.up.weight"].dtype == torch.int8
+    state = {name.replace(".integers", names): tensor for name, tensor in state.items()}
+    assert state[f"blocks.0.up{names}"].dtype == torch.int8
     other = applied()
     for tensor in other.state_dict().values():
         tensor.zero_()
     other.load_state_dict(state, strict=True)
     assert relative_error(model, other, rows(5, 96)) == 0
-    del state["blocks.0.up.weight"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"blocks\.0\.up\.weight"'):
+    del state[f"blocks.0.up{names}"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"blocks\.0\.up\.integers"'):
         other.load_state_dict(state)
 
 
@@ -141,7 +143,13 @@ def test_the_bias_in_the_offset_is_the_float_one():
 accelerate = pytest.importorskip("accelerate")
 
 
-def test_sequential_offload_of_an_applied_model_works(model):
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("disk", [False, True])
+def test_sequential_offload_of_an_applied_model_works(model, buffers, disk, tmp_path):
     want = model(rows(5, 96))
-    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert torch.equal(offloaded(rows(5, 96)), want)
+    options = {"execution_device": torch.device("cpu"), "offload_buffers": buffers}
+    offload = accelerate.disk_offload if disk else accelerate.cpu_offload
+    offloaded = offload(model, *([tmp_path] if disk else []), **options)
+    assert offloaded.blocks[0].up.integers.is_meta == buffers
+    for _ in range(2):
+        assert torch.equal(offloaded(rows(5, 96)), want)

@@ -79,7 +79,7 @@ def test_the_swapped_model_computes_what_the_graph_does(quantized, bundle):
         assert torch.equal(applied(SPREAD), quantized(SPREAD))
     up = applied.blocks[0].up
     assert up.per_token and (up.panels is not None) == native.ready() and "per token" in repr(up)
-    assert set(up.state_dict()) == {"weight", "weight_scale", "offset", "perm"}
+    assert set(up.state_dict()) == {"integers", "weight_scale", "offset", "perm", "like"}
     applied.load_state_dict(applied.half().state_dict())
     assert up.weight_scale.dtype == torch.float32
 
