@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import fx
 
 import fxq.kernels  # registers the operators a bundle's graph calls
-from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
+from fxq.export.files import BundleError, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
 from fxq.export.inputs import InputEntry, input_entries, record_values
@@ -116,6 +116,15 @@ def save(
         )
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
     return out
+
+
+def check_bundle_place(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a folder that :func:`save` may write, asked before the work instead of after it.
+
+    Raises:
+        BundleError: when the place is taken by something else, or nothing can be written there.
+    """
+    return check_place(path, (MANIFEST, TENSORS, GRAPH), "a bundle")
 
 
 def _layer_entry(plan: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> LayerEntry:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +13,8 @@ from rich.console import Console
 from fxq.export import BundleError, save_diffusers, verify_bundle
 from fxq.export.interop import Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
+from fxq.streams import emit, stdout_console
+from fxq.writable import writable_folder
 
 Target = Literal["diffusers", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
@@ -23,12 +24,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout i
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return stdout_console()
 
 
 def _print(result: Any, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(result.to_json(), indent=1) + "\n")
+        emit(json.dumps(result.to_json(), indent=1))
     else:
         _console().print(result)
 
@@ -51,6 +52,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
+    writable_folder(out)
     if target == "diffusers":
         _export_diffusers(bundle, source, out, as_json)
         return
@@ -64,7 +66,7 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
         raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
     folder = save_diffusers(bundle, load_folder(source), out)
     if as_json:
-        sys.stdout.write(json.dumps({"folder": str(folder), "reader": "fxq.diffusers_quantizer.register()"}) + "\n")
+        emit(json.dumps({"folder": str(folder), "reader": "fxq.diffusers_quantizer.register()"}))
     else:
         _console().print(f"{folder}: for from_pretrained, after fxq.diffusers_quantizer.register()", highlight=False)
 
