@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 import fxq.kernels  # registers the operators a bundle's graph calls
 from fxq.ambient import own_tensors
-from fxq.export.files import BundleError, check_header, sha256, whole_folder, write_tensors
+from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.foreign import allowing
 from fxq.export.graph_json import graph_from_json, graph_to_json, tensors_of
@@ -126,6 +126,15 @@ def save(
         data["seal"] = seal_of(data)
         (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
     return out
+
+
+def check_bundle_place(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The absolute path of a folder that :func:`save` may write, asked before the work instead of after it.
+
+    Raises:
+        BundleError: when the place is taken by something else, or nothing can be written there.
+    """
+    return check_place(path, (MANIFEST, TENSORS, GRAPH), "a bundle")
 
 
 def seal_of(manifest: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxq.reading import ReadError, read_header
 from fxq.residency import DiskError, Residency
+from fxq.writable import writable_folder
 
 _PIECE = 1 << 26  # most bytes of a tensor that are copied at a time
 _DTYPES = {
@@ -73,6 +74,28 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(path: str | os.PathLike[str], own: Collection[str], kind: str) -> pathlib.Path:
+    """The absolute path of a folder that :func:`whole_folder` may write; nothing is written.
+
+    Raises:
+        BundleError: when the place is taken by something else, or nothing can be written there.
+    """
+    out = pathlib.Path(path).absolute()
+    if out.exists() and not out.is_dir():
+        raise BundleError(f"cannot save {out}: it is a file; {kind} is a folder")
+    other = {entry.name for entry in out.iterdir()} - set(own) if out.is_dir() else set()
+    if other:
+        raise BundleError(
+            f"cannot save {out}: the folder has other content ({', '.join(sorted(other)[:3])}); "
+            "choose an empty or new folder"
+        )
+    try:
+        writable_folder(out.parent)
+    except OSError as error:
+        raise BundleError(f"cannot save {out}: {error}") from error
+    return out
+
+
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str], own: Collection[str], kind: str) -> Iterator[pathlib.Path]:
     """A folder to write into that takes the place of ``path`` once the block is left without an error.
@@ -85,15 +108,7 @@ def whole_folder(path: str | os.PathLike[str], own: Collection[str], kind: str) 
     Raises:
         BundleError: when the place is taken by something else, or when writing fails; what was there is still there.
     """
-    out = pathlib.Path(path).absolute()
-    if out.exists() and not out.is_dir():
-        raise BundleError(f"cannot save {out}: it is a file; {kind} is a folder")
-    other = {entry.name for entry in out.iterdir()} - set(own) if out.is_dir() else set()
-    if other:
-        raise BundleError(
-            f"cannot save {out}: the folder has other content ({', '.join(sorted(other)[:3])}); "
-            "choose an empty or new folder"
-        )
+    out = check_place(path, own, kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

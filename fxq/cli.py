@@ -21,6 +21,7 @@ from fxq.collect import CalibrationError
 from fxq.config import RecipeError
 from fxq.demo import DemoSettings, run_demo
 from fxq.export import BundleError, ExportError, load, save
+from fxq.export.bundle import check_bundle_place
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.checkpoints import CheckpointError
@@ -32,11 +33,13 @@ from fxq.pipeline import PassError
 from fxq.record import RecordError
 from fxq.report.html import write_report
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json
-from fxq.report.video import write_video
+from fxq.report.video import FORMATS, write_video
 from fxq.rollout import Draws, Rollout
+from fxq.streams import emit, finish_output, stderr_console, stdout_console
 from fxq.trace import TraceError
 from fxq.verify import RuleError
 from fxq.workers import WorkerError
+from fxq.writable import writable_file
 
 app = typer.Typer(
     help="Quantize autoregressive video diffusion models: real int8 and int4, measured.",
@@ -50,8 +53,8 @@ _REFUSALS = (
     CalibrationError,
     CheckpointError,
     ExportError,
-    FileNotFoundError,
     LoweringError,
+    OSError,
     PassError,
     PromptError,
     RecipeError,
@@ -64,21 +67,28 @@ _REFUSALS = (
 
 def main() -> None:
     """Entry point: refusals become one line on stderr and exit code 1."""
+    code: Any = 0
     try:
         app()
+    except SystemExit as error:
+        code = error.code
+    except BrokenPipeError:
+        code = 1
     except _REFUSALS as error:
-        Console(stderr=True).print(f"[bold red]refused[/]: {type(error).__name__}: ", end="", highlight=False)
-        Console(stderr=True).print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        console = stderr_console()
+        console.print(f"[bold red]refused[/]: {type(error).__name__}: ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
+        code = 1
+    sys.exit(code if finish_output() else 1)
 
 
 def _console() -> Console:
     """stdout; as wide as tables need where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return stdout_console()
 
 
 def _emit(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    emit(json.dumps(data, indent=1))
 
 
 app.command()(bench)
@@ -107,6 +117,9 @@ def demo(
     settings = DemoSettings(
         calibration_videos=calibration_videos, evaluation_videos=videos, iterations=iterations, seed=seed
     )
+    writable_file(out / "report.html")
+    for bits in settings.bits:
+        check_bundle_place(out / bits)
     command = shlex.join(["fxq", *sys.argv[1:]])
     report, modules = run_demo(settings, command, progress=not quiet)
     page = write_report(report, out / "report.html")
@@ -152,6 +165,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate a video with the shipped model, in full precision or from a bundle."""
+    if writable_file(out).suffix.lower() not in FORMATS:
+        raise AdapterError(f"--out {out}: videos are written as {', '.join(FORMATS)}; choose such a name")
     model = load_tiny()
     if prompt is None:
         rollout, conditions = tiny_rollout(model, 1, seed=seed, unseen=True)
@@ -162,10 +177,7 @@ def generate(
             model, [({"prompt_embeds": sprites.prompt_embeds(conditions)}, draws)], TINY_SAMPLER
         )
     video = _generate(rollout, None if bundle is None else load(bundle))
-    try:
-        write_video(out, frames_of(video[0]), scale=scale)
-    except ValueError as error:
-        raise AdapterError(str(error)) from None
+    write_video(out, frames_of(video[0]), scale=scale)
     scores = sprites.score(video, conditions).means()
     words = sprites.describe(conditions[0])
     if as_json:

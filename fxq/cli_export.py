@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +15,8 @@ from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bu
 from fxq.export.interop import Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
 from fxq.reading import ReadError, read_json
+from fxq.streams import emit, stdout_console
+from fxq.writable import writable_folder
 
 Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
@@ -25,12 +26,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout i
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return stdout_console()
 
 
 def _print(result: Any, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(result.to_json(), indent=1) + "\n")
+        emit(json.dumps(result.to_json(), indent=1))
     else:
         _console().print(result)
 
@@ -66,6 +67,7 @@ def export(
         return
     if vnni is not None:
         raise BundleError(f"--vnni and --no-vnni are for target onnx, not {target}")
+    writable_folder(out)
     if target == "diffusers":
         _export_diffusers(bundle, source, out, as_json)
         return
@@ -89,7 +91,7 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
         raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
     folder = save_diffusers(bundle, load_folder(source), out)
     if as_json:
-        sys.stdout.write(json.dumps({"folder": str(folder), "reader": "fxq.diffusers_quantizer.register()"}) + "\n")
+        emit(json.dumps({"folder": str(folder), "reader": "fxq.diffusers_quantizer.register()"}))
     else:
         _console().print(f"{folder}: for from_pretrained, after fxq.diffusers_quantizer.register()", highlight=False)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -17,16 +16,17 @@ from fxq.planning.plan import make_plan
 from fxq.planning.report import plan_to_json
 from fxq.planning.tables import plan_tables
 from fxq.planning.workloads import SPATIAL_STRIDE, Workload, find_workload
+from fxq.streams import emit, stdout_console
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
 
 
 def _emit(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    emit(json.dumps(data, indent=1))
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    return stdout_console(highlight=False)
 
 
 def plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from typing import Annotated, Any, Literal
 
 import typer
@@ -15,6 +14,7 @@ from fxq.adapters import ModelFiles, make_rollout
 from fxq.cli_source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.config import Recipe
 from fxq.export import load, read_manifest, save
+from fxq.export.bundle import check_bundle_place
 from fxq.graph import linear_sites
 from fxq.ir import planned
 from fxq.job import plan_passes
@@ -24,6 +24,7 @@ from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
 from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
+from fxq.streams import emit, stdout_console
 from fxq.summary import summary
 from fxq.trace import trace
 from fxq.workers import launched
@@ -51,11 +52,11 @@ IterationsOption = Annotated[
 
 def _console() -> Console:
     """stdout; as wide as tables need where it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return stdout_console()
 
 
 def _emit(data: Any) -> None:
-    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+    emit(json.dumps(data, indent=1))
 
 
 def _recipe(name: str, iterations: int | None) -> Recipe:
@@ -89,12 +90,13 @@ def quantize(
     """
     chosen = _recipe(recipe, iterations)
     with launched() as workers:
+        check_bundle_place(out)
         if model == "diffusers":
             source = diffusers_source(files, calls, chosen)
         else:
             source = rollout_source(model, files, calls, chosen, videos, seed)
-        if workers.first and not quiet:
-            announce(source, chosen, checkpoint_dir, out)
+        if workers.first:
+            announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(
             source.model,
             source.loader,
@@ -154,7 +156,7 @@ def inspect(
 def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
     manifest, result = read_manifest(path), summary(load(path))
     if as_json:
-        sys.stdout.write(result.to_json() + "\n")
+        emit(result.to_json())
         return
     facts = manifest.facts
     _console().print(result)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
 from torch import fx, nn
 
 from fxq.adapters import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
@@ -24,6 +23,7 @@ from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
 from fxq.record import Recording
 from fxq.rollout import Rollout
+from fxq.streams import stderr_console
 
 
 def _model_files(
@@ -146,8 +146,13 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
     return Source(model, recording if needs_data(recipe) else None, first[0], None, first)
 
 
-def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: pathlib.Path) -> None:
-    """Say on stderr what the job will need, before it starts."""
+def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: pathlib.Path, quiet: bool) -> None:
+    """Say on stderr what the job will need, before it starts.
+
+    Raises:
+        OSError: when a disk has less room than that.
+    """
+    missing = 0
     try:
         estimate = estimate_job(
             source.model,
@@ -158,8 +163,13 @@ def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: p
             folder=folder,
             out=out,
         )
-        lines = estimate.lines()
+        lines, missing = estimate.lines(), -estimate.disk_free
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         lines = [f"no estimate: the model does not run on shapes alone ({str(error).strip().splitlines()[0]})"]
-    for line in lines:
-        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in [] if quiet else lines:
+        stderr_console().print(line, markup=False, soft_wrap=True)
+    if missing > 0:
+        raise OSError(
+            f"the disk of {out} has {missing / 1e9:.2f} GB less room than the job needs; free some of it, or choose "
+            "another place with --out"
+        )

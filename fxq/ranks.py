@@ -85,7 +85,7 @@ class Watch:
     One thread does everything that has to do with the store, as any look at it may wait for ever.
 
     Args:
-        store: where the signs are; of this job, or call, alone.
+        connect: gives the store where the signs are; of this job, or call, alone.
         rank: this one.
         size: number of ranks.
         seconds: see :func:`patience`.
@@ -94,10 +94,17 @@ class Watch:
     """
 
     def __init__(
-        self, store: Any, rank: int, size: int, seconds: float, parent: Watch | None = None, keeper: str = "rank 0"
+        self,
+        connect: Callable[[], Any],
+        rank: int,
+        size: int,
+        seconds: float,
+        parent: Watch | None = None,
+        keeper: str = "rank 0",
     ) -> None:
-        self.store, self.rank, self.size, self.seconds = store, rank, size, seconds
+        self.connect, self.rank, self.size, self.seconds = connect, rank, size, seconds
         self.parent, self.keeper = parent, keeper
+        self.store: Any = None
         self._own = Sign(host=_host(), process=os.getpid())
         self._signs: dict[int, Sign] = {}
         self._changes: dict[int, float] = {}
@@ -110,6 +117,7 @@ class Watch:
 
     def _run(self) -> None:
         try:
+            self.store = self.connect()
             while self._look():
                 with self._changed:
                     self._changed.notify_all()
@@ -245,11 +253,11 @@ class Watch:
             time.sleep(min(_IDLE, self.seconds / 5))  # the store may end with this process, and the others must read it
 
 
-def own_connection(store: Any, prefix: str) -> Any:
-    """The store under a prefix, by a connection of its own where torch can make one: others may wait in theirs."""
+def connection_of_its_own(store: Any) -> Any:
+    """Another connection to the same store where torch can make one: who waits in one holds up all others in it."""
     with contextlib.suppress(AttributeError, NotImplementedError, RuntimeError):
-        store = store.clone()
-    return prefixed(store, prefix)
+        return store.clone()
+    return store
 
 
 def prefixed(store: Any, prefix: str) -> Any:

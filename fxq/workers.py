@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxq.agreement import differences
-from fxq.ranks import TIMEOUT, Watch, WorkerError, first_line, own_connection, patience, prefixed
+from fxq.ranks import TIMEOUT, Watch, WorkerError, connection_of_its_own, first_line, patience, prefixed
 from fxq.streams import warn
 
 __all__ = ["WorkerError", "Workers", "launched", "let_go_of_default_group"]
@@ -184,7 +184,12 @@ class Workers:
         prefix = f"fxq/{name}/{next(_calls[name])}"
         parent = _parent(self)
         seconds = patience() if parent is None else parent.seconds
-        watch = Watch(own_connection(store, prefix), self.rank, self.size, seconds, parent, _keeper())
+
+        def connect() -> Any:
+            # The job's own connection is there already, and no one waits in it.
+            return prefixed(connection_of_its_own(store) if parent is None else parent.store, prefix)
+
+        watch = Watch(connect, self.rank, self.size, seconds, parent, _keeper())
         with _ending(watch):
             yield dataclasses.replace(self, watch=watch)
 
@@ -260,8 +265,8 @@ def _ending(watch: Watch) -> Iterator[None]:
     watch.end()
 
 
-def _meeting_place(rank: int, size: int, seconds: float) -> Any:
-    """The store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name."""
+def _meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> Any:
+    """A connection to the store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name, which the first opens."""
     distributed: Any = dist
     host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
     agent = _keeper() != "rank 0"
@@ -270,7 +275,7 @@ def _meeting_place(rank: int, size: int, seconds: float) -> Any:
             host,
             port,
             size,
-            is_master=rank == 0 and not agent,
+            is_master=first and rank == 0 and not agent,
             timeout=datetime.timedelta(seconds=seconds),
             wait_for_workers=False,
         )
@@ -308,7 +313,11 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     store = _meeting_place(rank, size, seconds)
-    watch = Watch(own_connection(store, "fxq/job"), rank, size, seconds, None, _keeper())
+
+    def connect() -> Any:
+        return prefixed(_meeting_place(rank, size, seconds, first=False), "fxq/job")
+
+    watch = Watch(connect, rank, size, seconds, None, _keeper())
     with _ending(watch):
         watch.meet()
         try:

@@ -1,5 +1,6 @@
 """Ranks that are lost, fail, or do another job than the others; each is a process of its own."""
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -161,13 +162,18 @@ def test_patience_is_the_given_one_or_that_of_the_environment(monkeypatch):
 
 def watches(size=2, seconds=1.0, **options):
     store = torch.distributed.HashStore()
-    return [Watch(store, rank, size, seconds, **options) for rank in range(size)]
+    return [Watch(lambda: store, rank, size, seconds, **options) for rank in range(size)]
+
+
+def meet(*parts):
+    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+        for done in [pool.submit(watch.meet) for watch in parts]:
+            done.result(timeout=20)
 
 
 def test_ranks_meet_and_part():
     first, second = watches()
-    second.meet()
-    first.meet()
+    meet(first, second)
     second.end()
     first.check()
     with pytest.raises(WorkerError, match="rank 1 of 2 left: it made other calls"):
@@ -177,18 +183,17 @@ def test_ranks_meet_and_part():
 
 def test_the_first_failure_is_named_and_not_those_that_follow():
     first, second, third = watches(size=3)
-    second.end(WorkerError("rank 1 of 3 lost another rank"))
     third.end(ValueError("no such channel\nand more"))
-    with pytest.raises(WorkerError, match="rank 2 of 3 failed: ValueError: no such channel. The job ends"):
+    second.end(WorkerError("rank 1 of 3 lost another rank"))
+    with pytest.raises(WorkerError, match=r"rank 2 of 3 failed: ValueError: no such channel\. The job ends"):
         first.meet()
     first.end()
 
 
 def test_a_rank_that_lives_in_the_job_is_waited_for_in_the_call():
     job = watches(seconds=0.5)
-    late = Watch(torch.distributed.HashStore(), 0, 2, 0.5, parent=job[0])
-    for watch in job:
-        watch.meet() if watch.rank else None
+    late = Watch(torch.distributed.HashStore, 0, 2, 0.5, parent=job[0])
+    meet(*job)
     time.sleep(1.2)
     assert late.lost() == ""
     job[1].end(RuntimeError("out of memory"))
@@ -203,8 +208,8 @@ def test_a_store_that_is_gone_is_an_error():
         def set(self, key, value):
             raise ConnectionError("connection reset")
 
-    watch = Watch(Gone(), 0, 2, 5.0)
-    with pytest.raises(WorkerError, match="rank 0, where the ranks meet, is gone .ConnectionError: connection reset"):
+    watch = Watch(Gone, 0, 2, 5.0)
+    with pytest.raises(WorkerError, match=r"rank 0, where the ranks meet, is gone \(ConnectionError: connection reset"):
         watch.meet()
 
 

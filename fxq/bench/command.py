@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from fxq.adapters import make_rollout
 from fxq.allocator import keep_memory
@@ -28,6 +27,8 @@ from fxq.bench.report import Report, case_table, layers_table, losing_rules, to_
 from fxq.bench.rollout import rollout_case
 from fxq.export import load
 from fxq.quantize import quantize
+from fxq.streams import emit, stderr_console, stdout_console
+from fxq.writable import writable_file
 
 
 class Level(StrEnum):
@@ -142,6 +143,8 @@ def bench(
         raise typer.BadParameter("--device cuda: this torch sees no GPU")
     if plot is not None and plot.suffix not in FORMATS:
         raise typer.BadParameter(f"--plot {plot}: expected a name that ends in {', '.join(FORMATS)}")
+    for given, option in ((None if json_path == "-" else json_path, "--json"), (plot, "--plot")):
+        _check_output(given, option)
     if allocator is Allocator.keep and not keep_memory():
         raise typer.BadParameter("--allocator keep: the C library is not glibc; leave it at default")
     settings: dict[str, Any] = {
@@ -153,7 +156,7 @@ def bench(
         "clock": measure.clock_for(threads, device)[0],
         "allocator": allocator.value,
     }
-    with measure.settings(threads), Console(stderr=True, quiet=quiet).status("") as status:
+    with measure.settings(threads), stderr_console(quiet).status("") as status:
         found: Iterable[Case]
         if level is Level.model:
             found = make_model_cases(model, bundle, quick, device, case)
@@ -165,10 +168,20 @@ def bench(
         raise typer.Exit(1)
 
 
+def _check_output(path: str | pathlib.Path | None, option: str) -> None:
+    """Refuse what cannot be written before anything is measured."""
+    if path is None:
+        return
+    try:
+        writable_file(path)
+    except OSError as error:
+        raise typer.BadParameter(f"{option} {path}: {error}") from error
+
+
 def _show(report: Report, json_path: str | None, plot: pathlib.Path | None) -> None:
     text = json.dumps(to_json(report), indent=1) + "\n"
     if json_path == "-":
-        sys.stdout.write(text)
+        emit(text.rstrip("\n"))
     else:
         _print(report)
         if json_path is not None:
@@ -181,7 +194,7 @@ def _show(report: Report, json_path: str | None, plot: pathlib.Path | None) -> N
 
 
 def _print(report: Report) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = stdout_console(170)
     if report.level == Level.model:
         console.print(layers_table(report.cases))
         if rules := losing_rules(report.cases):
