@@ -99,7 +99,7 @@ BROKEN = {
     "undecided": (Stage.PLANNED, undecide, r"every linear is decided: blocks.0.up: neither scheme nor reason"),
     "sites": (Stage.PLANNED, disagree, r"call sites of one weight agree: shared: its call sites carry different plans"),
     "unseen": (Stage.CALIBRATED, unsee, r"every planned layer was seen: blocks.0.up: planned, but calibration has no"),
-    "written": (Stage.TRACED, overwrite, r"nothing is read around a write: mul_ writes to what linear at .* reads"),
+    "written": (Stage.TRACED, overwrite, r"nothing is read around a write: mul_\w* writes to what linear at .* reads"),
     "left": (Stage.LOWERED, unlower, r"no planned linear is left: head: planned as W8A8 but still a float linear"),
     "shape": (
         Stage.LOWERED,
