@@ -135,8 +135,9 @@ class Quantizer {
     return true;
   }
 
+  template <int PLACE = 0>
   static __m128i watched(const Group& group, __m512 v, Watch& watch) {
-    watch.see(v);
+    watch.see<PLACE>(v);
     return group.quantize(v);
   }
 
@@ -144,9 +145,9 @@ class Quantizer {
   template <typename T>
   static __m512i block(const Group& group, const T* row, Watch& watch) {
     __m512i bytes = _mm512_castsi128_si512(watched(group, load(row), watch));
-    bytes = _mm512_inserti32x4(bytes, watched(group, load(row + 16), watch), 1);
-    bytes = _mm512_inserti32x4(bytes, watched(group, load(row + 32), watch), 2);
-    return _mm512_inserti32x4(bytes, watched(group, load(row + 48), watch), 3);
+    bytes = _mm512_inserti32x4(bytes, watched<1>(group, load(row + 16), watch), 1);
+    bytes = _mm512_inserti32x4(bytes, watched<2>(group, load(row + 32), watch), 2);
+    return _mm512_inserti32x4(bytes, watched<3>(group, load(row + 48), watch), 3);
   }
 
   template <typename T>
