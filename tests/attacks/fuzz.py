@@ -225,6 +225,8 @@ def campaign(
         if worker.child.poll() is not None:
             worker = Process(seed)
         number += 1
+        if number % 1000 == 0:
+            print(f"{number - first} mutants, {dict(ends)}", flush=True)
     worker.close()
     seconds = round(time.monotonic() - started, 1)
     return {
