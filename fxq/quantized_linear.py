@@ -106,11 +106,13 @@ class QuantizedLinear(nn.Module):
         linear.__dict__.update(own)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` float32, bfloat16 or float16 [..., in_features]; returns [..., out_features] in its dtype."""
+        """``x`` float [..., in_features]; returns [..., out_features] in its dtype; float64 is computed in float32."""
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
         """As :meth:`forward`, whatever an instance has in its place."""
+        if x.dtype == torch.float64:
+            return self.compute(x.float()).double()
         if self.per_token:
             q, scale = kernels.quantize_per_token.definition(x, *self.quantization())
             return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)

@@ -153,3 +153,14 @@ def test_sequential_offload_of_an_applied_model_works(model, buffers, disk, tmp_
     assert offloaded.blocks[0].up.integers.is_meta == buffers
     for _ in range(2):
         assert torch.equal(offloaded(rows(5, 96)), want)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_model_in_float64_computes_its_quantized_linears_in_float32(per_token):
+    model = toy(blocks=1)
+    quantized = fxq.quantize(model, None if per_token else DATA, recipe(8, per_token=per_token), example_inputs=DATA[0])
+    single, double = fxq.apply(model, quantized), fxq.apply(model, quantized).double()
+    with torch.no_grad():
+        got = double(DATA[0].double())
+        assert got.dtype == torch.float64
+        assert float((got - single(DATA[0])).abs().max() / got.abs().max()) < 1e-4

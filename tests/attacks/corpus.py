@@ -17,7 +17,6 @@ from fxq.export.bundle import seal_of
 from fxq.export.program import export_program
 from tests.toys import recipe, rows, toy
 
-PROGRAMS = ("w8", "w4", "per-token")
 FILES = ("graph.json", "manifest.json", "model.safetensors")
 
 
@@ -78,8 +77,7 @@ def make(name: str, folder: pathlib.Path) -> Base:
     model, batch, chosen = MAKERS[name]()
     q = fxq.quantize(model, [batch], chosen, progress=False)
     path = fxq.save(q, folder / name)
-    if name in PROGRAMS:
-        export_program(q, folder / f"{name}-program")
+    export_program(q, folder / f"{name}-program")
     with torch.no_grad():
         outputs = flat(q(*batch.args, **batch.kwargs))
     return Base(name, path, model, batch.args, batch.kwargs, outputs)

@@ -71,7 +71,7 @@ def test_a_library_that_others_could_have_written_is_compiled_again(own, compile
 
 
 def test_a_link_in_the_place_of_a_library_is_not_followed(own, compiler, tmp_path):
-    cxx, ran = compiler
+    cxx, _ = compiler
     library = build.build(cxx, own)
     (tmp_path / "evil.so").write_text("evil")
     library.unlink()

@@ -27,7 +27,7 @@ ENTRIES = ["", "denoise", ["denoise"], [""], [-1], [1e308], ["../x"], [[["x"]]],
 @pytest.mark.parametrize("entries", ENTRIES, ids=str)
 def test_entries_are_those_of_the_kind(program, entries):
     edit(program, entries=entries)
-    with pytest.raises(ExportError, match="entries .* the program is damaged"):
+    with pytest.raises(ExportError, match=r"entries .* the program is damaged"):
         load_program(program)
 
 
@@ -49,7 +49,7 @@ def test_entries_are_those_of_the_kind(program, entries):
 )
 def test_facts_of_a_wrong_type_are_refused(program, changes):
     edit(program, **changes)
-    with pytest.raises(ExportError, match="the program is damaged|export it again"):
+    with pytest.raises(ExportError, match=r"the program is damaged|export it again"):
         load_program(program)
 
 
@@ -97,7 +97,7 @@ def test_machine_code_that_this_user_exported_is_loaded(compiled, monkeypatch):
 
 
 def test_a_note_in_a_folder_of_others_does_not_count(compiled, monkeypatch, tmp_path):
-    folder, loaded = compiled
+    folder, _ = compiled
     native_code.note_as_own(sha256(folder / "program.pt2"))
     monkeypatch.setattr(native_code, "_NOTED", set())
     (tmp_path / "cache" / "programs").chmod(0o777)
@@ -133,7 +133,7 @@ def test_archives_that_unpack_elsewhere_or_to_too_much_are_refused(compiled, cas
 
 
 def test_a_file_that_is_no_archive_is_refused(compiled):
-    folder, loaded = compiled
+    folder, _ = compiled
     (folder / "program.pt2").write_bytes(b"\x7fELF")
     edit(folder)
     with pytest.raises(ExportError, match="is no package of torch"):

@@ -172,7 +172,7 @@ def test_headers_of_tensor_files_describe_every_byte_once(tmp_path, case):
 def test_a_header_of_another_length_is_refused(tmp_path, size):
     path = tmp_path / "x.safetensors"
     path.write_bytes(size.to_bytes(8, "little") + bytes(64))
-    with pytest.raises(ReadError, match="truncated|not valid JSON"):
+    with pytest.raises(ReadError, match=r"truncated|not valid JSON"):
         read_header(path)
 
 
@@ -185,7 +185,7 @@ def test_a_large_header_is_not_parsed(tmp_path):
         read_header(path)
 
 
-NAMES = ["lambda", "x y", "a.b", "torch", "ｌambda", "__import__('os')", "1x", "a" * 600, "x\n", ""]
+NAMES = ["lambda", "x y", "a.b", "torch", "\uff4cambda", "__import__('os')", "1x", "a" * 600, "x\n", ""]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,7 +194,7 @@ def test_names_that_reach_generated_source_are_identifiers(bundle, name):
         data["arguments"] = [name]
 
     edit_json(bundle, "graph.json", edit)
-    with pytest.raises(fxq.BundleError, match="is not an identifier|global of the generated source"):
+    with pytest.raises(fxq.BundleError, match=r"is not an identifier|global of the generated source"):
         fxq.load(bundle)
 
 
