@@ -16,7 +16,7 @@ from fxq.export.interop import Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
 from fxq.reading import ReadError, read_json
 from fxq.streams import emit, stdout_console
-from fxq.writable import writable_folder
+from fxq.writable import writable_file, writable_folder
 
 Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
 """The targets as choices of the command line."""
@@ -77,11 +77,11 @@ def export(
 
 
 def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_json: bool) -> None:
-    file = export_onnx(load(bundle), out, vnni=vnni)
+    file = export_onnx(load(bundle), writable_file(out), vnni=vnni)
     anywhere = cpu.saturates() if vnni is None else not vnni
     cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
     if as_json:
-        sys.stdout.write(json.dumps({"file": str(file), "cpus": cpus}) + "\n")
+        emit(json.dumps({"file": str(file), "cpus": cpus}))
     else:
         _console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
 
