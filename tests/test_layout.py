@@ -32,6 +32,12 @@ LAYERS = (
         "residency",
         "workers",
         "checkpoint",
+        "agreement",
+        "exclusive",
+        "generated",
+        "ranks",
+        "streams",
+        "writable",
     ),
     ("ir",),
     ("graph", "signature", "interpret", "places", "regions", "dense_masks"),
@@ -41,6 +47,7 @@ LAYERS = (
 )
 CORE = tuple(name for layer in LAYERS for name in layer)
 USER_FACING = (
+    "handshake",
     "job",
     "quantize",
     "optimize",
@@ -78,6 +85,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
         for name in (
+            "handshake",
             "job",
             "quantize",
             "optimize",
