@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxq.reading import ReadError, read_header, regular_file
+
+_LONGEST = 160  # characters of a name; file systems take 255 bytes, with what comes before and behind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,11 @@ class Checkpoint:
     folder: pathlib.Path
 
     def path(self, name: str) -> pathlib.Path:
-        """The file of a piece."""
-        return self.folder / (re.sub(r"[^\w.-]", "_", name) + ".safetensors")
+        """The file of a piece; what file systems do not tell apart, or cannot hold, has a digest of its name."""
+        plain = re.sub(r"[^a-zA-Z0-9_.-]", "_", name)
+        if plain != name or name != name.lower() or len(name) > _LONGEST or name.startswith("."):
+            plain = f"{plain[:_LONGEST]}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+        return self.folder / (plain.lstrip(".") + ".safetensors")
 
     def read(self, name: str, key: str) -> dict[str, Tensor] | None:
         """The tensors of a finished piece, or None when it is not there whole and of this key."""

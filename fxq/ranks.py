@@ -223,9 +223,9 @@ class Watch:
                 if ready():
                     self._pause = _IDLE
                     return
+                self.check()
                 if gone := [r for r, sign in self._signs.items() if sign.left and sign.at < number]:
                     raise self.error(f"rank {gone[0]} of {self.size} left: it made other calls than this rank")
-                self.check()
                 self._changed.wait(_SLOWEST)
                 # A stopped process must not take its own pause for the silence of others.
                 now = time.monotonic()

@@ -40,6 +40,12 @@ LAYERS = (
         "content",
         "workers",
         "checkpoint",
+        "agreement",
+        "exclusive",
+        "generated",
+        "ranks",
+        "streams",
+        "writable",
     ),
     ("ir", "calls", "captured", "conditions"),
     (
@@ -62,6 +68,7 @@ LAYERS = (
 )
 CORE = tuple(name for layer in LAYERS for name in layer)
 USER_FACING = (
+    "handshake",
     "job",
     "quantize",
     "optimize",
@@ -103,6 +110,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
         for name in (
+            "handshake",
             "job",
             "quantize",
             "optimize",

@@ -213,14 +213,26 @@ def cast(tensor: Tensor, options: Options) -> Tensor:
     return tensor if keep else tensor.to(options.float_dtype)
 
 
+class NamedTensors(dict[str, Tensor]):
+    """Tensors of a file by name. Two of one name are an error: the last of them would be the only one."""
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if name in self:
+            raise InteropError(
+                f"two tensors of the model are {name!r} under the target's names; rename one of them in the model, or "
+                "take a target that leaves names alone (compressed-tensors)"
+            )
+        super().__setitem__(name, tensor)
+
+
 def float_tensors(model: StoredModel, style: str, options: Options, skip: Iterable[str] = ()) -> dict[str, Tensor]:
     """Every tensor outside of quantized linears under the target's names, without those of the layers in ``skip``."""
     left = {f"{layer}.weight" for layer in skip}
-    return {
-        model.naming.rename(name, style): cast(tensor, options)
-        for name, tensor in model.floats.items()
-        if name not in left
-    }
+    found = NamedTensors()
+    for name, tensor in model.floats.items():
+        if name not in left:
+            found[model.naming.rename(name, style)] = cast(tensor, options)
+    return found
 
 
 def layer_names(model: StoredModel, style: str) -> Iterator[tuple[StoredLayer, str]]:

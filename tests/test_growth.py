@@ -1,0 +1,98 @@
+"""What is left in the process of work that is done: nothing, however often it is done."""
+
+import gc
+import linecache
+import pathlib
+import tempfile
+import threading
+import tracemalloc
+
+import pytest
+import torch
+from torch import fx
+
+import fxq
+from tests.toys import recipe, rows, toy
+
+OFTEN = 6
+ALLOWED = 8192  # bytes a call
+
+
+def generated():
+    """Sources that fx keeps, and that tracebacks would show."""
+    kept = fx.graph_module._loader.eval_cache
+    return set(kept) | {name for name in linecache.cache if name.startswith("<eval_with_key>")}
+
+
+def files():
+    folder = pathlib.Path("/proc/self/fd")
+    return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def mapped():
+    maps = pathlib.Path("/proc/self/maps")
+    return sum("safetensors" in line for line in maps.read_text().splitlines()) if maps.exists() else 0
+
+
+def growth(call):
+    """Bytes of Python objects that each of several calls leaves, after some that fill caches."""
+    for _ in range(3):
+        call()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        call()
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(OFTEN):
+            call()
+        gc.collect()
+        return (tracemalloc.get_traced_memory()[0] - before) / OFTEN
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    model, x, chosen = toy(), rows(32, 96), recipe()
+    module = fxq.quantize(model, [x], chosen, progress=False)
+    folder = fxq.save(module, tmp_path_factory.mktemp("growth") / "bundle")
+    return {
+        "load": lambda: fxq.load(folder),
+        "quantize": lambda: fxq.quantize(model, [x], chosen, progress=False),
+        "optimize": lambda: fxq.optimize(module),
+        "save": lambda: fxq.save(module, folder),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["load", "quantize", "optimize", "save"])
+def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, job):
+    job[what]()
+    gc.collect()
+    places = len(list(pathlib.Path(tempfile.gettempdir()).glob("fxq*")))
+    before = generated(), files(), threading.active_count(), mapped()
+    grown = growth(job[what])
+    assert grown < ALLOWED, f"{grown:.0f} bytes a call"
+    assert (generated(), files(), threading.active_count(), mapped()) == before
+    assert len(list(pathlib.Path(tempfile.gettempdir()).glob("fxq*"))) == places
+
+
+def test_the_source_of_a_module_lives_as_long_as_the_module():
+    module = fxq.quantize(toy(), [rows(32, 96)], recipe(), progress=False)
+    gc.collect()
+    own = type(module).forward.__code__.co_filename
+    assert linecache.getlines(own) and own in generated()
+    optimized = fxq.optimize(module)
+    assert generated() - {own}
+    del module, optimized
+    gc.collect()
+    assert own not in generated()
+
+
+def test_modules_of_others_keep_their_source():
+    module = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
+    own = type(module).forward.__code__.co_filename
+    fxq.optimize(fxq.quantize(toy(), [rows(32, 96)], recipe(), progress=False))
+    gc.collect()
+    assert "linear" in "".join(linecache.getlines(own)) or "getattr" in "".join(linecache.getlines(own))
