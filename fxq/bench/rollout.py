@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
-from fxq.bench.floats import onednn_model
+from fxq.bench.floats import no_bfloat16, onednn_model
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
@@ -108,7 +108,8 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
     def floats(name: str, kernel: str) -> Contestant:
         dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
         text = str(dtype).removeprefix("torch.")
-        return Contestant(name, lambda: plain(dtype, kernel), bounds[text], text, text)
+        obstacle = no_bfloat16() if (kernel, dtype) == (ONEDNN, torch.bfloat16) else ""
+        return Contestant(name, lambda: plain(dtype, kernel), bounds[text], text, text, obstacle=obstacle)
 
     contestants = (
         *(floats(name, EAGER) for name in BASELINES),

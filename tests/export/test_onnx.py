@@ -70,6 +70,12 @@ def files(toys, folder):
 
 
 @pytest.fixture(scope="module")
+def forms(toys, folder):
+    """The 8-bit toy for CPUs with VNNI, and for those without."""
+    return {vnni: export_onnx(toys[8], folder / f"vnni-{vnni}.onnx", vnni=vnni) for vnni in (True, False)}
+
+
+@pytest.fixture(scope="module")
 def rollout():
     return wan_rollout()
 
@@ -91,11 +97,9 @@ def test_onnxruntime_computes_what_the_module_does(files, toys, bits, count):
 
 
 @pytest.mark.parametrize("vnni", [pytest.param(True, marks=needs("exact_bytes")), False])
-def test_a_file_for_either_kind_of_cpu_computes_what_the_module_does(toys, tmp_path, vnni):
-    for bits, q in toys.items():
-        path = export_onnx(q, tmp_path / f"{bits}.onnx", vnni=vnni)
-        assert_same(path, q, (rows(130, 96, seed=3) * 2,))
-        assert [entry.products for entry in check_onnx(path)] == [2, 1]
+def test_a_file_for_either_kind_of_cpu_computes_what_the_module_does(toys, forms, vnni):
+    assert_same(forms[vnni], toys[8], (rows(130, 96, seed=3) * 2,))
+    assert [entry.products for entry in check_onnx(forms[vnni])] == [2, 1]
 
 
 def weights_of(path):
@@ -108,8 +112,8 @@ def weights_of(path):
     return found
 
 
-def test_without_vnni_no_signed_weight_can_saturate_sums_of_two_products(toys, tmp_path):
-    found = {bits: weights_of(export_onnx(q, tmp_path / f"{bits}.onnx", vnni=False)) for bits, q in toys.items()}
+def test_without_vnni_no_signed_weight_can_saturate_sums_of_two_products(files, forms):
+    found = {bits: weights_of(path) for bits, path in ((4, files[4]), (8, forms[False]))}
     assert {kind for kind, _ in found[8]} == {onnx.TensorProto.UINT8}
     assert {kind for kind, _ in found[4]} == {onnx.TensorProto.INT4}
     assert all(largest < 2**15 for kinds in found.values() for _, largest in kinds)
@@ -121,8 +125,8 @@ def test_a_file_is_written_for_the_kind_of_cpu_that_exports_it(toys, tmp_path, m
         assert {k for k, _ in weights_of(export_onnx(toys[8], tmp_path / "toy.onnx"))} == {kind}
 
 
-def test_the_check_says_that_a_file_is_right_and_this_cpu_is_not(toys, tmp_path, monkeypatch):
-    path = export_onnx(toys[8], tmp_path / "toy.onnx", vnni=True)
+def test_the_check_says_that_a_file_is_right_and_this_cpu_is_not(files, forms, tmp_path, monkeypatch):
+    path = forms[True]
     monkeypatch.setattr(cpu, "saturates", lambda: True)
     reason = (
         r"is right, and this CPU would compute it wrong: this CPU has no VNNI.* 2 of 2 quantized layers: blocks.0.up"
@@ -137,8 +141,7 @@ def test_the_check_says_that_a_file_is_right_and_this_cpu_is_not(toys, tmp_path,
     onnx.save(model, tmp_path / "older.onnx")
     with pytest.raises(ExportError, match=reason):
         check_onnx(tmp_path / "older.onnx")
-    for bits, vnni in ((8, False), (4, True)):
-        assert len(check_onnx(export_onnx(toys[bits], tmp_path / "toy.onnx", vnni=vnni))) == 2
+    assert len(check_onnx(forms[False])) == len(check_onnx(files[4])) == 2
     monkeypatch.setattr(cpu, "saturates", lambda: False)
     assert len(check_onnx(tmp_path / "older.onnx")) == 2
 
