@@ -299,7 +299,7 @@ def _compare_output(i: int, a: Tensor, b: Tensor, tolerance: float, mode: str) -
         return
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    scale, error = float(b.nan_to_num(0, 0, 0).abs().max()), float(torch.where(same, 0.0, (a - b).abs()).max())
+    scale, error = b.nan_to_num(0, 0, 0).abs().max().item(), torch.where(same, 0.0, (a - b).abs()).max().item()
     if error:
         error = error / scale if scale else float("inf")
     if not error <= tolerance:
