@@ -50,7 +50,6 @@ class QuantizedLinear(nn.Module):
     input_zero_point: Tensor | None
     offset: Tensor
     perm: Tensor | None
-    panels: Tensor | None
 
     def __init__(
         self,
@@ -68,7 +67,6 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.has_bias = plan.in_features, plan.out_features, has_bias
         for name in LAYER_TENSORS:
             self.register_buffer(_OWN[name], tensors.get(name))
-        self.register_buffer("panels", None, persistent=False)
         self.set_form(dtype)
         self.lay_out()
 
@@ -86,6 +84,11 @@ class QuantizedLinear(nn.Module):
         if name in _GONE:
             raise FloatStandIn(self, name).refusal(f"setting {name}")
         super().__setattr__(name, value)
+
+    @property
+    def panels(self) -> Tensor | None:
+        """The integers in the layout of the native kernels, or None, and then no buffer: tools expect values in one."""
+        return self._buffers.get("panels")
 
     def set_form(self, dtype: torch.dtype) -> None:
         """Let ``weight`` have this dtype and the device of the integers."""
@@ -154,7 +157,11 @@ class QuantizedLinear(nn.Module):
     def lay_out(self) -> None:
         """Make ``panels`` of the weight where the native kernels run, and drop them elsewhere."""
         here = self.integers.device.type == "cpu" and native.ready()
-        self.panels = pack_panels(self.codes(), self.split) if here else None
+        self._buffers.pop("panels", None)
+        self._non_persistent_buffers_set.discard("panels")
+        if here:
+            self._buffers["panels"] = pack_panels(self.codes(), self.split)
+            self._non_persistent_buffers_set.add("panels")
 
     def codes(self) -> Tensor:
         """int8 [N, K], channels in ``[normal | outlier]`` order."""
