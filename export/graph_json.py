@@ -13,6 +13,7 @@ import keyword
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ from fxq.export.structure import StructureError, structure_from_json, structure_
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 from fxq.reading import MAX_NAME
 
-MAX_NODES = 50_000
+MAX_NODES, MAX_NODES_OF_SMALL, BYTES_PER_NODE = 50_000, 20_000, 4096
+"""Most nodes of a graph; more than 20,000 need so many bytes of tensors each, as a node takes memory itself."""
 MAX_PATH = 32
 """Most parts of a tensor's dotted name."""
 _CONSTANTS: dict[str, dict[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
@@ -201,8 +203,8 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         if (plan := plan_of(node)) is not None:
             entry["plan"] = plan.to_json()
         nodes.append(entry)
-    if len(nodes) > MAX_NODES:
-        raise GraphFormatError(f"the graph has {len(nodes)} nodes, a bundle holds at most {MAX_NODES}")
+    reads = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    _check_count(nodes, {name: get_tensor(module, name) for name in reads})
     codegen = module.graph._codegen
     if not isinstance(codegen, _PyTreeCodeGen):
         raise GraphFormatError("the graph has no pytree calling convention; it was not made by fxq.quantize")
@@ -244,8 +246,7 @@ def graph_from_json(
 def _build(data: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> fx.GraphModule:
     graph, root = fx.Graph(), torch.nn.Module()
     nodes, known = dict[str, fx.Node](), dict[fx.Node, Value]()
-    if len(data["nodes"]) > MAX_NODES:
-        raise GraphFormatError(f"the graph has {len(data['nodes'])} nodes, at most {MAX_NODES} are read")
+    _check_count(data["nodes"], tensors)
     for entry in data["nodes"]:
         _check_names(entry["name"], entry["op"], entry["target"], entry["kwargs"])
         name = entry["name"]
@@ -265,6 +266,13 @@ def _build(data: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(data["arguments"]), in_spec, out_spec)))
     graph.lint()
     return CapturedModule(root, graph)
+
+
+def _check_count(nodes: list[Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    limit = min(MAX_NODES, max(MAX_NODES_OF_SMALL, stored // BYTES_PER_NODE))
+    if len(nodes) > limit:
+        raise GraphFormatError(f"the graph has {len(nodes)} nodes, a bundle of this size holds at most {limit}")
 
 
 def _node(
