@@ -43,7 +43,7 @@ std:default,dim,correction std_mean:default,dim,correction sum:default,dim_IntLi
 var_mean:default,dim,correction
 """
 _SHAPES = """
-adjoint alias atleast_1d:default atleast_2d:default atleast_3d:default broadcast_tensors broadcast_to cat chunk clone
+adjoint alias copy diagonal_scatter fill:Scalar,Tensor zero:default atleast_1d:default atleast_2d:default atleast_3d:default broadcast_tensors broadcast_to cat chunk clone
 column_stack concat concatenate constant_pad_nd contiguous detach diag diag_embed diagonal diff dstack expand expand_as
 flatten:using_ints flip gather hstack index:Tensor index_add index_copy index_fill:int_Tensor,int_Scalar index_put
 index_select kron lift_fresh_copy mH mT masked_scatter meshgrid:default,indexing moveaxis:int,intlist
