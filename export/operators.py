@@ -43,7 +43,7 @@ std:default,dim,correction std_mean:default,dim,correction sum:default,dim_IntLi
 var_mean:default,dim,correction
 """
 _SHAPES = """
-adjoint alias copy diagonal_scatter fill:Scalar,Tensor zero:default atleast_1d:default atleast_2d:default atleast_3d:default broadcast_tensors broadcast_to cat chunk clone
+adjoint alias atleast_1d:default atleast_2d:default atleast_3d:default broadcast_tensors broadcast_to cat chunk clone
 column_stack concat concatenate constant_pad_nd contiguous detach diag diag_embed diagonal diff dstack expand expand_as
 flatten:using_ints flip gather hstack index:Tensor index_add index_copy index_fill:int_Tensor,int_Scalar index_put
 index_select kron lift_fresh_copy mH mT masked_scatter meshgrid:default,indexing moveaxis:int,intlist
@@ -52,6 +52,7 @@ reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave:self
 replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack
 scatter:src,value,reduce,value_reduce scatter_add scatter_reduce:two select:int select_scatter slice:Tensor
 slice_scatter split:Tensor,sizes,default split_with_sizes squeeze:default,dim,dims stack swapaxes swapdims t
+copy diagonal_scatter fill:Scalar,Tensor zero:default
 take_along_dim tensor_split:sections,indices tile to:device,dtype,other,dtype_layout _to_copy:default transpose:int
 tril triu type_as unbind:int unflatten:int unfold unsafe_chunk unsafe_split:Tensor unsafe_split_with_sizes
 _unsafe_view:default _reshape_alias:default unsqueeze view:default view_as view_as_complex view_as_real vstack

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import fxq
 from fxq.export.bundle import seal_of
+from fxq.export.files import write_tensors
 from fxq.export.program import export_program
 from tests.toys import recipe, rows, toy
 
@@ -117,7 +118,8 @@ def edit_tensors(folder: pathlib.Path, edit: Callable[[dict[str, torch.Tensor]],
         metadata = content.metadata()
     tensors = load_file(file)
     edit(tensors)
-    save_file(tensors, file, metadata=metadata)
+    file.unlink()  # the tensors are mapped from it
+    write_tensors(tensors, file, metadata or {})
     stated = {
         name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for name, t in tensors.items()
     }
