@@ -70,7 +70,10 @@ class QuantizedLinear(nn.Module):
         self.lay_out()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` float32, bfloat16 or float16 [..., in_features]; returns [..., out_features] in its dtype."""
+        """``x`` float [..., in_features]; returns [..., out_features] in its dtype. float64 is computed in float32."""
+        if x.dtype == torch.float64:
+            wide: Tensor = self.forward(x.float()).double()
+            return wide
         if self.per_token:
             q, scale = kernels.quantize_per_token.definition(x, *self.quantization())
             return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)
