@@ -128,7 +128,8 @@ def test_models_in_float64_and_of_many_dtypes_work(per_token, tmp_path):
     module = quantized(model, None if not per_token else [X], chosen)
     assert not fxq.summary(module).kept
     fxq.save(module, tmp_path / "bundle")
-    for made in (module, fxq.optimize(module), fxq.load(tmp_path / "bundle")):
+    applied = fxq.apply(copy.deepcopy(model), tmp_path / "bundle")
+    for made in (module, fxq.optimize(module), fxq.load(tmp_path / "bundle"), applied):
         for got, want in zip(made(X), model(X), strict=True):
             assert got.dtype == want.dtype and float((got - want).norm() / want.norm()) < 0.03
 
