@@ -100,7 +100,10 @@ def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         result = apply(definition, spec, *flat, *(s for s in sources if id(s) not in known))
     for tensor in pytree.tree_leaves(result):
         if tensor.dtype == torch.int8:
-            vars(tensor)[SOURCES] = sources
+            # The base too: where a kernel gives a view, later views have its base and not the result.
+            for owner in (tensor, tensor._base):
+                if owner is not None:
+                    vars(owner)[SOURCES] = sources
     return result
 
 

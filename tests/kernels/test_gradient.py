@@ -68,7 +68,7 @@ def test_parameters_after_a_quantized_layer_learn_as_ever(implementation):
 
 
 @pytest.mark.parametrize("view", [lambda q: q[1:3], lambda q: q.view(2, 2, 64)[1], lambda q: q.unsqueeze(0)])
-def test_views_of_integers_keep_what_they_were_made_of(view):
+def test_views_of_integers_keep_what_they_were_made_of(view, implementation):
     x = torch.randn(4, 64, requires_grad=True)
     operands = sample_operands((1, 64), 64, 48, 8, random(1))
     q = view(quantize_act(x, None, SCALE, ZERO, 48, 8))
