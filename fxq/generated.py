@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import sys
 import threading
 import types
 import weakref
@@ -61,8 +62,8 @@ def sources_let_go() -> Iterator[None]:
 def shapes_let_go() -> Iterator[None]:
     """Let what torch notes of operators' results on shapes alone go at the end of the block.
 
-    The notes are made for the symbols of one graph, which no other graph has. Where torch has no such cache, nothing is
-    done.
+    The notes are made for the symbols of one graph, which no other graph has, and hold all that is known of them. Where
+    torch has no such cache, nothing is done.
     """
     found: Any = getattr(FakeTensorMode, "cache", None)
     cache: dict[Any, Any] = found if isinstance(found, dict) else {}
@@ -72,3 +73,16 @@ def shapes_let_go() -> Iterator[None]:
     finally:
         for key in [key for key in list(cache) if key not in before]:
             cache.pop(key, None)
+        # Where nothing has imported it, nothing is kept.
+        shapes = sys.modules.get("torch.fx.experimental.symbolic_shapes")
+        for method in vars(getattr(shapes, "ShapeEnv", object)).values():
+            _clear(method)
+
+
+def _clear(method: Any) -> None:
+    """Empty the caches around a method: their keys are the arguments, and hold the method's object."""
+    while method is not None:
+        clear = getattr(method, "cache_clear", None)
+        if callable(clear):
+            clear()
+        method = getattr(method, "__wrapped__", None)
