@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import linecache
+import sys
 import threading
 import types
 import weakref
@@ -61,14 +63,55 @@ def sources_let_go() -> Iterator[None]:
 def shapes_let_go() -> Iterator[None]:
     """Let what torch notes of operators' results on shapes alone go at the end of the block.
 
-    The notes are made for the symbols of one graph, which no other graph has. Where torch has no such cache, nothing is
-    done.
+    The notes are made for the symbols of one graph, which no other graph has, and hold all that is known of them. Where
+    torch has no such cache, nothing is done.
     """
     found: Any = getattr(FakeTensorMode, "cache", None)
     cache: dict[Any, Any] = found if isinstance(found, dict) else {}
     before = set(cache)
     try:
-        yield
+        with _inputs_let_go():
+            yield
     finally:
         for key in [key for key in list(cache) if key not in before]:
             cache.pop(key, None)
+        # Where nothing has imported it, nothing is kept.
+        shapes = sys.modules.get("torch.fx.experimental.symbolic_shapes")
+        for method in vars(getattr(shapes, "ShapeEnv", object)).values():
+            _clear(method)
+
+
+@contextlib.contextmanager
+def _inputs_let_go() -> Iterator[None]:
+    """Let the example inputs of captures in the block go: a capture lists them, and they hold it, outside of Python."""
+    shapes: Any = sys.modules.get("torch.fx.experimental.symbolic_shapes")
+    if shapes is None:
+        yield
+        return
+    thread, made = threading.get_ident(), weakref.WeakSet[Any]()
+    start = shapes.ShapeEnv.__init__
+
+    @functools.wraps(start)
+    def begin(env: Any, *args: Any, **options: Any) -> None:
+        start(env, *args, **options)
+        if threading.get_ident() == thread:
+            made.add(env)
+
+    shapes.ShapeEnv.__init__ = begin
+    try:
+        yield
+    finally:
+        shapes.ShapeEnv.__init__ = start
+        for env in made:
+            inputs = getattr(env, "tracked_fakes", None)
+            if isinstance(inputs, list):
+                inputs.clear()
+
+
+def _clear(method: Any) -> None:
+    """Empty the caches around a method: their keys are the arguments, and hold the method's object."""
+    while method is not None:
+        clear = getattr(method, "cache_clear", None)
+        if callable(clear):
+            clear()
+        method = getattr(method, "__wrapped__", None)

@@ -2,6 +2,7 @@
 
 import gc
 import linecache
+import logging
 import pathlib
 import tempfile
 import threading
@@ -16,6 +17,12 @@ from tests.toys import recipe, rows, toy
 
 OFTEN = 6
 ALLOWED = 8192  # bytes a call
+
+
+def collect():
+    """Collect garbage, and what that has set free."""
+    for _ in range(3):
+        gc.collect()
 
 
 def generated():
@@ -36,20 +43,22 @@ def mapped():
 
 def growth(call):
     """Bytes of Python objects that each of several calls leaves, after some that fill caches."""
+    logging.disable()  # pytest keeps what torch logs
     for _ in range(3):
         call()
-    gc.collect()
+    collect()
     tracemalloc.start()
     try:
         call()
-        gc.collect()
+        collect()
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(OFTEN):
             call()
-        gc.collect()
+        collect()
         return (tracemalloc.get_traced_memory()[0] - before) / OFTEN
     finally:
         tracemalloc.stop()
+        logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +78,7 @@ def job(tmp_path_factory):
 @pytest.mark.parametrize("what", ["load", "quantize", "optimize", "save"])
 def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, job):
     job[what]()
-    gc.collect()
+    collect()
     places = len(list(pathlib.Path(tempfile.gettempdir()).glob("fxq*")))
     before = generated(), files(), threading.active_count(), mapped()
     grown = growth(job[what])
@@ -80,13 +89,13 @@ def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, jo
 
 def test_the_source_of_a_module_lives_as_long_as_the_module():
     module = fxq.quantize(toy(), [rows(32, 96)], recipe(), progress=False)
-    gc.collect()
+    collect()
     own = type(module).forward.__code__.co_filename
     assert linecache.getlines(own) and own in generated()
     optimized = fxq.optimize(module)
     assert generated() - {own}
     del module, optimized
-    gc.collect()
+    collect()
     assert own not in generated()
 
 
@@ -94,5 +103,5 @@ def test_modules_of_others_keep_their_source():
     module = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
     own = type(module).forward.__code__.co_filename
     fxq.optimize(fxq.quantize(toy(), [rows(32, 96)], recipe(), progress=False))
-    gc.collect()
+    collect()
     assert "linear" in "".join(linecache.getlines(own)) or "getattr" in "".join(linecache.getlines(own))
