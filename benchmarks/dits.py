@@ -44,7 +44,7 @@ def measure(case: Case) -> dict[str, Any]:
     return row | {
         "calls": len(products) + len(list(linear_sites(quantized))),
         "quantized": len(summary.quantized),
-        "kept": dict(collections.Counter(entry.reason for entry in summary.kept)),
+        "kept": dict(collections.Counter(entry.reason for entry in summary.kept if entry not in summary.others)),
         "sqnr": round(output_sqnr(model, quantized, [case.batch(9)]), 1),
         "seconds": round(time.perf_counter() - start, 1),
     }

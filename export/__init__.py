@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxq.export import pickled as pickled  # lets modules be pickled
 from fxq.export.bundle import load, read_manifest, save
 from fxq.export.capture import ExportError
 from fxq.export.contract import Verdict, verify_bundle

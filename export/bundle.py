@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from torch import fx
+from torch import Tensor, fx
 
 import fxq.kernels  # registers the operators a bundle's graph calls
-from fxq.export.files import BundleError, check_place, sha256, whole_folder, write_tensors
+from fxq.ambient import own_tensors
+from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
-from fxq.export.graph_json import GraphFormatError, graph_from_json, graph_to_json, tensors_of
-from fxq.export.inputs import InputEntry, input_entries, record_values
+from fxq.export.foreign import allowing
+from fxq.export.graph_json import graph_from_json, graph_to_json, tensors_of
+from fxq.export.inputs import InputEntry, check_entries, input_entries, record_values, stand_ins
 from fxq.export.receipt import make_receipt
-from fxq.ir import LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.export.rehearsal import rehearse
+from fxq.export.stored import check_stored
+from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
+from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.reading import MAX_TENSORS, ReadError, read_json, regular_file
 from fxq.signature import guard_inputs
 from fxq.verify import RuleError, check
 
@@ -32,8 +39,8 @@ MANIFEST, TENSORS, GRAPH = "manifest.json", "model.safetensors", "graph.json"
 class TensorEntry:
     """Dtype (torch name) and shape of one stored tensor."""
 
-    dtype: str
-    shape: tuple[int, ...]
+    dtype: DtypeName
+    shape: Shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class LayerEntry:
     """One linear: its plan (scheme or reason) and the names of its tensors."""
 
     plan: dict[str, Any]
-    tensors: tuple[str, ...]
+    tensors: Annotated[tuple[Name, ...], Field(max_length=len(LAYER_TENSORS))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,17 +56,18 @@ class Manifest:
     """What a bundle holds.
 
     ``facts``: recipe, sensitivity, calibration hash, environment; ``files``: sha256 by name. ``inputs`` and
-    ``fingerprint`` are None in bundles written before they existed.
+    ``fingerprint`` are None, and ``seal`` (see :func:`seal_of`) is empty, in bundles written before they existed.
     """
 
     format_version: int
-    fxq_version: str
+    fxq_version: Text
     facts: dict[str, Any]
-    layers: dict[str, LayerEntry]
-    tensors: dict[str, TensorEntry]
-    files: dict[str, str]
-    inputs: tuple[InputEntry, ...] | None = None
+    layers: Annotated[dict[Name, LayerEntry], Field(max_length=MAX_TENSORS)]
+    tensors: Annotated[dict[Name, TensorEntry], Field(max_length=MAX_TENSORS)]
+    files: dict[Name, Text]
+    inputs: Annotated[tuple[InputEntry, ...], Field(max_length=MAX_TENSORS)] | None = None
     fingerprint: Fingerprint | None = None
+    seal: Text = ""
 
 
 def _dtype_name(tensor: torch.Tensor) -> str:
@@ -102,7 +110,7 @@ def save(
     with whole_folder(out, (MANIFEST, TENSORS, GRAPH), "a bundle") as folder:
         tensors = tensors_of(module)
         write_tensors(tensors, folder / TENSORS, receipt.to_header() | {"format": "pt"})
-        (folder / GRAPH).write_text(json.dumps(graph, separators=(",", ":")), encoding="utf-8")
+        (folder / GRAPH).write_text(json.dumps(graph | {"sealed": True}, separators=(",", ":")), encoding="utf-8")
         inputs = input_entries(module)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -114,7 +122,9 @@ def save(
             inputs=inputs,
             fingerprint=take_fingerprint(module, inputs) if fingerprint else None,
         )
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+        data = dataclasses.asdict(manifest)
+        data["seal"] = seal_of(data)
+        (folder / MANIFEST).write_text(json.dumps(data, indent=1), encoding="utf-8")
     return out
 
 
@@ -127,9 +137,37 @@ def check_bundle_place(path: str | os.PathLike[str]) -> pathlib.Path:
     return check_place(path, (MANIFEST, TENSORS, GRAPH), "a bundle")
 
 
-def _layer_entry(plan: LayerPlan, tensors: Mapping[str, torch.Tensor]) -> LayerEntry:
-    names = tuple(name for name in tensors if name.rpartition(".")[0] == plan.layer)
-    return LayerEntry(plan=plan.to_json(), tensors=names)
+def seal_of(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest's JSON without its ``seal``, with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def stated_seal(folder: pathlib.Path) -> str:
+    """The seal that the manifest in a folder should have.
+
+    Raises:
+        OSError, ReadError: when it cannot be read.
+    """
+    return seal_of(read_json(folder / MANIFEST, folder))
+
+
+def is_sealed(folder: pathlib.Path) -> bool:
+    """Whether the graph says that the manifest beside it was written with a seal.
+
+    Raises:
+        OSError, ReadError: when it cannot be read.
+    """
+    return read_json(folder / GRAPH, folder).get("sealed") is True
+
+
+def _layer_entry(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> LayerEntry:
+    return LayerEntry(plan=plan.to_json(), tensors=_own(plan, tensors))
+
+
+def _own(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the tensors that lie directly under a layer's name."""
+    return tuple(name for name in tensors if name.rpartition(".")[0] == plan.layer)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -138,27 +176,28 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         BundleError: missing, malformed, or of a format this version does not know.
     """
-    file = pathlib.Path(path) / MANIFEST
+    folder = pathlib.Path(path)
+    file = folder / MANIFEST
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file, folder)
     except OSError as error:
-        raise BundleError(f"{file}: {error.strerror or error}; a bundle is a folder made by fxq.save") from None
-    except ValueError as error:
-        raise BundleError(f"{file} is not valid JSON ({error}); the bundle is damaged, save it again") from None
+        raise BundleError(f"{file}: {error.strerror or error}; a bundle is a folder made by fxq.save") from error
+    except ReadError as error:
+        raise BundleError(f"{file}: {error}; the bundle is damaged, save it again") from error
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise BundleError(
-            f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; "
-            "load it with the fxq version that wrote it "
-            f"({data.get('fxq_version', 'unknown') if isinstance(data, dict) else 'unknown'})"
+            f"{file}: format version {str(version)[:40] if type(version) is int else repr(version)[:40]}, "
+            f"this fxq reads {FORMAT_VERSION}; load it with the fxq version that wrote it "
+            f"({str(data.get('fxq_version', 'unknown'))[:40] if isinstance(data, dict) else 'unknown'})"
         )
     try:
-        return TypeAdapter(Manifest).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BundleError(
-            f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the bundle is damaged"
-        ) from None
+        manifest = validated(Manifest, data)
+        check_facts(manifest.facts)
+        check_entries(manifest.inputs or ())
+    except SchemaError as error:
+        raise BundleError(f"{file}: {error}; the bundle is damaged") from error
+    return manifest
 
 
 def check_files(folder: pathlib.Path, manifest: Manifest, *, hash_tensors: bool = True) -> None:
@@ -175,15 +214,22 @@ def check_files(folder: pathlib.Path, manifest: Manifest, *, hash_tensors: bool 
     if set(manifest.files) != {TENSORS, GRAPH}:
         raise BundleError(f"{folder / MANIFEST}: lists files {sorted(manifest.files)}, expected {GRAPH} and {TENSORS}")
     for name, digest in manifest.files.items():
-        if not (folder / name).is_file():
-            raise BundleError(f"{folder / name} is missing; copy the whole folder")
+        try:
+            regular_file(folder / name, folder)
+        except FileNotFoundError as error:
+            raise BundleError(f"{folder / name} is missing; copy the whole folder") from error
+        except (OSError, ReadError) as error:
+            raise BundleError(f"{folder / name} cannot be read: {error}") from error
         if (hash_tensors or name == GRAPH) and sha256(folder / name) != digest:
             raise BundleError(
                 f"{folder / name} does not have the hash the manifest states: truncated or altered; copy it again"
             )
 
 
-def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx.GraphModule:
+@own_tensors()
+def load(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", *, operators: Iterable[str] = ()
+) -> fx.GraphModule:
     """Load a bundle into a runnable GraphModule. Nothing is unpickled and no code from the bundle runs.
 
     The nodes get their example values back where the bundle states its inputs, so that :func:`fxq.optimize` can work
@@ -192,33 +238,65 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> fx
     Args:
         path: folder written by :func:`save`.
         device: where tensors go.
+        operators: those of other libraries that the bundle may call, ``"library.name"`` each; import the library first.
 
     Raises:
-        BundleError: when a file is missing, truncated, altered, of an unknown version or inconsistent.
+        BundleError: when a file is missing, truncated, altered, of an unknown version or inconsistent, or when it calls
+            an operator of another library that is not among ``operators``.
     """
     folder = pathlib.Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     try:
-        with safe_open(folder / TENSORS, "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise BundleError(f"{folder / TENSORS} cannot be read: {error}") from None
-    found = {n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()}
-    if found != manifest.tensors:
-        wrong = [n for n in sorted({*found, *manifest.tensors}) if found.get(n) != manifest.tensors.get(n)]
-        raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise BundleError(f"device {device} is invalid: {str(error).splitlines()[0]}") from error
+    with allowing(operators):
+        module = read_graph(folder, manifest, _read_tensors(folder, manifest, place), place)
+    if manifest.inputs is not None:
+        record_values(module, manifest.inputs, place)
+    return module
+
+
+def _read_tensors(folder: pathlib.Path, manifest: Manifest, device: torch.device) -> dict[str, Tensor]:
+    check_header(folder / TENSORS, folder, {name: (e.dtype, e.shape) for name, e in manifest.tensors.items()})
     try:
-        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), tensors, device)
+        with safe_open(regular_file(folder / TENSORS, folder), "pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in manifest.tensors}
+    except (OSError, ReadError, RuntimeError, SafetensorError) as error:
+        raise BundleError(f"{folder / TENSORS} cannot be read: {error}") from error
+
+
+def read_graph(
+    folder: pathlib.Path, manifest: Manifest, tensors: dict[str, Tensor], device: torch.device, values: bool = True
+) -> fx.GraphModule:
+    """A bundle's graph as a module that refuses calls of other sizes; its operators were tried on tensors without data.
+
+    Args:
+        folder: the bundle.
+        manifest: its manifest.
+        tensors: by name, those of the manifest; stand-ins will do.
+        device: takes the place of every device in the graph.
+        values: whether to look at the values of scales and permutations; not of stand-ins.
+
+    Raises:
+        BundleError: when the graph is malformed, calls what it must not, breaks a rule, or does not fit its inputs, its
+            tensors or the manifest.
+    """
+    try:
+        module = graph_from_json(read_json(folder / GRAPH, folder), tensors, device)
         set_facts(module, manifest.facts)
-        guard_inputs(module, manifest.facts.get("inputs", []))
+        module = guard_inputs(module, manifest.facts)
+        plans = {layer: plan for layer, (plan, _) in planned(module).items()}
+        for plan in plans.values():
+            check_plan(plan)
         check(QuantGraph(module, Stage.FROZEN), "after load")
-        if manifest.inputs is not None:
-            record_values(module, manifest.inputs, torch.device(device))
-    except (GraphFormatError, RuleError, ValueError) as error:
-        raise BundleError(f"{folder / GRAPH}: {error}") from None
-    plans = {layer: plan.to_json() for layer, (plan, _) in planned(module).items()}
-    if plans != {layer: entry.plan for layer, entry in manifest.layers.items()}:
+        check_stored(module, values=values)
+        rehearse(module, stand_ins(module, manifest.inputs, manifest.facts["inputs"]))
+    except (OSError, RuleError, ValueError) as error:
+        raise BundleError(f"{folder / GRAPH}: {error}") from error
+    stated = {layer: (entry.plan, set(entry.tensors)) for layer, entry in manifest.layers.items()}
+    if {layer: (plan.to_json(), set(_own(plan, tensors))) for layer, plan in plans.items()} != stated:
         raise BundleError(
             f"{folder}: the plans on the graph differ from the manifest's layers; the bundle is inconsistent"
         )

@@ -57,13 +57,13 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
     return graph
 
 
-def lower(module: fx.GraphModule) -> QuantGraph:
+def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.to_qdq.ToQdq`.
 
     Raises:
         ExportError: as :func:`frozen`, and when an operator of fxq is left.
     """
-    graph = run_passes(frozen(module), (ToQdq(),))
+    graph = run_passes(frozen(module), (ToQdq(in_halves),))
     left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     if left:
         raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")
@@ -131,7 +131,9 @@ def _varies(size: int | torch.SymInt) -> bool:
 
 
 def _compare_sizes(module: fx.GraphModule, program: ExportedProgram) -> None:
-    inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
+    # ``user_inputs`` of the signature has the values of constants in the place of their names.
+    own = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
+    inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in own]
     known = all(example_value(node) is not None for node in module.graph.find_nodes(op="placeholder"))
     wanted = input_sizes(module) if known else facts_of(module)["inputs"]
     for node, want in zip(inputs, wanted, strict=True):

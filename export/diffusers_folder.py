@@ -7,33 +7,38 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field
 from torch import Tensor, fx, nn
 
 import fxq.numerics
-from fxq.config import Scheme
+from fxq.config import RecipeError, Scheme
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.receipt import Receipt, make_receipt
+from fxq.export.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
 from fxq.ir import LayerPlan, facts_of, get_tensor, module_path, planned, stored_names
+from fxq.reading import MAX_TENSORS
 
 METHOD, FORMAT_VERSION = "fxq", 1
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _MAX_DEVIATION = 1.0
 
 
+_Features = Annotated[int, Field(ge=1, le=MAX_FEATURES)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearEntry:
     """One quantized linear: its sizes, bits, and the number of outlier channels, which have a scale of their own."""
 
-    in_features: int
-    out_features: int
+    in_features: _Features
+    out_features: _Features
     weight_bits: int
     input_bits: int
-    outliers: int = 0
+    outliers: Size = 0
     per_token: bool = False
     output_sqnr: float | None = None
 
@@ -85,10 +90,10 @@ class LinearEntry:
 class QuantizationConfig:
     """The ``quantization_config`` of a ``config.json``: every linear that is quantized, and why the others are not."""
 
-    layers: dict[str, LinearEntry]
-    kept: dict[str, str]
+    layers: Annotated[dict[Name, LinearEntry], Field(max_length=MAX_TENSORS)]
+    kept: Annotated[dict[Name, Text], Field(max_length=MAX_TENSORS)]
     receipt: Receipt
-    fxq_version: str
+    fxq_version: Text
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -108,11 +113,14 @@ class QuantizationConfig:
                 f"{FORMAT_VERSION}; load it with the fxq version that wrote it ({data.get('fxq_version', 'unknown')})"
             )
         try:
-            return TypeAdapter(cls).validate_python({k: v for k, v in data.items() if k != "quant_method"})
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise BundleError(f"quantization_config: {place}: {first['msg']}; the folder is damaged") from None
+            found = validated(cls, {k: v for k, v in data.items() if k != "quant_method"})
+            for layer, entry in found.layers.items():
+                if not entry.outliers < entry.in_features:
+                    raise SchemaError(f"layers.{layer}: {entry.outliers} outliers of {entry.in_features} inputs")
+                check_plan(entry.plan(layer))
+        except (SchemaError, RecipeError) as error:
+            raise BundleError(f"quantization_config: {error}; the folder is damaged") from error
+        return found
 
 
 def save_diffusers(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fxq.reading import ReadError, read_header
 from fxq.residency import DiskError, Residency
 from fxq.writable import writable_folder
 
@@ -43,6 +44,28 @@ _DTYPES = {
 
 class BundleError(ValueError):
     """A bundle that cannot be written or that is missing, damaged, altered or of an unknown version."""
+
+
+def check_header(path: pathlib.Path, folder: pathlib.Path, stated: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Compare the header of a tensor file with what is stated of it, before anything of it is read.
+
+    Args:
+        path: the file.
+        folder: where it must lie.
+        stated: name -> dtype (torch's name) and shape.
+
+    Raises:
+        BundleError: when it cannot be read or differs.
+    """
+    try:
+        header = read_header(path, folder)
+    except (OSError, ReadError) as error:
+        raise BundleError(f"{path} cannot be read: {error}") from error
+    names = {short: str(dtype).removeprefix("torch.") for dtype, short in _DTYPES.items()}
+    found = {name: (names.get(tensor.dtype, tensor.dtype), tensor.shape) for name, tensor in header.tensors.items()}
+    if found != stated:
+        wrong = [n for n in sorted({*found, *stated}) if found.get(n) != stated.get(n)]
+        raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
 
 
 def sha256(path: pathlib.Path) -> str:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 
-from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, seeded_inputs
+from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
+from fxq.export.rehearsal import Brake, RehearsalError, rehearse
+from fxq.export.strict import DtypeName, Finite, Shape, Text
 from fxq.ir import example_value, planned
+from fxq.reading import MAX_TENSORS
 
 SEED = 2605
 PROJECTIONS = 4
 MAX_PRODUCTS = 5_000_000_000
 MAX_INPUT_VALUES = 2**24
+MAX_TOLERANCE = 0.05
+MAX_CALL_BYTES = 1 << 27
+"""Most bytes of the inputs and values of the call; three times the stored tensors where that is more."""
+MAX_CALL_WORK = 2**35
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputMark:
     """One output: shape, dtype, Euclidean norm, and its products with fixed rows of signs."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    norm: float
-    projections: tuple[float, ...]
+    dtype: DtypeName
+    shape: Shape
+    norm: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    projections: Annotated[tuple[Finite, ...], Field(min_length=PROJECTIONS, max_length=PROJECTIONS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +46,10 @@ class Fingerprint:
     and where a float lies on the border of two integers the next layer sees the difference.
     """
 
-    seed: int = SEED
-    tolerance: float = 0.0
-    outputs: tuple[OutputMark, ...] = ()
-    reason: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = SEED
+    tolerance: Annotated[float, Field(ge=0, le=MAX_TOLERANCE)] = 0.0
+    outputs: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] = ()
+    reason: Text = ""
 
 
 def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | None) -> Fingerprint:
@@ -57,7 +67,9 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
     if reason := _too_large(module, entries):
         return Fingerprint(reason=reason)
     try:
-        outputs = call_flat(module, seeded_inputs(entries, SEED, device_of(module)))
+        outputs = seeded_call(module, entries, SEED)
+    except RehearsalError as error:
+        return Fingerprint(reason=f"one call is too large: {error}")
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return Fingerprint(reason=f"the graph refuses seeded inputs: {str(error).splitlines()[0][:200]}")
     floats = [output for output in outputs if output.is_floating_point()]
@@ -71,9 +83,10 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
     """Differences between the module's outputs and a recorded fingerprint, as sentences; empty when it still holds.
 
     Raises:
+        RehearsalError: when the call would take more than a fingerprint's call may.
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
-    outputs = call_flat(module, seeded_inputs(entries, recorded.seed, device_of(module)))
+    outputs = seeded_call(module, entries, recorded.seed)
     if len(outputs) != len(recorded.outputs):
         return [f"{len(outputs)} outputs, recorded {len(recorded.outputs)}"]
     found = []
@@ -93,6 +106,28 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
     return found
 
 
+def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> list[Tensor]:
+    """The tensors of one call on seeded inputs, of bounded size.
+
+    Raises:
+        RehearsalError: when inputs and values would take more than ``MAX_CALL_BYTES``, or the call more than
+            ``MAX_CALL_WORK`` multiplications; nothing was run then.
+        ValueError, RuntimeError: as the graph does when it cannot be called.
+    """
+    leaves = without_data(entries)
+    given = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    limit = max(MAX_CALL_BYTES, 3 * stored) - given
+    cost = rehearse(module, leaves)
+    if cost.bytes > limit or cost.work > MAX_CALL_WORK:
+        raise RehearsalError(
+            f"its inputs and values take {given + cost.bytes} bytes and {cost.work} multiplications, at most "
+            f"{limit + given} and {MAX_CALL_WORK} are spent"
+        )
+    with contextlib.nullcontext() if cost.known else Brake(limit, MAX_CALL_WORK):
+        return call_flat(module, seeded_inputs(entries, seed, device_of(module)))
+
+
 def device_of(module: fx.GraphModule) -> torch.device:
     """Where the module's tensors lie."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -109,18 +144,26 @@ def _too_large(module: fx.GraphModule, entries: Sequence[InputEntry]) -> str:
             value = example_value(node)
             if not isinstance(value, Tensor):
                 return "the graph carries no recorded values"
-            products += math.prod(hint_of(size) for size in value.shape) * plan.in_features
+            try:
+                products += math.prod(hint_of(size) for size in value.shape) * plan.in_features
+            except ValueError as error:
+                return f"what a call costs is not known: {error}"
     return f"one call multiplies {products} times, more than {MAX_PRODUCTS}" if products > MAX_PRODUCTS else ""
 
 
 def _mark(output: Tensor) -> OutputMark:
-    flat = output.detach().double().flatten().cpu()
-    signs = [(noise(flat.numel(), SEED + 101 * (i + 1)) < 0.5).double() * 2 - 1 for i in range(PROJECTIONS)]
+    squares, products = 0.0, [0.0] * PROJECTIONS
+    for start, part in pieces(output.detach().cpu().contiguous()):
+        flat = part.double()
+        squares += float(flat.square().sum())
+        for i in range(PROJECTIONS):
+            signs = (noise(len(flat), SEED + 101 * (i + 1), start) < 0.5).double() * 2 - 1
+            products[i] += float(flat @ signs)
     return OutputMark(
         dtype=str(output.dtype).removeprefix("torch."),
         shape=tuple(output.shape),
-        norm=_rounded(float(flat.norm())),
-        projections=tuple(_rounded(float(flat @ sign)) for sign in signs),
+        norm=_rounded(squares**0.5),
+        projections=tuple(_rounded(product) for product in products),
     )
 
 

@@ -8,45 +8,48 @@ A graph is ``{"nodes": [...], "in_spec": ..., "out_spec": ..., "arguments": [...
 
 from __future__ import annotations
 
-import json
+import functools
 import keyword
 import math
-import operator
-from collections.abc import Callable
+import re
+import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
 
+from fxq.captured import CapturedModule
 from fxq.exclusive import exclusive
+from fxq.export import operators
+from fxq.export.arguments import (
+    ANY,
+    DTYPES,
+    LAYOUTS,
+    MAX_ITEMS,
+    MAX_TEXT,
+    MEMORY_FORMATS,
+    NOTHING,
+    TENSOR,
+    ArgumentError,
+    Value,
+    check_call,
+)
+from fxq.export.foreign import advice, find_foreign, foreign_name, is_foreign
+from fxq.export.structure import StructureError, structure_from_json, structure_to_json
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
+from fxq.reading import MAX_NAME
 
-_NAMESPACES = ("aten", "fxq", "prims")
-_REFUSED = ("aten.from_file.default",)
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"operator.{f.__name__}": f
-    for f in (
-        operator.getitem,
-        operator.add,
-        operator.sub,
-        operator.mul,
-        operator.truediv,
-        operator.floordiv,
-        operator.mod,
-        operator.neg,
-        operator.pow,
-        operator.eq,
-        operator.ne,
-        operator.lt,
-        operator.le,
-        operator.gt,
-        operator.ge,
-    )
-} | {f"torch.{f.__name__}": f for f in (torch.sym_int, torch.sym_float, torch.sym_max, torch.sym_min, torch.sym_not)}
-_NAMES = {f: name for name, f in _FUNCTIONS.items()}
-_TORCH_KINDS: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+MAX_NODES, MAX_NODES_OF_SMALL, BYTES_PER_NODE = 50_000, 20_000, 4096
+"""Most nodes of a graph; more than 20,000 need so many bytes of tensors each, as a node takes memory itself."""
+MAX_PATH = 32
+"""Most parts of a tensor's dotted name."""
+_CONSTANTS: dict[str, dict[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
+_CLASSES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_DEVICE = re.compile(r"[a-z]{1,20}(:\d{1,4})?")
+_SHADOWED = frozenset({"torch", "fx_pytree", "pytree", "device", "inf", "nan", "NoneType", "_fxq_flat"})
+"""Globals of the source that fx generates; an argument of such a name would hide it."""
 
 
 class GraphFormatError(ValueError):
@@ -57,80 +60,78 @@ def target_name(target: Any, node: str) -> str:
     """Name of a call target.
 
     Raises:
-        GraphFormatError: when the target has no place in the format.
+        GraphFormatError: when it is not among the operators a bundle may call (:mod:`fxq.export.operators`).
     """
-    if isinstance(target, torch._ops.OpOverload) and str(target).partition(".")[0] in _NAMESPACES:
-        return str(target)
-    if target in _NAMES:
-        return _NAMES[target]
-    raise GraphFormatError(f"node {node}: {target} is neither an ATen or fxq operator nor integer arithmetic")
+    if (name := operators.name_of(target) or foreign_name(target)) is None:
+        raise GraphFormatError(
+            f"node {node}: {target} is neither an ATen or fxq operator nor integer arithmetic that a bundle may call; "
+            "express it by other operators, or run the module without saving it"
+        )
+    return name
 
 
-def find_target(name: str, node: str) -> Any:
+def find_target(name: Any, node: str) -> Any:
     """The call target of a name.
 
     Raises:
         GraphFormatError: unknown or refused name.
     """
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    namespace, _, rest = name.partition(".")
-    if namespace not in _NAMESPACES or name in _REFUSED:
-        raise GraphFormatError(f"node {node}: operator {name!r} is not allowed in a bundle")
-    packet_name, _, overload = rest.partition(".")
-    try:
-        found = getattr(getattr(getattr(torch.ops, namespace), packet_name), overload)
-    except (AttributeError, RuntimeError):
-        found = None
-    if not isinstance(found, torch._ops.OpOverload) or str(found) != name:
+    if isinstance(name, str) and (found := operators.find(name) or find_foreign(name)) is not None:
+        return found
+    if is_foreign(name):
+        raise GraphFormatError(f"node {node}: operator {name!r} is not allowed in a bundle: {advice(name)}")
+    shown = f"node {node}: operator {str(name)[:120]!r}"
+    if isinstance(name, str) and name.startswith(operators.NAMESPACES) and not operators.exists(name):
         raise GraphFormatError(
-            f"node {node}: operator {name!r} does not exist in torch {torch.__version__}; "
-            "the bundle was made with another version"
+            f"{shown} does not exist in torch {torch.__version__}; the bundle was made with another version"
         )
-    return found
+    raise GraphFormatError(f"{shown} is not allowed in a bundle")
 
 
-def _check_names(entry: dict[str, Any]) -> None:
+def check_writable(module: fx.GraphModule) -> None:
+    """Find out, at any stage of a graph, whether :func:`fxq.save` could write what it calls and how it is called.
+
+    Raises:
+        GraphFormatError: naming the node that has no place in a bundle.
+    """
+    graph_to_json(module)
+
+
+def _check_names(name: Any, op: Any, target: Any, kwargs: Any) -> None:
     """Refuse names that fx would write into the source it generates as anything but a name."""
-    name, op, target = entry["name"], entry["op"], entry["target"]
-    for text in (name, target, *entry["kwargs"]):
+    for text in (name, target, *kwargs):
         if not isinstance(text, str):
-            raise GraphFormatError(f"node {name!r}: {text!r} is not a name")
-    for text in entry["kwargs"]:
+            raise GraphFormatError(f"node {repr(name)[:80]}: {repr(text)[:80]} is not a name")
+    for text in (name, *kwargs):
         _check_identifier(text, name)
     if op == "placeholder":
         _check_identifier(target, name)
-    elif op == "get_attr" and not all(p.isprintable() and not {'"', "\\"} & set(p) for p in target.split(".")):
-        raise GraphFormatError(f"node {name}: {target!r} is not a tensor's name")
+    elif op == "get_attr":
+        check_tensor_name(target, name)
 
 
 def _check_identifier(text: Any, node: str) -> None:
-    if not isinstance(text, str) or not text.isidentifier() or keyword.iskeyword(text):
-        raise GraphFormatError(f"node {node}: {text!r} is not an identifier")
+    plain = isinstance(text, str) and text.isidentifier() and unicodedata.normalize("NFKC", text) == text
+    if not plain or keyword.iskeyword(text) or len(text) > MAX_NAME:
+        raise GraphFormatError(f"node {node[:80]}: {str(text)[:80]!r} is not an identifier")
 
 
-def _spec_to_json(spec: pytree.TreeSpec) -> Any:
-    try:
-        return json.loads(pytree.treespec_dumps(spec))
-    except (NotImplementedError, TypeError) as error:
-        raise GraphFormatError(f"the calling convention cannot be written: {error}") from None
+@functools.cache
+def _taken() -> frozenset[str]:
+    """Names that mean something else on a module."""
+    return frozenset({*dir(fx.GraphModule(torch.nn.Module(), fx.Graph())), *dir(torch.nn.Module())})
 
 
-def _spec_from_json(data: Any) -> pytree.TreeSpec:
-    """A pytree structure; types that torch would import by a name in the file are refused.
+def check_tensor_name(name: Any, node: str) -> None:
+    """Refuse a dotted name under which no tensor of a module can lie.
 
     Raises:
-        GraphFormatError: malformed, or of a type that this process has not registered.
+        GraphFormatError: naming the node.
     """
-    text = json.dumps(data)
-    if "__enum__" in text or "collections.defaultdict" in text:
-        raise GraphFormatError("the calling convention has a defaultdict or an enum; use plain dicts and strings")
-    try:
-        return pytree.treespec_loads(text)
-    except NotImplementedError as error:
-        raise GraphFormatError(f"{error} Import the package that registers the type before loading") from None
-    except (AssertionError, ValueError) as error:
-        raise GraphFormatError(f"malformed calling convention: {error}") from None
+    parts = name.split(".") if isinstance(name, str) and len(name) <= MAX_NAME else [""]
+    plain = all(part and part.isprintable() and not {'"', "\\"} & set(part) for part in parts)
+    if not plain or len(parts) > MAX_PATH or _taken().intersection(parts):
+        raise GraphFormatError(f"node {node[:80]}: {str(name)[:120]!r} is not a tensor's name")
 
 
 def _encode(value: Any, node: str) -> Any:
@@ -147,9 +148,9 @@ def _encode(value: Any, node: str) -> Any:
         return {"slice": [_encode(v, node) for v in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    for kind, cls in _TORCH_KINDS.items():
-        if isinstance(value, cls):
-            return {kind: str(value).removeprefix("torch.")}
+    for kind, cls in _CLASSES.items():
+        if isinstance(value, cls) and (name := str(value).removeprefix("torch.")) in _CONSTANTS[kind]:
+            return {kind: name}
     raise GraphFormatError(f"node {node}: argument {value!r} of type {type(value).__name__} has no place in the format")
 
 
@@ -157,24 +158,25 @@ def _decode(value: Any, nodes: dict[str, fx.Node], node: str, device: torch.devi
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise GraphFormatError(f"node {node}: a bare JSON list is not an argument")
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise GraphFormatError(f"node {node}: a text of {len(value)} characters, at most {MAX_TEXT}")
         return value
-    if len(value) != 1:
-        raise GraphFormatError(f"node {node}: malformed argument {value}")
-    kind, content = next(iter(value.items()))
-    if kind == "node" and content in nodes:
+    kind, content = next(iter(value.items())) if len(value) == 1 else ("", None)
+    if kind == "node" and isinstance(content, str) and content in nodes:
         return nodes[content]
-    if kind in ("list", "tuple", "slice") and isinstance(content, list):
+    if kind in ("list", "tuple", "slice") and isinstance(content, list) and len(content) <= MAX_ITEMS:
         items = [_decode(v, nodes, node, device) for v in content]
-        if kind == "slice" and len(items) != 3:
-            raise GraphFormatError(f"node {node}: malformed argument {value}")
-        return items if kind == "list" else tuple(items) if kind == "tuple" else slice(*items)
+        if kind != "slice":
+            return items if kind == "list" else tuple(items)
+        if len(items) == 3:
+            return slice(*items)
     if kind == "float" and content in ("inf", "-inf", "nan"):
         return float(content)
-    if kind == "device" and isinstance(content, str):
+    if kind == "device" and isinstance(content, str) and _DEVICE.fullmatch(content):
         return device
-    if kind in _TORCH_KINDS and isinstance(found := getattr(torch, str(content), None), _TORCH_KINDS[kind]):
-        return found
-    raise GraphFormatError(f"node {node}: malformed argument {value}")
+    if kind in _CONSTANTS and isinstance(content, str) and content in _CONSTANTS[kind]:
+        return _CONSTANTS[kind][content]
+    raise GraphFormatError(f"node {node}: malformed argument {str(value)[:200]}")
 
 
 def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
@@ -184,6 +186,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
         GraphFormatError: when a node cannot be expressed.
     """
     nodes: list[dict[str, Any]] = []
+    known: dict[fx.Node, Value] = {}
     for node in module.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             raise GraphFormatError(f"node {node.name}: {node.op} {node.target} has no place in the format")
@@ -195,20 +198,24 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
             "args": [_encode(a, node.name) for a in node.args],
             "kwargs": {k: _encode(v, node.name) for k, v in node.kwargs.items()},
         }
-        _check_names(entry)
+        _check_names(node.name, node.op, target, node.kwargs)
+        known[node] = _value(node, known)
         if (plan := plan_of(node)) is not None:
             entry["plan"] = plan.to_json()
         nodes.append(entry)
+    reads = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    _check_count(nodes, {name: get_tensor(module, name) for name in reads})
     codegen = module.graph._codegen
     if not isinstance(codegen, _PyTreeCodeGen):
         raise GraphFormatError("the graph has no pytree calling convention; it was not made by fxq.quantize")
     info = codegen.pytree_info
-    return {
-        "nodes": nodes,
-        "arguments": list(info.orig_args),
-        "in_spec": _spec_to_json(info.in_spec),
-        "out_spec": None if info.out_spec is None else _spec_to_json(info.out_spec),
-    }
+    _check_arguments(info.orig_args, info.in_spec)
+    try:
+        in_spec = structure_to_json(info.in_spec)
+        out_spec = None if info.out_spec is None else structure_to_json(info.out_spec)
+    except StructureError as error:
+        raise GraphFormatError(str(error)) from None
+    return {"nodes": nodes, "arguments": list(info.orig_args), "in_spec": in_spec, "out_spec": out_spec}
 
 
 @exclusive
@@ -230,43 +237,112 @@ def graph_from_json(
         return _build(data, tensors, torch.device(device))
     except GraphFormatError:
         raise
+    except StructureError as error:
+        raise GraphFormatError(str(error)) from None
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
-        raise GraphFormatError(f"malformed graph: {type(error).__name__}: {error}") from None
+        raise GraphFormatError(f"malformed graph: {type(error).__name__}: {str(error)[:200]}") from None
 
 
 def _build(data: dict[str, Any], tensors: dict[str, torch.Tensor], device: torch.device) -> fx.GraphModule:
-    graph, nodes, root = fx.Graph(), dict[str, fx.Node](), torch.nn.Module()
+    graph, root = fx.Graph(), torch.nn.Module()
+    nodes, known = dict[str, fx.Node](), dict[fx.Node, Value]()
+    _check_count(data["nodes"], tensors)
     for entry in data["nodes"]:
-        _check_names(entry)
-        name, op, target = entry["name"], entry["op"], entry["target"]
+        _check_names(entry["name"], entry["op"], entry["target"], entry["kwargs"])
+        name = entry["name"]
         if name in nodes:
             raise GraphFormatError(f"node {name}: the name is used twice")
-        args = tuple(_decode(a, nodes, name, device) for a in entry["args"])
-        kwargs = {k: _decode(v, nodes, name, device) for k, v in entry["kwargs"].items()}
-        if op == "call_function":
-            node = graph.create_node(op, find_target(target, name), args, kwargs, name=name)
-        elif op == "get_attr":
-            if target not in tensors:
-                raise GraphFormatError(f"node {name}: tensor {target!r} is not in the bundle")
-            put_tensor(root, target, tensors[target])
-            node = graph.create_node(op, target, (), {}, name=name)
-        elif op == "placeholder":
-            node = graph.create_node(op, target, args, {}, name=name)
-        elif op == "output":
-            node = graph.output(args[0])
-        else:
-            raise GraphFormatError(f"node {name}: unknown kind {op!r}")
+        if graph._root.prev.op == "output":
+            raise GraphFormatError(f"node {name}: it stands behind the output")
+        node = _node(graph, root, entry, nodes, tensors, device)
+        known[node] = _value(node, known)
         if "plan" in entry:
             set_plan(node, LayerPlan.from_json(entry["plan"]))
         nodes[name] = node
-    out_spec = None if data["out_spec"] is None else _spec_from_json(data["out_spec"])
-    in_spec = _spec_from_json(data["in_spec"])
-    # The generated source quotes argument names and the keys of the keyword arguments.
-    for argument in [*data["arguments"], *(in_spec.child(1).context or ())]:
-        _check_identifier(argument, "arguments")
+    in_spec = structure_from_json(data["in_spec"])
+    out_spec = None if data["out_spec"] is None else structure_from_json(data["out_spec"])
+    _check_arguments(data["arguments"], in_spec)
+    _check_leaves(graph, in_spec, out_spec)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(data["arguments"]), in_spec, out_spec)))
     graph.lint()
-    return fx.GraphModule(root, graph)
+    return CapturedModule(root, graph)
+
+
+def _check_count(nodes: list[Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    limit = min(MAX_NODES, max(MAX_NODES_OF_SMALL, stored // BYTES_PER_NODE))
+    if len(nodes) > limit:
+        raise GraphFormatError(f"the graph has {len(nodes)} nodes, a bundle of this size holds at most {limit}")
+
+
+def _node(
+    graph: fx.Graph,
+    root: torch.nn.Module,
+    entry: dict[str, Any],
+    nodes: dict[str, fx.Node],
+    tensors: dict[str, torch.Tensor],
+    device: torch.device,
+) -> fx.Node:
+    name, op, target = entry["name"], entry["op"], entry["target"]
+    if not isinstance(entry["args"], list) or not isinstance(entry["kwargs"], dict):
+        raise GraphFormatError(f"node {name}: args are no list, or kwargs no object")
+    args = tuple(_decode(a, nodes, name, device) for a in entry["args"])
+    kwargs = {k: _decode(v, nodes, name, device) for k, v in entry["kwargs"].items()}
+    if op == "call_function":
+        return graph.create_node(op, find_target(target, name), args, kwargs, name=name)
+    if op not in ("get_attr", "placeholder", "output"):
+        raise GraphFormatError(f"node {name}: unknown kind {str(op)[:40]!r}")
+    if kwargs or len(args) != (op == "output"):
+        raise GraphFormatError(f"node {name}: {len(args)} arguments of a node of kind {str(op)[:40]!r}")
+    if op == "get_attr":
+        if target not in tensors:
+            raise GraphFormatError(f"node {name}: tensor {target!r} is not in the bundle")
+        put_tensor(root, target, tensors[target])
+        return graph.create_node(op, target, (), {}, name=name)
+    if op == "placeholder":
+        return graph.create_node(op, target, (), {}, name=name)
+    return graph.output(args[0])
+
+
+def _value(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
+    """What a node gives; its call is checked on the way."""
+    if node.op == "call_function":
+        try:
+            return check_call(node.target, node.args, node.kwargs, known)
+        except ArgumentError as error:
+            raise GraphFormatError(f"node {node.name}: {error}") from None
+    if node.op == "output":
+        return NOTHING
+    return TENSOR if node.op == "get_attr" else ANY
+
+
+def _check_arguments(arguments: Any, in_spec: Any) -> None:
+    """The generated source quotes the names of arguments and the keys of the keyword arguments."""
+    if not isinstance(arguments, list | tuple):
+        raise GraphFormatError("arguments is no list of names")
+    if in_spec.type is not tuple or in_spec.num_children != 2 or in_spec.child(1).type is not dict:
+        raise GraphFormatError("in_spec is no tuple of positional arguments with a dict of keywords")
+    keywords = in_spec.child(1).context or ()
+    for name in (*arguments, *keywords):
+        _check_identifier(name, "arguments")
+        if name in _SHADOWED:
+            raise GraphFormatError(f"the argument {name!r} has the name of a global of the generated source; rename it")
+    own = [name for name in arguments if name != "self"]
+    if len(set(arguments)) != len(arguments) or len(own) != in_spec.child(0).num_children + len(keywords):
+        raise GraphFormatError(f"the arguments {str(list(arguments))[:200]} are not those of in_spec")
+
+
+def _check_leaves(graph: fx.Graph, in_spec: Any, out_spec: Any) -> None:
+    """Inputs and results are as many as the calling convention has leaves."""
+    inputs = len(graph.find_nodes(op="placeholder"))
+    if in_spec.num_leaves != inputs:
+        raise GraphFormatError(f"in_spec has {in_spec.num_leaves} leaves, the graph has {inputs} inputs")
+    outputs = graph.find_nodes(op="output")
+    if len(outputs) != 1:
+        raise GraphFormatError(f"the graph has {len(outputs)} outputs, expected one")
+    results = outputs[0].args[0]
+    if out_spec is not None and (not isinstance(results, list | tuple) or len(results) != out_spec.num_leaves):
+        raise GraphFormatError(f"out_spec has {out_spec.num_leaves} leaves, the output is {str(results)[:80]}")
 
 
 def tensors_of(module: fx.GraphModule) -> dict[str, torch.Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,10 +16,17 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from fxq.exclusive import exclusive
+from fxq.export.arguments import DTYPES
 from fxq.export.files import BundleError
+from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Size, Value
 from fxq.ir import example_value, get_tensor, inherit_meta
+from fxq.reading import MAX_RANK
+from fxq.signature import Sizes
 
 _MASK = 0xFFFFFFFF
+_PIECE = 1 << 20
+MAX_VALUES = 2**44
+"""Most values of one input."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +37,66 @@ class InputEntry:
     captured with. ``dtype`` is torch's name, or None for an input that is no tensor: ``value`` then is its example.
     """
 
-    name: str
-    dtype: str | None
-    sizes: tuple[int | str, ...] = ()
-    example: tuple[int, ...] = ()
-    value: int | float | bool | str | None = None
+    name: Name
+    dtype: DtypeName | None
+    sizes: Annotated[tuple[Size | Name, ...], Field(max_length=MAX_RANK)] = ()
+    example: Shape = ()
+    value: Value = None
+
+
+def check_entries(entries: Sequence[InputEntry]) -> None:
+    """Check that sizes and example sizes of inputs from a file agree.
+
+    Raises:
+        SchemaError: naming the input.
+    """
+    named: dict[str, int] = {}
+    for entry in entries:
+        fits = len(entry.sizes) == len(entry.example) and (entry.dtype is not None or not entry.sizes)
+        for size, example in zip(entry.sizes, entry.example, strict=False):
+            fits = fits and example == (named.setdefault(size, example) if isinstance(size, str) else size)
+        if not fits or (entry.dtype is not None and entry.value is not None):
+            raise SchemaError(f"inputs: {entry.name} has sizes {entry.sizes}, examples {entry.example}")
+        if math.prod(entry.example) > MAX_VALUES:
+            raise SchemaError(f"inputs: {entry.name} has more than {MAX_VALUES} values")
+
+
+def stand_ins(module: fx.GraphModule, entries: Sequence[InputEntry] | None, sizes: Sizes) -> list[Any] | None:
+    """Flat inputs without data, of the sizes a file states; None where it states no example.
+
+    Args:
+        module: the graph.
+        entries: its inputs, or None (an older bundle).
+        sizes: its inputs as the check of a call has them.
+
+    Raises:
+        BundleError: when the two differ, or a text is used by the graph.
+    """
+    nodes = module.graph.find_nodes(op="placeholder")
+    for node, want in zip(nodes, sizes, strict=True):
+        if isinstance(want, dict) and isinstance(want.get("value"), str) and any(u.op != "output" for u in node.users):
+            raise BundleError(f"input {node.name}: it is a text, and the graph computes with it")
+    if entries is None:
+        return None
+    if len(entries) != len(nodes):
+        raise BundleError(f"the manifest states {len(entries)} inputs, the graph has {len(nodes)}")
+    for entry, node, want in zip(entries, nodes, sizes, strict=True):
+        stated = None if entry.dtype is None else [None if isinstance(size, str) else size for size in entry.sizes]
+        constant = {"value": entry.value}
+        agree = want is None or want == stated if entry.dtype is not None else not isinstance(want, list)
+        if isinstance(want, dict) and "value" in want:
+            agree = agree and want == constant and type(want["value"]) is type(entry.value)
+        if not agree or entry.name != node.name:
+            raise BundleError(f"input {node.name}: facts.inputs says {want}, inputs says {entry.name} {stated}")
+    return without_data(entries)
+
+
+def without_data(entries: Sequence[InputEntry]) -> list[Any]:
+    """Flat inputs of the captured sizes on the meta device."""
+    return [
+        entry.value if entry.dtype is None else torch.empty(entry.example, dtype=_dtype(entry), device="meta")
+        for entry in entries
+    ]
 
 
 def hint_of(size: int | torch.SymInt) -> int:
@@ -91,27 +155,35 @@ def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device
             continue
         dtype = _dtype(entry)
         if dtype.is_floating_point:
-            count = torch.Size(entry.example).numel()
-            values = (noise(count, seed + position) - 0.5) * 12**0.5
-            leaves.append(values.reshape(entry.example).to(device, dtype))
+            values = torch.empty(entry.example, dtype=dtype)
+            for start, part in pieces(values):
+                part.copy_((noise(len(part), seed + position, start) - 0.5) * 12**0.5)
+            leaves.append(values.to(device))
         else:
             leaves.append(torch.full(entry.example, dtype == torch.bool, dtype=dtype, device=device))
     return leaves
 
 
 def _dtype(entry: InputEntry) -> torch.dtype:
-    dtype = getattr(torch, str(entry.dtype), None)
-    if not isinstance(dtype, torch.dtype):
+    dtype = DTYPES.get(str(entry.dtype))
+    if dtype is None:
         raise BundleError(f"input {entry.name}: {entry.dtype!r} is no dtype of torch; the bundle is damaged")
     return dtype
 
 
-def noise(count: int, seed: int) -> Tensor:
+def noise(count: int, seed: int, start: int = 0) -> Tensor:
     """float64 [count] in 0..1 from an integer hash of position and seed: no generator, so no version dependence."""
-    z = (torch.arange(count, dtype=torch.int64) + 1_000_003 * (seed + 1)) * 0x9E3779B1 & _MASK
+    z = (torch.arange(start, start + count, dtype=torch.int64) + 1_000_003 * (seed + 1)) * 0x9E3779B1 & _MASK
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         z = (z ^ (z >> shift)) * factor & _MASK
     return (z ^ (z >> 16)).double() / 2**32
+
+
+def pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """A contiguous tensor in flat parts of bounded size, with the position of each."""
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), _PIECE):
+        yield start, flat[start : start + _PIECE]
 
 
 @exclusive

@@ -19,10 +19,14 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxq.kernels  # registers the operators
+from fxq import cpu
+from fxq.aliasing import written_inputs
 from fxq.exclusive import exclusive, quiet
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
 from fxq.export.onnx_form import integer_form
 from fxq.ir import LayerPlan, get_tensor
+from fxq.passes.qdq_layers import may_saturate
+from fxq.signature import call_rules, rules_of
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -50,13 +54,19 @@ def export_onnx(
     example: Example | None = None,
     metadata: Mapping[str, Any] | None = None,
     external_above: int = EXTERNAL_ABOVE,
+    vnni: bool | None = None,
 ) -> pathlib.Path:
     """Write a quantized float32 module as ONNX (opset 21, no custom operators).
 
     Inputs are named as the module's arguments, list members ``name_0``, ``name_1`` and so on; outputs ``output`` with
-    their position. Sizes that vary in the module vary in the file. 4-bit weights are stored as INT4 and cast to INT8
-    when a session is made, because integer kernels read bytes. The file's metadata have an entry ``fxq``: version,
-    quantized layers and ``metadata``.
+    their position. Sizes that vary in the module vary in the file. ONNX Runtime refuses other ranks, dtypes and fixed
+    sizes by itself, not what breaks a condition between sizes: those stand in the metadata. 4-bit weights are stored as
+    INT4 and cast to INT8 when a session is made, because integer kernels read bytes. The file's metadata have an entry
+    ``fxq``: version, quantized layers, ``call`` (what the module may be called with) and ``metadata``.
+
+    x86 CPUs without VNNI saturate products of 8-bit activations (unsigned) and 8-bit weights (signed), in every
+    runtime. A file for them has unsigned weights: exact on every CPU, faster than float32 there, and several times
+    slower than the other form on CPUs with VNNI. Layers of fewer bits have one form for all.
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`.
@@ -64,6 +74,7 @@ def export_onnx(
         example: a call and its dynamic shapes, needed for a loaded module.
         metadata: JSON values for the program that runs the file.
         external_above: from this many bytes on, tensors lie in a second file ``<path>.<hash>.data``.
+        vnni: whether the x86 CPUs that will run the file have VNNI; None: as the one that exports it.
 
     Returns:
         The path.
@@ -77,10 +88,14 @@ def export_onnx(
     graph = lower(module)
     _refuse_half(graph.module)
     plans = graph.quantized_plans
+    _refuse_writes(graph.module)
     program = capture(graph.module, example)
     model = _convert(program, graph.module)
-    integer_form(model, plans)
-    model.metadata_props["fxq"] = json.dumps(_facts(plans, runtime))
+    for_vnni = not cpu.saturates() if vnni is None else vnni
+    integer_form(model, plans, for_vnni)
+    rules = rules_of(module) or call_rules(module)
+    facts = _facts(plans, for_vnni, runtime) | {"call": {"names": list(rules.names)} | rules.to_json()}
+    model.metadata_props["fxq"] = json.dumps(facts)
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
 
 
@@ -101,9 +116,20 @@ def _refuse_half(module: fx.GraphModule) -> None:
             )
 
 
-def _facts(plans: Mapping[str, LayerPlan], runtime: dict[str, Any]) -> dict[str, Any]:
-    layers = {layer: plan.scheme.weight_bits for layer, plan in plans.items() if plan.scheme is not None}
-    return {"fxq_version": fxq.__version__, "layers": layers, "runtime": runtime}
+def _refuse_writes(module: fx.GraphModule) -> None:
+    """ONNX has values only: the caller's tensor would stay as it was."""
+    if names := sorted(node.name for node in written_inputs(module.graph)):
+        raise ExportError(
+            f"the model writes to its input {', '.join(names[:4])} in place, which an ONNX file cannot: return the new "
+            "value from the forward instead"
+        )
+
+
+def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) -> dict[str, Any]:
+    schemes = {layer: plan.scheme for layer, plan in plans.items() if plan.scheme is not None}
+    layers = {layer: scheme.weight_bits for layer, scheme in schemes.items()}
+    needs = [layer for layer, scheme in schemes.items() if vnni and may_saturate(scheme)]
+    return {"fxq_version": fxq.__version__, "layers": layers, "needs_vnni": needs, "runtime": runtime}
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:
@@ -172,9 +198,11 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
         One entry per quantized layer, in the file's order.
 
     Raises:
-        ExportError: when the file cannot be read, was not written by fxq, or a layer would be multiplied in floats.
+        ExportError: when the file cannot be read, was not written by fxq, a layer would be multiplied in floats, or
+            this CPU would compute one wrong: a file that needs VNNI on an x86 CPU that has none.
     """
-    model, optimized, layers = _read(os.fspath(path))
+    model, optimized, facts = _read(os.fspath(path))
+    layers: dict[str, int] = facts["layers"]
     owners = _owners(model, layers)
     found: dict[str, list[str]] = {layer: [] for layer in layers}
     for node in optimized.graph.node:
@@ -187,20 +215,29 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
             f"{os.fspath(path)}: ONNX Runtime multiplies floats in {len(missing)} of {len(found)} "
             f"quantized layers: {', '.join(missing[:4])}"
         )
+    # Files of older versions do not say it: they have no form for CPUs without VNNI.
+    needs = facts.get("needs_vnni", [layer for layer, bits in layers.items() if bits == 8])
+    if needs and cpu.saturates():
+        raise ExportError(
+            f"{os.fspath(path)} is right, and this CPU would compute it wrong: {cpu.lacks()}, and ONNX Runtime "
+            f"saturates sums of two products at 16 bits in {len(needs)} of {len(layers)} quantized layers: "
+            f"{', '.join(needs[:4])}. Export with vnni=False for such CPUs, or run this file with the session option "
+            "session.x64quantprecision = 1"
+        )
     return [
         OnnxLayer(layer=layer, bits=layers[layer], kernel=kinds[0], products=len(kinds))
         for layer, kinds in found.items()
     ]
 
 
-def _read(file: str) -> tuple[Any, Any, dict[str, int]]:
-    """The model, what ONNX Runtime makes of it, and the bits of its quantized layers."""
+def _read(file: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, what ONNX Runtime makes of it, and the facts fxq wrote into it."""
     onnx, runtime = _package("onnx"), _package("onnxruntime")
     try:
         model = onnx.load(file, load_external_data=False)
         onnx.checker.check_model(file)
         facts = json.loads(next(p.value for p in model.metadata_props if p.key == "fxq"))
-        return model, _optimized(onnx, runtime, file), facts["layers"]
+        return model, _optimized(onnx, runtime, file), facts | {"layers": dict(facts["layers"])}
     except StopIteration:
         raise ExportError(f"{file} has no fxq entry in its metadata; it was not written by fxq.export_onnx") from None
     except Exception as error:

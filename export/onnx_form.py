@@ -6,17 +6,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fxq.ir import LayerPlan
+from fxq.passes.qdq_layers import may_saturate
 
 
-def integer_form(model: Any, plans: Mapping[str, LayerPlan]) -> None:
+def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) -> None:
     """Bring the products of quantized layers to a form that runtimes keep in integers; in place.
 
     Weights are stored [K, N], as MatMul reads them, and in half a byte when they have 4 bits. Products and offset are
     added by one ``Sum``: of ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm before it looks for integers.
 
+    Without VNNI, weights of layers whose u8 x s8 products may saturate there are stored as uint8 around 128:
+    runtimes multiply u8 x u8 in 16 bits and add in 32.
+
     Args:
         model: onnx_ir.Model made of a graph of :class:`~fxq.passes.to_qdq.ToQdq`.
         plans: of the quantized layers.
+        vnni: whether the CPUs that run it have VNNI.
     """
     import onnx_ir as ir
 
@@ -28,6 +33,8 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan]) -> None:
                 _store_as_read(ir, value)
                 if plan.scheme.weight_bits == 4:
                     _store_in_half_bytes(ir, model, value)
+                elif may_saturate(plan.scheme) and not vnni:
+                    _store_unsigned(ir, model, value)
         offset = model.graph.initializers.get(f"{layer}.offset")
         for node, _ in [] if offset is None else list(offset.uses()):
             _sum_at_once(ir, node)
@@ -99,6 +106,22 @@ def _store_as_read(ir: Any, weight: Any) -> None:
         dequantize.outputs[0].shape = ir.Shape(values.shape)
         ir.convenience.replace_all_uses_with(transpose.outputs[0], dequantize.outputs[0])
         transpose.graph.remove(transpose, safe=True)
+
+
+def _store_unsigned(ir: Any, model: Any, weight: Any) -> None:
+    """Weights plus 128, and 128 as the zero point of every output."""
+    values = (weight.const_value.numpy().astype("int16") + 128).astype("uint8")
+    weight.const_value = ir.tensor(values, name=weight.name)
+    weight.dtype = ir.DataType.UINT8
+    for dequantize, _ in list(weight.uses()):
+        outputs = values.shape[dequantize.attributes["axis"].value]
+        name = f"{weight.name}_zero_point"
+        if name not in model.graph.initializers:
+            zero = ir.Value(name=name, const_value=ir.tensor([128] * outputs, dtype=ir.DataType.UINT8, name=name))
+            zero.dtype, zero.shape = ir.DataType.UINT8, ir.Shape([outputs])
+            model.graph.register_initializer(zero)
+        dequantize.resize_inputs(3)
+        dequantize.replace_input_with(2, model.graph.initializers[name])
 
 
 def _store_in_half_bytes(ir: Any, model: Any, weight: Any) -> None:

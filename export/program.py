@@ -7,23 +7,31 @@ expressions of sizes as Python, so it is for files one trusts.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 import fxq.kernels  # registers the operators
+from fxq import cpu
 from fxq.exclusive import exclusive, quiet
 from fxq.export import bundle
 from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
+from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.export.files import BundleError, sha256, whole_folder
+from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
+from fxq.export.native_code import load_native, note_as_own
+from fxq.export.strict import Name, SchemaError, Size, Text, validated
 from fxq.ir import get_tensor
+from fxq.reading import ReadError, read_json, regular_file
 
 PROGRAM, FACTS = "program.pt2", "program.json"
 BUNDLE = (bundle.MANIFEST, bundle.TENSORS, bundle.GRAPH)
@@ -47,6 +55,7 @@ def export_program(
     Without ``aoti`` the folder is a bundle with ``program.pt2``, the graph without tensors. With it ``program.pt2`` is
     an AOTInductor package with the entries ``denoise`` and ``context``, compiled for this machine. On a CPU it holds no
     operator of fxq and runs in a process that imports torch alone; on CUDA the process imports fxq for its kernels.
+    Compiled on an x86 CPU without VNNI, 8-bit weights are multiplied in two halves, which is exact there.
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`.
@@ -67,11 +76,25 @@ def export_program(
         with whole_folder(out, (PROGRAM, FACTS, *BUNDLE), "a program") as part:
             extra = _write_compiled(module, part, example) if aoti else _write_weight_free(module, part, example)
             hashes = {name: sha256(part / name) for name in own if name != FACTS}
-            facts = _facts(aoti, runtime, hashes) | extra
+            facts = _facts(aoti, runtime, hashes) | extra | ({KEY: call_facts(module)} if aoti else {})
             (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BundleError as error:
         raise ExportError(str(error)) from error
+    if aoti:
+        note_as_own(hashes[PROGRAM])
     return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What ``program.json`` holds beside version and kind."""
+
+    fxq_version: Text
+    torch_version: Text
+    files: dict[Name, Text]
+    runtime: dict[str, Any]
+    imports: Annotated[list[Name], Field(max_length=10)]
+    integer_products: Size = 0
 
 
 def _facts(aoti: bool, runtime: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
@@ -108,7 +131,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     from torch._inductor.package.package import package_aoti
 
     on_cpu = _device(module).type == "cpu"
-    graph = lower(module) if on_cpu else frozen(module)
+    graph = lower(module, in_halves=cpu.saturates()) if on_cpu else frozen(module)
     files = [pathlib.Path(file) for file in _compile(capture(graph.module, example))]
     products = len(graph.module.graph.find_nodes(op="call_function", target=WEIGHT)) if on_cpu else 0
     source = "".join(file.read_text(encoding="utf-8") for file in files if file.name.endswith("wrapper.cpp"))
@@ -117,7 +140,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     kept: list[Any] = [str(file) for file in files if file.suffix != ".cpp"]  # sources name paths of this machine
     with quiet("torch.export"):
         package_aoti(str(folder / PROGRAM), dict.fromkeys(ENTRIES, kept))
-    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer}
+    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer, "cpu": compiled_for()}
 
 
 def _compile(program: ExportedProgram) -> list[str]:
@@ -128,7 +151,11 @@ def _compile(program: ExportedProgram) -> list[str]:
     args, kwargs = program.example_inputs
     settings = {"aot_inductor.package": True, "freezing": True}
     try:
-        with torch.no_grad(), _inductor.config.patch(freezing=True), quiet("torch.export"):
+        with (
+            torch.no_grad(),
+            _inductor.config.patch({"freezing": True} | march_setting()),
+            quiet("torch.export"),
+        ):
             found = _inductor.aot_compile(module, args, kwargs, options=settings)
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -146,46 +173,71 @@ def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:
     folder = pathlib.Path(path)
     file = folder / FACTS
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = read_json(file, folder)
     except OSError as error:
-        raise ExportError(f"{file}: {error.strerror or error}; expected a folder made by fxq.export_program") from None
-    except ValueError as error:
-        raise ExportError(f"{file} is not valid JSON ({error}); the program is damaged, export it again") from None
+        raise ExportError(f"{file}: {error.strerror or error}; expected a folder made by fxq.export_program") from error
+    except ReadError as error:
+        raise ExportError(f"{file}: {error}; the program is damaged, export it again") from error
     version = facts.get("format_version") if isinstance(facts, dict) else None
-    if version != FORMAT_VERSION:
-        raise ExportError(f"{file}: format version {version!r}, this fxq reads {FORMAT_VERSION}; export it again")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ExportError(
+            f"{file}: format version {repr(version)[:40]}, this fxq reads {FORMAT_VERSION}; export it again"
+        )
     files, kind = facts.get("files"), facts.get("kind")
     wanted = {PROGRAM, *(BUNDLE if kind == "weight_free" else ())}
     if kind not in ("aoti", "weight_free") or not isinstance(files, dict) or set(files) != wanted:
-        raise ExportError(f"{file}: kind {kind!r} with files {files}; the program is damaged, export it again")
+        shown = f"kind {repr(kind)[:40]} with files {str(files)[:200]}"
+        raise ExportError(f"{file}: {shown}; the program is damaged, export it again")
+    if facts.get("entries") != list(ENTRIES if kind == "aoti" else ("model",)):
+        shown = f"entries {str(facts.get('entries'))[:80]} of a program of kind {kind}"
+        raise ExportError(f"{file}: {shown}; the program is damaged, export it again")
+    try:
+        validated(_Facts, facts)
+    except SchemaError as error:
+        raise ExportError(f"{file}: {error}; the program is damaged, export it again") from error
     for name, digest in files.items():
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder / name} is missing; copy the whole folder")
-        if sha256(folder / name) != digest:
-            raise ExportError(
-                f"{folder / name} does not have the hash that {FACTS} states: truncated or altered; copy it again"
-            )
+        _check_hash(folder, name, digest)
     here = torch.__version__.partition("+")[0]
     if kind == "aoti" and facts.get("torch_version") != here:
         raise ExportError(f"{folder}: compiled by torch {facts.get('torch_version')}, this is {here}; export it again")
-    return facts
+    return dict(facts)
+
+
+def _check_hash(folder: pathlib.Path, name: str, digest: str) -> None:
+    try:
+        found = sha256(regular_file(folder / name, folder))
+    except FileNotFoundError as error:
+        raise ExportError(f"{folder / name} is missing; copy the whole folder") from error
+    except (OSError, ReadError) as error:
+        raise ExportError(f"{folder / name} cannot be read: {error}") from error
+    if found != digest:
+        raise ExportError(
+            f"{folder / name} does not have the hash that {FACTS} states: truncated or altered; copy it again"
+        )
 
 
 def load_program(
-    path: str | os.PathLike[str], entry: str = "denoise", device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    entry: str = "denoise",
+    device: str | torch.device = "cpu",
+    *,
+    allow_native_code: bool = False,
 ) -> Callable[..., Any]:
-    """A callable with the module's arguments and results.
+    """A callable with the module's arguments and results, which refuses calls that the module was not captured for.
 
-    Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: load it
-    from where you would install software.
+    Of a weight-free program nothing is unpickled and no code of the file runs. A compiled one is machine code: it is
+    loaded where this user exported it (:mod:`fxq.export.native_code` keeps note), or with your word.
 
     Args:
         path: folder of :func:`export_program`.
         entry: of a compiled program.
         device: where a weight-free program's tensors go.
+        allow_native_code: load a compiled program of somebody else; say so only for one from where you would install
+            software.
 
     Raises:
-        ExportError: as :func:`read_program`, or for an unknown entry.
+        ExportError: as :func:`read_program`, for an unknown entry, when a program was compiled for another CPU, or for
+            a compiled program of somebody else without your word.
     """
     folder = pathlib.Path(path)
     facts = read_program(folder)
@@ -193,9 +245,9 @@ def load_program(
         try:
             return bundle.load(folder, device)
         except BundleError as error:
-            raise ExportError(str(error)) from None
+            raise ExportError(str(error)) from error
     if entry not in ENTRIES:
         raise ExportError(f"entry {entry!r}: expected one of {', '.join(ENTRIES)}")
-    from torch._inductor.package.package import load_package
-
-    return load_package(str(folder / PROGRAM), entry)
+    refuse_other_cpu(folder / FACTS, facts)
+    run = load_native(folder, PROGRAM, facts["files"][PROGRAM], entry, allow_native_code)
+    return compiled_program(run, facts, str(folder))

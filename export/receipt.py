@@ -9,11 +9,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-
 from fxq.export.files import BundleError
+from fxq.export.strict import Name, SchemaError, Text, validated
 from fxq.ir import LayerPlan
+from fxq.reading import ReadError, parse_json, read_header
 
 HEADER_KEY = "fxq_receipt"
 RECEIPT_VERSION = 1
@@ -29,12 +28,12 @@ class Receipt:
     """
 
     receipt_version: int
-    fxq_version: str
+    fxq_version: Text
     recipe: dict[str, Any]
-    calibration_hash: str
+    calibration_hash: Text
     metrics: dict[str, Any]
-    environment: dict[str, str]
-    source: str = ""
+    environment: dict[Name, Text]
+    source: Text = ""
 
     def to_header(self) -> dict[str, str]:
         """The metadata entry of a safetensors file."""
@@ -94,18 +93,17 @@ def read_receipt(path: str | os.PathLike[str]) -> Receipt:
     if text is None:
         raise BundleError(f"{files[0]} carries no receipt: it was not written by fxq, or by a version before receipts")
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         version = data.get("receipt_version") if isinstance(data, dict) else None
-        if version != RECEIPT_VERSION:
-            raise BundleError(f"{files[0]}: receipt version {version!r}, this fxq reads {RECEIPT_VERSION}")
-        return TypeAdapter(Receipt).validate_python(data)
-    except (json.JSONDecodeError, ValidationError) as error:
-        raise BundleError(f"{files[0]}: the receipt is damaged: {str(error).splitlines()[0]}") from None
+        if type(version) is not int or version != RECEIPT_VERSION:
+            raise BundleError(f"{files[0]}: receipt version {repr(version)[:40]}, this fxq reads {RECEIPT_VERSION}")
+        return validated(Receipt, data)
+    except (ReadError, SchemaError) as error:
+        raise BundleError(f"{files[0]}: the receipt is damaged: {error}") from error
 
 
 def _header(file: pathlib.Path) -> dict[str, str]:
     try:
-        with safe_open(file, "pt") as content:
-            return content.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise BundleError(f"{file} cannot be read: {error}") from None
+        return read_header(file, file.parent).metadata
+    except (OSError, ReadError) as error:
+        raise BundleError(f"{file} cannot be read: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
+from fxq import cpu  # noqa: F401  first: FXQ_CPU has to reach torch's libraries before they start
 from fxq.allocator import keep_memory
 from fxq.apply import ApplyError, apply
 from fxq.binding import BackendError, Binding, bind

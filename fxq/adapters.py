@@ -161,7 +161,12 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
         missing = "checkpoint" if files.checkpoint is None else "prompts (a .safetensors or .npz of embeddings)"
         raise AdapterError(f"model {name!r} needs {missing}; its weights are published as {family.source}")
     config = family.config
-    batches = [({"prompt_embeds": torch.zeros(1, 1, config.text_dim)}, Draws([seed], (family.frames, *family.latent)))]
+    batches = [
+        (
+            {"prompt_embeds": torch.zeros(1, 1, config.text_dim, dtype=torch.float32)},
+            Draws([seed], (family.frames, *family.latent)),
+        )
+    ]
     if files.prompts is not None:
         prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
         batches = _batches(family, prompts, videos, seed, files.batch or 1)

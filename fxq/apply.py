@@ -10,145 +10,29 @@ import copy
 import operator
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from fxq import kernels, numerics
+from fxq import kernels
+from fxq.ambient import own_tensors
+from fxq.config import plain_layer
 from fxq.export import load
-from fxq.ir import LAYER_TENSORS, LayerPlan, facts_of, get_tensor, plan_of, planned, stored_names
-from fxq.kernels import native
-from fxq.kernels.panels import pack_panels
+from fxq.ir import facts_of, get_tensor, plan_of, planned, stored_names
+from fxq.names import NamesError, Renaming, renaming, weights_of
+from fxq.offload import absent_weights
+from fxq.quantized_linear import QuantizedLinear
+from fxq.reach import holders
+from fxq.stand_in import ApplyError
+
+__all__ = ["ApplyError", "Bundle", "QuantizedLinear", "apply", "check_weight", "match", "read_layers"]
 
 Bundle = str | os.PathLike[str] | fx.GraphModule
 """A bundle's folder, or a module made by :func:`fxq.quantize` or :func:`fxq.load`."""
 
 _PRODUCTS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
 MAX_DEVIATION = 1.0  # steps: nearest rounding deviates by 0.29 on average, learned rounding by less than 1
-
-
-class ApplyError(ValueError):
-    """A bundle that does not belong to the model it is applied to."""
-
-
-class QuantizedLinear(nn.Module):
-    """A linear on integers: quantization of the input, static or per token, integer product, one or two scales.
-
-    Its buffers are the tensors of the bundle's layer (docs/bundle.md) under the same names. ``half()`` and
-    ``to(dtype)`` leave them as they are; ``to(device)`` moves them. On a CPU with native kernels ``panels`` holds the
-    weight once more, in their layout; it is not saved.
-
-    Args:
-        plan: of the layer.
-        split: number of normal input channels.
-        input_bits: bits of the activations.
-        weight_bits: bits of the stored weight; 4 is packed.
-        tensors: the layer's tensors by name, those of :func:`~fxq.ir.stored_names`.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    input_scale: Tensor | None
-    input_zero_point: Tensor | None
-    offset: Tensor
-    perm: Tensor | None
-    panels: Tensor | None
-
-    def __init__(
-        self, plan: LayerPlan, split: int, input_bits: int, weight_bits: int, tensors: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__()
-        self.plan, self.split, self.input_bits, self.weight_bits = plan, split, input_bits, weight_bits
-        self.in_features, self.out_features = plan.in_features, plan.out_features
-        for name in LAYER_TENSORS:
-            self.register_buffer(name, tensors.get(name))
-        self.register_buffer("panels", None, persistent=False)
-        self.register_load_state_dict_post_hook(_lay_out_again)  # type: ignore[no-untyped-call]
-        self.lay_out()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` float32, bfloat16 or float16 [..., in_features]; returns [..., out_features] in its dtype."""
-        if self.per_token:
-            q, scale = kernels.quantize_per_token.definition(x, *self.quantization())
-            return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)
-        q = kernels.quantize_act.definition(x, *self.quantization())
-        return kernels.dual_scale_linear.definition(q, *self.product(), x.dtype)
-
-    @property
-    def per_token(self) -> bool:
-        """Whether the scales of the input are measured per token."""
-        return self.input_scale is None
-
-    def quantization(self) -> tuple[Any, ...]:
-        """Arguments of ``fxq::quantize_act``, or of ``fxq::quantize_per_token``, after the input."""
-        scales = () if self.per_token else (self.input_scale, self.input_zero_point)
-        return self.perm, *scales, self.split, self.input_bits
-
-    def product(self) -> tuple[Any, ...]:
-        """Arguments of the product between the integers, or the scales measured with them, and the dtype."""
-        weight = self.weight if self.panels is None else self.panels
-        scales = (self.weight_scale,) if self.per_token else (self.weight_scale, self.input_scale)
-        return weight, *scales, self.offset, self.split, self.weight_bits
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What a graph around the layer depends on; layers of one kind differ in the values of their tensors only."""
-        shape = self.product()[0].shape
-        flags = (self.per_token, self.perm is None)
-        return self.split, self.input_bits, self.weight_bits, *flags, self.weight.dtype, tuple(shape)
-
-    def quantizes_as(self, other: QuantizedLinear) -> bool:
-        """Whether the other layer makes the same integers of the same input."""
-        mine, theirs = self.quantization(), other.quantization()
-        return self.per_token == other.per_token and all(
-            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
-            for a, b in zip(mine, theirs, strict=True)
-        )
-
-    def lay_out(self) -> None:
-        """Make ``panels`` of the weight where the native kernels run, and drop them elsewhere."""
-        here = self.weight.device.type == "cpu" and native.ready()
-        self.panels = pack_panels(self.codes(), self.split) if here else None
-
-    def codes(self) -> Tensor:
-        """int8 [N, K], channels in ``[normal | outlier]`` order."""
-        return numerics.unpack_int4(self.weight) if self.weight_bits <= 4 else self.weight
-
-    def deviation(self, weight: Tensor) -> float:
-        """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
-        codes, low, high = self.codes(), *numerics.integer_range(self.weight_bits)
-        ordered = weight.detach().to(codes.device, torch.float32)
-        if self.perm is not None:
-            ordered = ordered[:, self.perm]
-        total, count = 0.0, 0
-        for g, part in enumerate(numerics.group_slices(self.in_features, self.split)):
-            inside = (codes[:, part] > low + 1) & (codes[:, part] < high)
-            steps = (ordered[:, part] / self.weight_scale[g][:, None] - codes[:, part])[inside]
-            total, count = total + float(steps.square().sum()), count + steps.numel()
-        return (total / max(count, 1)) ** 0.5
-
-    def extra_repr(self) -> str:
-        """Sizes and scheme."""
-        scheme = "" if self.plan.scheme is None else f", {self.plan.scheme.detail}"
-        return f"{self.in_features}, {self.out_features}{scheme}, {len(self.plan.outliers)} outliers"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        before = self.weight
-        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        if self.weight is not before:
-            self.lay_out()
-        return self
-
-
-def _lay_out_again(module: nn.Module, keys: object) -> None:
-    assert isinstance(module, QuantizedLinear)
-    module.lay_out()
 
 
 def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
@@ -193,25 +77,37 @@ def _layer(module: fx.GraphModule, name: str, node: fx.Node) -> QuantizedLinear:
 
 
 def match(model: nn.Module, layers: Mapping[str, QuantizedLinear], kept: set[str]) -> dict[str, nn.Parameter]:
-    """The model's float weight of every layer, by layer name.
+    """The model's float weight of every layer, by layer name; wrappers around the model, or none, change nothing.
 
     Warns of linears that the bundle does not know; they stay in model dtype.
 
     Raises:
-        ApplyError: naming layers that the model does not have, and weights of another shape or with other values.
+        ApplyError: naming layers that the model does not have, weights and biases of another shape or with other
+            values, and weights that are offloaded.
     """
+    if absent := absent_weights(model):
+        raise ApplyError(absent)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = {layer: parameters.get(f"{layer}.weight", parameters.get(layer)) for layer in layers}
-    if missing := [layer for layer, weight in found.items() if weight is None]:
+    try:
+        change = renaming(layers, kept, parameters)
+    except NamesError as error:
+        raise ApplyError(str(error)) from error
+    names = weights_of(layers, change or Renaming(), parameters)
+    if missing := [layer for layer, name in names.items() if name is None]:
         raise ApplyError(
             f"the model has no parameter for {len(missing)} of {len(layers)} layers of the bundle: "
-            f"{', '.join(missing[:4])}; give the model that was calibrated, whole and before other changes"
+            f"{', '.join(missing[:4])}; {_cause(missing[0], parameters)}"
         )
-    weights = {layer: weight for layer, weight in found.items() if weight is not None}
+    weights = {layer: parameters[name] for layer, name in names.items() if name is not None}
+    linears = list(_linears(model))
     for layer, weight in weights.items():
         check_weight(layers[layer], weight)
+        for _, linear in linears:
+            if linear.weight is weight:
+                check_bias(layers[layer], linear.bias)
     known = {id(weight) for weight in weights.values()}
-    unknown = [n for n, m in _linears(model) if id(m.weight) not in known and n not in kept]
+    spared = {change(name) for name in kept} if change is not None else kept
+    unknown = [n for n, m in linears if id(m.weight) not in known and plain_layer(n) not in spared]
     if unknown:
         warnings.warn(
             f"the bundle does not know {len(unknown)} linears, they stay in model dtype: {', '.join(unknown)}",
@@ -220,17 +116,38 @@ def match(model: nn.Module, layers: Mapping[str, QuantizedLinear], kept: set[str
     return weights
 
 
+_CAUSES = {
+    "base_layer.weight": "an adapter is around it: merge or unload the adapter first (peft: merge_and_unload)",
+    "parametrizations.weight.original": "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first",
+    "parametrizations.weight.original0": "it is parametrized: torch.nn.utils.parametrize.remove_parametrizations first",
+    "weight_orig": "it is pruned or normalized: torch.nn.utils.prune.remove or remove_spectral_norm first",
+    "weight_g": "it is normalized: torch.nn.utils.remove_weight_norm first",
+}
+
+
+def _cause(layer: str, parameters: Collection[str]) -> str:
+    """Why a layer has no weight, or what to give."""
+    for ending, cause in _CAUSES.items():
+        if any(f".{plain_layer(name)}".endswith(f".{layer}.{ending}") for name in parameters):
+            return f"{layer}: {cause}"
+    return "give the model that was calibrated, whole and before other changes"
+
+
 def check_weight(layer: QuantizedLinear, weight: Tensor) -> None:
     """Make sure that a layer's integers were made from a float weight.
 
     Raises:
-        ApplyError: when the shape differs or the values are more than rounding apart.
+        ApplyError: when the shape differs, the values are more than rounding apart, or there are none.
     """
     name, shape = layer.plan.layer, (layer.out_features, layer.in_features)
     if tuple(weight.shape) != shape:
         raise ApplyError(
             f"layer {name} of the bundle is {shape}, the model's weight {tuple(weight.shape)}; "
             "give the model that was calibrated"
+        )
+    if weight.is_meta:
+        raise ApplyError(
+            f"layer {name}: the model's weight has no values (device meta); is it offloaded? Load it first"
         )
     if not (apart := layer.deviation(weight)) <= MAX_DEVIATION:
         raise ApplyError(
@@ -240,20 +157,38 @@ def check_weight(layer: QuantizedLinear, weight: Tensor) -> None:
         )
 
 
+def check_bias(layer: QuantizedLinear, bias: Tensor | None) -> None:
+    """Make sure that a layer's offset was made from a float bias [N], or from none.
+
+    Raises:
+        ApplyError: when it was not.
+    """
+    if not layer.has_values_of(bias):
+        what = "no bias, the quantized layer has one" if bias is None else "another bias than the quantized layer"
+        raise ApplyError(
+            f"layer {layer.plan.layer}: the model has {what}; quantize this model, or run the bundle's own graph "
+            "(fxq.load)"
+        )
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
             yield name, module
 
 
+@own_tensors()
 def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Module:
     """Swap the linears of a model for the quantized ones of a bundle; their float weights are freed.
 
-    The result computes what the quantized graph does, up to the rounding of float operations. Hooks of swapped linears
-    are not carried over.
+    The result computes what the quantized graph does, up to the rounding of float operations. A swapped linear keeps
+    its identity (in the copy, the copy's), hooks and attributes, so every list, closure or bound method that holds it
+    computes with integers. Its ``weight`` and ``bias`` keep their dtype, device and shape; code that reads their values
+    gets an error with the layer's name. Backward hooks are warned of: integers have no gradients.
 
     Args:
-        model: the model that was calibrated, with its float weights, in any dtype and on any device.
+        model: the model that was calibrated, with its float weights, in any dtype and on any device, in a wrapper or
+            out of one.
         bundle: what to apply; not changed.
         in_place: change ``model`` itself; otherwise a copy, which shares no tensor with it.
 
@@ -262,11 +197,12 @@ def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Mod
 
     Raises:
         BundleError: as :func:`fxq.load`.
-        ApplyError: when names, shapes or values do not fit, or a weight is not of a plain ``nn.Linear``.
+        ApplyError: when names, shapes or values do not fit, a weight is not of a plain ``nn.Linear`` or held by other
+            code as well, or a copy would still reach the model's own linears (through a function's variable).
     """
     layers, kept = read_layers(bundle)
     layers = copy.deepcopy(layers) if isinstance(bundle, fx.GraphModule) else layers
-    swaps: dict[int, QuantizedLinear] = {}
+    swaps: dict[int, tuple[nn.Linear, QuantizedLinear]] = {}
     for layer, weight in match(model, layers, kept).items():
         owners = [module for _, module in _linears(model) if module.weight is weight]
         if not owners or any(type(module) is not nn.Linear for module in owners):
@@ -275,15 +211,64 @@ def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Mod
                 f"layer {layer} is {kind}, expected nn.Linear: it cannot be swapped; exclude it by a rule, or use "
                 'torch.compile(model, backend="fxq")'
             )
-        new = layers[layer].to(weight.device).train(model.training)
-        swaps |= {id(module): new for module in owners}
+        new = layers[layer].to(weight.device)
+        new.set_form(weight.dtype)
+        new.has_bias = owners[0].bias is not None
+        swaps |= {id(module): (module, new) for module in owners}
+    _check_weights_elsewhere(model, swaps)
+    _warn_of_hooks(model, swaps)
     if not in_place:
-        memo: dict[int, Any] = dict(swaps)
-        return copy.deepcopy(model, memo)
-    if id(model) in swaps:
-        raise ApplyError("the model is itself the linear to swap; use in_place=False")
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if id(child) in swaps:
-                setattr(module, name, swaps[id(child)])
+        return _swapped_copy(model, swaps)
+    for linear, new in swaps.values():
+        new.take_over(linear)
     return model
+
+
+def _swapped_copy(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, QuantizedLinear]]) -> nn.Module:
+    """A copy of the model in which linears are layers; no float weight of theirs is copied."""
+    shells = {key: nn.Linear.__new__(nn.Linear) for key in swaps}
+    memo: dict[int, Any] = dict(shells)
+    copied = copy.deepcopy(model, memo)
+    for key, (linear, new) in swaps.items():
+        others = {name: p for name, p in linear._parameters.items() if name not in ("weight", "bias")}
+        state = vars(linear) | {"_parameters": others}
+        shells[key].__dict__.update({name: copy.deepcopy(value, memo) for name, value in state.items()})
+        new.take_over(shells[key])
+    for found in holders(copied, swaps).values():
+        raise ApplyError(
+            f"the copy still reaches a float linear of the model through {found[0].path}, which copying does not "
+            "follow: use in_place=True, on a model that you load anew if you need both"
+        )
+    return copied
+
+
+def _check_weights_elsewhere(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, QuantizedLinear]]) -> None:
+    """Refuse weights that other code holds too, and warn of embeddings, which go on reading the floats they hold."""
+    weights = {id(linear.weight): new.plan.layer for linear, new in swaps.values()}
+    tables = {id(linear._parameters) for linear, _ in swaps.values()}
+    for key, found in holders(model, weights).items():
+        for holder in found:
+            if id(holder.owner) in tables or (id(holder.owner) in swaps and holder.path.rpartition(".")[2] == "weight"):
+                continue
+            if isinstance(holder.owner, nn.Embedding | nn.EmbeddingBag):
+                warnings.warn(
+                    f"layer {weights[key]}: {holder.path} is the same weight and stays in floats", stacklevel=3
+                )
+                continue
+            raise ApplyError(
+                f"layer {weights[key]}: its weight is also held as {holder.path}, where code would go on reading "
+                "floats; exclude the layer by a rule, or remove the other reference"
+            )
+
+
+def _warn_of_hooks(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, QuantizedLinear]]) -> None:
+    hooked = [
+        name
+        for name, module in _linears(model)
+        if id(module) in swaps and (module._backward_hooks or module._backward_pre_hooks)
+    ]
+    if hooked:
+        warnings.warn(
+            f"backward hooks of {', '.join(hooked)} will not be called: quantized layers have no gradients",
+            stacklevel=3,
+        )

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxq.apply import Bundle, check_weight, read_layers
 from fxq.binding import HOW_TO_BIND, BackendError, Binding
+from fxq.config import plain_layer
 from fxq.dynamo_graph import (
     Layers,
     Site,
@@ -38,11 +39,12 @@ RECIPE = "fxq.recipe"
 def _bind_by_name(gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Site], bundle: Bundle) -> Binding:
     """Bind the parameters of a graph by the names that Dynamo gives them; right when the whole model is compiled."""
     layers, kept = read_layers(bundle)
+    layers, kept = {plain_layer(name): layer for name, layer in layers.items()}, {plain_layer(name) for name in kept}
     binding, weights = Binding(), {site.weight for site in sites}
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if not isinstance(inputs[i], nn.Parameter):
             continue
-        name = source_name(node)
+        name = plain_layer(source_name(node))
         layer = layers.get(name.removesuffix(".weight"), layers.get(name))
         if layer is not None:
             check_weight(layer, inputs[i])
@@ -67,10 +69,8 @@ class _Compiled:
 
     def prepare(self, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Tensor]]:
         """What runs for these inputs, and the integers that it needs besides."""
-        layers = [
-            self.binding.layer_of(args[site.weight], None if site.bias is None else args[site.bias])
-            for site in self.sites
-        ]
+        linears = [(args[site.weight], None if site.bias is None else args[site.bias]) for site in self.sites]
+        layers = self.binding.layers_of(linears)
         key = tuple(map(id, layers))
         if key not in self.seen:
             self.seen[key] = self.variant(layers), operands(layers)

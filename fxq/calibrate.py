@@ -8,16 +8,23 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxq.agreement import describe
 from fxq.collect import CalibrationError, Collector
 from fxq.interpret import SparingInterpreter
 from fxq.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.rollout import Rollout, current_call
-from fxq.signature import check_sizes, flatten_call, input_sizes
+from fxq.signature import call_rules, flatten_call, rules_of
 from fxq.workers import Workers
+
+NO_BATCH = (
+    "the calibration loader yielded no batch; static scales need at least one. A generator yields its batches once: "
+    "make a new one for every call, or a list"
+)
 
 OnProgress = Callable[[int, int | None], None]
 """Told (batches or calls done, total or None)."""
@@ -52,6 +59,36 @@ def as_batch(item: Any) -> Batch:
     )
 
 
+def usable(item: Any, number: int) -> Batch:
+    """:func:`as_batch` of a loader's item number ``number``, with tensors that any mode of torch can compute with.
+
+    Tensors that require gradients are detached, those of inference mode copied.
+
+    Raises:
+        CalibrationError: for an item of another kind, or one with numpy arrays or numbers where tensors belong.
+    """
+    batch = as_batch(item)
+    leaves = pytree.tree_leaves((batch.args, dict(batch.kwargs)))
+    if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+        raise CalibrationError(
+            f"calibration batch {number} has numpy arrays; make tensors of them by torch.from_numpy, and mind the dtype"
+        )
+    if leaves and all(isinstance(leaf, int | float | complex) for leaf in leaves):
+        raise CalibrationError(
+            f"calibration batch {number} is {len(leaves)} numbers without a tensor, and a tuple or list is one "
+            "argument an item: make it a tensor by torch.tensor"
+        )
+    args, kwargs = pytree.tree_map(_plain, (batch.args, dict(batch.kwargs)))
+    return dataclasses.replace(batch, args=args, kwargs=kwargs)
+
+
+def _plain(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    return leaf.clone() if leaf.is_inference() else leaf
+
+
 class _Observer(SparingInterpreter):
     """Runs the graph as it is and shows the collector the input of every planned linear."""
 
@@ -74,13 +111,13 @@ class _Observer(SparingInterpreter):
 
 def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]:
     """A callable like ``module`` that also feeds ``collector``."""
-    observer, sizes = _Observer(module, collector), input_sizes(module)
+    observer, rules = _Observer(module, collector), rules_of(module) or call_rules(module)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if (current := current_call()) is not None:
             collector.chunk = current.chunk
         flat = flatten_call(module, args, kwargs)
-        check_sizes(module, sizes, flat)
+        rules.check(flat)
         result = observer.call(*flat)
         collector.give_back()
         return result
@@ -166,7 +203,7 @@ def _drive_batches(
             seen.update(describe(item if not isinstance(item, Batch) else [item.args, dict(item.kwargs)]).encode())
         if collector.batch % workers.size != workers.rank:
             continue
-        batch = as_batch(item)
+        batch = usable(item, collector.batch)
         collector.chunk = batch.chunk
         try:
             run(*batch.args, **batch.kwargs)
@@ -185,16 +222,16 @@ def _drive_batches(
         facts = {"number of batches": str(count), "content of its batches": seen.hexdigest()[:16]}
         workers.agree({"calibration data": facts})
     if not count:
-        raise CalibrationError("the calibration loader yielded no batch; static scales need at least one")
+        raise CalibrationError(NO_BATCH)
 
 
 def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
-    """sha256 over layer names, extremes and sampled rows."""
+    """sha256 over layer names, extremes, sampled rows and their weights."""
     digest = hashlib.sha256()
     for layer in sorted(statistics):
         s = statistics[layer]
         digest.update(f"{layer}:{s.seen}:{tuple(s.rows.shape)}".encode())
-        for tensor in (s.low, s.high, s.rows):
+        for tensor in (s.low, s.high, s.rows, *(() if s.weights is None else (s.weights,))):
             for part in tensor.split(4096):
                 digest.update(part.float().contiguous().numpy().data)
     return digest.hexdigest()

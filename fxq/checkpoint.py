@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxq.reading import ReadError, read_header, regular_file
+
 _LONGEST = 160  # characters of a name; file systems take 255 bytes, with what comes before and behind
 
 
@@ -36,14 +38,13 @@ class Checkpoint:
     def read(self, name: str, key: str) -> dict[str, Tensor] | None:
         """The tensors of a finished piece, or None when it is not there whole and of this key."""
         path = self.path(name)
-        if not path.exists():
-            return None
         try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("key") != key:
-                    return None
-                return {tensor: file.get_tensor(tensor) for tensor in file.keys()}  # noqa: SIM118
-        except SafetensorError:
+            header = read_header(path, self.folder)
+            if header.metadata.get("key") != key:
+                return None
+            with safe_open(regular_file(path, self.folder), "pt") as file:
+                return {tensor: file.get_tensor(tensor) for tensor in header.tensors}
+        except (FileNotFoundError, ReadError, SafetensorError):
             return None
 
     def write(self, name: str, key: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -161,7 +161,7 @@ def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
     facts = manifest.facts
     _console().print(result)
     data = facts["calibration_hash"][:16] or "none, input scales are measured at run time"
-    _console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False)
+    _console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False, markup=False)
     if alpha := facts.get("sensitivity"):
         _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
 

@@ -1,10 +1,10 @@
-"""What calibration keeps of the inputs of linears: exact extremes and a bounded sample of rows."""
+"""What calibration keeps of the inputs of linears: exact extremes and a bounded, weighted sample of rows."""
 
 from __future__ import annotations
 
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fxq.ir import LayerStatistics
 from fxq.residency import give_back, mapped_tensor
 from fxq.rollout import current_call
+from fxq.row_sample import RowSample, measure
 from fxq.workers import Workers
 
 
@@ -19,49 +20,14 @@ class CalibrationError(ValueError):
     """Calibration data that is missing, misshapen, not finite or that never reaches a planned layer."""
 
 
-_Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
-
-
-class _Sample:
-    """A bounded sample of rows of one layer.
-
-    Every row has a place (batch, call of the batch) and a random priority drawn for that place alone; the rows of least
-    priority stay. So the sample does not depend on the order of batches or on who saw them: two samples merge exactly.
-    """
-
-    def __init__(self, rows: Tensor, limit: int, slack: int, allocate: _Allocate) -> None:
-        self.limit, self.capacity, self.allocate = limit, limit + slack, allocate
-        self.rows = allocate((min(self.capacity, 4 * len(rows) + 64), rows.shape[1]), rows.dtype)
-        self.marks = torch.empty(0, 3, dtype=torch.int64)  # place, chunk, priority
-        self.count = 0
-
-    def add(self, rows: Tensor, marks: Tensor) -> None:
-        """Add rows with their marks, at most ``slack`` of them."""
-        if self.count + len(rows) > self.capacity:
-            self.thin()
-        needed = self.count + len(rows)
-        if needed > len(self.rows):
-            larger = self.allocate((min(self.capacity, 2 * needed), rows.shape[1]), self.rows.dtype)
-            larger[: self.count] = self.rows[: self.count]
-            self.rows = larger
-        self.rows[self.count : needed] = rows
-        self.marks = torch.cat((self.marks, marks))
-        self.count = needed
-
-    def thin(self) -> None:
-        """Keep the rows of least priority, in order of their places."""
-        order = self.marks[:, 0].argsort(stable=True)
-        if len(order) > self.limit:
-            kept = self.marks[order, 2].argsort(stable=True)[: self.limit].sort().values
-            order = order[kept]
-        if not torch.equal(order, torch.arange(self.count)):
-            self.rows[: len(order)] = self.rows[order]
-            self.marks = self.marks[order]
-            self.count = len(order)
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Collector:
     """Folds input rows of layers: exact extremes, and a seeded sample of at most ``max_rows`` rows a layer.
+
+    The sample (:class:`~fxq.row_sample.RowSample`) has about ``rows_per_call`` rows of each call, and every row that is
+    rare for its size.
 
     ``leaders`` maps layers to one that is called before them on the same input: they get its statistics, stored once.
     With a ``folder`` the rows lie in files there, which leave no trace; ``batch`` and ``chunk`` are set by whoever
@@ -80,9 +46,8 @@ class Collector:
         self.leaders = dict(leaders or {})
         self.folder = folder
         self.batch = self.chunk = 0
-        self._samples: dict[str, _Sample] = {}
+        self._samples: dict[str, RowSample] = {}
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
-        self._seen: dict[str, int] = {}
         self._calls: dict[str, tuple[int, int]] = {}
 
     def add(self, layer: str, x: Tensor) -> None:
@@ -97,40 +62,36 @@ class Collector:
         call = call + 1 if batch == self.batch else 0
         self._calls[layer] = (self.batch, call)
         rows = x.detach().reshape(-1, x.shape[-1])
-        if not len(rows):
+        if not rows.numel():
             return
-        low, high = rows.amin(0).float().cpu(), rows.amax(0).float().cpu()
+        if rows.dtype not in _STORED:
+            rows = rows.float()
+        low, high, norms = measure(rows)
         if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-            current = current_call()
-            where = f" in call {current.index} (chunk {current.chunk}, {current.kind})" if current else ""
-            raise CalibrationError(f"layer {layer}: its input has NaN or infinity{where}; check inputs and dtype")
-        self._seen[layer] = self._seen.get(layer, 0) + len(rows)
+            raise CalibrationError(
+                f"layer {layer}: its input has NaN or infinity{self._where()}; check inputs and dtype"
+            )
         self._widen(layer, low, high)
-        place = (self.batch << 32) + call
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + place) % (2**63 - 1))
-        if len(rows) > self.rows_per_call:
-            index = torch.randperm(len(rows), generator=generator)[: self.rows_per_call].sort().values
-            rows = rows[index.to(rows.device)]
-        priority = torch.randint(2**62, (len(rows),), generator=generator)
-        marks = torch.stack((torch.full_like(priority, place), torch.full_like(priority, self.chunk), priority), 1)
-        self._take(layer, rows.cpu(), marks)
+        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed)
+
+    def _where(self) -> str:
+        if (current := current_call()) is not None:
+            return f" in batch {self.batch}, call {current.index} (chunk {current.chunk}, {current.kind})"
+        return f" in batch {self.batch}"
 
     def _widen(self, layer: str, low: Tensor, high: Tensor) -> None:
         if (old := self._extremes.get(layer)) is not None:
             low, high = torch.minimum(low, old[0]), torch.maximum(high, old[1])
         self._extremes[layer] = low, high
 
-    def _take(self, layer: str, rows: Tensor, marks: Tensor) -> None:
+    def _sample(self, layer: str) -> RowSample:
         if layer not in self._samples:
-            slack = max(self.max_rows // 4, self.rows_per_call)
-            self._samples[layer] = _Sample(rows, self.max_rows, slack, self._allocate)
-        for start in range(0, len(rows), self.rows_per_call):
-            part = slice(start, start + self.rows_per_call)
-            self._samples[layer].add(rows[part], marks[part])
+            self._samples[layer] = RowSample(self.max_rows, self.rows_per_call, self._allocate)
+        return self._samples[layer]
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self.folder is None:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".rows-", dir=self.folder) as folder:
             return mapped_tensor(pathlib.Path(folder, "rows"), shape, dtype)
@@ -146,29 +107,27 @@ class Collector:
         Raises:
             fxq.workers.WorkerError: when a rank is gone.
         """
-        told = workers.gather({layer: torch.tensor(count) for layer, count in self._seen.items()})
-        for layer in sorted({layer for seen in told for layer in seen}):
+        told = workers.gather({layer: torch.tensor(1, device="cpu") for layer in self._samples})
+        for layer in sorted({layer for known in told for layer in known}):
             for rank, state in enumerate(workers.gather(self._state(layer))):
                 if state and rank != workers.rank:
-                    self._seen[layer] = self._seen.get(layer, 0) + int(told[rank][layer])
                     self._widen(layer, state["low"], state["high"])
-                    self._take(layer, state["rows"], state["marks"])
+                    self._sample(layer).merge(state)
 
     def _state(self, layer: str) -> dict[str, Tensor]:
         if (sample := self._samples.get(layer)) is None:
             return {}
-        sample.thin()
         low, high = self._extremes[layer]
-        return {"low": low, "high": high, "rows": sample.rows[: sample.count], "marks": sample.marks}
+        return {"low": low, "high": high, **sample.state()}
 
     def finish(self) -> dict[str, LayerStatistics]:
         """The statistics, every sample cut to ``max_rows`` and in order of batches and calls."""
         statistics = {}
         for layer, sample in self._samples.items():
-            sample.thin()
             low, high = self._extremes[layer]
+            rows, chunks, weights = sample.finish()
             statistics[layer] = LayerStatistics(
-                low=low, high=high, rows=sample.rows[: sample.count], chunks=sample.marks[:, 1], seen=self._seen[layer]
+                low=low, high=high, rows=rows, chunks=chunks, weights=weights, seen=sample.seen
             )
         followers = {layer: statistics[leader] for layer, leader in self.leaders.items() if leader in statistics}
         return statistics | followers

@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+
+TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be read or that does not fit the model."""
+
+
+def plain_layer(name: str) -> str:
+    """A dotted name without the parts of :data:`TOOL_NAMES`, wherever they stand."""
+    return ".".join(part for part in name.split(".") if part not in TOOL_NAMES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,14 +65,17 @@ class Scheme:
 class Rule:
     """Layers matching ``pattern`` get ``scheme``; None keeps them in model dtype for ``reason``.
 
-    A pattern is an exact layer name, a glob, or ``re:`` and a regular expression for the whole name. An
-    ``optional`` rule may match nothing.
+    A pattern is an exact layer name, a glob, or ``re:`` and a regular expression for the whole name; the name is the
+    layer's from the root, without :data:`TOOL_NAMES`. An ``optional`` rule may match nothing. A ``wrapped`` rule also
+    names layers of a model inside wrappers: ``head*`` matches ``head.0`` and ``generator.model.head.0``, but not
+    ``blocks.0.head``, since a number in front means one of many blocks (see :meth:`Recipe.decide`).
     """
 
     pattern: str
     scheme: Scheme | None
     reason: str = ""
     optional: bool = False
+    wrapped: bool = False
 
     @property
     def rank(self) -> int:
@@ -72,11 +84,30 @@ class Rule:
             return 2
         return 1 if any(c in self.pattern for c in "*?[") else 0
 
-    def matches(self, layer: str) -> bool:
-        """Whether the pattern names ``layer``."""
+    def matches(self, layer: str, roots: Collection[str] = ()) -> bool:
+        """Whether the rule names ``layer``; ``roots`` are names with a number that hold a model all the same."""
+        layer = plain_layer(layer)
+        if self._names(layer):
+            return True
+        if not self.wrapped:
+            return False
+        parts = layer.split(".")
+        for i in range(1, len(parts)):
+            prefix = ".".join(parts[:i])
+            if (prefix in roots or not _has_number(parts[:i])) and self._names(".".join(parts[i:])):
+                return True
+        return False
+
+    def _names(self, layer: str) -> bool:
         if self.rank == 2:
             return re.fullmatch(self.pattern[3:], layer) is not None
-        return layer == self.pattern if self.rank == 0 else fnmatch.fnmatchcase(layer, self.pattern)
+        if self.rank == 0:
+            return layer == plain_layer(self.pattern)
+        return fnmatch.fnmatchcase(layer, self.pattern)
+
+
+def _has_number(parts: Sequence[str]) -> bool:
+    return any(part.isdecimal() for part in parts)
 
 
 WEIGHTINGS = ("sensitivity", "uniform", "exponential", "reversed", "single_scale_only")
@@ -94,7 +125,7 @@ class Recipe:
             ``uniform`` is 1, ``exponential`` is 2^-i, ``reversed`` is the measured one backwards, and
             ``single_scale_only`` is the measured one in single-scale layers and 1 elsewhere (the released code of
             arXiv 2605.21072).
-        rows_per_call: calibration rows kept per layer and denoiser call.
+        rows_per_call: calibration rows kept per layer and denoiser call, beside those that are rare for their size.
         max_rows: calibration rows kept per layer.
         seed: of every random choice.
         share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input
@@ -133,23 +164,54 @@ class Recipe:
                 except re.error as error:
                     raise RecipeError(f"pattern {rule.pattern!r} is not a regular expression: {error}") from None
 
-    def rule_for(self, layer: str) -> Rule | None:
-        """The rule that decides about ``layer``, or None."""
+    def rule_for(self, layer: str, roots: Collection[str] = ()) -> Rule | None:
+        """The rule that decides about ``layer``, or None; ``roots`` as in :meth:`Rule.matches`."""
         for rule in sorted(self.rules, key=lambda rule: rule.rank):
-            if rule.matches(layer):
+            if rule.matches(layer, roots):
                 return rule
         return None
+
+    def decide(self, layers: Iterable[str]) -> dict[str, Rule | None]:
+        """The rule that decides about each of a model's layers, or None.
+
+        Where ``wrapped`` rules are concerned a name with a number holds a model, not a block, when layers that rules
+        keep for two different reasons lie under it, or when all layers do and more numbers follow.
+        """
+        names = list(layers)
+        roots = self._roots(names)
+        return {name: self.rule_for(name, roots) for name in names}
+
+    def _roots(self, layers: Iterable[str]) -> set[str]:
+        names = [plain_layer(layer).split(".") for layer in layers]
+        kept = [rule for rule in self.rules if rule.scheme is None]
+        reasons: dict[str, set[str]] = {}
+        for parts in names:
+            for i in range(1, len(parts) if any(rule.wrapped for rule in kept) else 0):
+                if _has_number(parts[:i]):
+                    rest = ".".join(parts[i:])
+                    found = reasons.setdefault(".".join(parts[:i]), set())
+                    found.update(rule.reason for rule in kept if rule._names(rest))
+        roots = {prefix for prefix, found in reasons.items() if len(found) > 1}
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False))
+        common = [parts[0] for parts in shared] if len(names) > 1 else []
+        if any(_has_number(parts[len(common) :]) for parts in names):
+            roots |= {".".join(common[: i + 1]) for i in range(len(common))}
+        return roots
 
     def check_patterns(self, layers: Iterable[str]) -> None:
         """Refuse required patterns that match no layer.
 
         Raises:
-            RecipeError: naming the pattern and the closest layer names.
+            RecipeError: naming the pattern, the closest layer names, and a layer that it would match inside a wrapper.
         """
         names = sorted(layers)
+        roots = self._roots(names)
         for rule in self.rules:
-            if rule.optional or any(rule.matches(name) for name in names):
+            if rule.optional or any(rule.matches(name, roots) for name in names):
                 continue
             close = difflib.get_close_matches(rule.pattern.removeprefix("re:"), names, n=3, cutoff=0.3)
             hint = f"close names: {', '.join(close)}" if close else f"the model has {len(names)} linears"
+            inside = dataclasses.replace(rule, wrapped=True)
+            if found := next((name for name in names if inside.matches(name, roots)), None):
+                hint = f"patterns start at the root; with wrapped = true it matches {found}"
             raise RecipeError(f"recipe {self.name!r}: pattern {rule.pattern!r} matches no layer; {hint}")

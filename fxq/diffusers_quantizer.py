@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 from typing import Any
 
@@ -13,10 +14,13 @@ from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from fxq.apply import QuantizedLinear
 from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
+from fxq.export.stored import layer_problems
+from fxq.ir import stored_names
+from fxq.quantized_linear import QuantizedLinear, buffer_name
 
 
 class Method(enum.StrEnum):
@@ -59,6 +63,10 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     use_keep_in_fp32_modules = True
     dtype: torch.dtype | None = None
 
+    def __init__(self, quantization_config: FxqConfig, **options: Any) -> None:
+        super().__init__(quantization_config, **options)
+        self.hooks: list[RemovableHandle] = []
+
     @property
     def entries(self) -> QuantizationConfig:
         """What the folder says of its layers."""
@@ -95,7 +103,9 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                     f"layer {layer} of quantization_config is no nn.Linear of {entry.in_features} inputs and "
                     f"{entry.out_features} outputs in {type(model).__name__}: load the folder with its own class"
                 )
-            setattr(owner, leaf, _empty_layer(layer, entry))
+            empty = _empty_layer(layer, entry, linear)
+            self.hooks.append(empty.register_state_dict_post_hook(_as_stored))  # type: ignore[no-untyped-call]
+            setattr(owner, leaf, empty)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -131,22 +141,33 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         path, _, leaf = param_name.rpartition(".")
         module, stored = model.get_submodule(path), state_dict[param_name].to(target_device)
-        if path in self.entries.layers and stored.dtype != (expected := getattr(module, leaf).dtype):
-            raise BundleError(f"{param_name} is {stored.dtype}, expected {expected}; the folder is damaged")
+        if path in self.entries.layers:
+            leaf = buffer_name(leaf)
+            if stored.dtype != (expected := getattr(module, leaf).dtype):
+                raise BundleError(f"{param_name} is {stored.dtype}, expected {expected}; the folder is damaged")
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(stored, requires_grad=False)
         else:
             module._buffers[leaf] = stored
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        absent = [name for name, t in model.state_dict().items() if t.is_meta]
         if absent:
             raise BundleError(f"the folder lacks {len(absent)} tensors of the model: {', '.join(absent[:8])}")
+        dtypes = [p.dtype for p in model.parameters() if p.is_floating_point() and p.numel()]
+        kept = collections.Counter(dtypes).most_common(1)[0][0] if dtypes else torch.float32
         for layer, entry in self.entries.layers.items():
             module = model.get_submodule(layer)
             assert isinstance(module, QuantizedLinear)
             module.plan = entry.plan(layer, module.perm)
+            stored = {name: getattr(module, buffer_name(name)) for name in stored_names(module.plan)}
+            for problem in layer_problems(module.plan, stored):
+                raise BundleError(f"layer {layer}: {problem}; the folder is damaged")
+            in_float32 = set(layer.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ())
+            module.set_form(torch.float32 if in_float32 else self.dtype or kept)
             module.lay_out()
+        while self.hooks:
+            self.hooks.pop().remove()
         return model
 
     def get_state_dict_and_metadata(
@@ -159,7 +180,10 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         """
         if not safe_serialization:
             raise BundleError("a quantized model is saved as safetensors only; leave safe_serialization on")
-        return state_dict, dict(self.entries.receipt.to_header())
+        stored = dict(state_dict)
+        for layer in self.entries.layers:
+            _as_stored(None, stored, f"{layer}.", None)
+        return stored, dict(self.entries.receipt.to_header())
 
     @property
     def is_serializable(self) -> bool:
@@ -187,6 +211,14 @@ def _sizes(entry: LinearEntry) -> tuple[int, int]:
     return entry.in_features, entry.out_features
 
 
-def _empty_layer(layer: str, entry: LinearEntry) -> QuantizedLinear:
+def _as_stored(module: nn.Module | None, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Give the tensors of one layer in a state dict the names that they have in a folder."""
+    tensors.pop(f"{prefix}like", None)
+    if f"{prefix}integers" in tensors:
+        tensors[f"{prefix}weight"] = tensors.pop(f"{prefix}integers")
+
+
+def _empty_layer(layer: str, entry: LinearEntry, linear: nn.Linear) -> QuantizedLinear:
     plan = entry.plan(layer)
-    return QuantizedLinear(plan, plan.split, entry.input_bits, entry.weight_bits, entry.empty_tensors()).eval()
+    form, bits = (linear.weight.dtype, linear.bias is not None), (entry.input_bits, entry.weight_bits)
+    return QuantizedLinear(plan, plan.split, *bits, entry.empty_tensors(), dtype=form[0], has_bias=form[1]).eval()

@@ -79,6 +79,12 @@ def check_readers(gm: fx.GraphModule, inputs: Sequence[Any], binding: Binding) -
                     f"{entry.name} is read by {user.name}, not by a linear as its weight: its integers cannot take its "
                     "place; exclude the layer by a rule"
                 )
+            bias = _argument(user, 2, "bias")
+            if isinstance(bias, fx.Node) and bias.op != "placeholder":
+                raise BackendError(
+                    f"the bias of {entry.name} is computed by {bias.name}, the integers hold the one that was "
+                    "calibrated; exclude the layer by a rule"
+                )
 
 
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxq.captured import CapturedModule
 from fxq.config import Scheme
 from fxq.exclusive import exclusive
 
@@ -154,7 +155,8 @@ class LayerStatistics:
     """What calibration saw of one linear's input.
 
     ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
-    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows.
+    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
+    float32 [R] how many of them each sampled row stands for; None: all the same.
     """
 
     low: Tensor
@@ -162,6 +164,7 @@ class LayerStatistics:
     rows: Tensor
     chunks: Tensor
     seen: int
+    weights: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +194,7 @@ class QuantGraph:
     stage: Stage = Stage.TRACED
     statistics: dict[str, LayerStatistics] = dataclasses.field(default_factory=dict)
     updates: dict[str, LayerUpdate] = dataclasses.field(default_factory=dict)
-    chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1))
+    chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1, dtype=torch.float32, device="cpu"))
     log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
@@ -226,7 +229,7 @@ class QuantGraph:
         for node in graph.nodes:
             if node.op == "get_attr":
                 put_tensor(root, str(node.target), get_tensor(self.module, str(node.target)))
-        module = fx.GraphModule(root, graph, self.module.__class__.__name__)
+        module = CapturedModule(root, graph, self.module.__class__.__name__)
         module.meta.update(self.module.meta)
         return QuantGraph(
             module,

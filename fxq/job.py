@@ -101,7 +101,7 @@ class Job:
         if alpha is not None and len(alpha) < chunks:
             raise CalibrationError(f"sensitivity has {len(alpha)} chunks, the calibration data {chunks}")
         if alpha is None and weighting != "exponential":
-            graph.chunk_weights = torch.ones(chunks)
+            graph.chunk_weights = torch.ones(chunks, dtype=torch.float32, device="cpu")
         else:
             graph.chunk_weights = chunk_weights(alpha, chunks, weighting)
         return alpha

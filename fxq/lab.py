@@ -188,7 +188,7 @@ def evaluate(
                     psnr=psnr(video, reference),
                     scores=sprites.score(video, conditions).means(),
                     quantized=len(facts.quantized),
-                    kept=len(facts.kept),
+                    kept=len(facts.kept) - len(facts.others),
                     seconds=candidate.seconds,
                 )
             )

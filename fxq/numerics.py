@@ -12,6 +12,9 @@ Pure tensor math in float32 and int32. Conventions:
   ``input_scale[g]`` is then ``scale[r, g]``, there are no zero points and the offset is the bias.
 * ``y = sum_g input_scale[g] * weight_scale[g, n] * sum_k q_x q_w + offset[n]`` where the offset holds the bias and the
   zero points: ``offset[n] = bias[n] - sum_g input_scale[g] weight_scale[g, n] zero_point[g] sum_k q_w``.
+* What is not finite stays visible. Integers have no NaN, so a row of a static quantization that holds NaN or infinity
+  begins with the codes of :data:`POISON`, and a product makes such a row NaN. With scales per token the row's own scale
+  is NaN. Rows of fewer than ``POISON_LEAST`` channels are not marked: :func:`unfit_width` keeps such layers in float.
 
 Equations follow Q-ARVD (arXiv 2605.21072); its asymmetric weights would need a row sum of activations at run
 time, so weights are symmetric here.
@@ -22,11 +25,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST_MAGNITUDE = 1e-30
-"""A row of a group counts as zero below it: its scale would not be a normal float32."""
+LEAST_MAGNITUDE = 127 * 2.0**-126
+"""A row of a group counts as zero up to it (1.5e-36): its scale would not be a normal float32."""
 
 PACK_BLOCK = 32
 """Channels per packing block of int4 weights; every group's width is a multiple of it."""
+
+POISON = 0xB1E94D36
+"""Mark of a row that is not finite: its channel j < 32 is 127 where bit j is set, else -128.
+
+With fewer than 8 bits no finite row holds such codes. With 8 bits one does if its first 32 channels are clipped in just
+this pattern, which random signs do once in 2**32 rows (2**16 for 16 channels)."""
+
+POISON_WIDTH = 32
+"""Channels of the mark; a narrower row holds as many of them as it has channels."""
+
+POISON_LEAST = 16
+"""Rows of fewer channels are not marked."""
+
+MAX_WIDTH = 2**17 - 1
+"""Most input channels of an integer product: a product of int8 is at most 2**14 and the sum is an int32."""
 
 
 def integer_range(bits: int) -> tuple[int, int]:
@@ -47,6 +65,51 @@ def group_slices(width: int, split: int) -> tuple[slice, ...]:
     return (slice(0, width),) if split == width else (slice(0, split), slice(split, width))
 
 
+def unfit_width(width: int, per_token: bool = False) -> str:
+    """Why a layer of ``width`` input channels cannot be multiplied in integers, or "".
+
+    Args:
+        width: input channels.
+        per_token: whether scales are measured per token; they hold what is not finite for any width.
+    """
+    if width > MAX_WIDTH:
+        return f"{width} input channels can overflow the int32 sum of a product: at most {MAX_WIDTH} fit"
+    if width < POISON_LEAST and not per_token:
+        return f"fewer than {POISON_LEAST} input channels: its integers cannot show what is not finite"
+    return ""
+
+
+def poison_codes(width: int, device: torch.device | str = "cpu") -> Tensor:
+    """int8 [min(width, 32)], what a row of ``width`` channels that is not finite begins with."""
+    bit = torch.bitwise_right_shift(POISON, torch.arange(min(width, POISON_WIDTH), device=device)) & 1
+    return (bit * 255 - 128).to(torch.int8)
+
+
+def poison(q: Tensor, rows: Tensor) -> Tensor:
+    """Mark rows as not finite.
+
+    Args:
+        q: int8 [..., K].
+        rows: bool [...], the rows to be marked.
+
+    Returns:
+        int8 [..., K]; ``q`` itself when K is less than ``POISON_LEAST``.
+    """
+    if q.shape[-1] < POISON_LEAST:
+        return q
+    codes = poison_codes(q.shape[-1], q.device)
+    head = torch.where(rows.unsqueeze(-1), codes, q[..., : len(codes)])
+    return torch.cat((head, q[..., len(codes) :]), dim=-1)
+
+
+def poisoned(q: Tensor) -> Tensor:
+    """The rows of integers [..., K] that :func:`poison` marked, bool [...]."""
+    if q.shape[-1] < POISON_LEAST:
+        return torch.zeros(q.shape[:-1], dtype=torch.bool, device=q.device)
+    codes = poison_codes(q.shape[-1], q.device)
+    return (q[..., : len(codes)] == codes).all(-1)
+
+
 def quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
     """Quantize activations whose channels are already in ``[normal | outlier]`` order.
 
@@ -58,23 +121,29 @@ def quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, split: int, bit
         bits: 2..8.
 
     Returns:
-        int8 [..., K].
+        int8 [..., K]. A row with NaN or infinity is marked by :func:`poison`, as every row where the reciprocal of a
+        scale is not finite; elsewhere in it infinities are clipped and NaN becomes the least integer.
     """
     low, high = integer_range(bits)
-    parts = []
+    values, inverse, parts = x.float(), scale.reciprocal(), []
     for g, part in enumerate(group_slices(x.shape[-1], split)):
-        scaled = x[..., part].float() * scale[g].reciprocal()
+        scaled = values[..., part] * inverse[g]
         z = zero_point[g]
-        parts.append((scaled.clamp(low - z, high - z).round() + z).to(torch.int8))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        clipped = torch.where(scaled.isnan(), low - z, scaled.clamp(low - z, high - z))
+        parts.append((clipped.round() + z).to(torch.int8))
+    q = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return poison(q, ~(values.isfinite().all(-1) & inverse.isfinite().all()))
 
 
 def dequantize_input(q: Tensor, scale: Tensor, zero_point: Tensor, split: int) -> Tensor:
-    """float32 [..., K] of int8 activations; inverse of :func:`quantize_input` up to rounding and clipping."""
+    """float32 [..., K] of int8 activations; inverse of :func:`quantize_input` up to rounding and clipping.
+
+    Rows marked as not finite are NaN.
+    """
     parts = [
         (q[..., part].float() - zero_point[g]) * scale[g] for g, part in enumerate(group_slices(q.shape[-1], split))
     ]
-    return torch.cat(parts, dim=-1)
+    return torch.cat(parts, dim=-1).masked_fill(poisoned(q).unsqueeze(-1), torch.nan)
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, split: int, bits: int) -> Tensor:
@@ -157,19 +226,21 @@ def ratio_limit(width: int, split: int) -> float:
 def dual_scale_matmul(
     q_x: Tensor, q_w: Tensor, weight_scale: Tensor, input_scale: Tensor, offset: Tensor, split: int
 ) -> Tensor:
-    """``y`` float32 [..., N] of int8 activations [..., K] and int8 weights [N, K], accumulated exactly in int32."""
+    """``y`` float32 [..., N] of int8 activations [..., K] and int8 weights [N, K], accumulated exactly in int32.
+
+    Rows of ``q_x`` marked as not finite are NaN. K is at most ``MAX_WIDTH``.
+    """
     flat = q_x.reshape(-1, q_x.shape[-1])
     y = offset.expand(flat.shape[0], -1)
     for g, part in enumerate(group_slices(q_x.shape[-1], split)):
         accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
         y = y + accumulator.float() * (input_scale[g] * weight_scale[g])
+    y = y.masked_fill(poisoned(flat).unsqueeze(-1), torch.nan)
     return y.reshape(*q_x.shape[:-1], q_w.shape[0])
 
 
 def quantize_per_token(x: Tensor, split: int, bits: int) -> tuple[Tensor, Tensor]:
     """Quantize activations, channels already in ``[normal | outlier]`` order, with a scale per token and group.
-
-    Integers and scales of a row with NaN or infinity are unspecified.
 
     Args:
         x: float [..., K].
@@ -177,18 +248,26 @@ def quantize_per_token(x: Tensor, split: int, bits: int) -> tuple[Tensor, Tensor
         bits: 2..8.
 
     Returns:
-        int8 [..., K] and the scales float32 [..., G].
+        int8 [..., K] and the scales float32 [..., G]. A row's group with NaN or infinity has the scale NaN and the
+        integers 0.
     """
     high = integer_range(bits)[1]
     parts, scales = [], []
     for part in group_slices(x.shape[-1], split):
         values = x[..., part].float()
         top = values.abs().amax(-1, keepdim=True)
-        # By a tensor: CUDA makes of a division by a number a product with its reciprocal.
-        scale = torch.where(top > LEAST_MAGNITUDE, top / torch.full_like(top, high), 1.0)
-        parts.append((values * scale.reciprocal()).clamp(-high, high).round().to(torch.int8))
+        scale = token_scale(top, high)
+        scaled = (values * scale.reciprocal()).clamp(-high, high).round()
+        parts.append(torch.where(scale.isnan(), 0.0, scaled).to(torch.int8))
         scales.append(scale)
     return torch.cat(parts, dim=-1), torch.cat(scales, dim=-1)
+
+
+def token_scale(top: Tensor, high: int) -> Tensor:
+    """Scale of rows whose largest magnitude is ``top``: 1 where it counts as zero, NaN where it is not finite."""
+    # By a tensor: CUDA makes of a division by a number a product with its reciprocal.
+    scale = torch.where(top <= LEAST_MAGNITUDE, 1.0, top / torch.full_like(top, high))
+    return torch.where(top.isfinite(), scale, torch.nan)
 
 
 def dequantize_per_token(q: Tensor, scale: Tensor, split: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxq.ambient import own_tensors
 from fxq.exclusive import exclusive
 from fxq.ir import QuantGraph, Stage, facts_of, set_facts
 from fxq.passes import FUSIONS, LayOutWeights
@@ -12,6 +13,7 @@ from fxq.signature import guard_inputs
 
 
 @exclusive
+@own_tensors()
 def optimize(module: fx.GraphModule) -> fx.GraphModule:
     """Merge, fuse and bind a quantized module to the fastest kernels of the device it lies on.
 
@@ -40,4 +42,4 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
     facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
     facts["remarks"] = graph.remarks
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
+    return guard_inputs(graph.module, facts)

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from fxq.ambient import own_tensors
 from fxq.exclusive import one_at_a_time
 from fxq.ir import QuantGraph, Stage
 from fxq.verify import check
@@ -50,6 +51,7 @@ def _structure(graph: QuantGraph) -> str:
     return "\n".join(str(node.format_node()) for node in graph.module.graph.nodes)
 
 
+@own_tensors()
 def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str], None] | None = None) -> QuantGraph:
     """Run passes in order, in place.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import pathlib
 import re
@@ -26,7 +27,8 @@ def place(file: str, line: int) -> str:
     return f"{pathlib.Path(file).name}:{line} `{linecache.getline(file, line).strip()}`"
 
 
-def _is_model_code(file: str) -> bool:
+@functools.lru_cache(maxsize=4096)
+def is_model_code(file: str) -> bool:
     """Whether a file is neither torch's, Python's own, nor generated."""
     library = file.startswith(_TORCH) or (file.startswith(_PYTHON) and not file.startswith(_PACKAGES))
     return not library and pathlib.Path(file).is_file()
@@ -38,13 +40,13 @@ def _below_torch(trace: TracebackType | None) -> Iterator[tuple[str, int]]:
     for frame, line in traceback.walk_tb(trace):
         file = frame.f_code.co_filename
         inside = inside or file.startswith(_TORCH)
-        if inside and _is_model_code(file):
+        if inside and is_model_code(file):
             yield file, line
 
 
 def quoted_place(text: str) -> str:
     """The innermost place of model code that a text quotes as Python's tracebacks do, or ""."""
-    found = [(file, int(line)) for file, line in _QUOTED.findall(text) if _is_model_code(file)]
+    found = [(file, int(line)) for file, line in _QUOTED.findall(text) if is_model_code(file)]
     return place(*found[-1]) if found else ""
 
 
@@ -72,6 +74,6 @@ class DataAccesses(TorchFunctionMode):
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             caller = sys._getframe(1)
             noted = place(caller.f_code.co_filename, caller.f_lineno)
-            if _is_model_code(caller.f_code.co_filename) and noted not in self.places:
+            if is_model_code(caller.f_code.co_filename) and noted not in self.places:
                 self.places.append(noted)
         return func(*args, **(kwargs or {}))

@@ -15,12 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
-from fxq.calibrate import Batch, as_batch
+from fxq.ambient import without_autocast
+from fxq.calibrate import NO_BATCH, Batch, usable
 from fxq.collect import CalibrationError
 from fxq.config import Recipe, RecipeError
+from fxq.export.graph_json import GraphFormatError
+from fxq.export.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.ir import QuantGraph, set_facts
+from fxq.ir import LayerPlan, QuantGraph, set_facts
 from fxq.job import ForwardLoop, Job, needs_data, plan_passes
 from fxq.passes import Freeze, LowerLinear
 from fxq.pipeline import run_passes
@@ -28,7 +32,7 @@ from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.rollout import Rollout
 from fxq.sensitivity import ChunkSensitivity
-from fxq.signature import batch_dynamic, guard_inputs, input_sizes
+from fxq.signature import batch_dynamic, call_rules, guard_inputs, rules_of
 from fxq.streams import warn
 from fxq.trace import TraceError, plain_model, trace
 from fxq.workers import Workers
@@ -75,15 +79,17 @@ def quantize(
         A new GraphModule, callable like the model, that stores int8 or packed int4 weights and computes on integers.
 
     Raises:
-        fxq.RecipeError: recipe unknown, malformed, or matching nothing; weights with NaN.
+        fxq.RecipeError: recipe unknown, malformed, or matching nothing; weights or biases with NaN; a model that is
+            quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
         OSError: checkpoint_dir cannot be written.
     """
-    # Methods learn by gradients and tensors must outlive the call, whatever mode the caller is in.
+    # Methods learn by gradients, tensors must outlive the call and products be exact, whatever mode the caller is in.
     with Workers.of(group).watched() as workers, _learning(), Progress(progress) as bar:
         model = plain_model(model) if isinstance(model, nn.Module) else model
+        _refuse_quantized(model)
         chosen = get_recipe(recipe)
         if not chosen.methods:
             raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
@@ -133,7 +139,7 @@ def measure_sensitivity(
 ) -> ChunkSensitivity:
     """As :func:`sensitivity`, with the per-video errors behind it; the ranks of ``group`` divide the batches."""
     chosen = get_recipe(recipe)
-    with Workers.of(group).watched() as workers, Progress(progress) as bar:
+    with Workers.of(group).watched() as workers, _learning(), Progress(progress) as bar:
         shake_hands(workers, chosen, rollout.denoiser, rollout, None)
         job = Job(chosen, bar, workers)
         args, shapes = rollout.example_call()
@@ -144,9 +150,20 @@ def measure_sensitivity(
         return job.measure(graph, rollout, data)
 
 
+def _refuse_quantized(model: Model) -> None:
+    """Refuse what fxq made before, as a whole or as a part, at once."""
+    if isinstance(model, ExportedProgram):
+        return  # its graph is looked at when it is planned
+    for name, module in model.named_modules():
+        made = "fxq" in (getattr(module, "meta", None) or {}) if isinstance(module, fx.GraphModule) else False
+        if made or isinstance(getattr(module, "plan", None), LayerPlan):
+            what = f"its part {name}" if name else "the model"
+            raise RecipeError(f"{what} is quantized already; quantize the float model that it was made from")
+
+
 @contextlib.contextmanager
 def _learning() -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast():
         yield
 
 
@@ -175,9 +192,46 @@ def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
     args, kwargs = example.args, dict(example.kwargs)
     if dynamic_shapes is None and (default := batch_dynamic(args, kwargs)) is not None:
         # Some models refuse a dynamic batch; the static capture then refuses other batches when it is called.
+        if (larger := _larger(args, kwargs)) is not None:
+            with contextlib.suppress(TraceError):
+                return _trace_savable(model, args, kwargs, default, larger)
         with contextlib.suppress(TraceError):
-            return trace(model, args, kwargs, default)
-    return trace(model, args, kwargs, dynamic_shapes)
+            return _trace_savable(model, args, kwargs, default)
+    return _trace_savable(model, args, kwargs, dynamic_shapes)
+
+
+def _trace_savable(
+    model: Model,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+) -> QuantGraph:
+    """The captured graph, which can be saved once it is quantized."""
+    graph = trace(model, args, kwargs, dynamic_shapes, captured_with=captured_with)
+    try:
+        check_savable(graph.module)
+    except GraphFormatError as error:
+        raise TraceError(
+            f"what is quantized could not be saved: {error}. Compute it outside the model or by operators of torch on "
+            "tensors, or pass dynamic_shapes that fix the sizes it works on"
+        ) from error
+    return graph
+
+
+def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs whose first sizes are 2 where they are 0 or 1, which a capture takes for constants; None if none is."""
+
+    def small(value: Any) -> bool:
+        return type(value) is Tensor and value.layout == torch.strided and value.ndim > 0 and value.shape[0] < 2
+
+    def enlarged(value: Any) -> Any:
+        return value.new_empty((2, *value.shape[1:])) if small(value) else value
+
+    if not any(small(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        return None
+    larger: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(enlarged, (args, kwargs))
+    return larger
 
 
 def _example(
@@ -185,10 +239,10 @@ def _example(
 ) -> tuple[Iterable[Any] | Rollout | None, Batch, Any]:
     """The loader (its first batch put back), the inputs to trace with, and dynamic shapes."""
     if example_inputs is not None:
-        return loader, as_batch(example_inputs), dynamic_shapes
+        return loader, usable(example_inputs, 0), dynamic_shapes
     if isinstance(loader, Rollout):
         args, shapes = loader.example_call()
-        return loader, Batch(args), dynamic_shapes if dynamic_shapes is not None else shapes
+        return loader, usable(args, 0), dynamic_shapes if dynamic_shapes is not None else shapes
     if loader is None:
         raise CalibrationError("without a calib_loader no inputs are known before tracing: pass example_inputs")
     if not isinstance(loader, Iterable):
@@ -197,8 +251,8 @@ def _example(
     try:
         first = next(iterator)
     except StopIteration:
-        raise CalibrationError("the calibration loader yielded no batch; static scales need at least one") from None
-    return _PutBack(first, iterator, operator.length_hint(loader)), as_batch(first), dynamic_shapes
+        raise CalibrationError(NO_BATCH) from None
+    return _PutBack(first, iterator, operator.length_hint(loader)), usable(first, 0), dynamic_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,12 +290,12 @@ def finish(
         "sensitivity": alpha,
         "chunk_weights": graph.chunk_weights.tolist(),
         "never_called": never_called,
-        "inputs": input_sizes(graph.module),
+        **(rules_of(graph.module) or call_rules(graph.module)).to_json(),
         "passes": [[name, touched] for name, touched, _ in graph.log],
         "environment": environment(),
     }
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
+    return guard_inputs(graph.module, facts)
 
 
 def environment() -> dict[str, str]:

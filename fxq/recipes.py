@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import pathlib
 import tomllib
@@ -16,6 +15,8 @@ from fxq.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.reading import parse_json, read_bytes
+from fxq.recipe_files import MAX_RECIPE_BYTES, check_content
 
 _T = TypeVar("_T")
 
@@ -45,11 +46,12 @@ def wan_recipe(
     """The default rules for Wan-like transformers around one scheme.
 
     Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
-    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072).
+    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold
+    inside wrappers too (``wrapped`` of :class:`~fxq.config.Rule`).
     """
     once = dataclasses.replace(scheme, reconstruct=False)
-    rules = tuple(Rule(pattern, None, reason, optional=True) for pattern, reason in _KEPT)
-    rules += tuple(Rule(pattern, once, optional=True) for pattern in _ONCE)
+    rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
+    rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 
@@ -125,16 +127,17 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     path = pathlib.Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        data = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        content = read_bytes(path, limit=MAX_RECIPE_BYTES)
+        data = tomllib.loads(content.decode("utf-8")) if path.suffix.lower() == ".toml" else parse_json(content)
     except OSError as error:
-        raise RecipeError(f"recipe file {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise RecipeError(f"recipe file {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        raise RecipeError(f"recipe file {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe file {path} is not valid {path.suffix[1:].upper()}: {error}") from error
     try:
+        check_content(data)
         return recipe_from_json(data)
-    except RecipeError as error:
-        raise RecipeError(f"recipe file {path}: {error}") from None
+    except ValueError as error:
+        raise RecipeError(f"recipe file {path}: {error}") from error
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fxq.calibrate import Batch
+from fxq.export.arguments import DTYPES
+from fxq.reading import parse_json, read_header
 from fxq.rollout import current_call
 
 _FORMAT = "fxq calls 1"
@@ -178,22 +180,26 @@ class Recording:
         """
         path = pathlib.Path(path)
         try:
+            header = read_header(path)
+            metadata, own = header.metadata, dict[str, dict[str, Tensor]]()
             with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                for name in header.tensors:
+                    own.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = file.get_tensor(name)
             if metadata.get("format") != _FORMAT:
                 raise RecordError(f"{path} is no recording of calls; expected a file written by Recording.save")
-            recording = cls(max_calls=max(1, len(json.loads(metadata["calls"]))))
-            recording.seen.update({int(chunk): int(count) for chunk, count in json.loads(metadata["seen"])})
-            for i, fact in enumerate(json.loads(metadata["calls"])):
-                own = {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] == str(i)}
-                call = _StoredCall(int(fact["index"]), int(fact["chunk"]), fact["tree"], own)
+            facts = parse_json(metadata["calls"])
+            recording = cls(max_calls=max(1, len(facts)))
+            recording.seen.update({_whole(chunk): _whole(count) for chunk, count in parse_json(metadata["seen"])})
+            for i, fact in enumerate(facts):
+                tensors = own.get(str(i), {})
+                call = _StoredCall(_whole(fact["index"]), _whole(fact["chunk"]), fact["tree"], tensors)
                 call.batch(torch.device("meta"))
                 recording._kept.setdefault(call.chunk, []).append(call)
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, RecordError):
                 raise
-            raise RecordError(f"recording {path} cannot be read: {type(error).__name__}: {error}") from None
+            kind = type(error.__cause__ or error).__name__
+            raise RecordError(f"recording {path} cannot be read: {kind}: {error}") from error
         return recording
 
 
@@ -271,6 +277,12 @@ def _store(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> str:
     return name
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int:
+        raise RecordError(f"the recording has {str(value)[:80]!r} where a whole number stands")
+    return value
+
+
 def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, content),) = tree.items()
     if kind == "tensor":
@@ -284,6 +296,6 @@ def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in content}
     if kind == "device":
         return torch.device(content)
-    if kind == "dtype" and isinstance(dtype := getattr(torch, content), torch.dtype):
-        return dtype
+    if kind == "dtype" and content in DTYPES:
+        return DTYPES[content]
     raise RecordError(f"the recording has an argument of unknown kind {kind!r}")

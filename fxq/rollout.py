@@ -92,7 +92,7 @@ class Draws:
             for part in key:
                 mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
             generator = torch.Generator().manual_seed(mixed)
-            samples.append(torch.randn(tuple(shape), generator=generator))
+            samples.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float32))
         return torch.stack(samples)
 
     @property

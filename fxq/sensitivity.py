@@ -106,7 +106,7 @@ def chunk_weights(alpha: Tensor | None, chunks: int, weighting: str) -> Tensor:
         weighting: see :class:`fxq.Recipe`.
     """
     if weighting == "uniform":
-        raw = torch.ones(chunks)
+        raw = torch.ones(chunks, dtype=torch.float32, device="cpu")
     elif weighting == "exponential":
         raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)
     else:

@@ -8,17 +8,24 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import fx
 
 from fxq import kernels
 from fxq.graph import linear_sites, product_of
 from fxq.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.kernels import gemm
+from fxq.products import OtherProduct, other_products
+
+_OTHER = "matrix product that is no linear"
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
     """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs.
 
+    ``output_sqnr`` is that of the layer's output, bias included, over all calibration data, with exact inputs; None
+    where nothing was measured. A matrix product that is no linear but reads a stored tensor has a row of its own.
     ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not.
     """
 
@@ -49,8 +56,13 @@ class Summary:
 
     @property
     def kept(self) -> tuple[LayerRow, ...]:
-        """Rows of layers in model dtype."""
+        """Rows of layers in model dtype, products that are no linear among them."""
         return tuple(row for row in self.rows if not row.quantized)
+
+    @property
+    def others(self) -> tuple[LayerRow, ...]:
+        """Rows of matrix products that are no linear."""
+        return tuple(row for row in self.rows if row.reason.startswith(_OTHER))
 
     @property
     def ratio(self) -> float:
@@ -72,24 +84,28 @@ class Summary:
         )
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(
-            title=f"{len(self.quantized)} linears quantized, {len(self.kept)} kept, {self.ratio:.3f}x of bf16"
-        )
+        others = len(self.others)
+        counts = f"{len(self.quantized)} linears quantized, {len(self.kept) - others} kept"
+        counts += f", {others} other product{'s' * (others > 1)}" if others else ""
+        table = Table(title=f"{counts}, {self.ratio:.3f}x of bf16")
         for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
             table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("output SQNR dB", justify="right")
         table.add_column("kernel or reason")
         for row in self.rows:
-            table.add_row(
+            cells = (
                 row.layer,
                 row.bits,
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
                 "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
-                style=None if row.quantized else "dim",
             )
+            # As plain text: names and reasons may come from a file, and brackets in them are no markup.
+            table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
         yield table
+        if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
+            yield Text(gemm.in_float_note())
 
     def __str__(self) -> str:
         console = Console(width=140, record=True, file=None, force_terminal=False)
@@ -114,6 +130,11 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[s
         kernel="" if product is None else _kernel(module, product),
         remarks=tuple(remarks.get(plan.layer, ())),
     )
+
+
+def _other(product: OtherProduct) -> LayerRow:
+    reason = f"{_OTHER}: {product.operator}"
+    return LayerRow(product.layer, False, reason, "-", product.shape, 0, None, 0, 2 * product.size, "")
 
 
 def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
@@ -145,6 +166,7 @@ def summary(module: fx.GraphModule) -> Summary:
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
             rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
+    rows += [_other(product) for product in other_products(module) if product.layer not in known]
     for layer in facts.get("never_called", []):
         rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
     return Summary(tuple(rows), facts)

@@ -13,13 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from fxq.aliasing import read_around_writes, told
+from fxq.captured import convention, guard_calls
+from fxq.comparisons import compared_sizes
+from fxq.conditions import ConditionError
 from fxq.dense_masks import dense_masks
 from fxq.exclusive import exclusive, quiet
+from fxq.guards import Assumptions, assumptions_of
 from fxq.interpret import SparingInterpreter, sparing
 from fxq.ir import QuantGraph, Stage, get_tensor, module_path
+from fxq.offload import absent_weights
 from fxq.places import DataAccesses, place_of, quoted_place
 from fxq.regions import complex_as_real, inline_regions, without_autocast
-from fxq.signature import flatten_call
+from fxq.signature import call_rules, flatten_call
+from fxq.small_sizes import final_conditions
 
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
     "cond": "choose the branch outside the model, so that one call has one path",
@@ -55,6 +62,7 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     tolerance: float = 1e-4,
+    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
 ) -> QuantGraph:
     """Capture ``model`` at training IR (``aten.linear`` kept) without changing it.
 
@@ -67,6 +75,7 @@ def trace(
         kwargs: example keyword inputs.
         dynamic_shapes: as for ``torch.export.export``.
         tolerance: largest allowed ``max |graph - eager| / max |eager|`` on the example.
+        captured_with: inputs (args, kwargs) of other sizes to capture with; only their sizes and dtypes are looked at.
 
     Returns:
         A TRACED graph whose tensors share storage with the model's.
@@ -78,15 +87,22 @@ def trace(
     if isinstance(model, ExportedProgram):
         graph = _captured(model)
         _run_unchanged(graph.module, args, kwargs)
-        return graph
+        return _guarded(graph, _assumed(model, None, given=True), args, kwargs, None, tolerance)
     eager, errors = plain_model(model), list[TraceError]()
+    if absent := absent_weights(eager):
+        raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
     # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
     want = _eager(eager, args, kwargs)
     for strict in (False, True):
         try:
-            graph = _captured(_export(eager, args, kwargs, dynamic_shapes, strict))
+            with compared_sizes() as compared:
+                program = _export(eager, *(captured_with or (args, kwargs)), dynamic_shapes, strict)
+            graph = _captured(program)
             _compare(_run_unchanged(graph.module, args, kwargs, _mode(eager)), want, tolerance, _mode(eager))
-            return graph
+            assumed = _assumed(
+                program, None if strict else compared, given=False
+            )  # Bytecode is read, not run: nothing is compared.
+            return _guarded(graph, assumed, args, kwargs, eager, tolerance)
         except TraceError as error:
             errors.append(error)
     raise TraceError(_reasons(eager, args, kwargs, errors)) from errors[0]
@@ -145,9 +161,13 @@ def _mode(model: nn.Module) -> str:
 
 def _captured(program: ExportedProgram) -> QuantGraph:
     """The program's graph in the form that passes work on."""
-    module = without_autocast(program).module(check_guards=False)
-    assert isinstance(module, fx.GraphModule)
-    inline_regions(module)
+    module = _inlined(without_autocast(program))
+    if around := read_around_writes(module.graph):
+        module = _inlined(_without_writes(program, around))
+    if left := read_around_writes(module.graph):
+        raise TraceError(
+            f"{told(left)}, so that what is read is not one value: write the result to a tensor of its own in the model"
+        )
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in _CHECKS:
             module.graph.erase_node(node)
@@ -157,6 +177,64 @@ def _captured(program: ExportedProgram) -> QuantGraph:
     complex_as_real(module)
     module.recompile()
     return QuantGraph(module, Stage.TRACED).fork()
+
+
+def _without_writes(program: ExportedProgram, around: list[tuple[fx.Node, fx.Node]]) -> ExportedProgram:
+    """The program with a tensor of its own for what each write in place makes."""
+    try:
+        with torch.no_grad():
+            return program.run_decompositions({})
+    except Exception as error:
+        raise TraceError(f"{told(around)}, and torch cannot undo that: {_briefly(error)}") from error
+
+
+def _inlined(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
+    return module
+
+
+def _assumed(program: ExportedProgram, compared: set[Any] | None, given: bool) -> Assumptions:
+    try:
+        return assumptions_of(program, compared, given)
+    except ConditionError as error:
+        raise TraceError(
+            f"the capture depends on sizes in a way that calls cannot be checked for: {error}. Pass dynamic_shapes "
+            "that fix these sizes"
+        ) from error
+
+
+def _guarded(
+    graph: QuantGraph,
+    assumed: Assumptions,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model: nn.Module | None,
+    tolerance: float,
+) -> QuantGraph:
+    """The graph whose module refuses calls that the capture does not hold for."""
+    module = graph.module
+    _, spec = convention(module)
+
+    def agrees(leaves: list[Any]) -> bool:
+        call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
+        return model is not None and _agrees(model, module, call_args, call_kwargs, tolerance)
+
+    conditions = final_conditions(assumed, flatten_call(module, args, kwargs), agrees)
+    graph.module = guard_calls(module, call_rules(module, conditions))
+    return graph
+
+
+def _agrees(
+    model: nn.Module, module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+) -> bool:
+    """Whether the model can be called so, and the graph computes the same."""
+    try:
+        _compare(_run_unchanged(module, args, kwargs), _eager(model, args, kwargs), tolerance, "")
+    except TraceError:
+        return False
+    return True
 
 
 def _refuse_regions(module: fx.GraphModule) -> None:
@@ -221,8 +299,9 @@ def _compare_output(i: int, a: Tensor, b: Tensor, tolerance: float, mode: str) -
         return
     a, b = a.double(), b.double()
     same = (a == b) | (a.isnan() & b.isnan())
-    scale = b.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-12)
-    error = (torch.where(same, 0.0, (a - b).abs()).max() / scale).item()
+    scale, error = b.nan_to_num(0, 0, 0).abs().max().item(), torch.where(same, 0.0, (a - b).abs()).max().item()
+    if error:
+        error = error / scale if scale else float("inf")
     if not error <= tolerance:
         raise TraceError(
             f"output {i}: the captured graph differs from eager by {error:.2e} relative, allowed {tolerance:.0e}."

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxq import kernels
+from fxq.aliasing import read_around_writes, told
 from fxq.graph import linear_sites, unused_tensors
 from fxq.ir import LayerPlan, QuantGraph, Stage, example_value, get_tensor, plan_of, planned
 
@@ -51,6 +52,13 @@ def rule(
         return check
 
     return add
+
+
+@rule(Stage.TRACED, until=Stage.FROZEN)
+def nothing_is_read_around_a_write(graph: QuantGraph) -> Iterator[str]:
+    """A node is one value: what is read before or beside a write in place is not written."""
+    for pair in read_around_writes(graph.module.graph):
+        yield told([pair])
 
 
 @rule(Stage.PLANNED)

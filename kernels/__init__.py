@@ -54,7 +54,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
         weight: of a linear; its layout chooses the kernel on a CPU.
 
     Returns:
-        "triton", "native", "int_mm", "sdpa", "eager", or "reference" where nothing faster is bound.
+        "triton", "native", "int_mm", "float32" (a product of integers in floats, exact), "sdpa", "eager", or
+        "reference" where nothing faster is bound.
 
     Raises:
         ValueError: when there is no such operator.

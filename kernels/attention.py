@@ -45,7 +45,7 @@ def _samples() -> Sequence[Arguments]:
     ):
 
         def normal(length: int, *rest: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(2, length, *rest, generator=random).to(dtype)
+            return torch.randn(2, length, *rest, generator=random, dtype=torch.float32).to(dtype)
 
         keys = [normal(length, heads, size) for length in lengths]
         values = [normal(length, heads, size) for length in lengths]
@@ -63,6 +63,8 @@ def _samples() -> Sequence[Arguments]:
 def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v in order, no mask.
 
+    What is not finite in a query shows in its row, in a key or a value in all rows as in torch.softmax.
+
     Args:
         q: float32, bfloat16 or float16 [B, S, heads, head_dim].
         k: pieces [B, L_i, heads, head_dim] of q's dtype; a piece may be empty.
@@ -75,8 +77,26 @@ def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
         ValueError: on a wrong dtype or shape.
     """
     keys, values = (torch.cat(list(pieces), dim=1).transpose(1, 2) for pieces in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)
-    return out.transpose(1, 2).flatten(2).contiguous()
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
+    if q.is_cpu:
+        out = _show_lost(out, q, keys, values)
+    return out.flatten(2).contiguous()
+
+
+def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``out`` [B, S, heads, head_dim] with what torch's CPU kernel takes for 0 where scores are not finite.
+
+    A query that is not finite has no finite score; heads with such keys (keys and values [B, heads, L, head_dim]) are
+    computed again by torch.softmax, 256 rows at a time.
+    """
+    lost = ~q.isfinite().all(-1, keepdim=True)
+    if keys.shape[2] and bool(lost.any()):
+        out = out.masked_fill(lost, torch.nan)
+    for batch, head in (~keys.isfinite().flatten(2).all(-1)).nonzero().tolist():
+        k, v = keys[batch, head].float(), values[batch, head].float()
+        for rows, result in zip(q[batch, :, head].split(256), out[batch, :, head].split(256), strict=True):
+            result.copy_((rows.float() @ k.T / k.shape[1] ** 0.5).softmax(-1) @ v)
+    return out
 
 
 @attention.on("cpu", native.or_else("sdpa"))

@@ -18,6 +18,7 @@ from fxq.kernels import gemm_triton, native
 from fxq.kernels.gemm import ON_CPU, OUTPUTS, Operands, cpu_matmul, exact_matmul, in_chunks, sample_operands, unfit
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
+from fxq.kernels.quantize import round_rows
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 
@@ -71,7 +72,7 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((0, 64), 16, 32, 8, "gelu_tanh", 16, 8, False),
     ):
         groups = 1 if out_split == outputs else 2
-        scale = torch.rand(groups, generator=random) * 0.1 + 0.02
+        scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.1 + 0.02
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
         operands = sample_operands(shape, outputs, split, bits, random, panels)
         cases.append((*operands, activation, scale, zero_point, out_split, out_bits))
@@ -103,7 +104,8 @@ def dual_scale_linear_quantize(
 ) -> Tensor:
     """Linear, activation and the quantization that the next layer would do, without a float tensor in between.
 
-    The rows of the weight are in the next layer's ``[normal | outlier]`` channel order. Kernels may differ from the
+    The rows of the weight are in the next layer's ``[normal | outlier]`` channel order. A row that is not finite before
+    the quantization is marked as :func:`fxq.numerics.quantize_input` does. Kernels may differ from the
     reference by one integer where the value lies within their float error of a rounding boundary.
 
     Args:
@@ -140,7 +142,7 @@ def linear_quantize_cpu(*arguments: Any) -> Tensor:
         return native.linear_quantize(operands, activation, scale, zero_point, split, bits, _integers(operands))
 
     def finish(values: Tensor, rows: slice) -> Tensor:
-        return numerics.quantize_input(activate(values, activation), scale, zero_point, split, bits)
+        return round_rows(activate(values, activation), scale, zero_point, split, bits)
 
     return in_chunks(cpu_matmul, operands, torch.int8, finish)
 
@@ -180,8 +182,10 @@ def _add_samples() -> Sequence[Arguments]:
         ((2, 8, 128), 64, 96, 4, torch.bfloat16, 0, False),
         ((2, 0, 64), 16, 32, 8, torch.float32, 1, False),
     ):
-        residual = torch.randn(*shape[:-1], outputs, generator=random).to(dtype)
-        gate = torch.randn(shape[0], frames, outputs, generator=random).to(dtype) if frames else None
+        residual = torch.randn(*shape[:-1], outputs, generator=random, dtype=torch.float32).to(dtype)
+        gate = (
+            torch.randn(shape[0], frames, outputs, generator=random, dtype=torch.float32).to(dtype) if frames else None
+        )
         cases.append((*sample_operands(shape, outputs, split, bits, random, panels), residual, gate))
     return cases
 

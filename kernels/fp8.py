@@ -56,9 +56,9 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((2, 7, 130), 64, torch.bfloat16, True),
         ((0, 64), 32, torch.float16, False),
     ):
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
-        scale = torch.rand(1 if split == shape[-1] else 2, generator=random) * 0.01 + 0.002
+        scale = torch.rand(1 if split == shape[-1] else 2, generator=random, dtype=torch.float32) * 0.01 + 0.002
         cases.append((x, perm, scale, split))
     return cases
 
@@ -70,7 +70,7 @@ def _quantize_samples() -> Sequence[Arguments]:
     supports=_quantize_supports,
 )
 def quantize_fp8(x: Tensor, perm: Tensor | None, scale: Tensor, split: int) -> Tensor:
-    """``x * (1 / scale[g])`` in float8_e4m3fn, rounded half to even, saturating at +-448.
+    """``x * (1 / scale[g])`` in float8_e4m3fn, rounded half to even, saturating at +-448; NaN where x is not finite.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -85,10 +85,11 @@ def quantize_fp8(x: Tensor, perm: Tensor | None, scale: Tensor, split: int) -> T
         ValueError: on a wrong dtype or shape; on a GPU older than sm_89.
     """
     ordered = x if perm is None else x.index_select(-1, perm)
-    parts = [
-        (ordered[..., part].float() * scale[g].reciprocal()).clamp(-LARGEST, LARGEST)
-        for g, part in enumerate(numerics.group_slices(x.shape[-1], split))
-    ]
+    parts = []
+    for g, part in enumerate(numerics.group_slices(x.shape[-1], split)):
+        values, inverse = ordered[..., part].float(), scale[g].reciprocal()
+        finite = values.isfinite() & inverse.isfinite()
+        parts.append(torch.where(finite, (values * inverse).clamp(-LARGEST, LARGEST), torch.nan))
     return torch.cat(parts, dim=-1).to(FP8)
 
 
@@ -136,11 +137,21 @@ def _linear_samples() -> Sequence[Arguments]:
         ((0, 64), 16, 32, torch.float16),
     ):
         groups = 1 if split == shape[-1] else 2
-        q = torch.randn(shape, generator=random).mul(60).to(FP8)
-        weight = torch.randn(outputs, shape[-1], generator=random).mul(60).to(FP8)
-        weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
-        input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
-        cases.append((q, weight, weight_scale, input_scale, torch.randn(outputs, generator=random), split, dtype))
+        q = torch.randn(shape, generator=random, dtype=torch.float32).mul(60).to(FP8)
+        weight = torch.randn(outputs, shape[-1], generator=random, dtype=torch.float32).mul(60).to(FP8)
+        weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
+        input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
+        cases.append(
+            (
+                q,
+                weight,
+                weight_scale,
+                input_scale,
+                torch.randn(outputs, generator=random, dtype=torch.float32),
+                split,
+                dtype,
+            )
+        )
     return cases
 
 

@@ -37,7 +37,10 @@ def quantize_fp8_kernel(
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
     scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
-    tl.store(q_ptr + row * K + columns, scaled.to(q_ptr.dtype.element_ty), mask=inside)
+    bits = scaled.to(q_ptr.dtype.element_ty).to(tl.uint8, bitcast=True)
+    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0
+    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # NaN
+    tl.store(q_ptr + row * K + columns, bits.to(q_ptr.dtype.element_ty, bitcast=True), mask=inside)
 
 
 def check_device() -> None:

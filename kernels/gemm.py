@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxq import numerics
+from fxq import cpu, numerics
 from fxq.kernels import gemm_triton, native
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, declare
@@ -53,6 +53,8 @@ def unfit(operands: Operands) -> str:
     if not 2 <= bits <= 8:
         return f"bits = {bits}: expected 2..8"
     width = q.shape[-1]
+    if width > numerics.MAX_WIDTH:
+        return f"q has {width} channels: their sum can overflow int32; at most {numerics.MAX_WIDTH} cannot"
     if not 0 < split <= width:
         return f"split = {split}: expected 1..{width}, the number of normal channels of q"
     if offset.dtype != torch.float32 or offset.ndim != 1:
@@ -94,14 +96,36 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """The integers of :func:`exact_matmul` as float32, without a detour through int32 where one block holds them."""
+    if a.shape[1] > EXACT_BLOCK:
+        return exact_matmul(a, b).float()
+    with torch.autocast(a.device.type, enabled=False):
+        return a.float() @ b.float().T
+
+
 def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """int32 [M, N] of int8 [M, K] and [N, K] by the CPU's integer instructions; exact where it has VNNI."""
     if a.shape[1] == 1:
         return exact_matmul(a, b)
-    # _int_mm takes the stride of a dimension of size 1 for a row length and then returns uninitialised memory
-    # (pytorch/pytorch#195066): a copy has the right one.
-    a, b = (t.clone(memory_format=torch.contiguous_format) if t.shape[0] == 1 else t for t in (a, b))
+    # _int_mm takes a stride for a row length, also where rows overlap, as in expanded tensors, or there is only one
+    # (pytorch/pytorch#195066), and then returns other numbers or uninitialised memory: a copy has the right one.
+    a, b = (t if _has_rows(t) else t.clone(memory_format=torch.contiguous_format) for t in (a, b))
     return torch._int_mm(a, b.T)
+
+
+def _has_rows(t: Tensor) -> bool:
+    """Whether the rows of a matrix, or its columns, lie apart in memory."""
+    rows, columns = t.shape
+    return rows > 1 and ((t.stride(1) == 1 and t.stride(0) >= columns) or (t.stride(0) == 1 and t.stride(1) >= rows))
+
+
+def show_poisoned(q: Tensor, y: Tensor) -> Tensor:
+    """``y`` float32 [M, N] with NaN in the rows where ``q`` [M, K] is marked as not finite."""
+    rows = numerics.poisoned(q)
+    if rows.is_cpu and not bool(rows.any()):
+        return y
+    return y.masked_fill(rows.unsqueeze(1), torch.nan)
 
 
 Finish = Callable[[Tensor, slice], Tensor]
@@ -130,27 +154,26 @@ def in_chunks(
             product = matmul(chunk[:, part], w[:, part]) * scale
             total = product.add_(total)
         here = slice(start, start + len(chunk))
+        total = show_poisoned(chunk, total)
         y[here] = total if finish is None else finish(total, here)
     return y.reshape(*q.shape[:-1], outputs)
 
 
-def _has_vnni() -> bool:
-    """Whether int8 products add up in 32 bits.
-
-    Older x86 instructions saturate pairs of products at 16 bits, and ``_int_mm`` uses them (pytorch/pytorch#136746).
-    """
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
-
-
 def cpu_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """int32 [M, N] of int8 [M, K] and [N, K] on a CPU, by integer instructions where they are exact."""
-    return int_mm(a, b) if _HAS_VNNI else exact_matmul(a, b)
+    """Integers [M, N] of int8 [M, K] and [N, K] on a CPU: int32 by its instructions where exact, else as float32."""
+    return int_mm(a, b) if _HAS_VNNI else exact_product(a, b)
 
 
-_HAS_VNNI = _has_vnni()
-ON_CPU = "int_mm" if _HAS_VNNI else "eager"
+_HAS_VNNI = cpu.has_vnni()
+IN_FLOAT = "float32"
+"""Name of the implementation that multiplies integers in float32: exact, and slower than the float model."""
+ON_CPU = "int_mm" if _HAS_VNNI else IN_FLOAT
 """Name of the CPU implementation for weights in the portable layouts."""
+
+
+def in_float_note() -> str:
+    """What a user of :data:`IN_FLOAT` should know, in one line."""
+    return f"{cpu.lacks()}: integers are multiplied in float32, which is exact and slower than the float model"
 
 
 def _supports(
@@ -190,9 +213,9 @@ def sample_operands(
     low, high = numerics.integer_range(bits)
     q = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
     w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
-    weight_scale = torch.rand(groups, outputs, generator=random) * 0.01 + 0.001
-    input_scale = torch.rand(groups, generator=random) * 0.05 + 0.005
-    offset = torch.randn(outputs, generator=random)
+    weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
+    input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
+    offset = torch.randn(outputs, generator=random, dtype=torch.float32)
     stored = pack_panels(w, split) if panels else numerics.pack_int4(w) if bits <= 4 else w
     return Operands(q, stored, weight_scale, input_scale, offset, split, bits)
 
@@ -234,6 +257,8 @@ def dual_scale_linear(
 ) -> Tensor:
     """Linear layer on integers, ``sum_g s_x[g] s_w[g, n] sum_k q w + offset[n]``, as numerics.dual_scale_matmul.
 
+    Rows that :func:`fxq.numerics.poison` has marked as not finite are NaN.
+
     Args:
         q: int8 [..., K] in ``[normal | outlier]`` order.
         weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
@@ -265,7 +290,7 @@ def linear_cpu(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Native kernel for panels, else ``_int_mm``; packed weights are unpacked on every call, a few per cent of it."""
+    """Native kernel for panels, else :func:`cpu_matmul`; packed weights are unpacked on every call, a few per cent."""
     operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
     if weight.ndim == 4 and dtype != torch.float16 and native.ready():
         return native.linear(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))

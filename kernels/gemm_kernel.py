@@ -9,7 +9,7 @@ enter as 16 times their value. :func:`fxq.numerics.ratio_limit` is that bound.
 
 from __future__ import annotations
 
-from fxq.kernels.device import round_to_int32
+from fxq.kernels.device import poison, poisoned, round_to_int32
 from fxq.kernels.gemm_epilogue import finish
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl
 
@@ -79,6 +79,53 @@ def accumulate(
             q = _load(q_rows, k + offsets, inside, SWAPPED)
             acc = _multiply(q, w, acc, SWAPPED)
     return acc
+
+
+@jit
+def broken_constants(
+    weight_scale_ptr: Pointer,
+    input_scale_ptr: Pointer,
+    offset_ptr: Pointer,
+    out_scale_ptr: Pointer,
+    N: Scalar,
+    DUAL: constexpr,
+    OUT_DUAL: constexpr,
+) -> Scalar:
+    """1 where a scale or an offset of any output channel is not finite, so that no row is; else 0."""
+    columns = tl.arange(0, 1024)
+    watch = columns * 0.0 + tl.load(input_scale_ptr) * 0.0 + tl.div_rn(1.0, tl.load(out_scale_ptr)) * 0.0
+    if DUAL:
+        watch += tl.load(input_scale_ptr + 1) * 0.0
+    if OUT_DUAL:
+        watch += tl.div_rn(1.0, tl.load(out_scale_ptr + 1)) * 0.0
+    for start in range(0, N, 1024):
+        inside = start + columns < N
+        watch += tl.load(offset_ptr + start + columns, mask=inside, other=0.0) * 0.0
+        watch += tl.load(weight_scale_ptr + start + columns, mask=inside, other=0.0) * 0.0
+        if DUAL:
+            watch += tl.load(weight_scale_ptr + N + start + columns, mask=inside, other=0.0) * 0.0
+    return tl.max((watch != watch).to(tl.int32))
+
+
+@jit
+def spoil(
+    y_ptr: Pointer,
+    rows: Block,
+    columns: Block,
+    broken: Block,
+    M: Scalar,
+    N: Scalar,
+    EPILOGUE: constexpr,
+    LOW: constexpr,
+) -> None:
+    """Overwrite the rows of a tile that are not finite: NaN, or what NaN is quantized to and the mark."""
+    mask = ((rows < M) & broken)[:, None] & (columns < N)[None, :]
+    pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if EPILOGUE == "quantize":
+        low = tl.full((1, columns.shape[0]), LOW, tl.int8)
+        tl.store(pointers, poison(low, columns[None, :], broken[:, None], N), mask=mask)
+    else:
+        tl.store(pointers, float("nan"), mask=mask)
 
 
 @jit
@@ -170,3 +217,15 @@ def linear_kernel(
             out_scale_ptr, out_zero_ptr, residual_ptr, gate_ptr, M, N, out_split, residual_stride, gate_stride,
             frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED,
         )  # fmt: skip
+    if INTEGER:
+        # At the end, where the sums no longer need the registers.
+        columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+        broken = poisoned(q_rows, w_width * 2 if PACKED else w_width).to(tl.int32)
+        if EPILOGUE == "quantize":  # noqa: SIM102
+            if within // height == 0:
+                broken += broken_constants(
+                    weight_scale_ptr, input_scale_ptr, offset_ptr, out_scale_ptr, N, DUAL, OUT_DUAL
+                )
+        if tl.max(broken) > 0:
+            tl.debug_barrier()
+            spoil(y_ptr, rows, columns, broken > 0, M, N, EPILOGUE, LOW)

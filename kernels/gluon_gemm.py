@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxq.kernels.device import POISON
 from fxq.kernels.gemm_triton import flat_rows
 from fxq.kernels.jit import HAS_TRITON, Block, Pointer, Scalar, constexpr, triton
 
@@ -97,11 +98,25 @@ def _round_to_int32(x: Block) -> Block:
 
 
 @_jit
+def _poisoned(
+    q_ptr: Pointer, q_stride: Scalar, row: Scalar, M: Scalar, K: Scalar, BLOCK_M: constexpr, layout: constexpr
+) -> Block:
+    """1 for rows of q that fxq.numerics.poison has marked, else 0."""
+    rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+    columns = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, layout)), 0)
+    head = gl.load(q_ptr + gl.expand_dims((rows % M).to(gl.int64) * q_stride, 1) + columns, mask=columns < K, other=0)
+    code = gl.where(((gl.full([1, 32], POISON, gl.int32, layout) >> columns) & 1) == 1, 127, -128)
+    other = (head.to(gl.int32) != code) & (columns < K)
+    return gl.where((gl.max(other.to(gl.int32), 1) == 0) & (K >= 16), 1, 0)
+
+
+@_jit
 def gluon_kernel(
     q_normal: Pointer,
     w_normal: Pointer,
     q_outlier: Pointer,
     w_outlier: Pointer,
+    q_ptr: Pointer,
     weight_scale_ptr: Pointer,
     input_scale_ptr: Pointer,
     offset_ptr: Pointer,
@@ -110,6 +125,7 @@ def gluon_kernel(
     N: Scalar,
     normal_width: Scalar,
     outlier_width: Scalar,
+    q_stride: Scalar,
     DUAL: constexpr,
     BLOCK_M: constexpr,
     BLOCK_N: constexpr,
@@ -180,6 +196,10 @@ def gluon_kernel(
     y = acc.to(gl.float32) * gl.expand_dims(unit, 0) + gl.expand_dims(offset, 0)
     stores: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), stores)
+    heads: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WARPS, 1], [1, 0])
+    broken = _poisoned(q_ptr, q_stride, row, M, normal_width + outlier_width, BLOCK_M, heads)
+    broken = gl.convert_layout(broken, gl.SliceLayout(1, stores))
+    y = gl.where(gl.expand_dims(broken, 1) == 1, float("nan"), y)
     rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, stores))
     columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, stores))
     pointers = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
@@ -252,6 +272,7 @@ def launch_gluon(
         gluon_kernel[grid](
             *normal,
             *outlier,
+            rows,
             weight_scale.contiguous(),
             input_scale.contiguous(),
             offset.contiguous(),
@@ -260,6 +281,7 @@ def launch_gluon(
             outputs,
             split,
             width - split,
+            rows.stride(0),
             **constants(tiles, split < width),
             num_warps=tiles.warps,
         )

@@ -31,6 +31,11 @@ else:  # the compiler resolves the annotations of a kernel and accepts Triton's 
     constexpr = tl.constexpr
 
 
+def constant(value: int) -> Any:
+    """A number that kernels may read as a global."""
+    return value if triton is None else tl.constexpr(value)
+
+
 def jit(kernel: Callable[..., object]) -> Any:
     """``triton.jit``, or the function itself where Triton is missing: it is then never launched."""
     return kernel if triton is None else triton.jit(kernel)

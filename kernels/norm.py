@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
@@ -78,7 +77,7 @@ def _samples() -> Sequence[Arguments]:
         groups = 1 if split == width else 2
 
         def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*size, generator=random).to(dtype)
+            return torch.randn(*size, generator=random, dtype=torch.float32).to(dtype)
 
         cases.append(
             (
@@ -89,7 +88,7 @@ def _samples() -> Sequence[Arguments]:
                 normal(batch, frames, width) if frames else None,
                 1e-6,
                 torch.randperm(width, generator=random).to(torch.int32) if gather else None,
-                torch.rand(groups, generator=random) * 0.05 + 0.02,
+                torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.02,
                 torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32),
                 split,
                 bits,
@@ -121,7 +120,8 @@ def norm_quantize(
 ) -> Tensor:
     """``quantize_act(layer_norm(x) * (1 + gain) + shift)``, in float32 up to the store.
 
-    Kernels may differ from the reference by one integer where the value lies within their float error of a rounding
+    A row counts as not finite where what is quantized is not, or where its variance overflows. Kernels may differ from
+    the reference by one integer where the value lies within their float error of a rounding
     boundary.
 
     Args:
@@ -143,14 +143,23 @@ def norm_quantize(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    affine = [None if t is None else t.float() for t in (weight, bias)]
-    values = F.layer_norm(x.float(), (x.shape[-1],), affine[0], affine[1], eps)
+    values = _layer_norm(x, weight, bias, eps)
     if gain is not None and shift is not None:
         frames = gain.shape[1]
         values = values.unflatten(1, (frames, x.shape[1] // frames))
         values = (values * (1 + gain.float()).unsqueeze(2) + shift.float().unsqueeze(2)).flatten(1, 2)
     ordered = values if perm is None else values.index_select(-1, perm)
     return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Float32 norm of x; NaN in rows whose variance overflows, which torch takes for zeros."""
+    affine = [None if t is None else t.float() for t in (weight, bias)]
+    values, _, inverse = torch.native_layer_norm(x.float(), (x.shape[-1],), affine[0], affine[1], eps)
+    overflown = ~(inverse > 0)
+    if overflown.is_cpu and not bool(overflown.any()):
+        return values
+    return values.masked_fill(overflown, torch.nan)
 
 
 @norm_quantize.on("cpu", native.or_else("eager"))
@@ -171,8 +180,7 @@ def norm_quantize_cpu(
     if x.dtype != torch.float16 and native.ready():
         out = x.new_empty(x.shape, dtype=torch.int8)
         return native.norm_quantize(x, weight, bias, gain, shift, eps, perm, scale, zero_point, split, bits, out)
-    affine = [None if t is None else t.float() for t in (weight, bias)]
-    values = F.layer_norm(x.float(), (x.shape[-1],), affine[0], affine[1], eps)
+    values = _layer_norm(x, weight, bias, eps)
     if gain is not None and shift is not None:
         framed = values.unflatten(1, (gain.shape[1], x.shape[1] // gain.shape[1]))
         framed.mul_((1 + gain.float()).unsqueeze(2)).add_(shift.float().unsqueeze(2))

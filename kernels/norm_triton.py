@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels.device import to_int8
+from fxq.kernels.device import inverse_root, poison, to_int8
 from fxq.kernels.gemm_triton import flat_rows
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 
@@ -52,7 +52,7 @@ def norm_quantize_kernel(
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x) / K
     centered = tl.where(inside, x - mean, 0.0)
-    y = centered * tl.rsqrt(tl.sum(centered * centered) / K + eps)
+    y = centered * inverse_root(tl.sum(centered * centered) / K + eps)
     if WEIGHT:
         y = y * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
@@ -69,7 +69,9 @@ def norm_quantize_kernel(
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
         zero = tl.where(columns < split, zero, tl.load(zero_ptr + 1))
-    tl.store(q_ptr + row.to(tl.int64) * K + columns, to_int8(y, inverse, zero, LOW, HIGH), mask=inside)
+    broken = tl.max(tl.where(tl.abs(y * 0.0 + inverse * 0.0) == 0.0, 0, 1)) == 1
+    q = poison(to_int8(y, inverse, zero, LOW, HIGH), columns, broken, K)
+    tl.store(q_ptr + row.to(tl.int64) * K + columns, q, mask=inside)
 
 
 def warps_of(block: int) -> int:

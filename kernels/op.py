@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
+
+from fxq.kernels import gradient, guards
 
 NAMESPACE = "fxq"
 
@@ -79,7 +80,7 @@ class Op:
         """Call through the dispatcher.
 
         Raises:
-            ValueError: with the reason from ``supports``.
+            ValueError: with the reason from ``supports``, or when tensors lie on different devices or are not dense.
         """
         return self.definition(*args)
 
@@ -87,7 +88,10 @@ class Op:
         """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
 
         def bind(kernel: Kernel) -> Kernel:
-            _register(self.name, device.upper(), _checked(self.name, self.supports, kernel))
+            key, checked = device.upper(), guards.checked_by_keys(self.name, self.supports, kernel)
+            _register(self.name, key, checked, with_keyset=True)
+            if device == "cpu":
+                _register(self.name, "AutogradCPU", gradient.autograd_cpu(self.definition, checked), with_keyset=True)
             self.implementations[device] = implementation
             return kernel
 
@@ -121,26 +125,30 @@ def declare(
     def bind(reference: Callable[..., Tensor]) -> Op:
         if (name, "schema") not in _REGISTRY.done:
             _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            register_fake(f"{NAMESPACE}::{name}", _checked(name, supports, fake), lib=_REGISTRY.library)
+            register_fake(f"{NAMESPACE}::{name}", guards.checked(name, supports, fake), lib=_REGISTRY.library)
             _REGISTRY.done.add((name, "schema"))
-        _register(name, "CompositeExplicitAutograd", _checked(name, supports, reference))
+        _register(name, "CompositeExplicitAutograd", guards.checked(name, supports, reference))
         definition = getattr(getattr(torch.ops, NAMESPACE), name).default
+        _register(name, "Autograd", gradient.autograd(definition), with_keyset=True)
         return Op(name, schema, definition, reference, samples, supports, max_error)
 
     return bind
 
 
-def _register(name: str, key: str, kernel: Callable[..., Tensor]) -> None:
+def _register(name: str, key: str, kernel: Callable[..., Any], with_keyset: bool = False) -> None:
     if (name, key) not in _REGISTRY.done:
-        _REGISTRY.library.impl(name, kernel, key)
+        _REGISTRY.library.impl(name, kernel, key, with_keyset=with_keyset)
         _REGISTRY.done.add((name, key))
 
 
-def _checked(name: str, supports: Callable[..., str], kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @wraps(kernel)
-    def run(*args: object) -> Tensor:
-        if reason := supports(*args):
-            raise ValueError(f"{NAMESPACE}::{name}: {reason}")
-        return kernel(*args)
+def _declare_no_gradient() -> None:
+    """Define what backward passes run into."""
+    name = gradient.NO_GRADIENT.split("(", 1)[0]
+    if (name, "schema") not in _REGISTRY.done:
+        _REGISTRY.library.define(gradient.NO_GRADIENT, tags=(torch.Tag.pt2_compliant_tag,))
+        register_fake(f"{NAMESPACE}::{name}", gradient.refuse_fake, lib=_REGISTRY.library)
+        _REGISTRY.done.add((name, "schema"))
+    _register(name, "CompositeExplicitAutograd", gradient.refuse)
 
-    return run
+
+_declare_no_gradient()

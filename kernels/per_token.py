@@ -60,7 +60,7 @@ def _quantize_samples() -> Sequence[Arguments]:
         ((0, 64), 32, 8, torch.bfloat16, False),
         ((48,), 48, 2, torch.float32, False),
     ):
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         if x.ndim > 1:
             x[..., :1, :] = 0
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
@@ -77,8 +77,8 @@ def _quantize_samples() -> Sequence[Arguments]:
 def quantize_per_token(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
     """Symmetric quantization of activations with one scale per token, or with one per token and channel group.
 
-    Every implementation returns the same integers and scales as :func:`fxq.numerics.quantize_per_token`. Those of a row
-    with NaN or infinity are unspecified.
+    Every implementation returns the same integers and scales as :func:`fxq.numerics.quantize_per_token`: what is not
+    finite has the scale NaN.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -124,8 +124,10 @@ def quantize_chunks(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Qu
 def _round_rows(values: Tensor, high: int) -> Tensor:
     """Replace float32 rows by their integers; returns the scale of each."""
     top = torch.maximum(values.amax(1), values.amin(1).neg_())  # aminmax takes forty times as long
-    scale = torch.where(top > numerics.LEAST_MAGNITUDE, top / torch.full_like(top, high), 1.0)
+    scale = numerics.token_scale(top, high)
     values.mul_(scale.reciprocal().unsqueeze(1)).clamp_(-high, high).round_()
+    if bool(scale.isnan().any()):
+        values[scale.isnan()] = 0
     return scale
 
 
@@ -169,7 +171,7 @@ def sample_operands(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
     """Random arguments of :func:`dual_scale_linear_per_token` but for the dtype, for tests and samples."""
     static = gemm.sample_operands(shape, outputs, split, bits, random, panels)
-    scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random) * 0.05 + 0.005
+    scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random, dtype=torch.float32) * 0.05 + 0.005
     return static.q, scale, static.weight, static.weight_scale, static.offset, split, bits
 
 
@@ -231,7 +233,7 @@ def linear_chunks(
     bits: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Native kernel for panels, else the reference on ``_int_mm``; packed weights are unpacked on every call."""
+    """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
     operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
     if weight.ndim == 4 and dtype != torch.float16 and native.ready():
         return native.linear_per_token(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))

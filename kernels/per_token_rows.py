@@ -38,22 +38,30 @@ def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GAT
 
 @jit
 def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar]:
-    """Largest magnitude of the normal channels, and of the outliers."""
-    magnitude = tl.abs(x)
+    """Bits of the largest magnitude of the normal channels, and of the outliers; as integers NaN is the largest."""
+    magnitude = tl.abs(x).to(tl.int32, bitcast=True)
     if DUAL:
         normal = columns < split
-        result = tl.max(tl.where(normal, magnitude, 0.0)), tl.max(tl.where(normal, 0.0, magnitude))
+        result = tl.max(tl.where(normal, magnitude, 0)), tl.max(tl.where(normal, 0, magnitude))
     else:
-        result = tl.max(magnitude), 0.0
+        result = tl.max(magnitude), 0
     return result
 
 
 @jit
 def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
-    """Store the scale of a row and group; returns its reciprocal."""
+    """Store the scale of a row and group, NaN where it is not finite; returns its reciprocal, 0 for NaN."""
+    top = top.to(tl.float32, bitcast=True)
+    finite = top < float("inf")
     scale = tl.where(top > least, tl.div_rn(top, HIGH), 1.0)
-    tl.store(scale_ptr, scale)
-    return tl.div_rn(1.0, scale)
+    tl.store(scale_ptr, tl.where(finite, scale, float("nan")))
+    return tl.where(finite, tl.div_rn(1.0, scale), 0.0)
+
+
+@jit
+def _integers(x: Block, factor: Block, LOW: constexpr, HIGH: constexpr) -> Block:
+    """int8 of a row's channels, 0 where the factor is."""
+    return to_int8(tl.where(factor == 0.0, 0.0, x), factor, tl.full((), 0, tl.int32), LOW, HIGH)
 
 
 @jit
@@ -82,8 +90,8 @@ def quantize_per_token_kernel(
         x = _whole_row(x_row, perm_ptr, columns, K, GATHER)
         top, outlier_top = _largest(x, columns, split, DUAL)
     else:
-        top = 0.0
-        outlier_top = 0.0
+        top = 0
+        outlier_top = 0
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
             found, outlier_found = _largest(x, start + columns, split, DUAL)
@@ -94,15 +102,14 @@ def quantize_per_token_kernel(
     outlier_inverse = inverse
     if DUAL:
         outlier_inverse = _store_scale(scale_ptr + row * GROUPS + 1, outlier_top, least, HIGH)
-    zero = tl.full((), 0, tl.int32)
     if WHOLE:
         factor = tl.where(columns < split, inverse, outlier_inverse)
-        tl.store(q_row + columns, to_int8(x, factor, zero, LOW, HIGH), mask=columns < K)
+        tl.store(q_row + columns, _integers(x, factor, LOW, HIGH), mask=columns < K)
     else:
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
             factor = tl.where(start + columns < split, inverse, outlier_inverse)
-            tl.store(q_row + start + columns, to_int8(x, factor, zero, LOW, HIGH), mask=start + columns < K)
+            tl.store(q_row + start + columns, _integers(x, factor, LOW, HIGH), mask=start + columns < K)
 
 
 def quantize(

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
-from fxq.kernels.jit import HAS_TRITON, Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.device import poison, to_int8
+from fxq.kernels.jit import HAS_TRITON, Block, Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.op import Arguments, declare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (8, 256)
+"""Rows of a program on a GPU, and its channels at a time."""
+
 CHUNK = 1 << 20  # elements per pass on a CPU: the temporaries stay in the cache and out of the page allocator
 
 
@@ -57,9 +61,9 @@ def _samples() -> Sequence[Arguments]:
         ((48,), 48, 2, torch.float32, False),
     ):
         groups = 1 if split == shape[-1] else 2
-        x = torch.randn(shape, generator=random).to(dtype)
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
-        scale = torch.rand(groups, generator=random) * 0.05 + 0.005
+        scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
         cases.append((x, perm, scale, zero_point, split, bits))
     return cases
@@ -74,8 +78,8 @@ def _samples() -> Sequence[Arguments]:
 def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
     """Static asymmetric quantization of activations with one scale, or with one per channel group.
 
-    Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Infinities saturate; the
-    integer of a NaN is unspecified.
+    Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Rows that are not finite
+    carry the mark of :func:`fxq.numerics.poison`.
 
     Args:
         x: float32, bfloat16 or float16 [..., K].
@@ -101,16 +105,12 @@ def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: T
     if x.dtype != torch.float16 and native.ready():
         out = x.new_empty(x.shape, dtype=torch.int8)
         return native.quantize_act(x, perm, scale, zero_point, split, bits, out)
-    low, high = numerics.integer_range(bits)
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     step = max(1, min(rows.shape[0], CHUNK // width))
     buffer = torch.empty(step, width, dtype=torch.float32, device=x.device)
     gathered = buffer if perm is None else torch.empty_like(buffer)
-    groups = list(
-        zip(numerics.group_slices(width, split), scale.reciprocal().unbind(), zero_point.tolist(), strict=True)
-    )
     for start in range(0, rows.shape[0], step):
         chunk = rows[start : start + step]
         values = gathered[: len(chunk)]
@@ -118,10 +118,59 @@ def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: T
             values.copy_(chunk)
         else:
             torch.index_select(buffer[: len(chunk)].copy_(chunk), 1, perm, out=values)
-        for part, inverse, zero in groups:
-            values[:, part].mul_(inverse).clamp_(low - zero, high - zero).round_().add_(zero)
-        q[start : start + step] = values
+        q[start : start + step] = round_rows(values, scale, zero_point, split, bits)
     return q.reshape(x.shape)
+
+
+def round_rows(values: Tensor, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+    """:func:`fxq.numerics.quantize_input` of float32 [M, K] in place, on a CPU; returns the integers in float32."""
+    low, high = numerics.integer_range(bits)
+    inverse, broken = scale.reciprocal(), broken_rows(values)
+    for g, part in enumerate(numerics.group_slices(values.shape[1], split)):
+        zero = int(zero_point[g])
+        scaled = values[:, part].mul_(inverse[g])
+        if broken is not None:
+            scaled.nan_to_num_(low - zero, torch.inf, -torch.inf)
+        scaled.clamp_(low - zero, high - zero).round_().add_(zero)
+    if not bool(inverse.isfinite().all()):
+        broken = torch.ones(len(values), dtype=torch.bool)
+        values.nan_to_num_(low)
+    if broken is not None and values.shape[1] >= numerics.POISON_LEAST:
+        codes = numerics.poison_codes(values.shape[1])
+        values[broken, : len(codes)] = codes.float()
+    return values
+
+
+def broken_rows(values: Tensor) -> Tensor | None:
+    """The rows of float32 [M, K] on a CPU that are not finite, bool [M]; None when all are."""
+    if bool(values.sum(1).isfinite().all()):
+        return None
+    broken = ~values.isfinite().all(1)
+    return broken if bool(broken.any()) else None
+
+
+@jit
+def _load_tile(
+    x_rows: Pointer, perm_ptr: Pointer, columns: Block, in_rows: Block, K: Scalar, GATHER: constexpr
+) -> Block:
+    """Float32 of the rows at these channels of the result."""
+    inside = columns < K
+    source = tl.load(perm_ptr + columns, mask=inside, other=0) if GATHER else columns
+    return tl.load(x_rows[:, None] + source[None, :], mask=in_rows[:, None] & inside[None, :], other=0.0).to(tl.float32)
+
+
+@jit
+def _round_tile(
+    x: Block, columns: Block, scale_ptr: Pointer, zero_ptr: Pointer, SPLIT: Scalar,
+    LOW: constexpr, HIGH: constexpr, DUAL: constexpr,
+) -> Block:  # fmt: skip
+    """int8 of float32 at these channels."""
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    zero = tl.load(zero_ptr)
+    if DUAL:
+        inverse = tl.where(columns < SPLIT, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))[None, :]
+        zero = tl.where(columns < SPLIT, zero, tl.load(zero_ptr + 1))[None, :]
+    return to_int8(x, inverse, zero, LOW, HIGH)
 
 
 @jit
@@ -142,26 +191,31 @@ def quantize_kernel(
     BLOCK_M: constexpr,
     BLOCK_K: constexpr,
 ) -> None:
-    """One [BLOCK_M, BLOCK_K] tile of int8 from float rows of x."""
+    """BLOCK_M rows of int8 from float rows of x.
+
+    The first channels come last: by then it is known whether they hold the mark of a row that is not finite.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = columns < K
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
-    zero = tl.load(zero_ptr)
+    in_rows = rows < M
+    x_rows = x_ptr + rows.to(tl.int64) * x_stride
+    q_rows = q_ptr + rows.to(tl.int64) * K
+    first = tl.arange(0, BLOCK_K)
+    watch = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)  # 0 * x is 0 or NaN
+    blocks = tl.cdiv(K, BLOCK_K)
+    for i in range(1, blocks):
+        columns = (blocks - i) * BLOCK_K + first
+        x = _load_tile(x_rows, perm_ptr, columns, in_rows, K, GATHER)
+        watch += x * 0.0
+        q = _round_tile(x, columns, scale_ptr, zero_ptr, SPLIT, LOW, HIGH, DUAL)
+        tl.store(q_rows[:, None] + columns[None, :], q, mask=in_rows[:, None] & (columns < K)[None, :])
+    x = _load_tile(x_rows, perm_ptr, first, in_rows, K, GATHER)
+    watch += x * 0.0 + tl.div_rn(1.0, tl.load(scale_ptr)) * 0.0
     if DUAL:
-        inverse = tl.where(columns < SPLIT, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))[None, :]
-        zero = tl.where(columns < SPLIT, zero, tl.load(zero_ptr + 1))[None, :]
-    source = columns
-    if GATHER:
-        source = tl.load(perm_ptr + columns, mask=inside, other=0)
-    mask = (rows[:, None] < M) & inside[None, :]
-    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * x_stride + source[None, :], mask=mask, other=0.0)
-    # The clamp stands between product and sum: they cannot contract to one FMA, which would round differently.
-    scaled = tl.maximum(x.to(tl.float32) * inverse, (LOW - zero).to(tl.float32))
-    scaled = tl.minimum(scaled, (HIGH - zero).to(tl.float32))
-    # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits of the mantissa.
-    integer = (scaled + 12582912.0).to(tl.int32, bitcast=True) + zero
-    tl.store(q_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], integer.to(tl.int8), mask=mask)
+        watch += tl.div_rn(1.0, tl.load(scale_ptr + 1)) * 0.0
+    broken = tl.max((watch != watch).to(tl.int32), 1) == 1
+    q = _round_tile(x, first, scale_ptr, zero_ptr, SPLIT, LOW, HIGH, DUAL)
+    q = poison(q, first[None, :], broken[:, None], K)
+    tl.store(q_rows[:, None] + first[None, :], q, mask=in_rows[:, None] & (first < K)[None, :])
 
 
 def launch(
@@ -172,7 +226,7 @@ def launch(
     split: int,
     bits: int,
     *,
-    blocks: tuple[int, int] = (16, 256),
+    blocks: tuple[int, int] = BLOCKS,
     out: Tensor | None = None,
 ) -> Tensor:
     """Run the Triton kernel on the current device; ``out`` int8 [M, K] is allocated when it is not given."""
@@ -182,8 +236,7 @@ def launch(
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     q = torch.empty(rows.shape, dtype=torch.int8, device=x.device) if out is None else out
     if rows.numel():
-        grid = (triton.cdiv(rows.shape[0], blocks[0]), triton.cdiv(width, blocks[1]))
-        quantize_kernel[grid](
+        quantize_kernel[(triton.cdiv(rows.shape[0], blocks[0]),)](
             rows,
             scale if perm is None else perm.contiguous(),
             scale.contiguous(),

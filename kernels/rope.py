@@ -46,9 +46,9 @@ def _samples() -> Sequence[Arguments]:
         ((2, 0, 64), 2, True, True, torch.float16),
     ):
         _, rows, width = shape
-        angle = torch.rand(rows, width // heads // 2, generator=random) * 6
-        x = torch.randn(shape, generator=random).to(dtype)
-        weight = torch.randn(width, generator=random).to(dtype) if norm else None
+        angle = torch.rand(rows, width // heads // 2, generator=random, dtype=torch.float32) * 6
+        x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
+        weight = torch.randn(width, generator=random, dtype=torch.float32).to(dtype) if norm else None
         cases.append((x, weight, 1e-6, angle.cos() if rotate else None, angle.sin() if rotate else None, heads))
     return cases
 
@@ -64,6 +64,8 @@ def rms_norm_rope(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
 ) -> Tensor:
     """Root-mean-square norm over all channels, then rotation of neighbouring channel pairs of each head.
+
+    A row whose squares overflow float32 is NaN, not zero.
 
     Args:
         x: float32, bfloat16 or float16 [B, S, heads * head_dim].
@@ -81,7 +83,8 @@ def rms_norm_rope(
     """
     h = x.float()
     if weight is not None:
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+        mean = h.pow(2).mean(-1, keepdim=True)
+        h = h * torch.where(mean.isfinite(), torch.rsqrt(mean + eps), torch.nan) * weight.float()
     h = h.unflatten(-1, (heads, x.shape[-1] // heads))
     if cos is not None and sin is not None:
         pairs = h.unflatten(-1, (h.shape[-1] // 2, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxq.kernels.device import inverse_root
 from fxq.kernels.gemm_triton import flat_rows
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 
@@ -33,7 +34,7 @@ def rms_norm_rope_kernel(
     inside = columns < K
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM:
-        x = x * tl.rsqrt(tl.sum(x * x) / K + eps)
+        x = x * inverse_root(tl.sum(x * x) / K + eps)
         x = x * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if ROTATE:
         pair = tl.arange(0, BLOCK // 2)

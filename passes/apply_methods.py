@@ -24,8 +24,8 @@ from fxq.workers import Workers
 
 def group_order(plan: LayerPlan) -> Tensor:
     """Permutation int64 [K] that puts normal channels first and outliers last, each ascending."""
-    outliers = torch.tensor(plan.outliers, dtype=torch.int64)
-    normal = torch.ones(plan.in_features, dtype=torch.bool)
+    outliers = torch.tensor(plan.outliers, dtype=torch.int64, device="cpu")
+    normal = torch.ones(plan.in_features, dtype=torch.bool, device="cpu")
     normal[outliers] = False
     return torch.cat((normal.nonzero().flatten(), outliers))
 
@@ -108,7 +108,7 @@ class ApplyMethods(Analysis):
             assert update is not None
             parts = _split(update, [len(problem.weight) for problem in problems])
             quality = [_quality(problem, part) for problem, part in zip(problems, parts, strict=True)]
-            tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64)}
+            tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64, device="cpu")}
             if self.checkpoint is not None:
                 tensors = self.checkpoint.write(joint.layer, key, tensors)
         residency.give_back(*(site.weight(graph.module) for site in group), *tensors.values())
@@ -141,24 +141,29 @@ class ApplyMethods(Analysis):
         if self.weighting == "single_scale_only" and plan.outliers:
             weights = torch.ones_like(weights)
         chunk = statistics.chunks.clamp(max=len(weights) - 1)
+        row_weights, counts, bias = weights[chunk].float(), statistics.weights, site.bias(graph.module)
+        if counts is not None and len(counts):
+            row_weights = row_weights * (counts / counts.mean())
         return LayerProblem(
             layer=plan.layer,
             weight=weight,
             low=statistics.low[order].to(device),
             high=statistics.high[order].to(device),
             rows=statistics.rows.float()[:, order].to(device),
-            row_weights=weights[chunk].float().to(device),
+            row_weights=row_weights.to(device),
             scheme=scheme,
             split=plan.split,
             seed=self.seed,
+            counts=None if counts is None else counts.to(device),
+            bias=None if bias is None else bias.float().to(device),
         )
 
 
 def _no_data(width: int) -> LayerStatistics:
     """Statistics of a layer whose inputs are measured at run time and that calibration did not look at."""
-    zeros = torch.zeros(width)
-    empty = torch.zeros(0, dtype=torch.int64)
-    return LayerStatistics(low=zeros, high=zeros, rows=torch.zeros(0, width), chunks=empty, seen=0)
+    zeros = torch.zeros(width, dtype=torch.float32, device="cpu")
+    empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+    return LayerStatistics(low=zeros, high=zeros, rows=zeros.new_zeros(0, width), chunks=empty, seen=0)
 
 
 def _quality(problem: LayerProblem, update: LayerUpdate) -> float:
@@ -176,7 +181,8 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
         [[type(method).__name__, dataclasses.asdict(method)] for method in methods],  # type: ignore[call-overload]
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for tensor in (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights):
+    tensors = (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights)
+    for tensor in (*tensors, *(t for t in (problem.counts, problem.bias) if t is not None)):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -187,7 +193,14 @@ def _stacked(problems: list[LayerProblem]) -> LayerProblem:
     if not others:
         return first
     weight = torch.cat([problem.weight for problem in problems])
-    return dataclasses.replace(first, layer=f"{first.layer} with {len(others)} more", weight=weight)
+    name = f"{first.layer} with {len(others)} more"
+    return dataclasses.replace(first, layer=name, weight=weight, bias=_stacked_bias(problems))
+
+
+def _stacked_bias(problems: list[LayerProblem]) -> Tensor | None:
+    """Biases one below the other, zeros where a layer has none; None where none has."""
+    biases = [p.weight.new_zeros(len(p.weight)) if p.bias is None else p.bias for p in problems]
+    return None if all(p.bias is None for p in problems) else torch.cat(biases)
 
 
 def _split(update: LayerUpdate, sizes: list[int]) -> list[LayerUpdate]:

@@ -12,6 +12,7 @@ from fxq.graph import linear_sites
 from fxq.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.pipeline import Analysis
 from fxq.residency import Residency
+from fxq.units import unit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align:
 
     Channel j is an outlier iff ``v_j > max(median + tau / 0.6745 * MAD, alpha * median)`` with ``v_j = ||W[:, j]||_2``.
     The count is rounded up to a multiple of ``align`` and capped at half the channels (at the largest multiple of
-    ``align`` below it); the outliers are then the channels of largest norm. MAD below 1e-8 means none.
+    ``align`` below it); the outliers are then the channels of largest norm. MAD below 1e-8 of the median means none.
 
     Args:
         weight: float [N, K].
@@ -54,21 +55,23 @@ def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align:
     """
     if weight.ndim != 2:
         raise ValueError(f"detect_outliers needs a weight [N, K], got shape {tuple(weight.shape)}")
-    norms = torch.linalg.vector_norm(weight.detach().float(), dim=0)
     if align < 1:
         raise ValueError(f"detect_outliers: align = {align}, expected at least 1")
-    if not bool(norms.isfinite().all()):
+    values = weight.detach().float()
+    if not bool(values.isfinite().all()):
         raise ValueError("detect_outliers: the weight has NaN or infinity")
+    size = unit_of(values)
+    norms = torch.linalg.vector_norm(values / size, dim=0)
     width = weight.shape[1]
     align = min(align, width)
     # An even count takes the mean of the two middle values; torch.median would take the lower one.
     median = float(norms.quantile(0.5))
     mad = float((norms - median).abs().quantile(0.5))
     threshold = max(median + tau / 0.6745 * mad, alpha * median)
-    raw = 0 if mad < 1e-8 else int((norms > threshold).sum())
+    raw = 0 if mad <= 1e-8 * median else int((norms > threshold).sum())
     count = min(-(-raw // align) * align, width // 2 // align * align)
     indices = norms.topk(count).indices.sort().values
-    return OutlierChannels(count, indices, median, mad, threshold, norms, raw)
+    return OutlierChannels(count, indices, median * size, mad * size, threshold * size, norms * size, raw)
 
 
 def inside_block(layer: str) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
 
+from fxq import aliasing
 from fxq.ir import LayerPlan, QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, plan_of, set_plan
 from fxq.kernels.op import Op
 from fxq.passes.patterns import ATEN, CASTS, Unfit, arguments, calls, is_call, same, shape_of, value_of
@@ -72,21 +72,13 @@ def check_private(inner: set[fx.Node], results: Sequence[fx.Node], inputs: Itera
 
 def written(node: fx.Node) -> Iterator[fx.Node]:
     """What a node writes into: the owner of the memory behind views."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        for declared, value in zip(schema.arguments, node.args, strict=False):
-            if declared.alias_info is not None and declared.alias_info.is_write and isinstance(value, fx.Node):
-                yield owner(value)
+    yield from map(owner, aliasing.written(node))
 
 
 def owner(node: fx.Node) -> fx.Node:
     """The node whose memory ``node`` may be a view of."""
-    while node.op == "call_function" and node.all_input_nodes:
-        schema = getattr(node.target, "_schema", None)
-        alias = schema is not None and any(r.alias_info is not None for r in schema.returns)
-        if not alias and node.target is not operator.getitem:
-            break
-        node = node.all_input_nodes[0]
+    while node.op == "call_function" and node.all_input_nodes and aliasing.is_view(node):
+        node = next(aliasing.written(node), node.all_input_nodes[0])
     return node
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -74,7 +74,8 @@ class LowerLinear(Rewrite):
         bias = None if bias is None else bias.to(update.weight.device)
         tensors: dict[str, Tensor] = {"weight_int": update.weight, "weight_scale": update.weight_scale}
         if update.input_scale is None or update.input_zero_point is None:
-            tensors["offset"] = torch.zeros(plan.out_features) if bias is None else bias.float().clone()
+            zeros = torch.zeros(plan.out_features, dtype=torch.float32, device="cpu")
+            tensors["offset"] = zeros if bias is None else bias.float().clone()
         else:
             scales = (update.weight_scale, update.input_scale, update.input_zero_point)
             tensors["input_scale"], tensors["input_zero_point"] = scales[1:]
@@ -91,22 +92,34 @@ class LowerLinear(Rewrite):
         graph, value = module.graph, example_value(old)
         dtype = site.weight(module).dtype if value is None else value.dtype
         with graph.inserting_before(old):
-            y = (_per_token if scheme.per_token else _static)(graph, old, plan, dtype)
-        inherit_meta(y, old, value)
+            x = _cast(graph, old, old.args[0], torch.float32) if dtype == torch.float64 else old.args[0]
+            computed = torch.float32 if dtype == torch.float64 else dtype
+            y = (_per_token if scheme.per_token else _static)(graph, old, x, plan, computed)
+            same = value is None or computed == dtype
+            inherit_meta(y, old, value if same else value.new_empty(value.shape, dtype=computed))
+            result = y if computed == dtype else _cast(graph, old, y, dtype)
         set_plan(y, plan)
         clear_plan(old)
-        old.replace_all_uses_with(y)
+        old.replace_all_uses_with(result)
         graph.erase_node(old)
+
+
+def _cast(graph: fx.Graph, old: fx.Node, x: Any, dtype: torch.dtype) -> fx.Node:
+    """A value in another dtype: no operator computes in float64."""
+    node = graph.call_function(torch.ops.aten.to.dtype, (x, dtype))
+    value = example_value(x)
+    inherit_meta(node, old, None if value is None else value.new_empty(value.shape, dtype=dtype))
+    return node
 
 
 def _check_range(plan: LayerPlan, update: LayerUpdate) -> None:
     """Refuse integers that could overflow an int32 accumulator; groups with scales per token have one each."""
-    if plan.in_features >= 2**17:
+    if plan.in_features > numerics.MAX_WIDTH:
         raise LoweringError(
             f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; exclude it by a rule"
         )
     if plan.outliers and update.input_scale is not None:
-        scale = update.input_scale[:, None] * update.weight_scale
+        scale = update.input_scale[:, None].double() * update.weight_scale.double()
         ratio = float((scale[1] / scale[0]).max())
         limit = numerics.ratio_limit(plan.in_features, plan.split)
         if not ratio <= limit:
@@ -122,9 +135,9 @@ def _get(graph: fx.Graph, old: fx.Node, plan: LayerPlan, name: str) -> fx.Node:
     return node
 
 
-def _static(graph: fx.Graph, old: fx.Node, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+def _static(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are stored."""
-    x, scheme = old.args[0], plan.scheme
+    scheme = plan.scheme
     assert isinstance(x, fx.Node) and scheme is not None
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
     scale, zero = (_get(graph, old, plan, name) for name in ("input_scale", "input_zero_point"))
@@ -137,9 +150,9 @@ def _static(graph: fx.Graph, old: fx.Node, plan: LayerPlan, dtype: torch.dtype) 
     )
 
 
-def _per_token(graph: fx.Graph, old: fx.Node, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+def _per_token(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are measured per token."""
-    x, scheme = old.args[0], plan.scheme
+    scheme = plan.scheme
     assert isinstance(x, fx.Node) and scheme is not None
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
     pair = graph.call_function(kernels.quantize_per_token.definition, (x, perm, plan.split, scheme.input_bits))

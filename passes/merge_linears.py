@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxq import kernels
+from fxq import aliasing, kernels
 from fxq.graph import drop_unread_attributes, unused_tensors
 from fxq.ir import (
     LayerPlan,
@@ -113,19 +113,11 @@ def _bytes(module: fx.GraphModule, argument: Any) -> Any:
     return tensor.dtype, tuple(tensor.shape), tensor.cpu().numpy().tobytes()
 
 
-def _is_view(node: fx.Node) -> bool:
-    """Whether the result may share the memory of the first argument."""
-    schema = getattr(node.target, "_schema", None)
-    return node.target is operator.getitem or (
-        schema is not None and any(result.alias_info is not None for result in schema.returns)
-    )
-
-
 def _views(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """(reader, what it reads) for readers of a node and of its views."""
     for user in node.users:
         yield user, node
-        if user.op == "call_function" and user.args[0] is node and _is_view(user):
+        if user.op == "call_function" and user.args[0] is node and aliasing.is_view(user):
             yield from _views(user)
 
 
@@ -157,6 +149,8 @@ def _obstacle(readers: Counter[str], node: fx.Node) -> str:
         return "its weight is used at several places"
     if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
         return "as_strided reads its result"
+    if any(source is not node and source in aliasing.written(user) for user, source in _views(node)):
+        return "a view of its result is written in place"
     return ""
 
 

@@ -10,11 +10,25 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, fx
 
 from fxq import numerics
+from fxq.config import Scheme
 from fxq.ir import LayerPlan, QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, plan_of, set_plan
 from fxq.passes.patterns import arguments
 
 ATEN, QDQ = torch.ops.aten, torch.ops.quantized_decomposed
-SHIFT = 128  # int8 activations are carried as uint8: CPU kernels multiply uint8 by int8
+BYTE = 128
+SAFE_BITS = 15
+"""Bits of an activation and a weight together, up to which two products fit 16 bits."""
+
+
+def may_saturate(scheme: Scheme) -> bool:
+    """Whether x86 CPUs without VNNI compute the layer's product wrong: they add pairs of u8 x s8 in 16 bits."""
+    return scheme.weight_bits + scheme.input_bits > SAFE_BITS
+
+
+def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights as a sum of two that have 7 bits each: no pair of their products with bytes exceeds 16 bits."""
+    low = weight >> 1
+    return low, weight - low
 
 
 class Part(NamedTuple):
@@ -61,12 +75,21 @@ class Layer(ABC):
     """The rewrite of one product ``node`` whose input is made by ``quantize``."""
 
     def __init__(
-        self, graph: QuantGraph, plan: LayerPlan, node: fx.Node, quantize: fx.Node, stored: dict[str, Tensor]
+        self,
+        graph: QuantGraph,
+        plan: LayerPlan,
+        node: fx.Node,
+        quantize: fx.Node,
+        stored: dict[str, Tensor],
+        in_halves: bool = False,
     ) -> None:
         self.graph, self.plan, self.node, self.stored = graph, plan, node, stored
+        self.in_halves = in_halves and plan.scheme is not None and may_saturate(plan.scheme)
         self.quantize, self.linear = arguments(quantize), arguments(node)
         self.x: fx.Node = self.quantize["x"]
         self.input_bits: int = self.quantize["bits"]
+        # Activations are carried as uint8, because CPU kernels multiply uint8 by int8, and no larger than they must be.
+        self.shift = 1 << (self.input_bits - 1)
         self.x_value, self.value = example_value(self.x), example_value(node)
 
     def _tensor(self, node: object) -> Tensor:
@@ -139,21 +162,32 @@ class Layer(ABC):
         """The product of one scale group, float32 [..., N]."""
 
     def _integers(self, h: fx.Node, zero: int, scale: float, part: Part) -> fx.Node:
-        """``h`` rounded to uint8 around ``zero`` plus 128, and dequantized with ``scale``."""
+        """``h`` rounded to uint8 around ``zero`` plus the shift, and dequantized with ``scale``."""
         width = part.weight.shape[1]
         bytes_, floats = (self._like(self.x_value, width, dtype) for dtype in (torch.uint8, torch.float32))
-        q = self._call(QDQ.quantize_per_tensor.default, (h, 1.0, zero + SHIFT, 0, 255, torch.uint8), bytes_)
-        return self._call(QDQ.dequantize_per_tensor.default, (q, scale, SHIFT, 0, 255, torch.uint8), floats)
+        q = self._call(QDQ.quantize_per_tensor.default, (h, 1.0, zero + self.shift, 0, 255, torch.uint8), bytes_)
+        return self._call(QDQ.dequantize_per_tensor.default, (q, scale, self.shift, 0, 255, torch.uint8), floats)
 
-    def _weight(self, prefix: str, part: Part) -> fx.Node:
-        weight = self._get(f"{prefix}weight", part.weight)
+    def _matmul(self, d: fx.Node, group: int, part: Part, value: Tensor | None) -> fx.Node:
+        """``d`` times the weights of a scale group, in one product or in two that are added."""
+        prefix = "outlier_" if group else ""
         scale = self._get(f"{prefix}weight_scale", part.weight_scale)
-        outputs, width = part.weight.shape
+        if not self.in_halves:
+            w = self._weight(f"{prefix}weight", part.weight, scale)
+            return self._call(ATEN.matmul.default, (d, w), value)
+        names = (f"{prefix}weight", f"{prefix}weight_rest")
+        weights = [self._weight(name, half, scale) for name, half in zip(names, halves(part.weight), strict=True)]
+        products = [self._call(ATEN.matmul.default, (d, w), value) for w in weights]
+        return self._call(ATEN.add.Tensor, tuple(products), value)
+
+    def _weight(self, name: str, integers: Tensor, scale: fx.Node) -> fx.Node:
+        weight = self._get(name, integers)
+        outputs, width = integers.shape
 
         def like(*shape: int) -> Tensor | None:
             return None if self.value is None else self.value.new_empty(shape, dtype=torch.float32)
 
-        symmetric = (None, 0, -SHIFT, SHIFT - 1, torch.int8)
+        symmetric = (None, 0, -BYTE, BYTE - 1, torch.int8)
         w = self._call(QDQ.dequantize_per_channel.default, (weight, scale, *symmetric), like(outputs, width))
         return self._call(ATEN.t.default, (w,), like(width, outputs))
 
@@ -168,15 +202,15 @@ class StaticLayer(Layer):
         zero_point = int(self._tensor(self.quantize["zero_point"])[group])
         h = self._call(ATEN.mul.Tensor, (self._channels(x, part), float(scale.reciprocal())), floats)
         low, high = numerics.integer_range(self.input_bits)
-        zero = min(max(zero_point, -SHIFT), SHIFT - 1)
-        if (low, high) != (-SHIFT, SHIFT - 1):
+        zero = min(max(zero_point, -self.shift), 2 * BYTE - 1 - self.shift)
+        if (low, high) != (-BYTE, BYTE - 1):
             h = self._call(ATEN.clamp.default, (h, low - zero_point, high - zero_point), floats)
         if zero != zero_point:
             # uint8 cannot hold this zero point: what is too much of it is added to the rounded value, exactly.
             h = self._call(ATEN.round.default, (h,), floats)
             h = self._call(ATEN.add.Tensor, (h, float(zero_point - zero)), floats)
-        d, w = self._integers(h, zero, float(scale), part), self._weight("outlier_" if group else "", part)
-        return self._call(ATEN.matmul.default, (d, w), self._like(self.value, outputs, torch.float32))
+        d = self._integers(h, zero, float(scale), part)
+        return self._matmul(d, group, part, self._like(self.value, outputs, torch.float32))
 
 
 class PerTokenLayer(Layer):
@@ -189,8 +223,7 @@ class PerTokenLayer(Layer):
         scale = self._scale(values, part)
         inverse = self._call(ATEN.reciprocal.default, (scale,), example_value(scale))
         h = self._call(ATEN.mul.Tensor, (values, inverse), floats)
-        d, w = self._integers(h, 0, 1.0, part), self._weight("outlier_" if group else "", part)
-        product = self._call(ATEN.matmul.default, (d, w), result)
+        product = self._matmul(self._integers(h, 0, 1.0, part), group, part, result)
         return self._call(ATEN.mul.Tensor, (product, scale), result)
 
     def _scale(self, values: fx.Node, part: Part) -> fx.Node:

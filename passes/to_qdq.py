@@ -28,7 +28,11 @@ class ToQdq(Rewrite):
     plus 128, ``dequantize_per_tensor`` with ``input_scale`` and zero point 128, ``dequantize_per_channel`` of int8
     weights, ``matmul``. The groups are added, then the offset, which goes on holding the zero points' share. So the
     integers are those of :mod:`fxq.numerics` plus 128, and inductor (with freezing), ONNX Runtime and OpenVINO run the
-    product on them. 4-bit weights are stored one per byte: integer kernels read bytes.
+    product on them. 4-bit weights are stored one per byte: integer kernels read bytes. Activations of b bits are
+    shifted by ``2**(b - 1)`` instead, so that their bytes have b bits too.
+
+    x86 CPUs without VNNI saturate pairs of products of 8 by 8 bits. ``in_halves`` computes such a layer exactly there:
+    its weights become a sum of two of 7 bits, ``weight`` and ``weight_rest``, each with a product of its own.
 
     With scales per token the graph measures them: rows are multiplied by the reciprocal of their own scale, quantized
     with scale 1 and zero point 128, and each group's product is multiplied by the scale.
@@ -37,6 +41,8 @@ class ToQdq(Rewrite):
     ``outlier_weight`` [N, K - split] and ``outlier_weight_scale``, with a permutation ``outliers`` int64, and
     with scales per token ``normal`` float32 [K], 0 at the outliers.
     """
+
+    in_halves: bool = False
 
     needs: ClassVar[Stage] = Stage.FROZEN
     gives: ClassVar[Stage] = Stage.FUSED
@@ -51,7 +57,7 @@ class ToQdq(Rewrite):
                 product = product_of(node)
                 if not str(product.target).startswith(f"{NAMESPACE}."):
                     continue  # lowered before
-                rewrite = _rewrite(graph, plan, node, stored) if product is node else None
+                rewrite = self._rewrite(graph, plan, node, stored) if product is node else None
                 if rewrite is None:
                     graph.remark(layer, f"not lowered: {product.target} does not read a quantize of its own")
                     continue
@@ -60,6 +66,18 @@ class ToQdq(Rewrite):
                 count += 1
         self._clean(graph, stored)
         return count
+
+    def _rewrite(self, graph: QuantGraph, plan: LayerPlan, node: fx.Node, stored: dict[str, Tensor]) -> Layer | None:
+        """The rewrite of a product that reads a quantize of its own; None for any other node."""
+        q = node.args[0]
+        if not isinstance(q, fx.Node):
+            return None
+        if node.target == LINEAR and q.target == QUANTIZE:
+            return StaticLayer(graph, plan, node, q, stored, self.in_halves)
+        pair = q.args[0] if q.target == operator.getitem else None
+        if node.target == LINEAR_PER_TOKEN and isinstance(pair, fx.Node) and pair.target == PER_TOKEN:
+            return PerTokenLayer(graph, plan, node, pair, stored, self.in_halves)
+        return None
 
     def _clean(self, graph: QuantGraph, stored: dict[str, Tensor]) -> None:
         module = graph.module
@@ -72,16 +90,3 @@ class ToQdq(Rewrite):
             put_tensor(module, name, tensor)
         for name in unused_tensors(module):
             drop_tensor(module, name)
-
-
-def _rewrite(graph: QuantGraph, plan: LayerPlan, node: fx.Node, stored: dict[str, Tensor]) -> Layer | None:
-    """The rewrite of a product that reads a quantize of its own; None for any other node."""
-    q = node.args[0]
-    if not isinstance(q, fx.Node):
-        return None
-    if node.target == LINEAR and q.target == QUANTIZE:
-        return StaticLayer(graph, plan, node, q, stored)
-    pair = q.args[0] if q.target == operator.getitem else None
-    if node.target == LINEAR_PER_TOKEN and isinstance(pair, fx.Node) and pair.target == PER_TOKEN:
-        return PerTokenLayer(graph, plan, node, pair, stored)
-    return None

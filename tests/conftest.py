@@ -5,6 +5,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests import features
+
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fxq")
 
@@ -31,10 +33,47 @@ def seeded():
     torch.manual_seed(0)
 
 
+ANY_CPU = (
+    "benchmarks",
+    "diffusers",
+    "kernels/test_aot.py",
+    "kernels/test_gluon_gemm.py",
+    "kernels/test_launches.py",
+    "kernels/test_tiles.py",
+    "kernels/test_triton_interpret.py",
+    "metrics",
+    "models/test_checkpoints.py",
+    "models/test_official_parity.py",
+    "models/test_prompts.py",
+    "models/test_schedule.py",
+    "planning/test_gpus.py",
+    "planning/test_job.py",
+    "planning/test_memory.py",
+    "planning/test_plan.py",
+    "planning/test_roofline.py",
+    "planning/test_workloads.py",
+    "report",
+    "test_examples.py",
+    "test_layout.py",
+)
+"""Tests that multiply no integers on a CPU and run no machine code of fxq: float models, GPU code, texts, plans."""
+
+
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no worker ends alone with one."""
+    """Files with slow tests come first, so that no worker ends alone with one; marks :data:`ANY_CPU`."""
+    here = pathlib.Path(__file__).resolve().parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ANY_CPU):
+            item.add_marker(pytest.mark.any_cpu)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """A green run says what it did not test."""
+    skips = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    for line in features.not_tested(skips):
+        terminalreporter.write_line(line)
 
 
 def pytest_generate_tests(metafunc):

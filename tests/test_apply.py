@@ -8,7 +8,8 @@ from torch import nn
 import fxq
 from fxq.apply import ApplyError, QuantizedLinear, apply
 from fxq.ir import LAYER_TENSORS
-from fxq.kernels import native
+from fxq.quantized_linear import buffer_name
+from tests.features import needs
 from tests.toys import recipe, relative_error, rows, toy, wan_rollout
 
 DATA = [rows(6, 96, seed=seed) for seed in range(3)]
@@ -50,7 +51,7 @@ def test_float_weights_are_gone_and_the_model_given_is_not_changed(pair):
     before = copy.deepcopy(model.state_dict())
     applied = apply(model, quantized)
     assert type(applied) is type(model)
-    assert {n for n, _ in applied.named_parameters()} == {"head.weight", "head.bias"}
+    assert {n for n, p in applied.named_parameters() if p.numel()} == {"head.weight", "head.bias"}
     assert isinstance(applied.blocks[1].down, QuantizedLinear)
     assert "W8A8" in repr(applied.blocks[0].up)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
@@ -69,11 +70,11 @@ def test_in_place_the_model_itself_changes(pair):
 def test_casting_the_model_leaves_codes_and_scales_untouched(pair, cast):
     model, quantized = pair
     applied = apply(model, quantized)
-    before = {name: copy.deepcopy(dict(applied.blocks[0].up.named_buffers())[name]) for name in LAYER_TENSORS}
+    before = copy.deepcopy({name: getattr(applied.blocks[0].up, buffer_name(name)) for name in LAYER_TENSORS})
     cast(applied)
-    assert applied.head.weight.dtype != torch.float32
+    assert applied.blocks[0].up.weight.dtype == applied.head.weight.dtype != torch.float32
     for name, tensor in before.items():
-        now = getattr(applied.blocks[0].up, name)
+        now = getattr(applied.blocks[0].up, buffer_name(name))
         assert now.dtype == tensor.dtype and torch.equal(now, tensor), name
 
 
@@ -104,18 +105,18 @@ def test_the_state_loads_into_another_copy(pair):
     for tensor in second.state_dict().values():
         tensor.zero_()
     second.load_state_dict(first.state_dict())
-    assert {f"blocks.0.up.{name}" for name in LAYER_TENSORS} <= set(first.state_dict())
+    assert {f"blocks.0.up.{buffer_name(name)}" for name in LAYER_TENSORS} <= set(first.state_dict())
     assert not any("panels" in name for name in first.state_dict())
     assert relative_error(first, second, rows(5, 96)) == 0
 
 
-@pytest.mark.skipif(not native.ready(), reason=native.why_not())
+@needs("native")
 def test_with_native_kernels_the_panels_follow_a_loaded_weight(pair):
     layer, other = (apply(*pair).blocks[0].up for _ in range(2))
     with torch.no_grad():
-        other.weight.neg_()
+        other.integers.neg_()
     layer.load_state_dict(other.state_dict())
-    assert torch.equal(layer.codes(), other.weight)
+    assert torch.equal(layer.codes(), other.integers)
     other.lay_out()
     assert torch.equal(layer.panels, other.panels)
 
@@ -134,7 +135,7 @@ def test_two_linears_with_one_weight_are_both_swapped():
     model = Tied().eval()
     quantized = fxq.quantize(model, DATA, recipe(weighting="uniform"), progress=False)
     applied = apply(model, quantized)
-    assert isinstance(applied.first, QuantizedLinear) and applied.first is applied.second
+    assert isinstance(applied.first, QuantizedLinear) and applied.first.integers is applied.second.integers
     assert relative_error(quantized, applied, rows(5, 96)) < 1e-6
 
 
@@ -161,6 +162,15 @@ def scaled_channels(model):
         model.blocks[0].up.weight[:, ::2] *= 1.5
 
 
+def other_bias(model):
+    with torch.no_grad():
+        model.blocks[0].up.bias += 1
+
+
+def no_bias(model):
+    model.blocks[0].up.bias = None
+
+
 def other_shape(model):
     model.blocks[0].up = nn.Linear(96, 48)
 
@@ -183,6 +193,8 @@ def subclass(model):
         (scaled_channels, r"the recipe changed them before rounding"),
         (other_shape, r"blocks\.0\.up of the bundle is \(64, 96\), the model's weight \(48, 96\)"),
         (other_name, r"no parameter for 4 of 4 layers of the bundle: blocks\.0\.up"),
+        (other_bias, r"blocks\.0\.up: the model has another bias than the quantized layer"),
+        (no_bias, r"blocks\.0\.up: the model has no bias, the quantized layer has one"),
         (subclass, r"blocks\.0\.up is OwnLinear, expected nn\.Linear"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -203,12 +215,14 @@ def test_a_weight_that_other_code_reads_cannot_be_swapped():
         apply(model, quantized)
 
 
-def test_a_model_that_is_one_linear_is_swapped_as_a_copy_only():
+def test_a_model_that_is_one_linear_is_swapped_too():
     model = nn.Linear(96, 8).eval()
     quantized = fxq.quantize(model, DATA, recipe(weighting="uniform"), progress=False)
-    assert relative_error(quantized, apply(model, quantized), rows(5, 96)) < 1e-6
-    with pytest.raises(ApplyError, match="use in_place=False"):
-        apply(model, quantized, in_place=True)
+    copied = apply(model, quantized)
+    assert isinstance(copied, QuantizedLinear) and type(model) is nn.Linear
+    assert apply(model, quantized, in_place=True) is model and isinstance(model, QuantizedLinear)
+    for applied in (copied, model):
+        assert relative_error(quantized, applied, rows(5, 96)) < 1e-6
 
 
 def test_linears_that_the_bundle_does_not_know_are_listed(pair):

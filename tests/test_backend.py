@@ -16,12 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxq
-from fxq import backend
+from fxq import backend, content
 from fxq.backend import _context, fxq_backend
 from fxq.binding import BackendError, bind
 from fxq.dynamo_graph import operands
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
+from fxq.numerics import fold_offset
 from tests.passes.test_share_inputs import model as siblings
 from tests.toys import Block, recipe, relative_error, rows, toy, wan_rollout
 
@@ -158,8 +159,11 @@ def test_linears_of_one_input_share_its_integers_unless_it_is_written_between(wr
     chosen = quantize(model)
     layers, _ = backend.read_layers(chosen)
     for layer in layers.values():
+        bias = layer.float_bias()
         layer.input_scale.fill_(0.02)
         layer.input_zero_point.fill_(3)
+        scales = layer.weight_scale, layer.input_scale, layer.input_zero_point
+        layer.offset.copy_(fold_offset(bias, layer.codes(), *scales, layer.split))
     got = compile_whole(model, chosen)(rows(6, 96))
     torch.testing.assert_close(got, chosen(rows(6, 96)), rtol=1e-5, atol=1e-5)
     assert targets(compiled[0][0]).count("fxq.quantize_act.default") == quantizations
@@ -183,14 +187,127 @@ def cast(model):
     model.blocks[1].bfloat16()
 
 
-@pytest.mark.parametrize("edit", [edit_weight, edit_bias, replace_data, cast])
-def test_a_weight_edited_after_it_was_bound_is_refused(edit, pair, compiled):
+def weight_of(model):
+    return model.blocks[1].up.weight
+
+
+def merge_as_peft(model):
+    weight_of(model).data += torch.randn(64, 2) @ torch.randn(2, 96)
+
+
+def edit_one_number(model):
+    weight_of(model).detach().numpy()[5, 7] += 1
+
+
+def add_to_all(model):
+    with torch.no_grad():
+        torch._foreach_add_([model.blocks[1].up.weight, model.blocks[1].up.bias], 0.5)
+
+
+def step(model):
+    weight_of(model).grad = torch.ones(64, 96)
+    torch.optim.SGD([weight_of(model)], 0.1).step()
+
+
+def set_storage(model):
+    with torch.no_grad():
+        weight_of(model).set_(torch.ones(64, 96))
+
+
+def other_bias(model):
+    model.blocks[1].up.bias = nn.Parameter(torch.ones(64))
+
+
+def no_bias(model):
+    model.blocks[1].up.bias = None
+
+
+EDITS = {
+    "weight": edit_weight,
+    "bias": edit_bias,
+    "replaced data": replace_data,
+    "cast": cast,
+    "data mul_": lambda m: weight_of(m).data.mul_(1.5),
+    "data +=": merge_as_peft,
+    "data copy_": lambda m: weight_of(m).data.copy_(torch.randn(64, 96)),
+    "data of a view": lambda m: weight_of(m).data.t()[3].zero_(),
+    "rows swapped": lambda m: weight_of(m).data.copy_(weight_of(m).detach().flip(0)),
+    "columns swapped": lambda m: weight_of(m).data.copy_(weight_of(m).detach().roll(1, 1)),
+    "one number by numpy": edit_one_number,
+    "numpy": lambda m: weight_of(m).detach().numpy().fill(0.25),
+    "numpy of the bias": lambda m: m.blocks[1].up.bias.detach().numpy().__imul__(2),
+    "bias data +=": lambda m: m.blocks[1].up.bias.data.add_(1),
+    "storage": lambda m: weight_of(m).untyped_storage().copy_(torch.ones(64, 96).untyped_storage()),
+    "set_": set_storage,
+    "foreach": add_to_all,
+    "optimizer": step,
+    "another bias": other_bias,
+    "no bias": no_bias,
+    "loaded state": lambda m: m.load_state_dict(toy(seed=9, blocks=3).state_dict()),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_weight_or_bias_edited_after_it_was_bound_is_refused(edit, grad, pair, compiled):
     model, quantized = copy.deepcopy(pair[0]), pair[1]
     run = compile_whole(model, bind(model, quantized))
-    run(rows(6, 96))
+    with torch.set_grad_enabled(grad):
+        before = run(rows(6, 96))
+        assert torch.equal(run(rows(6, 96)), before)
+        edit(model)
+        with pytest.raises(
+            (BackendError, BackendCompilerFailed), match=r"blocks\.\d\.(up|down)\.(weight|bias) (was|is)"
+        ):
+            run(rows(6, 96))
+
+
+@pytest.mark.parametrize("edit", [merge_as_peft, edit_one_number, other_bias, no_bias, EDITS["bias data +="]])
+def test_an_edit_between_binding_and_the_first_call_is_refused(edit, pair, compiled):
+    model, quantized = copy.deepcopy(pair[0]), pair[1]
+    run = compile_whole(model, bind(model, quantized))
     edit(model)
-    with pytest.raises((BackendError, BackendCompilerFailed), match=r"blocks\.1\.up\.(weight|bias) was edited, moved"):
+    with pytest.raises(BackendCompilerFailed, match=r"blocks\.1\.up\.(weight|bias) (was|is)"):
         run(rows(6, 96))
+
+
+def test_edits_under_inference_mode_are_refused_too(pair, compiled):
+    model, quantized = copy.deepcopy(pair[0]), pair[1]
+    run = compile_whole(model, bind(model, quantized))
+    with torch.inference_mode():
+        run(rows(6, 96))
+        weight_of(model).mul_(2)
+        with pytest.raises((BackendError, BackendCompilerFailed), match=r"blocks\.1\.up\.weight was edited"):
+            run(rows(6, 96))
+
+
+def test_a_large_weight_is_looked_at_whole_within_a_few_calls(monkeypatch, pair):
+    monkeypatch.setattr(content, "SLICE", 8 * 1021)
+    model, quantized = copy.deepcopy(pair[0]), pair[1]
+    binding = bind(model, quantized)
+    linear = model.blocks[1].up
+    assert len(binding.find(linear.weight).sums) == 4
+    for _ in range(5):
+        binding.layer_of(linear.weight, linear.bias)
+    edit_one_number(model)
+    with pytest.raises(BackendError, match=r"blocks\.1\.up\.weight was edited"):
+        for _ in range(4):
+            binding.layer_of(linear.weight, linear.bias)
+    model = copy.deepcopy(pair[0])
+    fresh, linear = bind(model, quantized), model.blocks[1].up
+    merge_as_peft(model)
+    with pytest.raises(BackendError, match=r"blocks\.1\.up\.weight was edited"):
+        fresh.layer_of(linear.weight, linear.bias)
+
+
+class ComputedBias(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.blocks, self.head = inner.blocks, inner.head
+
+    def forward(self, x):
+        up, down = self.blocks[0].up, self.blocks[0].down
+        return self.head(x + down(nn.functional.gelu(nn.functional.linear(x, up.weight, up.bias * 2))))
 
 
 def test_a_kept_layer_may_be_edited(pair, compiled):
@@ -267,6 +384,7 @@ class Checkpointed(nn.Module):
     [
         (ReadsWeight, r"blocks\.0\.up\.weight is read by .* not by a linear as its weight"),
         (Checkpointed, r"turn off activation checkpointing"),
+        (ComputedBias, r"the bias of blocks\.0\.up\.weight is computed by mul"),
     ],
 )
 def test_linears_that_cannot_be_replaced_are_refused(wrap, reason, pair, compiled):
@@ -311,9 +429,9 @@ def test_options_of_inductor_reach_it(pair, compiled):
 def test_a_binding_does_not_keep_the_model_alive_and_takes_no_twin_for_it(pair):
     model, quantized = copy.deepcopy(pair[0]), pair[1]
     chosen, twin = bind(model, quantized), nn.Parameter(model.blocks[0].up.weight.detach().clone())
-    assert chosen.layer_of(model.blocks[0].up.weight) is not None
+    assert chosen.layer_of(model.blocks[0].up.weight, model.blocks[0].up.bias) is not None
     with pytest.raises(BackendError, match="not bound"):
-        chosen.layer_of(twin)
+        chosen.layer_of(twin, model.blocks[0].up.bias)
     weight = weakref.ref(model.blocks[0].up.weight)
     del model
     gc.collect()

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxq
-from fxq.calibrate import Batch, as_batch, calibrate
+from fxq.calibrate import Batch, as_batch, calibrate, usable
 from fxq.collect import CalibrationError, Collector
 from fxq.passes import PlanLayers
 from fxq.pipeline import run_passes
@@ -145,8 +145,8 @@ def test_activations_that_are_not_finite_are_refused_by_layer(value):
     graph = planned_graph(toy(), (x,))
     bad = x.clone()
     bad[2, 5] = value
-    with pytest.raises(CalibrationError, match=r"layer blocks.0.up: its input has NaN or infinity"):
-        collected(graph, [x, bad])
+    with pytest.raises(CalibrationError, match=r"layer blocks.0.up: its input has NaN or infinity in batch 3; check"):
+        collected(graph, [x, x, x, bad, x])
 
 
 def test_an_empty_loader_is_refused():
@@ -176,6 +176,47 @@ def test_the_hash_names_the_data():
     graph = planned_graph(toy(), (rows(4, 96),))
     digests = [calibrate(graph, [rows(4, 96, seed=s)], None, Collector(9, 9, 0)) for s in (1, 1, 2)]
     assert digests[0] == digests[1] != digests[2] and len(digests[0]) == 64
+
+
+@pytest.mark.parametrize("how", ["leaf", "result", "inference"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_tensors_of_any_mode_are_data(how, mode):
+    x = rows(4, 96)
+    if how == "inference":
+        with torch.inference_mode():
+            item = x * 1
+    else:
+        item = x.clone().requires_grad_() * (1 if how == "result" else 1.0)
+        item = item if how == "result" else x.clone().requires_grad_()
+    want = fxq.quantize(toy(), [x, x], recipe(), progress=False)
+    with mode():
+        got = fxq.quantize(toy(), [item, item], recipe(), progress=False)
+        graph = planned_graph(toy(), (usable(item, 0).args[0],))
+        assert not collected(graph, [item])["blocks.0.up"].rows.requires_grad
+    assert torch.equal(got(x), want(x))
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((A.numpy(),), "calibration batch 1 has numpy arrays; make tensors of them by torch.from_numpy"),
+        ({"x": A.numpy()}, "calibration batch 1 has numpy arrays"),
+        (A.numpy(), "yielded ndarray; expected a dict"),
+        (A.tolist(), "calibration batch 1 is 192 numbers without a tensor"),
+        ([0.5, 0.25], "calibration batch 1 is 2 numbers without a tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_with_the_batch(item, message):
+    graph = planned_graph(toy(width=64), (A,))
+    with pytest.raises(CalibrationError, match=message):
+        collected(graph, [A, item])
+
+
+def test_a_generator_that_was_used_up_is_told_as_such():
+    batches = (x for x in [rows(4, 96)])
+    assert collected(planned_graph(toy(), (rows(4, 96),)), batches)
+    with pytest.raises(CalibrationError, match="A generator yields its batches once"):
+        collected(planned_graph(toy(), (rows(4, 96),)), batches)
 
 
 def test_batch_is_public():

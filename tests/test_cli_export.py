@@ -70,5 +70,20 @@ def test_an_unknown_target_is_wrong_usage(bundle, tmp_path):
     assert invoke("export", bundle, "--target", "gguf", "--out", tmp_path / "out").exit_code == 2
 
 
+@pytest.mark.parametrize(("option", "kind", "cpus"), [("--vnni", 3, "CPUs with VNNI"), ("--no-vnni", 2, "every CPU")])
+def test_an_onnx_file_is_written_for_either_kind_of_cpu(bundle, tmp_path, option, kind, cpus):
+    onnx = pytest.importorskip("onnx")
+    file = tmp_path / "toy.onnx"
+    done = invoke("export", bundle, "--target", "onnx", "--out", file, option)
+    assert done.exit_code == 0 and f"for ONNX Runtime and OpenVINO on {cpus}" in " ".join(done.output.split())
+    weights = {t.name: t.data_type for t in onnx.load(file).graph.initializer}
+    assert weights["blocks.0.down.weight"] == kind  # 2: uint8, 3: int8
+
+
+def test_the_kind_of_cpu_is_for_onnx_only(bundle, tmp_path):
+    done = invoke("export", bundle, "--target", "comfy", "--out", tmp_path / "out", "--no-vnni")
+    assert "are for target onnx, not comfy" in str(done.exception) and not (tmp_path / "out").exists()
+
+
 def test_every_target_can_be_chosen():
-    assert get_args(cli_export.Target) == ("diffusers", *TARGETS)
+    assert get_args(cli_export.Target) == ("diffusers", "onnx", *TARGETS)

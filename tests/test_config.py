@@ -116,3 +116,67 @@ def test_a_rule_needs_a_scheme_object():
 def test_recipes_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         made().seed = 1
+
+
+WRAPPERS = (
+    "model.",
+    "generator.model.",
+    "module.",
+    "base_model.model.",
+    "transformer._orig_mod.",
+    "a.module._orig_mod.",
+)
+
+
+@pytest.mark.parametrize("prefix", ["", *WRAPPERS])
+def test_a_wrapped_rule_holds_inside_wrappers_and_not_inside_blocks(prefix):
+    rule = Rule("head*", None, wrapped=True)
+    for name in ("head", "head.head", "header"):
+        assert rule.matches(prefix + name)
+    for name in ("blocks.0.head", "ahead", "blocks.1.attn.head.0"):
+        assert not rule.matches(prefix + name)
+
+
+def test_other_rules_start_at_the_root():
+    for pattern in ("head*", "head.head", r"re:head\..*"):
+        assert Rule(pattern, None).matches("head.head") and not Rule(pattern, None).matches("model.head.head")
+        assert Rule(pattern, None, wrapped=True).matches("model.head.head")
+
+
+@pytest.mark.parametrize("tool", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_what_a_tool_puts_between_names_is_seen_through(tool):
+    name = f"{tool}.blocks.0.{tool}.ffn.0"
+    for pattern in ("blocks.0.ffn.0", "blocks.?.ffn.*", r"re:blocks\.\d\.ffn\.0", f"blocks.0.{tool}.ffn.0"):
+        assert Rule(pattern, None).matches(name), pattern
+
+
+KEPT = (Rule("head*", None, "head", wrapped=True), Rule("*time_embed*", None, "time"), Rule("*", Scheme()))
+BARE = ("time_embed.0", "blocks.0.q", "blocks.0.head", "blocks.1.q", "head.0")
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [f"0.{name}" for name in BARE],
+        [f"models.0.{name}" for name in BARE[1:]],
+        [f"models.{i}.{name}" for i in (0, 1) for name in BARE],
+        [*(f"0.{name}" for name in BARE), "1"],
+        ["decoder.0.q", *(f"models.1.{name}" for name in BARE)],
+    ],
+    ids=["sequential", "one of a list", "two of a list", "beside a linear", "beside blocks"],
+)
+def test_a_number_in_front_is_seen_through_where_a_model_lies_under_it(layers):
+    kept = {name for name, rule in made(*KEPT).decide(layers).items() if rule.scheme is None}
+    assert kept == {name for name in layers if name.endswith(("time_embed.0", "head.0"))}
+
+
+def test_a_number_in_front_of_one_of_many_blocks_is_not():
+    layers = ["blocks.0.head", "blocks.0.q", "blocks.1.head", "blocks.1.q"]
+    assert all(rule.scheme is not None for rule in made(*KEPT).decide(layers).values())
+    assert all(rule.scheme is not None for rule in made(*KEPT).decide(layers[:2]).values())
+
+
+def test_a_pattern_that_matches_inside_a_wrapper_only_is_refused_with_what_to_write():
+    recipe = made(Rule("head*", None), Rule("*", Scheme()))
+    with pytest.raises(RecipeError, match=r"'head\*' matches no layer; .* with wrapped = true it matches model\.head"):
+        recipe.check_patterns(["model.blocks.0.q", "model.head.head"])

@@ -24,12 +24,20 @@ LAYERS = (
     (
         "allocator",
         "config",
+        "cpu",
         "numerics",
+        "units",
+        "ambient",
         "rollout",
         "models",
         "metrics",
         "progress",
+        "reading",
         "residency",
+        "reach",
+        "offload",
+        "fixed_dtypes",
+        "content",
         "workers",
         "checkpoint",
         "agreement",
@@ -39,11 +47,24 @@ LAYERS = (
         "streams",
         "writable",
     ),
-    ("ir",),
-    ("graph", "signature", "interpret", "places", "regions", "dense_masks"),
+    ("ir", "calls", "captured", "conditions"),
+    (
+        "graph",
+        "products",
+        "signature",
+        "interpret",
+        "places",
+        "regions",
+        "dense_masks",
+        "aliasing",
+        "guards",
+        "small_sizes",
+        "comparisons",
+        "written_guards",
+    ),
     ("verify",),
     ("pipeline",),
-    ("trace", "collect", "calibrate"),
+    ("trace", "row_sample", "collect", "calibrate"),
 )
 CORE = tuple(name for layer in LAYERS for name in layer)
 USER_FACING = (
@@ -54,6 +75,9 @@ USER_FACING = (
     "summary",
     "sensitivity",
     "apply",
+    "quantized_linear",
+    "stand_in",
+    "names",
     "parallel",
     "diffusers_quantizer",
     "binding",
@@ -77,11 +101,12 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         for i, layer in enumerate(LAYERS)
         for name in layer
     },
-    "kernels": (*(n for n in CORE if n != "numerics"), "passes", "export", "recipes", *USER_FACING),
+    "kernels": (*(n for n in CORE if n not in ("cpu", "numerics")), "passes", "export", "recipes", *USER_FACING),
     "passes": ("models", "metrics", "trace", "export", "recipes", *USER_FACING),
     "export": ("models", "metrics", "trace", "calibrate", "recipes", *USER_FACING),
     "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
     "recipes": USER_FACING,
+    "recipe_files": ("passes", "export", "recipes", *USER_FACING),
     **{
         name: ("adapters", "bench", "cli", "demo", "lab", "report")
         for name in (
@@ -92,6 +117,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
             "summary",
             "sensitivity",
             "apply",
+            "quantized_linear",
+            "stand_in",
+            "names",
             "diffusers_quantizer",
             "binding",
             "dynamo_graph",
@@ -119,8 +147,8 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "bench": ("cli", "demo", "lab", "report"),
     "planning": ("export", "quantize", "optimize", "adapters", "bench", "cli", "demo", "lab", "report"),
 }
-FORBIDDEN |= {name: FORBIDDEN["numerics"] for name in ("checkpoint", "residency", "workers")}
-for foundation in (*LAYERS[0], "checkpoint", "residency", "workers"):
+FORBIDDEN |= {name: FORBIDDEN["numerics"] for name in ("checkpoint", "reading", "residency", "workers")}
+for foundation in (*LAYERS[0], "checkpoint", "reading", "residency", "workers"):
     FORBIDDEN[foundation] += ("kernels",)
 
 

@@ -16,6 +16,7 @@ from fxq.kernels import native
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.pipeline import PassError
+from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
 CONFIG = CausalWanConfig(
@@ -55,7 +56,7 @@ def call(dtype, batch=2, prefix=6, text=4, seed=0):
     known = 0 if text else 5
     return (
         normal(batch, 2, 3, 4, 6),
-        torch.full((batch, 2), 500.0).to(dtype),
+        torch.full((batch, 2), 500.0),
         normal(batch, text, CONFIG.text_dim),
         *(cache(known), cache(known), cache(prefix), cache(prefix)),
         angle.cos(),
@@ -114,10 +115,12 @@ def test_no_layer_is_lost_and_each_says_what_became_of_it(case):
         r.bits for r in sorted(after.rows, key=lambda r: r.layer)
     ]
     assert all(r.remarks for r in after.quantized) and not any(r.remarks for r in before.rows)
-    assert before.ratio < after.ratio < 0.75  # panels of 64 outputs round these narrow layers up
+    # Panels of 64 outputs round these narrow layers up; without them merged layers share what they have in common.
+    low, high = (before.ratio, 0.75) if native.ready() else (0.98 * before.ratio, before.ratio)
+    assert low < after.ratio < high
 
 
-@pytest.mark.skipif(not native.ready(), reason="needs the native kernels")
+@needs("native")
 def test_native_kernels_run_every_quantized_layer(case):
     assert {row.kernel for row in fxq.summary(case[2]).quantized} == {"native"}
 
@@ -142,10 +145,9 @@ def test_without_native_kernels_weights_stay_and_the_report_says_why(monkeypatch
     assert torch.allclose(optimized(x), q(x), atol=1e-4)
 
 
+@needs("native")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_weights_of_any_width_are_laid_out_for_the_native_kernel(bits):
-    if not native.ready():
-        pytest.skip(native.why_not())
     q = fxq.quantize(toy(), [rows(9, 96)], recipe(bits))
     optimized = fxq.optimize(q)
     layouts = {

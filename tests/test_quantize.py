@@ -236,7 +236,7 @@ def test_scales_cast_to_half_precision_are_refused_by_the_kernel():
     q = one().to(torch.bfloat16)
     assert q.get_buffer("blocks.0.up.weight").dtype == torch.int8
     with pytest.raises(ValueError, match=r"scale is torch.bfloat16 \(2,\): expected float32"):
-        q(X.bfloat16())
+        q(X)
 
 
 def test_a_killed_run_resumes_with_the_same_result(tmp_path):
@@ -329,3 +329,63 @@ def test_one_chunk_has_nothing_to_be_compared_with(monkeypatch):
     rollout = wan_rollout(frames=2)
     quantized = fxq.quantize(rollout.denoiser, rollout, recipe(weighting="sensitivity"), progress=False)
     assert facts_of(quantized)["sensitivity"] is None and facts_of(quantized)["chunk_weights"] == [1.0]
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.generator = model
+
+    def forward(self, *args):
+        return self.generator(*args)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, nn.Sequential, lambda model: Wrapper(Wrapper(model))])
+def test_a_preset_keeps_the_same_layers_of_a_model_in_a_wrapper(wrap):
+    model = toy(blocks=2)
+    kept = {row.layer for row in fxq.summary(fxq.quantize(model, [rows(5, 96)], recipe(), progress=False)).kept}
+    wrapped = fxq.quantize(wrap(model).eval(), [rows(5, 96)], recipe(), progress=False)
+    assert kept == {"head"}
+    assert {row.layer.rpartition(".")[2] for row in fxq.summary(wrapped).kept} == kept
+
+
+class Pair(torch.nn.Module):
+    """Two inputs of one batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(96, 32), torch.nn.Linear(64, 32)
+
+    def forward(self, x, t):
+        return self.a(x) + self.b(t)[:, None]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_a_first_batch_of_any_size_lets_the_others_vary(first, form):
+    def item(count, seed):
+        x, t = rows(count, 5, 96, seed=seed), rows(count, 64, seed=seed)
+        return (x, t) if form is tuple else {"x": x, "t": t}
+
+    torch.manual_seed(0)
+    model = Pair().eval()
+    q = fxq.quantize(model, [item(first, 1), item(9, 2)], recipe(), progress=False)
+    for count in (1, 2, 3, 9, 17):
+        x, t = rows(count, 5, 96, seed=2), rows(count, 64, seed=3)
+        assert relative_error(model, q, x, t) < 0.03
+
+
+def test_a_model_of_one_batch_stays_one():
+    class One(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Linear(96, 32)
+
+        def forward(self, x):
+            return self.a(x.reshape(1, 5, 96))
+
+    model = One().eval()
+    q = fxq.quantize(model, [rows(1, 5, 96)], recipe(), progress=False)
+    assert relative_error(model, q, rows(1, 5, 96, seed=4)) < 0.03
+    with pytest.raises(ValueError, match="captured for"):
+        q(rows(2, 5, 96))

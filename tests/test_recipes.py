@@ -151,3 +151,41 @@ def test_every_method_option_reaches_the_file():
     for method in (MinMax(), RangeSearch(), AdaRound()):
         recipe = dataclasses.replace(PRESETS["w8a8"], methods=(method,))
         assert recipe_to_json(recipe)["methods"] == [{"method": type(method).__name__, **dataclasses.asdict(method)}]
+
+
+LAYERS = (
+    "time_embedding.0",
+    "time_projection.1",
+    "text_embedding.0",
+    "condition_embedder.time_embedder.linear_1",
+    "blocks.0.self_attn.q",
+    "blocks.0.cross_attn.k",
+    "blocks.1.proj_out",
+    "proj_out",
+    "head.head",
+)
+WRAPPERS = (
+    "model.",
+    "module.",
+    "_orig_mod.",
+    "generator.model.",
+    "base_model.model.",
+    "transformer.",
+    "0.",
+    "models.1.",
+)
+
+
+@pytest.mark.parametrize("prefix", WRAPPERS)
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_decides_the_same_in_a_wrapper(name, prefix):
+    bare = PRESETS[name].decide(LAYERS)
+    assert sum(rule.scheme is None for rule in bare.values()) == 5
+    assert bare["blocks.1.proj_out"].scheme.reconstruct and not bare["text_embedding.0"].scheme.reconstruct
+    wrapped = PRESETS[name].decide(prefix + layer for layer in LAYERS)
+    assert {layer: wrapped[prefix + layer] for layer in LAYERS} == bare
+
+
+def test_a_wrapped_rule_can_be_written_in_a_file(tmp_path):
+    (tmp_path / "r.toml").write_text(TOML.replace("optional = true", "wrapped = true"))
+    assert load_recipe(tmp_path / "r.toml").rule_for("model.head.head").reason == "tiny"

@@ -61,6 +61,12 @@ def forget(graph):
         clear_plan(site.node)
 
 
+def overwrite(graph):
+    site = next(iter(linear_sites(graph.module)))
+    with graph.module.graph.inserting_after(site.node):
+        graph.module.graph.call_function(torch.ops.aten.mul_.Scalar, (site.node.args[0], 2))
+
+
 def undecide(graph):
     edit(graph, scheme=None, reason="")
 
@@ -93,6 +99,7 @@ BROKEN = {
     "undecided": (Stage.PLANNED, undecide, r"every linear is decided: blocks.0.up: neither scheme nor reason"),
     "sites": (Stage.PLANNED, disagree, r"call sites of one weight agree: shared: its call sites carry different plans"),
     "unseen": (Stage.CALIBRATED, unsee, r"every planned layer was seen: blocks.0.up: planned, but calibration has no"),
+    "written": (Stage.TRACED, overwrite, r"nothing is read around a write: mul_\w* writes to what linear at .* reads"),
     "left": (Stage.LOWERED, unlower, r"no planned linear is left: head: planned as W8A8 but still a float linear"),
     "shape": (
         Stage.LOWERED,

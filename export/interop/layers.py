@@ -156,7 +156,9 @@ def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLaye
 
 def round_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Symmetric int8 [N, K] and scale [N, 1] of a float weight, by the largest value of each output channel."""
-    scale = (weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127).to(scale_dtype)
+    top = weight.float().abs().amax(dim=1, keepdim=True)
+    least = torch.finfo(scale_dtype).tiny
+    scale = torch.where(top > 0, (top / 127).clamp(min=least), 1.0).to(scale_dtype)
     return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 

@@ -7,6 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fxq.units import unit
+
 GROUP = 16
 LEVELS = 16
 _LARGEST = 127
@@ -47,7 +49,7 @@ def rotation_size(width: int) -> int | None:
 
 def rotate(weight: Tensor, size: int) -> Tensor:
     """Multiply each group of ``size`` input channels of [N, K] with the regular Hadamard matrix; its own inverse."""
-    base = torch.ones(4, 4) - 2 * torch.eye(4).flip(1)
+    base = torch.ones(4, 4, dtype=torch.float32) - 2 * torch.eye(4, dtype=torch.float32).flip(1)
     matrix = base
     while len(matrix) < size:
         matrix = torch.kron(matrix, base)
@@ -57,9 +59,11 @@ def rotate(weight: Tensor, size: int) -> Tensor:
 def quantize_rotated(weight: Tensor, size: int) -> RotatedInt4:
     """Round a float weight [N, K] after rotating groups of ``size`` channels.
 
-    The levels are fitted to the layer (Lloyd's algorithm), the group scales by least squares.
+    The levels are fitted to the layer (Lloyd's algorithm), the group scales by least squares; in any unit.
     """
-    groups = rotate(weight, size).unflatten(1, (-1, GROUP))
+    rotated = rotate(weight, size)
+    units = unit(rotated.abs().amax(1))
+    groups = (rotated / units[:, None]).unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-8)
     codebook = _fit(groups / scale)
     for _ in range(2):
@@ -73,7 +77,7 @@ def quantize_rotated(weight: Tensor, size: int) -> RotatedInt4:
     borders = (levels[..., 1:] + levels[..., :-1]) / 2
     codes = torch.searchsorted(borders, groups / channel_scale.view(-1, 1, 1)).to(torch.uint8).flatten(1)
     return RotatedInt4(
-        codes=codes, codebook=codebook, group_scale=group_scale, channel_scale=channel_scale, rotation=size
+        codes=codes, codebook=codebook, group_scale=group_scale, channel_scale=channel_scale * units, rotation=size
     )
 
 
@@ -89,8 +93,11 @@ def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
 def _fit(values: Tensor) -> Tensor:
     """Levels float32 [16], ascending, with the least squared distance to a sample of ``values``."""
     flat = values.flatten()
-    sample = flat[:: max(1, flat.numel() // _FIT_SAMPLES)].contiguous()
-    codebook = torch.quantile(sample[:_FIT_SAMPLES], (torch.arange(LEVELS) + 0.5) / LEVELS)
+    if len(flat) > _FIT_SAMPLES:  # at random: equal distances would meet the same channels again and again
+        random = torch.Generator(device="cpu").manual_seed(0)
+        flat = flat[torch.randint(len(flat), (_FIT_SAMPLES,), generator=random, device="cpu").to(flat.device)]
+    sample = flat.contiguous()
+    codebook = torch.quantile(sample, (torch.arange(LEVELS, dtype=torch.float32, device=flat.device) + 0.5) / LEVELS)
     for _ in range(_FIT_STEPS):
         codes = _nearest(sample, codebook)
         count = torch.bincount(codes, minlength=LEVELS)

@@ -52,6 +52,7 @@ class Contestant:
         dtype: of the float inputs and outputs.
         needs: package that has to be installed, or "".
         ours: whether it is this library's.
+        obstacle: why it cannot run on this machine, or "".
     """
 
     name: str
@@ -61,6 +62,7 @@ class Contestant:
     dtype: str = "float32"
     needs: str = ""
     ours: bool = False
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,8 @@ def _prepare(
 
     if contestant.needs and not installed(contestant.needs):
         return result("skipped", f"{contestant.needs} is not installed"), None
+    if contestant.obstacle:
+        return result("skipped", contestant.obstacle), None
     try:
         built = contestant.build()
         found, why = _judge(case, contestant, built, reference)

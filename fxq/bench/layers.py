@@ -121,7 +121,7 @@ def _inputs(plan: LayerPlan, rows: int, stored: Mapping[str, Tensor], integers: 
     assert plan.scheme is not None
     offset, generator = stored["offset"], torch.Generator().manual_seed(0)
     if "input_scale" not in stored:
-        return torch.randn(rows, plan.in_features, generator=generator).to(offset.device), offset
+        return torch.randn(rows, plan.in_features, generator=generator, dtype=torch.float32).to(offset.device), offset
     low, high = numerics.integer_range(plan.scheme.input_bits)
     q = torch.randint(low, high + 1, (rows, plan.in_features), generator=generator).to(offset.device)
     scale, zero = stored["input_scale"], stored["input_zero_point"]

@@ -71,8 +71,8 @@ def linear_problem(shape: LinearShape, device: str) -> Problem:
         layers += [nn.GELU(approximate="tanh"), nn.Linear(shape.hidden, shape.outputs)]
     stack = Stack(layers).eval().requires_grad_(False)
     plant_outliers(stack)
-    x = torch.randn(1, shape.rows, shape.width).to(device)
-    rows = torch.linspace(0, shape.rows - 1, min(64, shape.rows)).long()
+    x = torch.randn(1, shape.rows, shape.width, dtype=torch.float32).to(device)
+    rows = torch.linspace(0, shape.rows - 1, min(64, shape.rows), dtype=torch.float64).long()
     return Problem(stack.to(device), lambda dtype: (x.to(dtype),), lambda y: cast(Tensor, y)[:, rows.to(y.device)])
 
 
@@ -113,10 +113,10 @@ def block_problem(shape: BlockShape, device: str) -> Problem:
     open_gates(block)
 
     def cache(tokens: int) -> Tensor:
-        return torch.randn(1, tokens, config.num_heads, config.head_dim, device=device)
+        return torch.randn(1, tokens, config.num_heads, config.head_dim, dtype=torch.float32, device=device)
 
-    x = torch.randn(1, shape.rows, config.dim, device=device)
-    e = 0.1 * torch.randn(1, shape.frames, 6, config.dim, device=device)
+    x = torch.randn(1, shape.rows, config.dim, dtype=torch.float32, device=device)
+    e = 0.1 * torch.randn(1, shape.frames, 6, config.dim, dtype=torch.float32, device=device)
     floats = (x, e, cache(config.text_len), cache(config.text_len), *(cache(shape.keys - shape.rows) for _ in "kv"))
     height, width = shape.grid
     tables = tuple(t.to(device) for t in rope_tables(config.head_dim, shape.frames, height, width, shape.frames))

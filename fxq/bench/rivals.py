@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxq.bench import onnx_rivals
 from fxq.bench.contest import BF16, FP32, Built, Contestant
-from fxq.bench.floats import compiled, eager, onednn
+from fxq.bench.floats import compiled, eager, no_bfloat16, onednn
 from fxq.bench.problems import Problem
 from fxq.kernels.gemm import int_mm
 
@@ -30,6 +30,7 @@ class Rival:
         needs: package, or "".
         devices: device types it runs on.
         levels: where it takes part.
+        obstacle: why it cannot run on this machine, or ""; asked, not tried.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Rival:
     needs: str = ""
     devices: tuple[str, ...] = ("cpu",)
     levels: tuple[str, ...] = ("linear",)
+    obstacle: Callable[[], str] = lambda: ""
 
     def contestant(self, problem: Problem, threads: int, bounds: dict[str, float]) -> Contestant:
         """The rival on a problem; ``bounds`` is the least SQNR by arithmetic."""
@@ -49,6 +51,7 @@ class Rival:
             self.arithmetic,
             str(self.dtype).removeprefix("torch."),
             self.needs,
+            obstacle=self.obstacle(),
         )
 
 
@@ -106,7 +109,7 @@ class ScaledMM(nn.Module):
         scale = linear.weight.abs().max() / largest
         self.weight = (linear.weight / scale).to(torch.float8_e4m3fn)
         self.inverse, self.weight_scale = largest / top, scale.float()
-        self.input_scale = torch.tensor(top / largest, device=linear.weight.device)
+        self.input_scale = torch.tensor(top / largest, dtype=torch.float32, device=linear.weight.device)
         self.bias = linear.bias.bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +197,13 @@ RIVALS: tuple[Rival, ...] = (
     Rival("fp32 compiled", lambda p, _: compiled(p, torch.float32), "float32", torch.float32, "", _BOTH, _ALL),
     Rival("bf16 compiled", lambda p, _: compiled(p, torch.bfloat16), "bfloat16", torch.bfloat16, "", _BOTH, _ALL),
     Rival("fp32 oneDNN", lambda p, _: onednn(p, torch.float32), "float32", torch.float32, levels=_ALL),
-    Rival("bf16 oneDNN", lambda p, _: onednn(p, torch.bfloat16), "bfloat16", levels=_ALL),
+    Rival(
+        "bf16 oneDNN",
+        lambda p, _: onednn(p, torch.bfloat16),
+        "bfloat16",
+        levels=_ALL,
+        obstacle=no_bfloat16,
+    ),
     Rival("_int_mm, eager dequantize", _replaced(IntMM, "_int_mm"), devices=_BOTH, levels=_ALL),
     Rival("torchao dynamic int8", torchao_dynamic, needs="torchao", devices=_BOTH, levels=_ALL),
     Rival("torchao static int8", torchao_static, needs="torchao", devices=_BOTH, levels=_ALL),

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
-from fxq.bench.floats import onednn_model
+from fxq.bench.floats import no_bfloat16, onednn_model
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
@@ -35,7 +35,7 @@ def make_rollout(shape: RolloutShape, device: str) -> SelfForcingRollout:
     model = CausalWan(config).eval().requires_grad_(False)
     plant_outliers(model)
     open_gates(model)
-    condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim)}
+    condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim, dtype=torch.float32)}
     draws = Draws([1], (FRAMES * shape.chunks, config.in_dim, *shape.latent))
     sampler = SamplerConfig(steps=shape.steps, frames_per_chunk=FRAMES)
     return SelfForcingRollout(model.to(device), [(condition, draws)], sampler)
@@ -108,7 +108,8 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
     def floats(name: str, kernel: str) -> Contestant:
         dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
         text = str(dtype).removeprefix("torch.")
-        return Contestant(name, lambda: plain(dtype, kernel), bounds[text], text, text)
+        obstacle = no_bfloat16() if (kernel, dtype) == (ONEDNN, torch.bfloat16) else ""
+        return Contestant(name, lambda: plain(dtype, kernel), bounds[text], text, text, obstacle=obstacle)
 
     contestants = (
         *(floats(name, EAGER) for name in BASELINES),

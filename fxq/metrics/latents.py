@@ -14,6 +14,8 @@ from fxq.rollout import Call, Rollout, current_call
 
 Floats = NDArray[np.float64]
 
+_TINY = float(np.finfo(np.float64).tiny)
+
 
 def latent_mse(got: Tensor, want: Tensor) -> Floats:
     """Mean squared error of each video; ``got`` and ``want`` [V, F, C, H, W]; returns float64 [V]."""
@@ -31,7 +33,7 @@ def chunk_mse(got: Tensor, want: Tensor, frames_per_chunk: int) -> Floats:
 def psnr(got: Tensor, want: Tensor, low: float = -1.0, high: float = 1.0, ceiling: float = 100.0) -> Floats:
     """Peak signal-to-noise ratio of each video in dB, clamped to ``low..high``; identical videos get ``ceiling``."""
     mse = latent_mse(got.clamp(low, high), want.clamp(low, high))
-    return np.minimum(10 * np.log10((high - low) ** 2 / np.maximum(mse, 1e-30)), ceiling)
+    return np.minimum(10 * np.log10((high - low) ** 2 / np.maximum(mse, _TINY)), ceiling)
 
 
 def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., Any]]) -> dict[str, Floats]:
@@ -88,6 +90,6 @@ def bootstrap(values: Floats, resamples: int = 2000, seed: int = 0) -> tuple[Flo
 
 def paired_ratio(a: Floats, b: Floats) -> tuple[float, float, float]:
     """Geometric mean of ``a / b`` over videos with its 95 % bootstrap interval."""
-    logs = np.log(np.maximum(a, 1e-30)) - np.log(np.maximum(b, 1e-30))
+    logs = np.log(np.maximum(a, _TINY)) - np.log(np.maximum(b, _TINY))
     low, high = bootstrap(logs)
     return float(np.exp(logs.mean())), float(np.exp(low)), float(np.exp(high))

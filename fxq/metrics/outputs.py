@@ -34,7 +34,7 @@ def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batche
     signal, noise, seen = 0.0, 0.0, False
     with torch.no_grad():
         for item in batches:
-            want, got = (_floating(_call(f, copy.deepcopy(item))) for f in (model, quantized))
+            want, got = (_floating(_call(f, item)) for f in (model, quantized))
             if [t.shape for t in want] != [t.shape for t in got]:
                 shapes = [[tuple(t.shape) for t in tensors] for tensors in (want, got)]
                 raise ValueError(f"the outputs differ in number or shape: {shapes[0]} of the model, {shapes[1]}")
@@ -50,13 +50,22 @@ def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batche
 
 
 def _call(model: Callable[..., Any], item: Any) -> Any:
+    args, kwargs = pytree.tree_map(_copied, _arguments(item))
+    return model(*args, **kwargs)
+
+
+def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(item, Mapping):
-        return model(**item)
+        return (), dict(item)
     if isinstance(item, Tensor):
-        return model(item)
+        return (item,), {}
     if isinstance(item, tuple | list):
-        return model(*item)
-    return model(*item.args, **item.kwargs)
+        return tuple(item), {}
+    return item.args, dict(item.kwargs)
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 def _floating(outputs: Any) -> list[Tensor]:

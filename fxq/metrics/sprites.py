@@ -37,12 +37,16 @@ _ROWS = (
     "11111111 11111111 11111111 00111100 00111100 00111100 00111100 00111100",
     "11100111 11100111 11100111 11100111 11100111 11100111 11100111 11100111",
 )
-SHAPES = torch.tensor([[[float(c) for c in row] for row in rows.split()] for rows in _ROWS])
-COLOURS = torch.tensor([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.3, 0.5, 1], [1, 1, 0.2], [1, 0.3, 1], [0.95, 0.95, 0.95]])
-_RAMP = 0.35 * torch.linspace(0, 1, SIZE)
-BACKGROUNDS = torch.stack([torch.zeros(SIZE, SIZE), _RAMP[:, None].expand(SIZE, SIZE), _RAMP[None].expand(SIZE, SIZE)])
+SHAPES = torch.tensor([[[float(c) for c in row] for row in rows.split()] for rows in _ROWS], dtype=torch.float32)
+COLOURS = torch.tensor(
+    [[1, 0.2, 0.2], [0.2, 1, 0.2], [0.3, 0.5, 1], [1, 1, 0.2], [1, 0.3, 1], [0.95, 0.95, 0.95]], dtype=torch.float32
+)
+_RAMP = 0.35 * torch.linspace(0, 1, SIZE, dtype=torch.float32)
+BACKGROUNDS = torch.stack(
+    [torch.zeros(SIZE, SIZE, dtype=torch.float32), _RAMP[:, None].expand(SIZE, SIZE), _RAMP[None].expand(SIZE, SIZE)]
+)
 _STEP = torch.tensor([[0, 1], [1, 0], [0, -1], [-1, 0]])
-_TEMPLATES = torch.zeros(len(SHAPES), SIZE, SIZE)
+_TEMPLATES = torch.zeros(len(SHAPES), SIZE, SIZE, dtype=torch.float32)
 _TEMPLATES[:, :8, :8] = SHAPES
 
 

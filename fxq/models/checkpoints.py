@@ -5,8 +5,8 @@ Every tensor is a view of the mapped file, so reading costs address space, not m
 
 from __future__ import annotations
 
-import json
 import mmap
+import os
 import pathlib
 import pickle
 import re
@@ -14,14 +14,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fxq.models.archives import check_archive, check_loaded
+from fxq.reading import ReadError, TensorHeader, read_header, read_json, regular_file
 
 KEYS = ("generator_ema", "generator", "model")
 """Where training checkpoints keep the denoiser, the preferred place first."""
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-_PREFIXES = ("generator.", "model.", "module.")
+PREFIXES = ("generator.", "model.", "module.", "diffusion_model.")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -73,7 +75,12 @@ def read_raw(path: pathlib.Path, keys: Sequence[str] = KEYS) -> dict[str, Tensor
 
 def _read_pickled(path: pathlib.Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        check_archive(path)
+        found = torch.load(regular_file(path), map_location="cpu", weights_only=True, mmap=True)
+        check_loaded(found, path)
+        return found
+    except (ReadError, MemoryError) as error:
+        raise CheckpointError(f"{path} is refused: {_first_line(error)}. Save only the state dict") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the object {found[1]}" if found else "more than tensors (or is damaged)"
@@ -111,45 +118,45 @@ def _state_dict(content: Any, path: pathlib.Path, keys: Sequence[str]) -> dict[s
     raise CheckpointError(f"{path} has no state dict under any of {', '.join(keys)}; its top-level entries are {found}")
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+def _read_safetensors(path: pathlib.Path, folder: pathlib.Path | None = None) -> dict[str, Tensor]:
     try:
-        with safe_open(path, "np") as file:  # checks that header and data fit together
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        header = read_header(path, folder)  # header and data fit together
+        if strange := [name for name, tensor in header.tensors.items() if tensor.dtype not in _DTYPES]:
+            raise CheckpointError(
+                f"{path}: {compact(strange)} is {header.tensors[strange[0]].dtype}, expected {', '.join(_DTYPES)}; a "
+                "file that is quantized already cannot be quantized again"
+            )
+        return _map(regular_file(path, folder), header)
+    except (ReadError, OSError) as error:
+        size = f". It has {path.stat().st_size} bytes" if path.is_file() else ""
         raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)}. It has {path.stat().st_size} bytes and is truncated or no "
-            "safetensors file; download or copy it again"
-        ) from None
-    if strange := [name for name, dtype in dtypes.items() if dtype not in _DTYPES]:
-        raise CheckpointError(
-            f"{path}: {compact(strange)} is {dtypes[strange[0]]}, expected {', '.join(_DTYPES)}; a file that is "
-            "quantized already cannot be quantized again"
-        )
-    return _map(path, dtypes)
+            f"{path} cannot be read: {_first_line(error)}{size} and is truncated or no safetensors file; download or "
+            "copy it again"
+        ) from error
 
 
-def _map(path: pathlib.Path, dtypes: Mapping[str, str]) -> dict[str, Tensor]:
+def _map(path: pathlib.Path, header: TensorHeader) -> dict[str, Tensor]:
     """Tensors of a checked safetensors file as private views of it.
 
     Mapped in pieces: one private mapping larger than the machine's memory is refused by the system.
     """
     tensors: dict[str, Tensor] = {}
     with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        total = os.fstat(file.fileno()).st_size
         mapped, start, length = None, 0, 0
-        for name in sorted(dtypes, key=lambda n: header[n]["data_offsets"]):
-            shape, dtype = header[name]["shape"], _DTYPES[dtypes[name]]
-            begin, end = (8 + size + offset for offset in header[name]["data_offsets"])
+        for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
+            dtype = _DTYPES[entry.dtype]
+            begin, end = header.start + entry.begin, header.start + entry.end
             if begin == end:
-                tensors[name] = torch.empty(shape, dtype=dtype)
+                tensors[name] = torch.empty(entry.shape, dtype=dtype)
                 continue
             if mapped is None or end > start + length:
                 start = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-                length = min(max(_PIECE, end - start), path.stat().st_size - start)
+                length = min(max(_PIECE, end - start), total - start)
                 mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
             count = (end - begin) // dtype.itemsize
-            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin - start).view(shape)
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin - start)
+            tensors[name] = flat.view(entry.shape)
     return tensors
 
 
@@ -159,7 +166,7 @@ def _read_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: {len(gone)} of {len(shards)} shards are missing: {', '.join(gone)}")
     tensors: dict[str, Tensor] = {}
     for name in shards:
-        tensors |= _read_safetensors(folder / name)
+        tensors |= _read_safetensors(folder / name, folder)
     if absent := sorted(listed - tensors.keys()):
         raise CheckpointError(f"{folder}: the index lists tensors that no shard holds: {compact(absent)}")
     return tensors
@@ -170,11 +177,11 @@ def _shards(folder: pathlib.Path) -> tuple[list[str], set[str]]:
     indices = sorted(folder.glob(f"*{_INDEX}"))
     if len(indices) == 1:
         try:
-            weights = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+            weights = read_json(indices[0], folder)["weight_map"]
             names = sorted({str(name) for name in weights.values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{indices[0]} is no index: expected JSON with a weight_map") from None
-        if outside := [name for name in names if pathlib.PurePath(name).name != name]:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{indices[0]} is no index: expected JSON with a weight_map") from error
+        if outside := [name for name in names if pathlib.PurePath(name).name != name or "\\" in name]:
             raise CheckpointError(f"{indices[0]} points outside its folder: {', '.join(outside)}")
         return names, set(weights)
     files = sorted(file.name for file in folder.glob("*.safetensors"))
@@ -197,7 +204,7 @@ def plain_names(tensors: Mapping[str, Tensor], path: pathlib.Path) -> dict[str, 
         short = name
         for wrapper in _WRAPPERS:
             short = short.replace(wrapper, "")
-        while short.startswith(_PREFIXES):
+        while short.startswith(PREFIXES):
             short = short.split(".", 1)[1]
         if short in plain:
             raise CheckpointError(f"{path}: two tensors mean {short}, one of them is {name}; keep one model per file")

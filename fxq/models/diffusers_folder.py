@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 import pathlib
 import threading
 from collections import Counter
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxq.models.checkpoints import CheckpointError, compact, read_raw
+from fxq.reading import ReadError, read_json
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -79,9 +79,9 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+        config = read_json(file, folder)
+    except (OSError, ReadError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise CheckpointError(f"{file} names no _class_name; expected the configuration of a diffusers model")
     if (quantization := config.get("quantization_config")) is not None:

@@ -14,6 +14,7 @@ from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import KEYS, CheckpointError
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
+from fxq.reading import ReadError, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -141,9 +142,9 @@ def read_settings(path: str | pathlib.Path) -> dict[str, Any]:
     if path.suffix != ".json":
         path = (path if path.is_dir() else path.parent) / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable JSON: {error}; expected the model's config.json") from None
+        settings = read_json(path)
+    except (OSError, ReadError) as error:
+        raise CheckpointError(f"{path} is no readable JSON: {error}; expected the model's config.json") from error
     if not isinstance(settings, dict):
         raise CheckpointError(f"{path} holds a {type(settings).__name__}, expected a JSON object of settings")
     return settings

@@ -7,14 +7,15 @@ import importlib
 import os
 import pathlib
 import sys
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fxq.models.archives import read_arrays
+from fxq.reading import ReadError, read_header
 
 
 class PromptError(ValueError):
@@ -92,18 +93,18 @@ def load_function(name: str, error: type[ValueError]) -> Callable[..., Any]:
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     try:
+        header = read_header(path)
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise PromptError(f"prompts {path} cannot be read: {error}") from None
+            return {name: file.get_tensor(name) for name in header.tensors}
+    except (ReadError, SafetensorError, OSError) as error:
+        raise PromptError(f"prompts {path} cannot be read: {error}") from error
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(np.ascontiguousarray(file[name])) for name in file.files}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise PromptError(f"prompts {path} cannot be read: {error}; expected plain arrays, without objects") from None
+        return read_arrays(path)
+    except (OSError, ReadError) as error:
+        raise PromptError(f"prompts {path} cannot be read: {error}; expected plain arrays, without objects") from error
 
 
 def _named(source: str, result: Any) -> dict[str, Tensor]:

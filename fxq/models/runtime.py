@@ -22,7 +22,10 @@ def runtime_facts(rollout: SelfForcingRollout) -> dict[str, Any]:
 
     def steps(first: bool) -> dict[str, list[float]]:
         timesteps = sampler.timesteps(first)
-        return {"timesteps": list(timesteps), "sigmas": sampler.schedule.sigma(torch.tensor(timesteps)).tolist()}
+        return {
+            "timesteps": list(timesteps),
+            "sigmas": sampler.schedule.sigma(torch.tensor(timesteps, dtype=torch.float32)).tolist(),
+        }
 
     return {
         "layers": config.num_layers,

@@ -28,7 +28,7 @@ class FlowSchedule:
     @property
     def sigmas(self) -> Tensor:
         """Noise levels of the grid, float32 [resolution], from 1 downwards."""
-        u = torch.linspace(1.0, 0.0, self.resolution + 1)[:-1]
+        u = torch.linspace(1.0, 0.0, self.resolution + 1, dtype=torch.float32)[:-1]
         return self.shift * u / (1 + (self.shift - 1) * u)
 
     @property
@@ -38,7 +38,7 @@ class FlowSchedule:
 
     def warp(self, steps: Sequence[float]) -> tuple[float, ...]:
         """Map nominal steps (1000, 750, ...) onto the shifted grid: ``timesteps[1000 - step]``."""
-        grid = torch.cat((self.timesteps, torch.zeros(1)))
+        grid = torch.cat((self.timesteps, torch.zeros(1, dtype=torch.float32)))
         return tuple(float(grid[round((1000 - step) * self.resolution / 1000)]) for step in steps)
 
     def sigma(self, t: Tensor) -> Tensor:

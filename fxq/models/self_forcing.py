@@ -144,11 +144,11 @@ class SelfForcingRollout(Rollout):
             for step, timestep in enumerate(timesteps):
                 span = Span(unit, step, (lo, hi), timestep)
                 output, state, _ = self._call(state, x, "denoise", span, on_call)
-                t = torch.full(x.shape[:2], timestep, device=x.device)
+                t = torch.full(x.shape[:2], timestep, dtype=torch.float32, device=x.device)
                 latents = sampler.schedule.x0(x, output, t)
                 if step + 1 < len(timesteps):
                     noise = state.draws.renoise(unit - given, step, size).to(weight.device, weight.dtype)
-                    following = torch.full(x.shape[:2], timesteps[step + 1], device=x.device)
+                    following = torch.full(x.shape[:2], timesteps[step + 1], dtype=torch.float32, device=x.device)
                     x = sampler.schedule.renoise(latents, noise, following)
             span = Span(unit, len(timesteps), (lo, hi), sampler.context_noise)
             state = self._write(state, latents, "context", span, on_call)
@@ -187,7 +187,7 @@ class SelfForcingRollout(Rollout):
         output, k, v, cross_k, cross_v = self.call(
             Call(state.calls, kind, (span,), self._tokens_per_frame(state)),
             x,
-            torch.full(x.shape[:2], span.timestep, device=x.device),
+            torch.full(x.shape[:2], span.timestep, dtype=torch.float32, device=x.device),
             prompt,
             list(state.cross_k),
             list(state.cross_v),
@@ -223,13 +223,13 @@ class SelfForcingRollout(Rollout):
             height, width = 4 * ph, 6 * pw
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+            return torch.randn(*shape, generator=generator, dtype=torch.float32).to(weight.device, weight.dtype)
 
         def cache(tokens: int) -> list[Tensor]:
             return [normal(2, tokens, config.num_heads, config.head_dim) for _ in range(config.num_layers)]
 
         x = normal(2, frames, channels, height, width)
-        t = torch.full((2, frames), 500.0, device=weight.device)
+        t = torch.full((2, frames), 500.0, dtype=torch.float32, device=weight.device)
         cos, sin = (r.to(weight.device) for r in rope_tables(config.head_dim, frames, height // ph, width // pw, 3))
         args = (x, t, normal(2, 4, config.text_dim), cache(3), cache(3), cache(6), cache(6), cos, sin)
         auto, none = Dim.AUTO, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -13,11 +12,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
-from fxq.export.bundle import GRAPH, TENSORS, Manifest, check_files, read_manifest
-from fxq.export.files import BundleError
-from fxq.export.graph_json import GraphFormatError, graph_from_json
+from fxq.export.arguments import DTYPES
+from fxq.export.bundle import TENSORS, Manifest, check_files, read_graph, read_manifest
+from fxq.export.files import BundleError, check_header
 from fxq.export.inputs import record_values
-from fxq.ir import QuantGraph, Stage, facts_of, get_tensor, planned, set_facts
+from fxq.ir import QuantGraph, Stage, facts_of, get_tensor, set_facts
 from fxq.parallel.groups import Place, default_name, place_in
 from fxq.parallel.layers import Sliceable
 from fxq.parallel.plan import ParallelError, ShardPlan
@@ -85,9 +84,9 @@ def load_shard(
     if manifest.inputs is None:
         raise ParallelError(f"{folder} does not state its inputs (an older bundle): load it and save it again")
     place = Place(default_name() if group is None else group, rank, size)
+    check_header(folder / TENSORS, folder, {name: (e.dtype, e.shape) for name, e in manifest.tensors.items()})
     try:
         with safe_open(folder / TENSORS, "pt") as file:
-            _check_shapes(file, manifest, folder)
             source = _FileSource(file, manifest, torch.device(device))
             graph = QuantGraph(_skeleton(folder, manifest, torch.device(device)), Stage.FROZEN)
             return _split(graph, manifest.facts, plan, place, source)
@@ -102,29 +101,16 @@ def _split(graph: QuantGraph, facts: dict[str, Any], plan: ShardPlan, place: Pla
     facts["inputs"] = input_sizes(graph.module)
     facts["parallel"] = {"rank": place.rank, "size": place.size, "plan": dataclasses.asdict(plan)}
     set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts["inputs"])
-
-
-def _check_shapes(file: Any, manifest: Manifest, folder: pathlib.Path) -> None:
-    found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    stated = {name: entry.shape for name, entry in manifest.tensors.items()}
-    if wrong := [name for name in sorted({*found, *stated}) if found.get(name) != stated.get(name)]:
-        raise BundleError(f"{folder}: tensors differ from the manifest: {', '.join(wrong[:5])}")
+    return guard_inputs(graph.module, facts)
 
 
 def _skeleton(folder: pathlib.Path, manifest: Manifest, device: torch.device) -> fx.GraphModule:
     """The bundle's graph with recorded values; its tensors are zeros without memory of their own."""
     zeros = {
-        name: torch.zeros((), dtype=getattr(torch, entry.dtype), device=device).expand(entry.shape)
+        name: torch.zeros((), dtype=DTYPES[entry.dtype], device=device).expand(entry.shape)
         for name, entry in manifest.tensors.items()
     }
-    try:
-        module = graph_from_json(json.loads((folder / GRAPH).read_text(encoding="utf-8")), zeros, device)
-    except (GraphFormatError, ValueError) as error:
-        raise BundleError(f"{folder / GRAPH}: {error}") from None
-    plans = {layer: plan.to_json() for layer, (plan, _) in planned(module).items()}
-    if plans != {layer: entry.plan for layer, entry in manifest.layers.items()}:
-        raise BundleError(f"{folder}: the plans on the graph differ from the manifest's layers")
+    module = read_graph(folder, manifest, zeros, device, values=False)
     assert manifest.inputs is not None
     record_values(module, manifest.inputs, device)
     return module
@@ -157,7 +143,7 @@ class _FileSource:
         return self.part(name)[...]
 
     def part(self, name: str) -> Sliceable:
-        dtype = getattr(torch, self.manifest.tensors[name].dtype)
+        dtype = DTYPES[self.manifest.tensors[name].dtype]
         return _FilePart(name, self.file.get_slice(name), dtype, self.device)
 
 

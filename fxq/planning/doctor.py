@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxq import kernels
 from fxq.kernels import native
-from fxq.kernels.gemm import Operands, plain_weight
+from fxq.kernels.gemm import IN_FLOAT, Operands, in_float_note, plain_weight
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, Op
 from fxq.kernels.panels import pack_panels
@@ -162,7 +162,7 @@ def why_slow(op: Op, device: str) -> str:
     if device != "cpu":
         return no_triton() or "torch's own kernels serve it"
     if _is_linear(op):
-        return "" if kernel == "int_mm" else "this CPU adds int8 products in 16 bits: exact products run in float32"
+        return in_float_note() if kernel == IN_FLOAT else ""
     return "no CPU kernel is written for it" if kernel == "reference" else native.why_not()
 
 

@@ -6,12 +6,14 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
 
 import torch
 
+from fxq import cpu
 from fxq.kernels.native.build import NEEDS, compiler
 from fxq.planning.gpus import GIB
 
@@ -51,6 +53,7 @@ class Environment:
     threads: int
     instructions: tuple[str, ...]
     missing_instructions: tuple[str, ...]
+    limited_to: str
     compiler: str
     packages: dict[str, str | None]
 
@@ -58,6 +61,7 @@ class Environment:
         """(what, value) for a person."""
         gpus = [f"{gpu.name}, {gpu.arch}, {gpu.memory / GIB:.1f} GiB" for gpu in self.devices]
         lacks = f"; lacks {', '.join(self.missing_instructions)}" if self.missing_instructions else ""
+        lacks += f"; limited by {cpu.LIMIT}={self.limited_to}" if self.limited_to else ""
         found = [f"{name} {version}" for name, version in self.packages.items() if version]
         absent = [f"{name} ({OPTIONAL[name]})" for name, version in self.packages.items() if not version]
         return [
@@ -75,7 +79,7 @@ class Environment:
 
 def read_environment() -> Environment:
     """Look at this machine."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    lacking = cpu.missing(NEEDS)
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -86,8 +90,9 @@ def read_environment() -> Environment:
         cpu=_cpu_name(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        instructions=tuple(name for name in NEEDS if capabilities.get(name)),
-        missing_instructions=tuple(name for name in NEEDS if not capabilities.get(name)),
+        instructions=tuple(name for name in NEEDS if name not in lacking),
+        missing_instructions=lacking,
+        limited_to=cpu.limit(),
         compiler=_compiler(),
         packages={name: _version(name) for name in OPTIONAL},
     )
@@ -106,7 +111,7 @@ def _devices() -> tuple[Device, ...]:
 
 def _compiler() -> str:
     path = compiler()
-    return f"{path}: {_first_line([path, '--version']) or 'does not run'}" if path else ""
+    return f"{path}: {_first_line([*shlex.split(path), '--version']) or 'does not run'}" if path else ""
 
 
 def _first_line(command: list[str]) -> str:

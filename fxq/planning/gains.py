@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxq.kernels import native
-from fxq.kernels.gemm import ON_CPU
+from fxq.kernels.gemm import ON_CPU, in_float_note
 from fxq.kernels.jit import HAS_TRITON, triton
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.planning.environment import Device
@@ -45,7 +45,7 @@ def cpu_gain() -> str:
         return "some: native int8 kernels run; `fxq bench` measures how much"
     if ON_CPU == "int_mm":
         return f"little: only the products are integer, because {native.why_not()}; `fxq bench` measures it"
-    return "none, because this CPU has no exact int8 instructions: the products run in float32"
+    return f"none, because {in_float_note()}"
 
 
 def gpu_gain(device: Device) -> str:

@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxq.config import Recipe, Scheme
+from fxq.numerics import PACK_BLOCK
 from fxq.planning.drive import Drive
 from fxq.planning.estimate import JobEstimate
-from fxq.planning.memory import quantized_bytes, weight_bits
+from fxq.planning.memory import quantized_bytes
 from fxq.planning.speed import Speed, measure_speed
 from fxq.residency import Residency
 
@@ -91,11 +92,13 @@ def estimate_job(
 
 def _layers(model: nn.Module, recipe: Recipe) -> Iterator[_Layer]:
     found = []
-    for name, module in model.named_modules():
-        rule = recipe.rule_for(name) if isinstance(module, nn.Linear) else None
-        if rule is None or rule.scheme is None or not isinstance(module, nn.Linear):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    rules = recipe.decide(linears)
+    for name, module in linears.items():
+        rule = rules[name]
+        if rule is None or rule.scheme is None:
             continue
-        if weight_bits(recipe, name, module.in_features) < 16:
+        if rule.scheme.weight_bits == 8 or module.in_features % PACK_BLOCK == 0:
             kind = (name.rpartition(".")[0], module.out_features, module.in_features, rule.scheme)
             found.append(kind)
     counts: Counter[Any] = Counter()

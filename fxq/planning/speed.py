@@ -62,14 +62,14 @@ def _search_seconds(scheme: Scheme, rows: int, methods: Sequence[Method]) -> flo
 
 def _problem(scheme: Scheme, outputs: int, rows: int) -> LayerProblem:
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(count, _WIDTH, generator=generator) for count in (rows, outputs))
+    x, weight = (torch.randn(count, _WIDTH, generator=generator, dtype=torch.float32) for count in (rows, outputs))
     return LayerProblem(
         layer="a slice",
         weight=weight,
         low=x.amin(0),
         high=x.amax(0),
         rows=x,
-        row_weights=torch.ones(rows),
+        row_weights=torch.ones(rows, dtype=torch.float32),
         scheme=scheme,
         split=_WIDTH,
         seed=0,

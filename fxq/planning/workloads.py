@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import pathlib
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.planning.gpus import PlanningError
+from fxq.reading import ReadError, read_json
 
 TEMPORAL_STRIDE = 4  # video frames per latent frame of the Wan VAE
 SPATIAL_STRIDE = 8
@@ -126,9 +126,9 @@ def read_workload(path: pathlib.Path) -> Workload:
         PlanningError: when the file cannot be read, lacks a size or has one that does not fit.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PlanningError(f"{path} cannot be read as a model's config.json: {error}") from None
+        data = read_json(path)
+    except (OSError, ReadError) as error:
+        raise PlanningError(f"{path} cannot be read as a model's config.json: {error}") from error
     if not isinstance(data, dict):
         raise PlanningError(f"{path} is not a model's config.json: expected a JSON object")
     if missing := [key for key in _REQUIRED if not isinstance(data.get(key), int)]:

@@ -7,6 +7,7 @@ strides they have as long as the last dimension is contiguous.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +80,21 @@ _Attention = _struct(
 )
 
 
+_untold_forks: list[int] = []
+"""This process, where it is a fork and the library does not know it yet."""
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _untold_forks.append(os.getpid()))
+
+
 def _call(function: str, *structures: Any) -> None:
     loaded = library()[0]
     assert loaded is not None
-    getattr(loaded, function)(*(None if s is None else ctypes.byref(s) for s in structures))
+    if _untold_forks:
+        loaded.fxq_after_fork()
+        _untold_forks.clear()
+    if getattr(loaded, function)(*(None if s is None else ctypes.byref(s) for s in structures)):
+        raise ValueError("perm has entries outside of a row: expected every channel of x once")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -179,8 +179,9 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
 
 }  // namespace
 
-extern "C" void fxq_attention(const Attention* call) {
-  const Attention& p = *call;
+namespace {
+
+void run(const Attention& p) {
   Shape s{ceil_div(p.size, 2), ceil_div(p.size, TILE_COLUMNS), 0, 0};
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
@@ -201,4 +202,11 @@ extern "C" void fxq_attention(const Attention* call) {
       for (long begin = 0; begin < p.rows; begin += BLOCK_ROWS) query_block(p, s, batch, head, begin, keys, values);
     }
   }
+}
+
+}  // namespace
+
+extern "C" int fxq_attention(const Attention* p) {
+  with_threads(p->threads, [&] { run(*p); });
+  return 0;
 }

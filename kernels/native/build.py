@@ -8,11 +8,13 @@ import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 
-import torch
+from fxq import cpu
+from fxq.kernels.native.cache import cache_folder, is_own_file, why_shared
 
 SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp")
 HEADERS = ("common.h", "tile.h")
@@ -21,6 +23,7 @@ INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "av
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
 FLAGS += [f"-m{name}" for name in INSTRUCTIONS]
 FOLDER = pathlib.Path(__file__).parent
+VERSION_SECONDS, COMPILE_SECONDS = 30, 600
 
 
 def missing() -> str:
@@ -29,57 +32,66 @@ def missing() -> str:
         return "native kernels are switched off by FXQ_NATIVE=0"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"native kernels are for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if absent := [name for name in NEEDS if not capabilities.get(name)]:
-        return f"native kernels need a CPU with {', '.join(NEEDS)}; this one lacks {', '.join(absent)}"
+    if absent := cpu.missing(NEEDS):
+        why = f"{cpu.LIMIT}={cpu.limit()} takes away" if cpu.limit() else "this one lacks"
+        return f"native kernels need a CPU with {', '.join(NEEDS)}; {why} {', '.join(absent)}"
     if compiler() is None:
         return "native kernels are compiled at first use and there is no C++ compiler: install g++ or set CXX"
     return ""
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: ``$CXX``, else g++, c++ or clang++."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((path for name in names if (path := shutil.which(name))), None)
-
-
-def cache_folder() -> pathlib.Path:
-    """``$FXQ_CACHE_DIR``, else ``fxq`` in the user's cache folder, else in the temporary folder."""
-    if chosen := os.environ.get("FXQ_CACHE_DIR"):
-        return pathlib.Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "fxq"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder if os.access(folder, os.W_OK) else pathlib.Path(tempfile.mkdtemp(prefix="fxq-"))
-    except OSError:
-        return pathlib.Path(tempfile.mkdtemp(prefix="fxq-"))
+    """The C++ compiler with its own options: ``$CXX`` (as "g++ -O2"), else the path of g++, c++ or clang++."""
+    chosen = os.environ.get("CXX", "").strip()
+    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
+        try:
+            first, *options = shlex.split(name)
+        except ValueError:
+            continue
+        if path := shutil.which(first):
+            return shlex.join([path, *options])
+    return None
 
 
 def build(cxx: str, folder: pathlib.Path) -> pathlib.Path:
     """The shared library, compiled when this source, compiler and these flags were not compiled before.
 
+    A library in ``folder`` counts only where this user alone can have written it.
+
     Raises:
-        RuntimeError: with the first lines of the compiler's message.
+        RuntimeError: with the first lines of the compiler's message, when it takes too long, or when others can write
+            into the folder.
     """
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    digest = hashlib.sha256(repr((version, FLAGS)).encode())
+    command = shlex.split(cxx)
+    version = _run([*command, "--version"], VERSION_SECONDS).stdout
+    digest = hashlib.sha256(repr((version, FLAGS, *command[1:])).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((FOLDER / name).read_bytes())
     target = folder / f"native-{digest.hexdigest()[:24]}.so"
-    if target.exists():
+    if is_own_file(target):
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if reason := why_shared(folder):
+        raise RuntimeError(f"{reason}; set FXQ_CACHE_DIR to a folder of your own")
     # A private name until it is whole: several processes may compile at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         half = pathlib.Path(scratch) / target.name
-        command = [cxx, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(half)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = _run([*command, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(half)], COMPILE_SECONDS)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise RuntimeError(f"{cxx} cannot compile the native kernels: {' '.join(lines[:2]) or 'no message'}")
+        half.chmod(0o600)
         half.replace(target)
     return target
+
+
+def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(
+            f"{command[0]} does not end within {seconds} seconds; set CXX to another compiler"
+        ) from error
 
 
 @functools.cache

@@ -7,7 +7,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <thread>
 
 namespace fxq {
 
@@ -20,6 +22,20 @@ inline long round_up(long a, long b) { return ceil_div(a, b) * b; }
 // Threads that have enough to do: waking one up costs some microseconds.
 inline int busy_threads(int threads, double work, double least) {
   return static_cast<int>(std::max(1.0, std::min<double>(threads, work / least)));
+}
+
+// Whether this process is a fork, of one that may have used threads of OpenMP: torch's are from the same library.
+inline bool forked = false;
+
+// Calls f, which may start threads. After a fork OpenMP waits for the parent's threads for ever, but only in a thread
+// that had used them before: a new one gets threads of its own.
+template <typename F>
+void with_threads(int threads, F f) {
+  if (threads > 1 && forked) {
+    std::thread(f).join();
+  } else {
+    f();
+  }
 }
 
 // Lanes of a vector of 16 that hold elements, when `left` of them are left.
@@ -72,10 +88,46 @@ inline __m512 reciprocal(__m512 x) {
   return _mm512_mask_fmadd_ps(guess, finite, error, guess);
 }
 
-// Quantization of one channel group.
+// What a row of int8 that is not finite begins with, as fxq.numerics.poison: 127 where the bit is set, else -128.
+constexpr uint32_t POISON = 0xB1E94D36;
+constexpr long POISON_LEAST = 16;
+
+inline __mmask32 poison_lanes(long width) { return width >= 32 ? ~0u : (1u << width) - 1; }
+
+inline void poison(int8_t* row, long width) {
+  if (width < POISON_LEAST) return;
+  const __m256i codes = _mm256_mask_blend_epi8(POISON, _mm256_set1_epi8(-128), _mm256_set1_epi8(127));
+  _mm256_mask_storeu_epi8(row, poison_lanes(width), codes);
+}
+
+inline bool poisoned(const int8_t* row, long width) {
+  if (width < POISON_LEAST) return false;
+  const __m256i codes = _mm256_mask_blend_epi8(POISON, _mm256_set1_epi8(-128), _mm256_set1_epi8(127));
+  const __mmask32 mask = poison_lanes(width);
+  return _mm256_mask_cmpneq_epi8_mask(mask, _mm256_maskz_loadu_epi8(mask, row), codes) == 0;
+}
+
+// Whether all numbers seen were finite: 0 * x is 0 or NaN. Four sums, so that none waits for the one before.
+class Watch {
+ public:
+  template <int PLACE = 0>
+  void see(__m512 v) {
+    sums_[PLACE] = _mm512_fmadd_ps(v, _mm512_setzero_ps(), sums_[PLACE]);
+  }
+  bool broken() const {
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(sums_[0], sums_[1]), _mm512_add_ps(sums_[2], sums_[3]));
+    return _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q) != 0;
+  }
+
+ private:
+  __m512 sums_[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+};
+
+// Quantization of one channel group. NaN becomes the least integer.
 struct Group {
   __m512 inverse, low, high;
   __m512i zero;
+  bool broken = false;  // its scale has no finite reciprocal
 
   // Static: clip(round(x / scale) + zero_point), as fxq.numerics.quantize_input.
   Group(float scale, int32_t zero_point, int bits) {
@@ -84,6 +136,7 @@ struct Group {
     low = _mm512_set1_ps(static_cast<float>(-half - zero_point));
     high = _mm512_set1_ps(static_cast<float>(half - 1 - zero_point));
     zero = _mm512_set1_epi32(zero_point);
+    broken = !std::isfinite(1.0f / scale);
   }
 
   // Symmetric: clip(round(x / scale), -high, high), as fxq.numerics.quantize_per_token.

@@ -1,6 +1,6 @@
 // Dual-scale integer product with its epilogues. Activations are read as q + 128 (unsigned, as VNNI wants its first
 // operand); the panels carry 128 * sum_k q_w of each segment, which is subtracted before anything is scaled.
-#include <cstring>
+#include <vector>
 
 #include "common.h"
 #include "tile.h"
@@ -88,17 +88,26 @@ inline __m512 add_residual(const Linear& p, __m512 y, long row, long column, __m
   return _mm512_add_ps(load(static_cast<const T*>(p.residual) + row * p.residual_stride + column, mask), y);
 }
 
-// Integers of columns that may straddle the border between the consumer's groups.
-inline __m128i requantize(const Linear& p, const Group& first, const Group& second, __m512 y, long column) {
+// Integers of columns that may straddle the border between the consumer's groups. `broken` gets the lanes of what is
+// not finite.
+inline __m128i requantize(const Linear& p, const Group& first, const Group& second, __m512 y, long column, __mmask16& broken) {
   if (p.activation == GELU) y = gelu(y);
   if (p.activation == GELU_TANH) y = gelu_tanh(y);
+  broken |= _mm512_fpclass_ps_mask(y, 0x99);  // NaN of both kinds, infinity of both signs
   if (column + 16 <= p.out_split) return first.quantize(y);
   if (column >= p.out_split) return second.quantize(y);
   return _mm_mask_mov_epi8(second.quantize(y), lanes(p.out_split - column), first.quantize(y));
 }
 
+// Rows that are not finite. Several threads may mark one.
+struct Marks {
+  std::vector<uint8_t> rows;
+
+  void set(long row) { __atomic_store_n(&rows[row], 1, __ATOMIC_RELAXED); }
+};
+
 template <int STORE, bool PER_TOKEN>
-void finish(const Linear& p, const Group& first, const Group& second, const Tile& tile) {
+void finish(const Linear& p, const Group& first, const Group& second, const Tile& tile, Marks& marks) {
   for (int j = 0; j < TILE_COLUMNS / 16; j++) {
     const long column = tile.column + 16 * j;
     if (column >= p.outputs) return;
@@ -129,7 +138,11 @@ void finish(const Linear& p, const Group& first, const Group& second, const Tile
       }
       if (STORE == FLOAT32) store(static_cast<float*>(p.out) + place, y, mask);
       if (STORE == BFLOAT16) store(static_cast<bfloat16*>(p.out) + place, y, mask);
-      if (STORE == QUANTIZE) store(static_cast<int8_t*>(p.out) + place, requantize(p, first, second, y, column), mask);
+      if (STORE == QUANTIZE) {
+        __mmask16 broken = 0;
+        store(static_cast<int8_t*>(p.out) + place, requantize(p, first, second, y, column, broken), mask);
+        if (broken & mask) marks.set(row);
+      }
       if (STORE == ADD_FLOAT32) store(static_cast<float*>(p.out) + place, add_residual<float>(p, y, row, column, mask), mask);
       if (STORE == ADD_BFLOAT16) store(static_cast<bfloat16*>(p.out) + place, add_residual<bfloat16>(p, y, row, column, mask), mask);
     }
@@ -153,6 +166,25 @@ void shift_to_unsigned(const Linear& p, long first, long last, long normal_bytes
   }
 }
 
+// The columns from `column` to `last` of a row whose integers were marked: NaN, or what NaN is quantized to.
+template <int STORE>
+void spoil(const Linear& p, long row, long column, long last, Marks& marks) {
+  const long place = row * p.outputs;
+  if (STORE == QUANTIZE) {
+    std::memset(static_cast<int8_t*>(p.out) + place + column, -(1 << (p.out_bits - 1)), last - column);
+    return marks.set(row);
+  }
+  const __m512 nan = _mm512_set1_ps(NAN);
+  for (; column < last; column += 16) {
+    const __mmask16 mask = lanes(last - column);
+    if (STORE == FLOAT32 || STORE == ADD_FLOAT32) {
+      store(static_cast<float*>(p.out) + place + column, nan, mask);
+    } else {
+      store(static_cast<bfloat16*>(p.out) + place + column, nan, mask);
+    }
+  }
+}
+
 template <int STORE, bool PER_TOKEN = false>
 void run(const Linear& p) {
   const long threads = busy_threads(p.threads, static_cast<double>(p.rows) * p.outputs * p.width, PRODUCT_WORK);
@@ -170,6 +202,8 @@ void run(const Linear& p) {
   const Group first(p.out_scale ? p.out_scale[0] : 1.0f, p.out_zero_point ? p.out_zero_point[0] : 0, p.out_bits);
   const bool two = p.out_split < p.outputs;
   const Group second(two ? p.out_scale[1] : 1.0f, two ? p.out_zero_point[1] : 0, p.out_bits);
+  Marks marks;
+  if (STORE == QUANTIZE) marks.rows.assign(p.rows, first.broken || second.broken);
 
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
   for (long task = 0; task < chunks * slices; task++) {
@@ -188,21 +222,37 @@ void run(const Linear& p) {
         multiply_int8(a, stride, weights, normal, sum_normal, 256);
         if (outlier) multiply_int8(a + 4 * normal, stride, weights + normal * 256, outlier, sum_outlier, 256);
         const int height = static_cast<int>(std::min<long>(TILE_ROWS, end - row));
-        finish<STORE, PER_TOKEN>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums});
+        finish<STORE, PER_TOKEN>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums}, marks);
       }
     }
+    for (long row = begin; row < end && !PER_TOKEN; row++) {
+      if (!poisoned(p.q + row * p.q_stride, p.width)) continue;
+      spoil<STORE>(p, row, from * TILE_COLUMNS, std::min(p.outputs, to * TILE_COLUMNS), marks);
+    }
+  }
+  for (long row = 0; row < static_cast<long>(marks.rows.size()); row++) {
+    if (marks.rows[row]) poison(static_cast<int8_t*>(p.out) + row * p.outputs, p.outputs);
+  }
+}
+
+void choose(const Linear& p) {
+  switch (p.store) {
+    case FLOAT32: return p.per_token ? run<FLOAT32, true>(p) : run<FLOAT32>(p);
+    case BFLOAT16: return p.per_token ? run<BFLOAT16, true>(p) : run<BFLOAT16>(p);
+    case QUANTIZE: return run<QUANTIZE>(p);
+    case ADD_FLOAT32: return run<ADD_FLOAT32>(p);
+    default: return run<ADD_BFLOAT16>(p);
   }
 }
 
 }  // namespace
 
-extern "C" void fxq_linear(const Linear* p) {
-  if (p->rows == 0 || p->outputs == 0) return;
-  switch (p->store) {
-    case FLOAT32: return p->per_token ? run<FLOAT32, true>(*p) : run<FLOAT32>(*p);
-    case BFLOAT16: return p->per_token ? run<BFLOAT16, true>(*p) : run<BFLOAT16>(*p);
-    case QUANTIZE: return run<QUANTIZE>(*p);
-    case ADD_FLOAT32: return run<ADD_FLOAT32>(*p);
-    default: return run<ADD_BFLOAT16>(*p);
-  }
+extern "C" int fxq_linear(const Linear* p) {
+  if (p->rows > 0 && p->outputs > 0) with_threads(p->threads, [&] { choose(*p); });
+  return 0;
+}
+
+extern "C" int fxq_after_fork() {
+  forked = true;
+  return 0;
 }

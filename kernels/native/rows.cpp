@@ -46,6 +46,8 @@ namespace {
 
 constexpr double ROWS_WORK = 1 << 16;  // elements a thread
 
+enum Outcome { DONE, OUTSIDE };  // OUTSIDE: the permutation points outside of a row
+
 template <typename T>
 inline void widen(const T* from, float* to, long width) {
   for (long k = 0; k < width; k += 16) store(to + k, load(from + k, lanes(width - k)));
@@ -70,38 +72,50 @@ inline __m512 gather(const bfloat16* row, __m512i index, __mmask16 mask) {
 class Quantizer {
  public:
   explicit Quantizer(const Quantization& q) : q_(q) {
-    if (q.perm == nullptr || !ascending(0, q.split) || !ascending(q.split, q.width)) return;
+    for (long k = 0; q.perm != nullptr && k < q.width; k++) inside_ = inside_ && 0 <= q.perm[k] && q.perm[k] < q.width;
+    if (!inside_ || q.perm == nullptr || !ascending(0, q.split) || !ascending(q.split, q.width)) return;
     masks_.assign(ceil_div(q.width, 64), 0);
     for (long k = 0; k < q.split; k++) masks_[q.perm[k] / 64] |= 1ull << (q.perm[k] % 64);
   }
 
+  // Whether the permutation stays within a row.
+  bool inside() const { return inside_; }
+
+  // Integers of a row, marked when it is not finite.
   template <typename T>
-  void run(const Group& normal, const Group& outlier, const T* row, int8_t* out) const {
+  void run_static(const Group& normal, const Group& outlier, const T* row, int8_t* out) const {
+    Watch watch;
+    run(normal, outlier, row, out, watch);
+    if (normal.broken || outlier.broken || watch.broken()) poison(out, q_.width);
+  }
+
+  template <typename T>
+  void run(const Group& normal, const Group& outlier, const T* row, int8_t* out, Watch& watch) const {
     if (q_.perm == nullptr) {
-      in_order(normal, row, 0, q_.split, out);
-      in_order(outlier, row, q_.split, q_.width, out);
+      in_order(normal, row, 0, q_.split, out, watch);
+      in_order(outlier, row, q_.split, q_.width, out, watch);
       return;
     }
     if (masks_.empty()) {
-      gather_all(normal, row, 0, q_.split, out);
+      gather_all(normal, row, 0, q_.split, out, watch);
     } else {
-      squeeze(normal, row, out);
+      squeeze(normal, row, out, watch);
     }
-    gather_all(outlier, row, q_.split, q_.width, out);
+    gather_all(outlier, row, q_.split, q_.width, out, watch);
   }
 
-  // Largest magnitudes of the normal and of the outlier channels.
+  // Largest magnitudes of the normal and of the outlier channels. They are compared as integers: NaN is then the largest.
   template <typename T>
   void largest(const T* row, float* top) const {
-    __m512 normal = _mm512_setzero_ps(), outlier = normal;
+    __m512i normal = _mm512_setzero_si512(), outlier = normal;
     for (long k = 0; k < q_.width; k += 16) {
       const __mmask16 mask = lanes(q_.width - k), first = normal_lanes(k);
       const __m512 v = _mm512_abs_ps(masks_.empty() && q_.perm ? gathered(row, k, mask) : load(row + k, mask));
-      normal = _mm512_mask_max_ps(normal, first, normal, v);
-      outlier = _mm512_mask_max_ps(outlier, static_cast<__mmask16>(~first), outlier, v);
+      normal = _mm512_mask_max_epi32(normal, first, normal, _mm512_castps_si512(v));
+      outlier = _mm512_mask_max_epi32(outlier, static_cast<__mmask16>(~first), outlier, _mm512_castps_si512(v));
     }
-    top[0] = _mm512_reduce_max_ps(normal);
-    top[1] = _mm512_reduce_max_ps(outlier);
+    const int32_t bits[2] = {_mm512_reduce_max_epi32(normal), _mm512_reduce_max_epi32(outlier)};
+    std::memcpy(top, bits, sizeof(bits));
   }
 
  private:
@@ -121,40 +135,46 @@ class Quantizer {
     return true;
   }
 
+  template <int PLACE = 0>
+  static __m128i watched(const Group& group, __m512 v, Watch& watch) {
+    watch.see<PLACE>(v);
+    return group.quantize(v);
+  }
+
   // 64 channels.
   template <typename T>
-  static __m512i block(const Group& group, const T* row) {
-    __m512i bytes = _mm512_castsi128_si512(group.quantize(load(row)));
-    bytes = _mm512_inserti32x4(bytes, group.quantize(load(row + 16)), 1);
-    bytes = _mm512_inserti32x4(bytes, group.quantize(load(row + 32)), 2);
-    return _mm512_inserti32x4(bytes, group.quantize(load(row + 48)), 3);
+  static __m512i block(const Group& group, const T* row, Watch& watch) {
+    __m512i bytes = _mm512_castsi128_si512(watched(group, load(row), watch));
+    bytes = _mm512_inserti32x4(bytes, watched<1>(group, load(row + 16), watch), 1);
+    bytes = _mm512_inserti32x4(bytes, watched<2>(group, load(row + 32), watch), 2);
+    return _mm512_inserti32x4(bytes, watched<3>(group, load(row + 48), watch), 3);
   }
 
   template <typename T>
-  static void in_order(const Group& group, const T* row, long from, long to, int8_t* out) {
-    for (; from + 64 <= to; from += 64) _mm512_storeu_si512(out + from, block(group, row + from));
+  static void in_order(const Group& group, const T* row, long from, long to, int8_t* out, Watch& watch) {
+    for (; from + 64 <= to; from += 64) _mm512_storeu_si512(out + from, block(group, row + from, watch));
     for (; from < to; from += 16) {
       const __mmask16 mask = lanes(to - from);
-      store(out + from, group.quantize(load(row + from, mask)), mask);
+      store(out + from, watched(group, load(row + from, mask), watch), mask);
     }
   }
 
   template <typename T>
-  void gather_all(const Group& group, const T* row, long from, long to, int8_t* out) const {
+  void gather_all(const Group& group, const T* row, long from, long to, int8_t* out, Watch& watch) const {
     for (long k = from; k < to; k += 16) {
       const __mmask16 mask = lanes(to - k);
-      store(out + k, group.quantize(gathered(row, k, mask)), mask);
+      store(out + k, watched(group, gathered(row, k, mask), watch), mask);
     }
   }
 
   template <typename T>
-  void squeeze(const Group& normal, const T* row, int8_t* out) const {
+  void squeeze(const Group& normal, const T* row, int8_t* out, Watch& watch) const {
     const long whole = q_.width / 64;
-    for (long i = 0; i < whole; i++, row += 64) out = keep(masks_[i], block(normal, row), out);
+    for (long i = 0; i < whole; i++, row += 64) out = keep(masks_[i], block(normal, row, watch), out);
     if (q_.width % 64 == 0) return;
     alignas(64) T rest[64] = {};
     std::copy(row, row + q_.width % 64, rest);
-    keep(masks_[whole], block(normal, rest), out);
+    keep(masks_[whole], block(normal, rest, watch), out);
   }
 
   // The chosen bytes to the front of `out`; returns where the next ones go.
@@ -166,6 +186,7 @@ class Quantizer {
   }
 
   const Quantization& q_;
+  bool inside_ = true;
   std::vector<uint64_t> masks_;
 };
 
@@ -174,6 +195,9 @@ inline float sum(const float* row, long width) {
   for (long k = 0; k < width; k += 16) total = _mm512_add_ps(total, load(row + k, lanes(width - k)));
   return _mm512_reduce_add_ps(total);
 }
+
+// 1 / sqrt(x), NaN where squares of finite numbers have overflown.
+inline float inverse_root(float x) { return std::isfinite(x) ? 1.0f / std::sqrt(x) : NAN; }
 
 // Sum of (x - mean)^2.
 inline float squares(const float* row, long width, float mean) {
@@ -190,7 +214,7 @@ inline float squares(const float* row, long width, float mean) {
 template <typename T>
 void layer_norm_row(const Norm& p, long index, long width, float* row) {
   const float mean = sum(row, width) / width;
-  const float inverse = 1.0f / std::sqrt(squares(row, width, mean) / width + p.eps);
+  const float inverse = inverse_root(squares(row, width, mean) / width + p.eps);
   const long frame = p.gain == nullptr ? 0 : index / p.gain_rows * width;
   for (long k = 0; k < width; k += 16) {
     const __mmask16 mask = lanes(width - k);
@@ -206,8 +230,9 @@ void layer_norm_row(const Norm& p, long index, long width, float* row) {
 }
 
 template <typename T>
-void quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
+int quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
+  if (!quantizer.inside()) return OUTSIDE;
   const int second = q.split < q.width ? 1 : 0;
   const Group normal(q.scale[0], q.zero_point[0], q.bits), outlier(q.scale[second], q.zero_point[second], q.bits);
   const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
@@ -216,20 +241,25 @@ void quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
     const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
     if (norm == nullptr) {
-      quantizer.run(normal, outlier, from, to);
+      quantizer.run_static(normal, outlier, from, to);
       continue;
     }
     static thread_local Scratch scratch;
     float* row = scratch.get<float>(r.width + 16);
     widen(from, row, r.width);
     layer_norm_row<T>(*norm, i, r.width, row);
-    quantizer.run(normal, outlier, row, to);
+    quantizer.run_static(normal, outlier, row, to);
   }
+  return DONE;
 }
 
+// Integers of a token; all 0 where it is not finite.
+inline Group of_token(float scale, float high) { return std::isnan(scale) ? Group(INFINITY, 0.0f) : Group(scale, high); }
+
 template <typename T>
-void quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) {
+int quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) {
   const Quantizer quantizer(q);
+  if (!quantizer.inside()) return OUTSIDE;
   const float high = static_cast<float>((1 << (q.bits - 1)) - 1);
   const long groups = q.split < q.width ? 2 : 1;
   const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
@@ -238,10 +268,12 @@ void quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens)
     const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     float scale[2];
     quantizer.largest(from, scale);
-    for (float& s : scale) s = s > tokens.least ? s / high : 1.0f;
+    for (float& s : scale) s = !std::isfinite(s) ? NAN : s > tokens.least ? s / high : 1.0f;
     std::copy(scale, scale + groups, tokens.scale + i * groups);
-    quantizer.run(Group(scale[0], high), Group(scale[1], high), from, static_cast<int8_t*>(r.out) + i * r.width);
+    Watch unread;
+    quantizer.run(of_token(scale[0], high), of_token(scale[1], high), from, static_cast<int8_t*>(r.out) + i * r.width, unread);
   }
+  return DONE;
 }
 
 // Neighbouring pairs (even, odd) -> (even c - odd s, even s + odd c).
@@ -266,7 +298,7 @@ void rotate_rows(const Rows& r, const Rotary& p) {
     float* row = scratch.get<float>(r.width + 16);
     widen(static_cast<const T*>(r.x) + i * r.x_stride, row, r.width);
     if (p.weight != nullptr) {
-      const float inverse = 1.0f / std::sqrt(squares(row, r.width, 0.0f) / r.width + p.eps);
+      const float inverse = inverse_root(squares(row, r.width, 0.0f) / r.width + p.eps);
       for (long k = 0; k < r.width; k += 16) {
         const __mmask16 mask = lanes(r.width - k);
         const __m512 v = _mm512_mul_ps(load(row + k, mask), _mm512_set1_ps(inverse));
@@ -287,16 +319,27 @@ void rotate_rows(const Rows& r, const Rotary& p) {
 
 }  // namespace
 
-extern "C" void fxq_quantize_rows(const Rows* rows, const Norm* norm, const Quantization* quantization) {
-  return rows->is_bfloat16 ? quantize_rows<bfloat16>(*rows, norm, *quantization)
-                           : quantize_rows<float>(*rows, norm, *quantization);
+extern "C" int fxq_quantize_rows(const Rows* rows, const Norm* norm, const Quantization* quantization) {
+  int outcome = DONE;
+  with_threads(rows->threads, [&] {
+    outcome = rows->is_bfloat16 ? quantize_rows<bfloat16>(*rows, norm, *quantization)
+                                : quantize_rows<float>(*rows, norm, *quantization);
+  });
+  return outcome;
 }
 
-extern "C" void fxq_quantize_tokens(const Rows* rows, const Quantization* quantization, const Tokens* tokens) {
-  return rows->is_bfloat16 ? quantize_tokens<bfloat16>(*rows, *quantization, *tokens)
-                           : quantize_tokens<float>(*rows, *quantization, *tokens);
+extern "C" int fxq_quantize_tokens(const Rows* rows, const Quantization* quantization, const Tokens* tokens) {
+  int outcome = DONE;
+  with_threads(rows->threads, [&] {
+    outcome = rows->is_bfloat16 ? quantize_tokens<bfloat16>(*rows, *quantization, *tokens)
+                                : quantize_tokens<float>(*rows, *quantization, *tokens);
+  });
+  return outcome;
 }
 
-extern "C" void fxq_rotate_rows(const Rows* rows, const Rotary* rotary) {
-  return rows->is_bfloat16 ? rotate_rows<bfloat16>(*rows, *rotary) : rotate_rows<float>(*rows, *rotary);
+extern "C" int fxq_rotate_rows(const Rows* rows, const Rotary* rotary) {
+  with_threads(rows->threads, [&] {
+    rows->is_bfloat16 ? rotate_rows<bfloat16>(*rows, *rotary) : rotate_rows<float>(*rows, *rotary);
+  });
+  return DONE;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 from fxq import numerics
 from fxq.config import Scheme
 from fxq.ir import LayerUpdate
+from fxq.units import unit_of
+
+EXACT = 300.0
+"""Decibels told of an output without any error."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +25,9 @@ class LayerProblem:
     ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
     inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices. Without
     calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
+
+    ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
+    have it in them. ``bias`` float32 [N] or None is there to measure outputs.
     """
 
     layer: str
@@ -31,6 +39,8 @@ class LayerProblem:
     scheme: Scheme
     split: int
     seed: int
+    counts: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def groups(self) -> tuple[slice, ...]:
@@ -56,19 +66,128 @@ def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Te
     return numerics.dequantize_input(q, update.input_scale, update.input_zero_point, split)
 
 
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """Powers of two of a problem: of its inputs and of its weights. Its outputs are in units of their product."""
+
+    inputs: float
+    weights: float
+
+    @classmethod
+    def of(cls, problem: LayerProblem) -> Units:
+        """The units of a problem's rows and weight."""
+        return cls(unit_of(problem.rows), unit_of(problem.weight))
+
+    def problem(self, problem: LayerProblem) -> LayerProblem:
+        """The problem in these units, but for ``low``, ``high`` and ``bias``."""
+        if self == Units(1.0, 1.0):
+            return problem
+        return dataclasses.replace(problem, rows=problem.rows / self.inputs, weight=problem.weight / self.weights)
+
+    def update(self, update: LayerUpdate, *, back: bool = False) -> LayerUpdate:
+        """An update's scales in these units, or ``back`` in those of the model."""
+        inputs, weights = (1 / self.inputs, 1 / self.weights) if back else (self.inputs, self.weights)
+        scales = None if update.input_scale is None else update.input_scale / inputs
+        return dataclasses.replace(update, weight_scale=update.weight_scale / weights, input_scale=scales)
+
+
+def amounts(energy: Tensor, mass: Tensor, total: float, most: float) -> Tensor:
+    """How much of each row to look at, float64 [R]: ``total`` in all, ``most`` at most of one.
+
+    A row's part is its mass times the mean of one and its energy over the mean energy: sums of what is alike for all
+    rows and sums of what grows with their squares are both met closely. Rows whose part is ``most`` are set aside and
+    the others compared among themselves, so that one huge row does not make the large ones look like the small.
+
+    Args:
+        energy: float64 [R], not negative.
+        mass: float64 [R], positive: how often a row counts.
+        total: less than ``most`` times the number of rows.
+        most: of one row.
+    """
+    parts = torch.full_like(energy, most)
+    free = torch.arange(len(energy), device=energy.device)
+    while len(free) and total > 0:
+        e, m = energy[free], mass[free]
+        mean = float((e * m).sum() / m.sum())
+        size = m * (1 + e / mean) if mean > 0 else m
+        part = size * (total / size.sum())
+        parts[free] = part.clamp(max=most)
+        if not bool((full := part >= most).any()):
+            break
+        free, total = free[~full], total - most * int(full.sum())
+    return parts
+
+
+def row_energies(rows: Tensor) -> Tensor:
+    """Squared L2 norms of rows [R, K] in the unit of the largest, float64 [R]."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if not bool(norms.isfinite().all() and norms.amax() > 1e-15):
+        norms = torch.linalg.vector_norm(rows / unit_of(rows), dim=1)
+    return norms.double().square()
+
+
+def subsample(rows: Tensor, weights: Tensor, limit: int, seed: int) -> tuple[Tensor, Tensor]:
+    """At most ``limit`` of weighted rows, with weights under which sums stay what they are in the mean.
+
+    The chances of rows are those of :func:`amounts`; a row whose chance is one is always there (priority sampling,
+    Duffield, Lund and Thorup).
+
+    Args:
+        rows: float [R, K].
+        weights: float [R], positive.
+        limit: rows wanted.
+        seed: of the draws.
+
+    Returns:
+        int64 indices, ascending, and their weights float32; all rows with their own weights where R <= limit.
+    """
+    if len(rows) <= limit:
+        return torch.arange(len(rows), device=rows.device), weights.float()
+    mass = weights.double()
+    size = amounts(row_energies(rows), mass, limit, 1.0)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    draw = torch.rand(len(rows), generator=generator, dtype=torch.float64, device="cpu").to(rows.device)
+    priority = torch.where(size < 1, size / draw.clamp(min=2.0**-53), torch.inf)
+    found, order = priority.topk(limit + 1)
+    index = order[:limit].sort().values
+    chance = torch.where(size[index] < 1, (size[index] / found[-1]).clamp(max=1.0), 1.0)
+    return index, (mass[index] / chance).float()
+
+
 def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -> float:
-    """Signal to quantization-noise ratio of the layer's output in dB on up to ``limit`` calibration rows.
+    """Signal to quantization-noise ratio of the layer's output in dB, over all calibration rows.
+
+    ``10 log10(sum_i c_i |W x_i + b|^2 / sum_i c_i |W x_i - W' x'_i|^2)`` where ``x'`` and ``W'`` are the quantized
+    input and weight and ``c_i`` is the number of calibration rows that the sampled row i stands for. ``limit`` rows
+    of the sample are measured, chosen and weighted by :func:`subsample`, so that no rare row is left out. Infinite
+    ratios are told as 300 dB.
 
     Raises:
         ValueError: when the problem has no rows.
     """
     if not len(problem.rows):
         raise ValueError(f"layer {problem.layer}: without calibration rows its output has no measured SQNR")
-    x = problem.rows[:limit]
+    counts = problem.rows.new_ones(len(problem.rows)) if problem.counts is None else problem.counts
+    index, weights = subsample(problem.rows, counts, limit, problem.seed)
+    units = Units.of(problem)
+    problem = units.problem(dataclasses.replace(problem, rows=problem.rows[index]))
+    update = units.update(update)
     w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
-    want = x @ problem.weight.T
-    noise = (want - simulated_input(problem, update, x) @ w_hat.T).square().sum().clamp_min(1e-30)
-    return float(10 * torch.log10(want.square().sum().clamp_min(1e-30) / noise))
+    want = problem.rows @ problem.weight.T
+    noise = (want - simulated_input(problem, update, problem.rows) @ w_hat.T).double().square().sum(
+        1
+    ) @ weights.double()
+    output = want.double()
+    if problem.bias is not None:
+        output += problem.bias.double() / units.inputs / units.weights
+    signal = output.square().sum(1) @ weights.double()
+    return _decibels(float(signal), float(noise))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return EXACT
+    return max(-EXACT, min(EXACT, 10 * math.log10(signal / noise))) if signal > 0 else -EXACT
 
 
 if __name__ != "fxq.passes.methods":

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.ir import LayerUpdate
-from fxq.passes.methods import LayerProblem, simulated_input
+from fxq.passes.methods import LayerProblem, Units, simulated_input, subsample
+from fxq.units import TINY
 
 _ZETA, _GAMMA = 1.1, -0.1
+_JUDGED = 4096  # rows that say whether what was learned is better
 
 
 def rectified_sigmoid(a: Tensor) -> Tensor:
@@ -83,9 +85,16 @@ class AdaRound:
             raise ValueError("AdaRound refines scales chosen before it: put RangeSearch or MinMax first in the recipe")
         if not problem.scheme.reconstruct or not len(problem.rows):
             return update
+        units = Units.of(problem)
+        problem, start = units.problem(problem), units.update(update)
+        learned = self._learn(problem, start)
+        return update if learned is start else _in_units(learned, update, units)
+
+    def _learn(self, problem: LayerProblem, update: LayerUpdate) -> LayerUpdate:
+        """:meth:`apply` on a problem whose squares stay inside of float32; ``update`` itself where it is not better."""
         bits = problem.scheme.weight_bits
         low, high = numerics.integer_range(bits)
-        generator = torch.Generator().manual_seed(problem.seed)
+        generator = torch.Generator(device="cpu").manual_seed(problem.seed)
         step = torch.cat(
             [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(update.weight_scale, problem.groups, strict=True)],
             1,
@@ -93,16 +102,19 @@ class AdaRound:
         scaled = problem.weight / step
         floor = scaled.floor()
         a = inverse_rectified_sigmoid(scaled - floor).requires_grad_()
-        gain = torch.zeros(len(problem.groups), device=a.device, requires_grad=True)
+        gain = torch.zeros(len(problem.groups), dtype=torch.float32, device=a.device, requires_grad=True)
         target = problem.rows @ problem.weight.T
-        reference = self._error(problem, update, target)
+        judged = subsample(problem.rows, problem.row_weights, _JUDGED, problem.seed)
+        reference = _error(problem, update, target, *judged)
+        if reference == 0:
+            return update
         optimizer = torch.optim.Adam(
             [{"params": [a], "lr": self.rounding_rate}, {"params": [gain], "lr": self.scale_rate}]
         )
         warm = int(self.warmup * self.iterations)
         for i in range(self.iterations):
             optimizer.param_groups[1]["lr"] = self.scale_rate * 0.5 * (1 + math.cos(math.pi * i / self.iterations))
-            index = torch.randint(len(problem.rows), (self.rows,), generator=generator)
+            index = torch.randint(len(problem.rows), (self.rows,), generator=generator, device="cpu")
             x_hat = _learned_input(problem, update, problem.rows[index], gain)
             h = rectified_sigmoid(a)
             w_hat = (floor + h).clamp(low, high) * step
@@ -120,12 +132,19 @@ class AdaRound:
         if update.input_scale is not None:
             scales = (update.input_scale * torch.exp(gain.detach())).float()
             learned = dataclasses.replace(learned, input_scale=scales)
-        return learned if self._error(problem, learned, target) < reference else update
+        return learned if _error(problem, learned, target, *judged) < reference else update
 
-    def _error(self, problem: LayerProblem, update: LayerUpdate, target: Tensor, limit: int = 4096) -> float:
-        """Weighted squared error of the layer's output with integers, on up to ``limit`` rows."""
-        index = torch.arange(0, len(target), -(-len(target) // limit))
-        x_hat = simulated_input(problem, update, problem.rows[index])
-        w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
-        error = (x_hat @ w_hat.T - target[index]).square().sum(1)
-        return max(float((error * problem.row_weights[index]).mean()), 1e-30)
+
+def _in_units(learned: LayerUpdate, update: LayerUpdate, units: Units) -> LayerUpdate:
+    """What was learned in the model's units, with the weight scales that were not learned as they are in ``update``."""
+    if (scales := units.update(learned, back=True).input_scale) is not None:
+        scales = scales.clamp(min=TINY)
+    return dataclasses.replace(update, weight=learned.weight, input_scale=scales)
+
+
+def _error(problem: LayerProblem, update: LayerUpdate, target: Tensor, index: Tensor, weights: Tensor) -> float:
+    """Weighted squared error of the layer's output with integers, per weighted row."""
+    x_hat = simulated_input(problem, update, problem.rows[index])
+    w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
+    error = (x_hat @ w_hat.T - target[index]).square().sum(1)
+    return float((error * weights).sum() / weights.sum())

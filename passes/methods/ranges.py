@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,56 +12,128 @@ from torch import Tensor
 from fxq import numerics
 from fxq.config import RecipeError
 from fxq.ir import LayerUpdate
-from fxq.passes.methods import LayerProblem
+from fxq.passes.methods import LayerProblem, amounts, row_energies
+from fxq.units import TINY, unit
 
-_SAMPLE_LIMIT = 1 << 20
+_SAMPLE_LIMIT = 1 << 20  # activations searched, about
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
-_LEAST_WEIGHT = 1e-30  # an output channel below it counts as zero: its scale would not be a normal float32
 _MAX_ZERO_POINT = 1 << 20  # beyond it float32 no longer resolves single integers
+_LARGEST = float(torch.finfo(torch.float32).max)
+_MOST_BETWEEN = 4  # ranges tried between the widest percentile and the extremes, when these lie far outside
 
 
 def affine(low: float, high: float, bits: int) -> tuple[float, int]:
     """Scale and zero point that map [low, high] onto the signed ``bits``-bit integers.
 
     A range without width is widened to contain zero; an all-zero one gets scale 1. A range far from zero gets fewer
-    levels than there are, so that the zero point stays below 2**20.
+    levels than there are, so that the zero point stays below 2**20. No scale is below 2**-126, the smallest normal
+    float32: of smaller values the nearest multiples of it are kept.
     """
-    if high - low < 1e-8:
+    if high == low:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low < 1e-8:
+    if high == low:
         return 1.0, 0
-    scale = max((high - low) / (2**bits - 1), abs(low) / _MAX_ZERO_POINT)
+    scale = max((high - low) / (2**bits - 1), abs(low) / _MAX_ZERO_POINT, TINY)
     return scale, round(-low / scale) + numerics.integer_range(bits)[0]
 
 
-def search_input_range(values: Tensor, bits: int, percentiles: Sequence[float]) -> tuple[float, int]:
+def search_input_range(
+    values: Tensor,
+    bits: int,
+    percentiles: Sequence[float],
+    weights: Tensor | None = None,
+    extremes: tuple[float, float] | None = None,
+    seed: int = 0,
+) -> tuple[float, int]:
     """Scale and zero point of least squared error over clipping percentiles of both tails.
 
+    The error is that of all calibration rows: ``sum_i c_i |x_i - x'_i|^2``. Where the rows have more than about a
+    million values it is estimated on a part of each row: more of rows of more energy, all of those that count most,
+    channels from a random one on at equal distances.
+
     Args:
-        values: float32 sample of one group's activations, any shape.
+        values: float32 sample of one group's activations [..., K].
         bits: 2..8.
         percentiles: fractions in 0.5..1, 1 meaning no clipping.
+        weights: float [R], the number of calibration rows that each row stands for; None: all the same.
+        extremes: exact minimum and maximum of the calibration data, which no clipping keeps; None: those of the sample.
+            Where they are more than twice as wide as the widest percentile, some ranges between are tried as well.
+        seed: of the choice of channels.
     """
-    flat = values.flatten()
-    if len(flat) > _SAMPLE_LIMIT:
-        flat = flat[:: -(-len(flat) // _SAMPLE_LIMIT)]
+    rows = values.reshape(-1, values.shape[-1])
+    low, high = extremes or (float(rows.min()), float(rows.max()))
+    size = float(unit(torch.tensor(max(-low, high), dtype=torch.float32, device="cpu")))
+    flat, counts = _representative(rows / size if rows.numel() <= _SAMPLE_LIMIT else rows, weights, seed)
+    flat = flat if rows.numel() <= _SAMPLE_LIMIT else flat / size
     low_bit, high_bit = numerics.integer_range(bits)
     best: tuple[float, float, int] | None = None
-    clipped = [round((1 - p) * (len(flat) - 1)) for p in percentiles]  # values beyond the range, at either end
-    lowest = flat.topk(max(clipped) + 1, largest=False).values
-    highest = flat.topk(max(clipped) + 1).values
-    for beyond in clipped:
-        scale, zero = affine(float(lowest[beyond]), float(highest[beyond]), bits)
+    for clip in _clips(flat, counts, percentiles, (low / size, high / size)):
+        scale, zero = affine(*clip, bits)
         q = (flat / scale).round_().add_(zero).clamp_(low_bit, high_bit)
-        error = float(q.sub_(zero).mul_(scale).sub_(flat).square_().mean())
-        if best is None or error < best[0]:
-            best = (error, scale, zero)
+        error = q.sub_(zero).mul_(scale).sub_(flat).square_()
+        total = float(error.mean() if counts is None else torch.dot(error, counts))
+        if best is None or total < best[0]:
+            best = (total, scale, zero)
     assert best is not None
-    return best[1], best[2]
+    return max(best[1] * size, TINY), best[2]
+
+
+def _representative(rows: Tensor, weights: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Values that stand for all of the rows [R, K], flat, and how many each stands for; None: all for the same."""
+    count, width = rows.shape
+    if weights is not None and bool((weights == weights[:1]).all()):
+        weights = None
+    if rows.numel() <= _SAMPLE_LIMIT:
+        return rows.flatten(), None if weights is None else weights.repeat_interleave(width)
+    mass = torch.ones(count, dtype=torch.float64, device=rows.device) if weights is None else weights.double()
+    taken = amounts(row_energies(rows), mass, _SAMPLE_LIMIT, width).ceil().clamp(max=width)
+    start = torch.rand(
+        count, generator=torch.Generator(device="cpu").manual_seed(seed), dtype=torch.float64, device="cpu"
+    )
+    sizes = taken.long()
+    row = torch.repeat_interleave(sizes)
+    place = torch.arange(len(row), device=rows.device) - (sizes.cumsum(0) - sizes)[row]
+    channel = ((place + start.to(rows.device)[row]) * (width / taken)[row]).long().clamp_(max=width - 1)
+    return rows[row, channel], (mass * (width / taken)).float()[row]
+
+
+def _clips(
+    flat: Tensor, counts: Tensor | None, percentiles: Sequence[float], extremes: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """The ranges to try, by percentiles of the weighted values."""
+    clips = []
+    tails = [1 - p for p in percentiles if p < 1]
+    if tails:
+        clips = list(zip(_tail(flat, counts, tails, False), _tail(flat, counts, tails, True), strict=True))
+    if len(tails) < len(percentiles):
+        widest = max((high - low for low, high in clips), default=0.0)
+        ratio = (extremes[1] - extremes[0]) / widest if widest > 0 else 1.0
+        steps = min(_MOST_BETWEEN, max(0, math.ceil(math.log2(ratio)) - 1)) if ratio > 2 else 0
+        for step in range(1, steps + 1):
+            part = ratio ** -(step / (steps + 1))
+            clips.append((extremes[0] * part, extremes[1] * part))
+        clips.append(extremes)
+    return clips
+
+
+def _tail(flat: Tensor, counts: Tensor | None, tails: Sequence[float], largest: bool) -> list[float]:
+    """The values beyond which a fraction of the weighted values lies at one end."""
+    total = float(len(flat) if counts is None else counts.double().sum())
+    beyond = [tail * (total - total / len(flat)) for tail in tails]
+    most = min(len(flat), round(max(tails) * (len(flat) - 1)) + 2)
+    while True:
+        found, index = flat.topk(most, largest=largest)
+        each = torch.ones_like(found, dtype=torch.float64) if counts is None else counts[index].double()
+        middle = each.cumsum(0) - each / 2
+        if most == len(flat) or float(middle[-1]) >= max(beyond):
+            break
+        most = min(len(flat), 4 * most)
+    wanted = torch.tensor(beyond, dtype=torch.float64, device=middle.device)
+    return [float(found[i]) for i in torch.searchsorted(middle, wanted).clamp(max=most - 1).tolist()]
 
 
 def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float], ratios: Sequence[float]) -> Tensor:
-    """Per-output-channel scale of least squared error.
+    """Per-output-channel scale of least squared error, whatever the unit; 1 for channels of zeros.
 
     Args:
         weight: float32 [N, K].
@@ -78,20 +151,22 @@ def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float],
 def _search_rows(weight: Tensor, bits: int, percentiles: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """:func:`search_weight_scale` of a weight whose temporaries fit into memory."""
     low, high = numerics.integer_range(bits)
+    size = unit(torch.maximum(weight.amax(1), -weight.amin(1)))
+    weight = weight / size[:, None]
     magnitude = weight.abs()
     top = magnitude.amax(1)
     ordered = magnitude.sort(1).values
     clips = [ordered[:, round(p * (weight.shape[1] - 1))] for p in percentiles] + [top * r for r in ratios]
-    best_scale = torch.where(top > _LEAST_WEIGHT, top / high, 1.0)
+    best_scale = top / high
     best_error = torch.full_like(top, torch.inf)
     for clip in clips:
-        scale = torch.where(clip > _LEAST_WEIGHT, clip / high, best_scale)
-        q = (weight / scale[:, None]).round_().clamp_(low, high)
+        scale = torch.where(clip > 0, clip / high, best_scale)
+        q = (weight / scale[:, None].clamp(min=TINY)).round_().clamp_(low, high)
         error = q.mul_(scale[:, None]).sub_(weight).square_().sum(1)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
-    return best_scale
+    return torch.where(top > 0, (best_scale * size).clamp(min=TINY), 1.0)
 
 
 def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
@@ -102,7 +177,8 @@ def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tu
     if len(inputs) == 2:
         # Half the limit leaves room for methods that move the input scales afterwards.
         limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
-        scale[0] = torch.maximum(scale[0], scale[1] * (inputs[1][0] / inputs[0][0] / limit))
+        least = scale[1].double() * (inputs[1][0] / inputs[0][0] / limit)
+        scale[0] = torch.maximum(scale[0], least.clamp(max=_LARGEST).float())
     return LayerUpdate(
         weight=_round_weight(problem, scale),
         weight_scale=scale,
@@ -120,6 +196,11 @@ def _round_weight(problem: LayerProblem, scale: Tensor) -> Tensor:
     return integers
 
 
+def _extremes(problem: LayerProblem, part: slice) -> tuple[float, float]:
+    """Exact minimum and maximum of a group's inputs."""
+    return float(problem.low[part].min()), float(problem.high[part].max())
+
+
 @dataclasses.dataclass(frozen=True)
 class MinMax:
     """The baseline: absolute maximum per weight channel, exact minimum and maximum of activations.
@@ -135,10 +216,9 @@ class MinMax:
         for part in problem.groups:
             weight = problem.weight[:, part]
             top = torch.maximum(weight.amax(1), -weight.amin(1))
-            weights.append(torch.where(top > _LEAST_WEIGHT, top / high, 1.0))
+            weights.append(torch.where(top > 0, (top / high).clamp(min=TINY), 1.0))
             if not problem.scheme.per_token:
-                extremes = float(problem.low[part].min()), float(problem.high[part].max())
-                inputs.append(affine(*extremes, problem.scheme.input_bits))
+                inputs.append(affine(*_extremes(problem, part), problem.scheme.input_bits))
         return _rounded(problem, weights, inputs)
 
 
@@ -149,7 +229,8 @@ class RangeSearch:
     The published search uses the percentiles .999, .9999 and .99999 for both. Unclipped activations are added here,
     and for weights ``ratios`` of the absolute maximum: at 4 bits a channel of a few hundred weights has no percentile
     between "clip nothing" and "clip one". ``ratios=()`` with the three percentiles is the published search. Schemes
-    with a scale per token get weight scales only, and need no calibration rows for them.
+    with a scale per token get weight scales only, and need no calibration rows for them. Unclipped means the exact
+    extremes of all calibration rows, sampled or not.
     """
 
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
@@ -169,5 +250,14 @@ class RangeSearch:
                 search_weight_scale(problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios)
             )
             if not problem.scheme.per_token:
-                inputs.append(search_input_range(problem.rows[:, part], problem.scheme.input_bits, self.percentiles))
+                inputs.append(
+                    search_input_range(
+                        problem.rows[:, part],
+                        problem.scheme.input_bits,
+                        self.percentiles,
+                        problem.counts,
+                        _extremes(problem, part),
+                        problem.seed,
+                    )
+                )
         return _rounded(problem, weights, inputs)

@@ -1,17 +1,21 @@
+import dataclasses
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
+from fxq import cpu
 from fxq.bench import rivals
 from fxq.bench.cases import LEAST_SQNR, QUICK_BLOCKS, BlockShape, LinearShape
-from fxq.bench.contest import BASELINES, sqnr
+from fxq.bench.contest import BASELINES, Case, run_case, sqnr
 from fxq.bench.floats import OneDnnLinear
 from fxq.bench.measure import settings
 from fxq.bench.problems import block_problem, linear_problem
 from fxq.models.causal_wan import CausalWanConfig
+from tests.features import needs
 
 LINEAR, FFN = LinearShape(33, 96, 70), LinearShape(17, 64, 48, 130)
 BY_NAME = {rival.name: rival for rival in rivals.RIVALS}
@@ -25,6 +29,8 @@ def problem(request):
 def accuracy(problem, name):
     """(SQNR of a rival against float64, what ran)."""
     rival = BY_NAME[name]
+    if reason := rival.obstacle():
+        pytest.skip(f"needs bfloat16: {reason}")
     if rival.needs:
         pytest.importorskip(rival.needs)
     with settings(1):
@@ -65,7 +71,22 @@ def test_compiled_rivals_compute_the_problem(problem, name):
     assert accuracy(problem, name)[0] >= LEAST_SQNR["linear"][BY_NAME[name].arithmetic]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rival_whose_instructions_are_missing_says_so_without_a_try(problem, monkeypatch):
+    monkeypatch.setattr(cpu, "features", lambda: frozenset({"avx2", "avx512_bw"}))
+    bounds = LEAST_SQNR["linear"]
+    contestant = BY_NAME["bf16 oneDNN"].contestant(problem, 1, bounds)
+    assert contestant.obstacle.startswith("not on this CPU: oneDNN's bfloat16 needs avx_ne_convert, or avx512_vl")
+    untried = dataclasses.replace(contestant, build=lambda: pytest.fail("it was tried"))
+    case = Case("one", lambda: torch.ones(1), (untried,))
+    (result,) = run_case(case, 2, time.perf_counter).results
+    assert (result.status, result.note, result.refused) == ("skipped", contestant.obstacle, False)
+    for name in ("avx_ne_convert", "avx512_vl"):
+        monkeypatch.setattr(cpu, "features", lambda name=name: frozenset({"avx512_bw", "avx512_dq", name}))
+        assert not BY_NAME["bf16 oneDNN"].contestant(problem, 1, bounds).obstacle
+    assert not BY_NAME["fp32 oneDNN"].contestant(problem, 1, bounds).obstacle
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs("bfloat16"))])
 @pytest.mark.parametrize("shape", [(2, 5, 33), (2, 0, 33), (1, 1, 33)])
 def test_packed_linears_take_any_number_of_rows(dtype, shape):
     with torch.no_grad():

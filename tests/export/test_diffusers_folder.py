@@ -100,7 +100,7 @@ def test_a_layer_read_back_has_its_plan_and_its_tensors(pair, folder):
         layer.plan.output_sqnr
         == configuration(folder)["quantization_config"]["layers"][layer.plan.layer]["output_sqnr"]
     )
-    assert torch.equal(layer.weight, pair[1].get_buffer("blocks.0.attn1.to_q.weight"))
+    assert torch.equal(layer.integers, pair[1].get_buffer("blocks.0.attn1.to_q.weight"))
 
 
 def test_the_folder_has_one_file_of_integers_and_says_how_it_was_made(pair, folder):
@@ -374,8 +374,13 @@ def change_config(folder, change):
         (change_config, lambda q: q.pop("receipt"), r"quantization_config: receipt: Field required"),
         (
             change_config,
+            lambda q: q["layers"]["blocks.0.attn1.to_q"].update(in_features=64),
+            r"attn1\.to_q of quantization_config is no nn\.Linear of 64 inputs and 96 outputs",
+        ),
+        (
+            change_config,
             lambda q: q["layers"]["blocks.0.attn1.to_q"].update(in_features=32),
-            r"attn1\.to_q of quantization_config is no nn\.Linear of 32 inputs and 96 outputs",
+            r"layers\.blocks\.0\.attn1\.to_q: 32 outliers of 32 inputs; the folder is damaged",
         ),
         (
             change_config,
@@ -383,7 +388,7 @@ def change_config(folder, change):
             r"layer nothing of quantization_config is no nn\.Linear",
         ),
     ],
-    ids=["no offset", "no bias", "shape", "dtype", "version", "receipt", "sizes", "layer"],
+    ids=["no offset", "no bias", "shape", "dtype", "version", "receipt", "sizes", "outliers", "layer"],
 )
 def test_a_damaged_folder_is_refused_with_the_place(folder, part, change, reason):
     part(folder, change)

@@ -13,12 +13,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fxq
-from fxq import numerics
+from fxq import cpu, numerics
 from fxq.export.capture import ExportError
 from fxq.export.onnx import check_onnx, export_onnx, output_names
 from fxq.export.program import export_program
 from fxq.ir import get_tensor, inherit_meta
 from fxq.models.runtime import runtime_facts
+from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
 onnx = pytest.importorskip("onnx")
@@ -26,6 +27,8 @@ ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 X = rows(9, 96)
+BYTES = onnx.TensorProto.UINT8 if cpu.saturates() else onnx.TensorProto.INT8
+"""Of 8-bit weights in a file that is exported here."""
 
 
 def session(path, **options):
@@ -67,6 +70,12 @@ def files(toys, folder):
 
 
 @pytest.fixture(scope="module")
+def forms(toys, folder):
+    """The 8-bit toy for CPUs with VNNI, and for those without."""
+    return {vnni: export_onnx(toys[8], folder / f"vnni-{vnni}.onnx", vnni=vnni) for vnni in (True, False)}
+
+
+@pytest.fixture(scope="module")
 def rollout():
     return wan_rollout()
 
@@ -85,6 +94,69 @@ def wan_file(wan, folder):
 @pytest.mark.parametrize("count", [1, 9, 130])
 def test_onnxruntime_computes_what_the_module_does(files, toys, bits, count):
     assert_same(files[bits], toys[bits], (rows(count, 96, seed=count),))
+
+
+@pytest.mark.parametrize("vnni", [pytest.param(True, marks=needs("exact_bytes")), False])
+def test_a_file_for_either_kind_of_cpu_computes_what_the_module_does(toys, forms, vnni):
+    assert_same(forms[vnni], toys[8], (rows(130, 96, seed=3) * 2,))
+    assert [entry.products for entry in check_onnx(forms[vnni])] == [2, 1]
+
+
+def weights_of(path):
+    """(data type, largest sum of two products that a runtime may form) of every stored integer weight."""
+    model, found = onnx.load(path), []
+    top = {onnx.TensorProto.INT8: 128, onnx.TensorProto.INT4: 8}
+    for t in model.graph.initializer:
+        if t.name.endswith("weight") and "head" not in t.name:
+            found.append((t.data_type, 2 * 255 * top.get(t.data_type, 0)))
+    return found
+
+
+def test_without_vnni_no_signed_weight_can_saturate_sums_of_two_products(files, forms):
+    found = {bits: weights_of(path) for bits, path in ((4, files[4]), (8, forms[False]))}
+    assert {kind for kind, _ in found[8]} == {onnx.TensorProto.UINT8}
+    assert {kind for kind, _ in found[4]} == {onnx.TensorProto.INT4}
+    assert all(largest < 2**15 for kinds in found.values() for _, largest in kinds)
+
+
+def test_a_file_is_written_for_the_kind_of_cpu_that_exports_it(toys, tmp_path, monkeypatch):
+    for saturates, kind in ((True, onnx.TensorProto.UINT8), (False, onnx.TensorProto.INT8)):
+        monkeypatch.setattr(cpu, "saturates", lambda saturates=saturates: saturates)
+        assert {k for k, _ in weights_of(export_onnx(toys[8], tmp_path / "toy.onnx"))} == {kind}
+
+
+def test_the_check_says_that_a_file_is_right_and_this_cpu_is_not(files, forms, tmp_path, monkeypatch):
+    path = forms[True]
+    monkeypatch.setattr(cpu, "saturates", lambda: True)
+    reason = (
+        r"is right, and this CPU would compute it wrong: this CPU has no VNNI.* 2 of 2 quantized layers: blocks.0.up"
+    )
+    with pytest.raises(ExportError, match=rf"{reason}, blocks.0.down\. Export with vnni=False .*x64quantprecision = 1"):
+        check_onnx(path)
+    model = onnx.load(path)
+    (entry,) = (p for p in model.metadata_props if p.key == "fxq")
+    facts = json.loads(entry.value)
+    assert facts.pop("needs_vnni") == ["blocks.0.up", "blocks.0.down"]
+    entry.value = json.dumps(facts)  # as older versions wrote it
+    onnx.save(model, tmp_path / "older.onnx")
+    with pytest.raises(ExportError, match=reason):
+        check_onnx(tmp_path / "older.onnx")
+    assert len(check_onnx(forms[False])) == len(check_onnx(files[4])) == 2
+    monkeypatch.setattr(cpu, "saturates", lambda: False)
+    assert len(check_onnx(tmp_path / "older.onnx")) == 2
+
+
+def test_activations_of_fewer_bits_need_no_vnni(tmp_path, monkeypatch):
+    q = fxq.quantize(toy(), [X], recipe(8, input_bits=7), progress=False)
+    path = export_onnx(q, tmp_path / "toy.onnx", vnni=True)
+    assert_same(path, q, (rows(130, 96, seed=3) * 2,))
+    monkeypatch.setattr(cpu, "saturates", lambda: True)
+    assert len(check_onnx(path)) == 2
+    made = [n.output[0] for n in onnx.load(path).graph.node if n.op_type == "QuantizeLinear"]
+    model = onnx.load(path)
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.UINT8, None) for n in made)
+    onnx.save(model, tmp_path / "watched.onnx")
+    assert max(int(q.max()) for q in run(tmp_path / "watched.onnx", X * 9)[1:]) == 127
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -126,7 +198,7 @@ def test_the_file_has_standard_operators_and_stored_integers(files):
         assert {node.domain for node in model.graph.node} == {""}
         assert not model.functions
         stored = {t.name: t for t in model.graph.initializer}
-        kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
+        kind = onnx.TensorProto.INT4 if bits == 4 else BYTES
         weights = [t for name, t in stored.items() if name.endswith("weight") and "head" not in name]
         assert {t.data_type for t in weights} == {kind}
         assert len(weights) == 3
@@ -138,10 +210,30 @@ def test_the_file_has_standard_operators_and_stored_integers(files):
 def test_the_metadata_say_what_the_file_holds(files):
     entry = {p.key: p.value for p in onnx.load(files[4]).metadata_props}["fxq"]
     assert json.loads(entry) == {
+        "call": {"names": ["x"], "inputs": [[None, 96]], "dtypes": ["float32"], "conditions": []},
         "fxq_version": fxq.__version__,
         "layers": {"blocks.0.up": 4, "blocks.0.down": 4},
+        "needs_vnni": [],
         "runtime": {"steps": [1, 2]},
     }
+
+
+class Writes(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(64, 64)
+
+    def forward(self, x, cache):
+        cache[:, 1:].copy_(self.fc(x)[:, 1:])
+        return cache * 2
+
+
+def test_a_model_that_writes_to_its_input_has_no_onnx_form(tmp_path):
+    batch = (torch.randn(4, 64), torch.zeros(4, 64))
+    q = fxq.quantize(Writes().eval(), [batch], recipe(8), progress=False)
+    with pytest.raises(ExportError, match="writes to its input cache in place, which an ONNX file cannot"):
+        export_onnx(q, tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_no_path_of_this_machine_is_in_the_file(files):
@@ -219,7 +311,7 @@ def test_a_fresh_process_needs_numpy_and_onnxruntime_only(toys, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), toys[4](X).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_openvino_reads_the_same_file(files, toys):
+def test_openvino_reads_the_same_file(toys, files):
     openvino = pytest.importorskip("openvino")
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     for bits, file in files.items():
@@ -228,7 +320,8 @@ def test_openvino_reads_the_same_file(files, toys):
         assert np.linalg.norm(got - want) <= 2e-3 * np.linalg.norm(want)
         facts = [op.get_rt_info() for op in model.get_runtime_model().get_ops()]
         kinds = [str(f["primitiveType"].value) for f in facts if f["layerType"].value == "FullyConnected"]
-        assert sum(kind.endswith("I8") for kind in kinds) == 3, kinds
+        in_integers = 3 if bits == 4 or BYTES == onnx.TensorProto.INT8 else 0  # it has none for unsigned weights
+        assert sum(kind.endswith("I8") for kind in kinds) == in_integers, kinds
 
 
 def test_a_module_without_recorded_values_needs_an_example(toys, tmp_path):

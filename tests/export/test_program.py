@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fxq
+from fxq.calls import InputError
 from fxq.export.capture import ExportError
 from fxq.export.program import export_program, load_program, read_program
 from fxq.ir import inherit_meta
@@ -226,6 +227,16 @@ def test_a_compiled_program_multiplies_integers_only(compiled, quantized):
     assert all(b"fxq::" not in library and b"qlinear" in library for library in libraries)
     for entry in facts["entries"]:
         assert relative_error(quantized, load_program(compiled, entry), X) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_compiled_program_refuses_calls_it_was_not_compiled_for(compiled, quantized):
+    run = load_program(compiled)
+    for bad in (X[:, :48], torch.cat((X, X), 1), X[0], X.double(), X.half(), torch.ones(9, 96, dtype=torch.int64), 3):
+        with pytest.raises(InputError, match=r"input x .* the graph was captured for"):
+            run(bad)
+    strided = torch.randn(96, 9).t()
+    assert torch.allclose(run(strided), quantized(strided), atol=1e-4)
 
 
 @pytest.mark.slow

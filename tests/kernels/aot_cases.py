@@ -12,7 +12,7 @@ from fxq.kernels.gemm_triton import Store
 from fxq.kernels.norm_triton import norm_quantize_kernel, warps_of
 from fxq.kernels.per_token_rows import block_of, quantize_per_token_kernel
 from fxq.kernels.per_token_triton import linear_per_token_kernel
-from fxq.kernels.quantize import quantize_kernel
+from fxq.kernels.quantize import BLOCKS, quantize_kernel
 from fxq.kernels.rope_triton import rms_norm_rope_kernel
 from fxq.kernels.tiles import TABLE, TWO_SUMS, Tiles, candidates
 
@@ -126,7 +126,7 @@ def rope(width: int, head_dim: int) -> Case:
 def quantize(gather: bool) -> Case:
     """A case of quantize_act."""
     types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "scale_ptr": "*fp32", "zero_ptr": "*i32", "q_ptr": "*i8"}
-    constants = {"GATHER": gather, "DUAL": True, "BLOCK_M": 16, "BLOCK_K": 256, **INT8}
+    constants = {"GATHER": gather, "DUAL": True, "BLOCK_M": BLOCKS[0], "BLOCK_K": BLOCKS[1], **INT8}
     return Case(quantize_kernel, types, constants, 4, 3)
 
 
@@ -138,7 +138,8 @@ def quantize_fp8() -> Case:
 
 def gluon(tiles: gluon_gemm.GluonTiles) -> Case:
     """A case of the Gluon GEMM."""
-    types = dict.fromkeys(("weight_scale_ptr", "input_scale_ptr", "offset_ptr"), "*fp32") | {"y_ptr": "*bf16"}
+    types = dict.fromkeys(("weight_scale_ptr", "input_scale_ptr", "offset_ptr"), "*fp32")
+    types |= {"q_ptr": "*i8", "y_ptr": "*bf16"}
     for operand, rows in (("q", tiles.block_m), ("w", tiles.block_n)):
         layout = gluon_gemm.gl.NVMMASharedLayout.get_default_for([rows, tiles.block_k], gluon_gemm.gl.int8)
         descriptor = f"tensordesc<i8[{rows}, {tiles.block_k}],{layout!r}>"

@@ -28,6 +28,7 @@ from fxq.kernels.norm import norm_quantize
 from fxq.kernels.quantize import launch as launch_quantize
 from fxq.kernels.rope import rms_norm_rope
 from fxq.kernels.tiles import Tiles
+from tests.kernels.interpreted_not_finite import CASES as NOT_FINITE
 
 INF = float("inf")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -265,7 +266,7 @@ def linear_per_token(m: int, n: int, k: int, split: int, bits: int, exact: bool 
 
 swapped = replace(TILES, swapped=True)
 packed = partial(linear, tiles=replace(TILES, swapped=True))
-CASES: dict[str, Callable[[], None]] = {
+CASES: dict[str, Callable[[], None]] = NOT_FINITE | {
     "linear-w8-single-exact": lambda: linear(37, 45, 200, 200, 8, exact=True),
     "linear-w8-dual-exact": lambda: linear(50, 70, 224, 160, 8, exact=True),
     "linear-w8-dual-odd-split-exact": lambda: linear(33, 31, 131, 101, 8, exact=True),

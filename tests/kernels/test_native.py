@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxq import cpu
 from fxq.kernels import (
     attention,
     dual_scale_linear,
     dual_scale_linear_add,
     dual_scale_linear_per_token,
     dual_scale_linear_quantize,
-    native,
     norm_quantize,
     per_token,
     quantize_act,
@@ -26,8 +26,9 @@ from fxq.kernels import (
 from fxq.kernels.gemm import sample_operands
 from fxq.kernels.native import build
 from fxq.kernels.panels import pack_panels, panel_shape, unpack_panels
+from tests.features import needs
 
-needs_native = pytest.mark.skipif(not native.ready(), reason=native.why_not() or "ready")
+needs_native = needs("native")
 
 
 @pytest.fixture(params=[1, 2, 5], ids=lambda n: f"{n}-threads")
@@ -311,6 +312,8 @@ def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path
 
 @pytest.mark.parametrize("missing", ["avx512_bf16", "avx512_vbmi2"])
 def test_a_cpu_without_the_instructions_is_named(missing, monkeypatch):
-    have = {name: name != missing for name in build.NEEDS}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: have, raising=False)
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(build.NEEDS) - {missing})
+    monkeypatch.setattr(cpu, "limit", lambda: "")
     assert f"this one lacks {missing}" in build.missing()
+    monkeypatch.setattr(cpu, "limit", lambda: "avx2")
+    assert f"FXQ_CPU=avx2 takes away {missing}" in build.missing()

@@ -29,6 +29,7 @@ from fxq.kernels import (
     used,
 )
 from fxq.kernels.panels import pack_panels
+from tests.features import demand, needs
 
 HERE = [op for op in OPS if op not in (quantize_fp8, dual_scale_linear_fp8)]  # those have test_fp8.py
 EXACT = (quantize_act, dual_scale_linear, quantize_per_token, dual_scale_linear_per_token)  # bit-equal on a CPU
@@ -107,8 +108,7 @@ def test_the_reference_equals_numerics_and_the_cpu_kernel_agrees(op, sample):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "sample"), EVERY_SAMPLE)
 def test_the_gpu_kernel_agrees_with_the_reference(op, sample):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    demand("gpu")
     if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
         pytest.skip("panels are a CPU layout")
     moved = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, sample)
@@ -201,17 +201,31 @@ def test_the_per_token_operators_in_several_chunks_of_strided_rows(monkeypatch):
     assert torch.equal(dual_scale_linear_per_token(*product), expected(dual_scale_linear_per_token, product))
 
 
-@pytest.mark.parametrize("matmul", [gemm.int_mm, gemm.exact_matmul])
+@pytest.mark.parametrize("matmul", [pytest.param(gemm.int_mm, marks=needs("vnni")), gemm.exact_matmul])
 @pytest.mark.parametrize("k", [1, 1024, 3001])
 def test_extreme_integers_add_up_exactly(matmul, k):
-    if matmul is gemm.int_mm and used("dual_scale_linear", "cpu") != "int_mm":
-        pytest.skip("this CPU has no VNNI: the reference is used")
     a = torch.full((3, k), -128, dtype=torch.int8)
     b = torch.full((2, k), -128, dtype=torch.int8)
     b[1] = 127
     got = matmul(a, b)
     assert got.dtype == torch.int32
     assert got.tolist() == [[16384 * k, -16256 * k]] * 3
+
+
+@pytest.mark.parametrize("k", [1, 1024, 1025, 3001])
+def test_products_in_float32_hold_the_same_integers(k):
+    a, b = (torch.randint(-128, 128, (n, k), generator=torch.Generator().manual_seed(n)).to(torch.int8) for n in (5, 7))
+    a[0], b[0], b[1] = -128, -128, 127
+    got = gemm.exact_product(a, b)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, (a.long() @ b.long().T).float()) and torch.equal(got, gemm.exact_matmul(a, b).float())
+
+
+def test_the_product_in_float32_is_named_and_said_to_be_slow(monkeypatch):
+    monkeypatch.setattr(gemm.cpu, "has_vnni", lambda: False)
+    name = "int_mm" if gemm._HAS_VNNI else "float32"
+    assert name == gemm.ON_CPU and gemm.IN_FLOAT == "float32"
+    assert "integers are multiplied in float32, which is exact and slower than the float model" in gemm.in_float_note()
 
 
 @pytest.mark.parametrize("stride", [0, 1, 5])

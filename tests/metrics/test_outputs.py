@@ -46,3 +46,14 @@ def test_what_cannot_be_compared_is_refused():
     for batches in ([], [torch.arange(3)]):
         with pytest.raises(ValueError, match="no batch has a floating-point output"):
             output_sqnr(lambda x: x, lambda x: x, batches)
+
+
+def test_batches_that_require_gradients_or_lie_in_nests_are_copied():
+    leaf = torch.ones(3, 2, requires_grad=True)
+    batches = [leaf * 2, {"x": leaf * 3}, ([leaf * 4],)]
+
+    def model(x):
+        return (x[0] if isinstance(x, list) else x).mul_(2)
+
+    assert output_sqnr(model, lambda x: model(x) + 0.5, batches) > 0
+    assert torch.equal(batches[0], leaf * 2)

@@ -33,30 +33,39 @@ def free(request):
     return fxq.quantize(rollout.denoiser, rollout, chosen, progress=False), chosen
 
 
-def test_at_the_calibrated_size_it_is_the_fixed_graph(free):
-    module, chosen = free
+@pytest.fixture(scope="module")
+def fixed(free):
+    """The same, captured for the calibrated size."""
     rollout = rollouts(*SIZES[0])[0]
-    fixed = fxq.quantize(rollout.denoiser, rollout, chosen, progress=False)
+    return fxq.quantize(rollout.denoiser, rollout, free[1], progress=False)
+
+
+@pytest.fixture(scope="module")
+def derived(free, tmp_path_factory):
+    """The module of ``free`` saved and loaded, and both optimized."""
+    loaded = fxq.load(fxq.save(free[0], tmp_path_factory.mktemp("any_size") / "bundle"))
+    return loaded, (fxq.optimize(free[0]), fxq.optimize(loaded))
+
+
+def test_at_the_calibrated_size_it_is_the_fixed_graph(free, fixed):
+    module, rollout = free[0], rollouts(*SIZES[0])[0]
     assert torch.equal(video(rollout, module), video(rollout, fixed))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_it_runs_at_every_size_also_loaded_and_optimized(free, size, tmp_path):
-    module, _ = free
+def test_it_runs_at_every_size_also_loaded_and_optimized(free, derived, size):
+    module, (loaded, optimized) = free[0], derived
     rollout = rollouts(*size)[0]
     want, got = video(rollout, rollout.denoiser), video(rollout, module)
     assert (want - got).norm() < 0.05 * want.norm()
-    loaded = fxq.load(fxq.save(module, tmp_path / "bundle"))
     assert torch.equal(video(rollout, loaded), got)
-    for fast in (fxq.optimize(module), fxq.optimize(loaded)):
+    for fast in optimized:
         assert (video(rollout, fast) - got).norm() < 1e-3 * got.norm()  # a value on the border of two integers
 
 
-def test_fusions_are_those_of_the_fixed_graph(free):
-    module, chosen = free
-    rollout = rollouts(*SIZES[0])[0]
-    fixed = fxq.quantize(rollout.denoiser, rollout, chosen, progress=False)
-    remarks = [{row.layer: row.remarks for row in fxq.summary(fxq.optimize(m)).rows} for m in (module, fixed)]
+def test_fusions_are_those_of_the_fixed_graph(derived, fixed):
+    fast = derived[1][0], fxq.optimize(fixed)
+    remarks = [{row.layer: row.remarks for row in fxq.summary(module).rows} for module in fast]
     assert remarks[0] == remarks[1]
 
 

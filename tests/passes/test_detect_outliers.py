@@ -49,7 +49,7 @@ def test_the_rule_agrees_with_an_independent_implementation(seed, width, planted
     assert found.indices.tolist() == sorted(found.indices.tolist())
 
 
-@given(seed=st.integers(0, 2**30), exponent=st.integers(-10, 10))
+@given(seed=st.integers(0, 2**30), exponent=st.sampled_from([-110, -70, -10, 10, 60, 110]))
 def test_scaling_the_weight_changes_nothing(seed, exponent):
     weight = weight_with([3, 17, 90], 128, seed=seed)
     a, b = fxq.detect_outliers(weight), fxq.detect_outliers(weight * 2.0**exponent)

@@ -10,7 +10,7 @@ from fxq import numerics
 from fxq.ir import QuantGraph, Stage, get_tensor, put_tensor
 from fxq.passes.fold_permutations import FoldPermutations
 from fxq.passes.merge_linears import MergeLinears
-from fxq.passes.qdq_layers import parts_of
+from fxq.passes.qdq_layers import halves, may_saturate, parts_of
 from fxq.passes.to_qdq import ToQdq
 from fxq.pipeline import PassError, run_passes
 from fxq.trace import trace
@@ -34,7 +34,7 @@ def kinds(graph):
 
 
 def integers(graph, x):
-    """What each quantize node of a lowered graph stores, minus the shift to uint8."""
+    """What each quantize node of a lowered graph stores, minus the shift of 8-bit inputs to uint8."""
     found = []
 
     class Watch(torch.fx.Interpreter):
@@ -57,6 +57,37 @@ def test_the_lowered_graph_computes_what_the_frozen_one_does(bits, input_bits, b
     assert not any(name.startswith("fxq.") for name in kinds(graph))
     assert graph.remarks["blocks.0.up"] == ["lowered to quantize, dequantize and matmul"]
     assert graph.log[-1][:2] == ("ToQdq", 2)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize(("bits", "input_bits", "products"), [(8, 8, 6), (8, 7, 3), (4, 8, 3)])
+def test_in_halves_it_computes_the_same_and_only_layers_that_may_saturate_are(bits, input_bits, products, per_token):
+    q = fxq.quantize(toy(), [X], recipe(bits, input_bits, per_token=per_token), progress=False)
+    graph = run_passes(QuantGraph(q, Stage.FROZEN).fork(), (ToQdq(in_halves=True),))
+    assert relative_error(q, graph.module, X * 2) < 1e-6
+    assert kinds(graph)["aten.matmul.default"] == products
+    assert set(get_tensor(graph.module, f"blocks.0.up.{n}").dtype for n in ("weight", "outlier_weight")) == {torch.int8}
+
+
+@pytest.mark.parametrize(("bits", "input_bits"), [(8, 8), (8, 7), (4, 8), (4, 6)])
+def test_sums_of_two_products_fit_16_bits_where_no_layer_may_saturate(bits, input_bits):
+    q = fxq.quantize(toy(), [X], recipe(bits, input_bits), progress=False)
+    graph = run_passes(QuantGraph(q, Stage.FROZEN).fork(), (ToQdq(in_halves=True),))
+    largest = 0
+    for node in graph.module.graph.find_nodes(op="call_function", target=torch.ops.aten.matmul.default):
+        weight = get_tensor(graph.module, str(node.args[1].args[0].args[0].target))
+        largest = max(largest, int(weight.abs().max()))
+    top = max(int(u.max()) + 128 for u in integers(graph, X * 9))
+    assert top == 2**input_bits - 1
+    assert 2 * top * largest < 2**15
+    assert may_saturate(fxq.Scheme(weight_bits=bits, input_bits=input_bits)) == (bits == input_bits == 8)
+
+
+def test_halves_add_up_and_have_seven_bits():
+    weight = torch.arange(-128, 128).to(torch.int8)
+    low, rest = halves(weight)
+    assert torch.equal(low.int() + rest.int(), weight.int())
+    assert max(int(h.int().abs().max()) for h in (low, rest)) == 64 and 2 * 255 * 64 < 2**15
 
 
 def test_integers_are_those_of_the_reference():
@@ -137,7 +168,8 @@ def test_zero_points_beyond_a_byte_are_exact(zero, input_bits):
             return value - zero * scale if "gelu" in node.name else value
 
     graph = lowered(q)
-    assert (str(torch.ops.aten.round.default) in kinds(graph)) == (not -128 <= zero <= 127)
+    shift = 2 ** (input_bits - 1)
+    assert (str(torch.ops.aten.round.default) in kinds(graph)) == (not -shift <= zero <= 255 - shift)
     torch.testing.assert_close(Shifted(graph.module).run(X), want, rtol=1e-5, atol=1e-5)
 
 

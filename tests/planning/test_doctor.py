@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fxq import kernels
-from fxq.kernels import native
+from fxq.kernels import gemm, native
 from fxq.planning import doctor, gains
 from fxq.planning.doctor import Diagnosis, check_op, diagnose, disagreement
 from fxq.planning.environment import Device, read_environment
@@ -104,8 +104,11 @@ def test_without_native_kernels_the_reason_is_given(monkeypatch):
     assert portable.state == "ok" and panels.state == "unusable" and "compiler" in panels.note and panels.healthy
     monkeypatch.setattr(gains, "ON_CPU", "int_mm")
     assert "because there is no C++ compiler" in cpu_gain()
-    monkeypatch.setattr(gains, "ON_CPU", "eager")
-    assert cpu_gain().startswith("none, because this CPU")
+    monkeypatch.setattr(gains, "ON_CPU", gemm.IN_FLOAT)
+    monkeypatch.setattr(kernels, "used", lambda name, device: gemm.IN_FLOAT)
+    slow = "integers are multiplied in float32, which is exact and slower than the float model"
+    assert cpu_gain().startswith("none, because this CPU") and slow in cpu_gain()
+    assert slow in doctor.why_slow(kernels.dual_scale_linear, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -157,3 +157,43 @@ def test_the_memory_of_a_search_does_not_grow_with_the_outputs(monkeypatch):
     monkeypatch.setattr(ranges, "_search_rows", watched)
     search_weight_scale(torch.ones(3000, 1024), 8, (1.0,), ())
     assert sum(seen) == 3000 * 1024 and max(seen) <= ranges._SEARCH_LIMIT
+
+
+def test_unclipped_means_the_exact_extremes():
+    x = torch.randn(400, 96, generator=torch.Generator().manual_seed(0))
+    scale, zero = search_input_range(x, 8, (1.0,), None, (-9.0, 3.0))
+    assert scale == pytest.approx(12 / 255) and zero == round(9 * 255 / 12) - 128
+
+
+def test_ranges_between_the_percentiles_and_far_extremes_are_tried():
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 0], x[1:20, 1] = 1000.0, 12.0
+    scale, _ = search_input_range(x, 8, (0.9, 1.0), None, (float(x.min()), 1000.0))
+    plain, _ = search_input_range(x, 8, (0.9,))
+    assert 2 * plain < scale
+
+
+def test_weights_of_rows_count():
+    x = torch.cat((torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), torch.full((10, 32), 40.0)))
+    heavy, light = torch.ones(510), torch.ones(510)
+    heavy[500:], light[500:] = 100.0, 1e-6
+    clips = (0.95, 1.0)
+    assert search_input_range(x, 4, clips, heavy)[0] > 3 * search_input_range(x, 4, clips, light)[0]
+    assert search_input_range(x, 4, clips, torch.full((510,), 7.0)) == search_input_range(x, 4, clips)
+
+
+@pytest.mark.parametrize("width", [96, 1000, 1536, 4096])
+def test_a_part_of_the_values_stands_for_all_channels_and_rows(width):
+    x = torch.randn((1 << 22) // width, width, generator=torch.Generator().manual_seed(0))
+    x[11] *= 500
+    loud = x.clone()
+    loud[:, 5] *= 30
+    for values in (x, loud):
+        flat, counts = ranges._representative(values, None, 0)
+        assert len(flat) < 1.3 * ranges._SAMPLE_LIMIT and bool((counts > 0).all())
+        for power in (0, 2, 4):
+            want = float(values.double().pow(power).sum())
+            assert float((flat.double().pow(power) * counts).sum()) == pytest.approx(want, rel=0.03)
+        flat, counts = ranges._representative(values[torch.arange(len(values)) != 11], None, 0)
+        want = float(values.double().square().sum() - values[11].double().square().sum())
+        assert float((flat.double().square() * counts).sum()) == pytest.approx(want, rel=0.05)

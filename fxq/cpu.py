@@ -1,0 +1,128 @@
+"""What instructions this CPU has, or is to be taken to have: the one place that is asked.
+
+``FXQ_CPU=avx2`` makes a larger CPU behave as one with AVX2 only. It reaches torch, oneDNN, MKL and inductor through
+their own environment variables, which they read once: so it has to be set before torch computes anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterable
+
+LIMIT = "FXQ_CPU"
+"""Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
+LIMITS = ("avx2",)
+ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
+"""How the names of instructions begin that a CPU with AVX2 only does not have."""
+VNNI = ("avx512_vnni", "avx_vnni")
+MARCH = "x86-64-v3"
+"""AVX2 in the words of compilers."""
+LIBRARIES = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "TORCHINDUCTOR_CPP_MARCH": MARCH,
+}
+"""Environment variables that limit torch's libraries to AVX2."""
+_OF_OLDER_TORCH = {
+    "_is_avx2_supported": ("avx2", "fma3"),
+    "_is_avx512_supported": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd"),
+    "_is_avx512_bf16_supported": ("avx512_bf16",),
+    "_is_vnni_supported": ("avx512_vnni",),
+    "_is_amx_tile_supported": ("amx_tile",),
+}
+"""What a torch without ``torch.cpu.get_capabilities`` can say, by the function that says it."""
+
+
+def limit() -> str:
+    """What ``FXQ_CPU`` asks for, "" when it is not set.
+
+    Raises:
+        ValueError: for a value that is none of :data:`LIMITS`.
+    """
+    chosen = os.environ.get(LIMIT, "").strip().lower()
+    if chosen and chosen not in LIMITS:
+        raise ValueError(f"{LIMIT}={chosen!r}: expected {', '.join(LIMITS)}, or unset for what this CPU has")
+    return chosen
+
+
+def limit_libraries() -> None:
+    """Hand the limit on to torch's libraries; those who chose one themselves keep it.
+
+    Warns where torch had started before, and goes on with what this CPU has.
+    """
+    if not limit():
+        return
+    for name, value in LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    if "torch" in sys.modules:
+        import torch
+
+        used = torch.backends.cpu.get_cpu_capability()
+        if used.startswith("AVX512"):
+            settings = " ".join(f"{name}={value}" for name, value in LIBRARIES.items())
+            warnings.warn(
+                f"{LIMIT}={limit()} came after torch had started: fxq keeps to it, torch goes on with {used}. "
+                f"Set it before Python starts, or import fxq before anything is computed; torch takes {settings}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def features(limited: bool = True) -> frozenset[str]:
+    """Names of the instructions that may be used, as ``torch.cpu.get_capabilities`` spells them.
+
+    Args:
+        limited: by ``FXQ_CPU``; False: what the CPU has.
+    """
+    return _features(limit() if limited else "")
+
+
+@functools.cache
+def _features(limited: str) -> frozenset[str]:
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    else:
+        asked = {f: names for f, names in _OF_OLDER_TORCH.items() if getattr(torch.cpu, f, bool)()}
+        found = {name for names in asked.values() for name in names}
+    return frozenset(name for name in found if not (limited and name.startswith(ABOVE_AVX2)))
+
+
+def above_avx2() -> bool:
+    """Whether there is anything that ``FXQ_CPU=avx2`` takes away."""
+    return any(name.startswith(ABOVE_AVX2) for name in features())
+
+
+def missing(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``names`` that are not among :func:`features`."""
+    here = features()
+    return tuple(name for name in names if name not in here)
+
+
+def has_vnni() -> bool:
+    """Whether products of bytes add up in 32 bits."""
+    return len(missing(VNNI)) < len(VNNI)
+
+
+def saturates() -> bool:
+    """Whether unsigned times signed bytes saturate: x86 without VNNI adds pairs of such products in 16 bits.
+
+    Products stay exact where one factor has at most 7 bits. The libraries here use those instructions all the same
+    (pytorch/pytorch#136746, pytorch/ao#4266).
+    """
+    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86") and not has_vnni()
+
+
+def lacks() -> str:
+    """That this CPU has no VNNI, and whether the switch is why."""
+    switch = f" (as {LIMIT}={limit()} says)" if limit() else ""
+    return f"this CPU has no VNNI{switch}"
+
+
+limit_libraries()

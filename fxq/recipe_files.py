@@ -1,0 +1,90 @@
+"""What a recipe file may ask for: work in proportion to the model, whoever wrote the file."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_NUMBER = 10_000_000
+"""Largest number of iterations, rows and the like."""
+MAX_DEPTH = 20
+MAX_PATTERN = 500
+MAX_REPEATS = 6
+"""Most parts of a regular expression that match texts of any length: each multiplies the time of a mismatch."""
+_SEED = "seed"
+
+
+class RecipeFileError(ValueError):
+    """A recipe file that asks for too much."""
+
+
+def check_content(data: Any) -> None:
+    """Check numbers, nesting and patterns of a parsed recipe file.
+
+    Raises:
+        RecipeFileError: naming the key.
+    """
+    stack: list[tuple[str, Any, int]] = [("recipe", data, 0)]
+    while stack:
+        place, value, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise RecipeFileError(f"{place[:200]}: nested deeper than {MAX_DEPTH} levels")
+        if isinstance(value, dict):
+            stack.extend((f"{place}.{str(key)[:80]}", item, depth + 1) for key, item in value.items())
+        elif isinstance(value, list):
+            stack.extend((f"{place}[{i}]", item, depth + 1) for i, item in enumerate(value))
+        elif isinstance(value, int | float) and not (place.endswith(_SEED) and isinstance(value, int)):
+            if not math.isfinite(value) or abs(value) > MAX_NUMBER:
+                raise RecipeFileError(f"{place[:200]} = {str(value)[:40]}: expected at most {MAX_NUMBER}")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise RecipeFileError(f"{place[:200]}: a seed has at most 63 bits")
+        elif isinstance(value, str) and place.endswith(".pattern"):
+            check_pattern(value, place)
+
+
+def check_pattern(pattern: str, place: str) -> None:
+    """Refuse a pattern whose search can take longer than any model's names warrant.
+
+    Raises:
+        RecipeFileError: when it is long, or a regular expression repeats what repeats itself.
+    """
+    if len(pattern) > MAX_PATTERN:
+        raise RecipeFileError(f"{place[:200]}: a pattern of {len(pattern)} characters, at most {MAX_PATTERN}")
+    if not pattern.startswith("re:"):
+        return
+    try:
+        re.compile(pattern[3:])
+    except (re.error, RecursionError, OverflowError):
+        return  # told with its cause where rules are made
+    parser: Any = re._parser  # type: ignore[attr-defined]
+    repeats = _repeats(parser.parse(pattern[3:]), False)
+    if repeats > MAX_REPEATS:
+        raise RecipeFileError(
+            f"{place[:200]}: pattern {pattern[:80]!r} has repetitions in repetitions, or more than {MAX_REPEATS}, and "
+            "may take for ever; write several rules"
+        )
+
+
+def _repeats(parsed: Any, inside: bool) -> int:
+    """Number of parts of variable length in a parsed expression; one more than allowed when one lies in another."""
+    found = 0
+    for _, content in parsed:
+        bounds = isinstance(content, tuple) and len(content) == 3 and isinstance(content[0], int)
+        varies, repeats = bounds and content[0] != content[1], bounds and content[1] > 1
+        if varies and inside:
+            return MAX_REPEATS + 1
+        found += varies
+        for part in _parts(content):
+            found += _repeats(part, inside or repeats)
+    return found
+
+
+def _parts(content: Any) -> list[Any]:
+    """Parsed expressions in what a token holds."""
+    if hasattr(content, "getwidth"):
+        return [content]
+    if isinstance(content, tuple | list):
+        return [part for item in content for part in _parts(item)]
+    return []

@@ -1,0 +1,59 @@
+"""What tests may ask of a machine, and what the closing summary says about what it does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+
+from fxq import cpu
+from fxq.bench.floats import no_bfloat16
+from fxq.kernels import native
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """What is tested only where the machine has it, and why this one does not, or ""."""
+
+    title: str
+    why_not: Callable[[], str]
+
+
+FEATURES = {
+    "native": Feature("native AVX512 kernels", native.why_not),
+    "vnni": Feature("integer products by instructions of the CPU", lambda: "" if cpu.has_vnni() else cpu.lacks()),
+    "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
+    "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
+    "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
+}
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    """Skips a test where the machine lacks a feature; the closing summary counts it."""
+    reason = FEATURES[name].why_not()
+    return pytest.mark.skipif(bool(reason), reason=f"needs {name}: {reason}")
+
+
+def demand(name: str) -> None:
+    """As :func:`needs`, inside a test of which some cases need the feature."""
+    if reason := FEATURES[name].why_not():
+        pytest.skip(f"needs {name}: {reason}")
+
+
+def not_tested(skips: Iterable[str]) -> list[str]:
+    """A line for every feature that is missing here.
+
+    Args:
+        skips: the reasons of skipped tests.
+    """
+    reasons, lines = list(skips), []
+    for name, feature in FEATURES.items():
+        if why := feature.why_not():
+            count = sum(f"needs {name}: " in reason for reason in reasons)
+            lines.append(f"not tested: {feature.title} ({count} tests skipped): {why}")
+    return lines

@@ -1,0 +1,154 @@
+"""What this CPU has, and what the switch takes away from it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fxq import cpu
+from tests import features
+
+
+def fresh(code, **environment):
+    """JSON that a new process prints, with no switch but those given."""
+    clean = {k: v for k, v in os.environ.items() if k not in (cpu.LIMIT, *cpu.LIBRARIES)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+ALL = """
+import json, torch, fxq
+from fxq import cpu, kernels
+from fxq.kernels import native, gemm
+from fxq.planning.environment import read_environment
+a = torch.full((64, 64), 127, dtype=torch.int8)
+torch._int_mm(a, a)
+print(json.dumps({
+    "features": sorted(cpu.features()), "torch": torch.backends.cpu.get_cpu_capability(), "why": native.why_not(),
+    "linear": kernels.used("dual_scale_linear", "cpu"), "limited": read_environment().limited_to,
+    "product": int(gemm.cpu_matmul(a, a)[0, 0]), "quantize": kernels.used("quantize_act", "cpu"),
+}))
+"""
+
+
+def test_the_switch_takes_everything_above_avx2_from_every_library():
+    found, verbose = fresh(ALL, FXQ_CPU="avx2", ONEDNN_VERBOSE="1")
+    assert not [name for name in found["features"] if name.startswith(("avx512", "avx_vnni", "amx"))]
+    assert found["torch"] == "AVX2" and found["limited"] == "avx2"
+    assert "FXQ_CPU=avx2 takes away avx512_vnni, avx512_bf16, avx512_vbmi2" in found["why"]
+    assert (found["linear"], found["quantize"], found["product"]) == ("float32", "eager", 64 * 127 * 127)
+    assert "isa:Intel AVX2" in verbose or "avx512" not in verbose
+
+
+def test_without_the_switch_everything_is_as_the_machine_has_it(monkeypatch):
+    monkeypatch.delenv(cpu.LIMIT, raising=False)
+    there = torch.cpu.get_capabilities()
+    assert cpu.features() == {name for name, value in there.items() if value is True}
+    assert cpu.has_vnni() == bool(there.get("avx512_vnni") or there.get("avx_vnni"))
+
+
+LATE = """
+import json, os, warnings, torch
+torch.backends.cpu.get_cpu_capability()
+os.environ["FXQ_CPU"] = "avx2"
+with warnings.catch_warnings(record=True) as found:
+    warnings.simplefilter("always")
+    import fxq
+print(json.dumps([str(w.message) for w in found if "FXQ_CPU" in str(w.message)]))
+"""
+
+
+def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
+    found, _ = fresh(LATE)
+    late = torch.cpu.get_capabilities().get("avx512_f", False)
+    assert len(found) == late
+    assert all("came after torch had started" in text and "ONEDNN_MAX_CPU_ISA=AVX2" in text for text in found)
+
+
+@pytest.mark.parametrize("value", ["avx3", "sse", "avx512"])
+def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
+    monkeypatch.setenv(cpu.LIMIT, value)
+    with pytest.raises(ValueError, match=rf"FXQ_CPU='{value}': expected avx2, or unset for what this CPU has"):
+        cpu.features()
+
+
+@pytest.mark.parametrize("value", ["", " ", "avx2", "AVX2 "])
+def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
+    monkeypatch.setenv(cpu.LIMIT, value)
+    assert cpu.limit() == value.strip().lower()
+
+
+def test_a_library_that_was_limited_by_hand_keeps_its_limit(monkeypatch):
+    monkeypatch.setenv(cpu.LIMIT, "avx2")
+    for name in cpu.LIBRARIES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
+    monkeypatch.delitem(sys.modules, "torch")
+    cpu.limit_libraries()
+    assert {name: os.environ[name] for name in cpu.LIBRARIES} == cpu.LIBRARIES | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+
+
+def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch):
+    monkeypatch.delenv(cpu.LIMIT, raising=False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # one that is older still
+    found = cpu._features.__wrapped__("")
+    assert {"avx2", "fma3", "avx512_vnni"} <= found and "avx512_f" not in found
+    assert "avx512_vnni" not in cpu._features.__wrapped__("avx2")
+
+
+@pytest.mark.parametrize(
+    ("machine", "names", "saturates"),
+    [
+        ("x86_64", {"avx2"}, True),
+        ("AMD64", {"avx2", "avx_vnni"}, False),
+        ("x86_64", {"avx512_vnni"}, False),
+        ("x86_64", {"avx512_f", "avx512_bw"}, True),
+        ("aarch64", {"neon"}, False),
+    ],
+)
+def test_x86_without_vnni_saturates_and_nothing_else(machine, names, saturates, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(names))
+    assert cpu.saturates() == saturates
+
+
+def test_no_other_module_asks_the_cpu_itself():
+    root = features.ROOT
+    files = [p for folder in ("fxq", "passes", "kernels", "export") for p in (root / folder).rglob("*.py")]
+    asked = ("get_capabilities", "_is_vnni", "_is_avx", "_is_amx")
+    asking = {p.resolve().name for p in files if any(word in p.read_text() for word in asked)}
+    assert asking == {"cpu.py"}
+
+
+SUMMARY = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k", "extreme or instructions"]
+
+
+def test_the_closing_summary_says_which_kernels_were_not_tested():
+    environment = os.environ | {cpu.LIMIT: "avx2"}
+    command = [sys.executable, "-m", "pytest", *SUMMARY]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=features.ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.strip().splitlines()
+    (native,) = (line for line in lines if line.startswith("not tested: native AVX512 kernels (3 tests skipped)"))
+    assert "native kernels need a CPU with avx512_vnni" in native
+    assert any(line.startswith("not tested: bytes multiplied by other libraries (0 tests skipped)") for line in lines)
+    assert "2 passed, 3 skipped" in lines[-1]
+
+
+def test_a_machine_that_has_everything_says_nothing(monkeypatch):
+    present = features.Feature("x", lambda: "")
+    absent = features.Feature("y kernels", lambda: "not on this CPU")
+    monkeypatch.setattr(features, "FEATURES", {"x": present, "y": absent})
+    skips = ["Skipped: needs y: not on this CPU", "needs y: not on this CPU", "no diffusers"]
+    assert features.not_tested(skips) == ["not tested: y kernels (2 tests skipped): not on this CPU"]
+    monkeypatch.setattr(features, "FEATURES", {"x": present})
+    assert features.not_tested(skips) == []
