@@ -140,7 +140,7 @@ def _check_operator(
         if key in given or all(argument.name != key for argument in declared):
             raise ArgumentError(f"{name} has no argument {key!r}, or it is given twice")
         given[key] = value
-    fixed = _FIXED.get(name, {})
+    fixed = {} if name.endswith("dropout.default") and given.get("p") == 0 else _FIXED.get(name, {})
     for argument in declared:
         if argument.name not in given:
             if not argument.has_default_value():

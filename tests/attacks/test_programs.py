@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import types
 import zipfile
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
+from fxq.captured import convention
 from fxq.export import native_code
 from fxq.export.capture import ExportError
+from fxq.export.compiled import call_facts
 from fxq.export.files import sha256
 from fxq.export.program import load_program, read_program
 
@@ -63,13 +67,16 @@ def test_a_nested_fact_is_refused_before_it_is_parsed(program):
 def compiled(program, monkeypatch, tmp_path):
     """A folder that says it holds machine code, and a record of what is loaded."""
     monkeypatch.setenv("FXQ_CACHE_DIR", str(tmp_path / "cache"))
+    module = load_program(program)
     for name in ("graph.json", "manifest.json", "model.safetensors"):
         (program / name).unlink()
     with zipfile.ZipFile(program / "program.pt2", "w") as archive:
         archive.writestr("data/aotinductor/denoise/x.so", b"\x7fELF" + bytes(100))
-    edit(program, kind="aoti", entries=["denoise", "context"], imports=["torch"], files={"program.pt2": ""})
-    loaded = []
-    monkeypatch.setattr("torch._inductor.package.package.load_package", lambda *args: loaded.append(args) or args)
+    call = call_facts(module)
+    edit(program, kind="aoti", entries=["denoise", "context"], imports=["torch"], files={"program.pt2": ""}, call=call)
+    loaded, spec = [], pytree.treespec_dumps(convention(module)[1])
+    package = types.SimpleNamespace(loader=types.SimpleNamespace(get_call_spec=lambda: [spec, ""]))
+    monkeypatch.setattr("torch._inductor.package.package.load_package", lambda *args: loaded.append(args) or package)
     return program, loaded
 
 
