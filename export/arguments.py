@@ -78,7 +78,6 @@ _TEXTS = {
 _FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
     "aten.dropout.default": {"train": (False,)},
     "aten.feature_dropout.default": {"train": (False,)},
-    "aten.scaled_dot_product_attention.default": {"dropout_p": (0.0,)},
     "aten.batch_norm.default": {"training": (False,)},
     **{
         f"aten.{name}.default": {"interpolation_mode": (0, 1, 2), "padding_mode": (0, 1, 2)}

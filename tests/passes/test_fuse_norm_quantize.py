@@ -144,11 +144,17 @@ def test_another_number_of_frames_runs():
     assert error(graph, q, *inputs((4, 5, 1, WIDTH), (4, 35, WIDTH))) < 1e-5
 
 
+def test_a_write_after_the_norm_is_no_obstacle():
+    q = frozen(Overwritten("plain"), inputs())
+    graph = fused(q, FuseNormQuantize())
+    assert count(graph, "fxq.norm_quantize") == 1, graph.remarks
+    assert error(graph, q, *inputs()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("model", "args", "reason"),
     [
         (ReadTwice("per batch"), inputs(), r"add_1 is also read by mean"),
-        (Overwritten("plain"), inputs(), "add_ writes into what it reads"),
         (Modulated("over two dimensions"), inputs(), "it is over 2 dimensions"),
         (Modulated("no one"), inputs(), r"its gain is not of the form 1 \+ gain"),
         (Modulated("no shift"), inputs(), "no shift is added to the product with its gain"),
@@ -164,7 +170,6 @@ def test_another_number_of_frames_runs():
     ],
     ids=[
         "second reader",
-        "overwritten",
         "two dimensions",
         "no one",
         "no shift",
