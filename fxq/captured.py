@@ -10,6 +10,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from fxq.calls import CallRules, bind
+from fxq.exclusive import exclusive
 from fxq.fixed_dtypes import FixedDtypes
 
 _FLAT = "_fxq_flat"
@@ -95,6 +96,7 @@ def rules_of(module: fx.GraphModule) -> CallRules | None:
     return codegen.rules if isinstance(codegen, CheckedCalls) else None
 
 
+@exclusive
 def guard_calls(module: fx.GraphModule, rules: CallRules) -> CapturedModule:
     """The module, whose calls are checked from now on; a plain GraphModule becomes one that shares its tensors."""
     codegen = module.graph._codegen
