@@ -52,7 +52,7 @@ reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave:self
 replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg roll rot90 row_stack
 scatter:src,value,reduce,value_reduce scatter_add scatter_reduce:two select:int select_scatter slice:Tensor
 slice_scatter split:Tensor,sizes,default split_with_sizes squeeze:default,dim,dims stack swapaxes swapdims t
-copy diagonal_scatter fill:Scalar,Tensor zero:default _weight_norm
+copy diagonal_scatter fill:Scalar,Tensor zero:default _weight_norm gru:input lstm:input rnn_tanh:input rnn_relu:input
 take_along_dim tensor_split:sections,indices tile to:device,dtype,other,dtype_layout _to_copy:default transpose:int
 tril triu type_as unbind:int unflatten:int unfold unsafe_chunk unsafe_split:Tensor unsafe_split_with_sizes
 _unsafe_view:default _reshape_alias:default unsqueeze view:default view_as view_as_complex view_as_real vstack

@@ -45,11 +45,13 @@ def default_device(device):
 
 @contextlib.contextmanager
 def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 MODES = {

@@ -34,7 +34,8 @@ def test_a_damaged_piece_does_not_count(tmp_path, size):
 def test_names_stay_inside_the_folder(tmp_path):
     store = Checkpoint(tmp_path)
     store.write("../a/b with 2 more", KEY, TENSORS)
-    assert [file.name for file in tmp_path.iterdir()] == [".._a_b_with_2_more.safetensors"]
+    (file,) = tmp_path.rglob("*")
+    assert file.parent == tmp_path and file.name.startswith("_a_b_with_2_more-")
 
 
 def test_a_piece_that_is_written_again_leaves_the_older_tensors_alone(tmp_path):

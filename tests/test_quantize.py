@@ -232,11 +232,13 @@ def test_quantizing_twice_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(one().state_dict().values(), one().state_dict().values(), strict=True))
 
 
-def test_scales_cast_to_half_precision_are_refused_by_the_kernel():
-    q = one().to(torch.bfloat16)
-    assert q.get_buffer("blocks.0.up.weight").dtype == torch.int8
-    with pytest.raises(ValueError, match=r"scale is torch.bfloat16 \(2,\): expected float32"):
-        q(X)
+def test_scales_are_not_cast_to_half_precision():
+    q = one()
+    with pytest.raises(
+        TypeError, match=r"cannot be cast from torch\.float32 to torch\.bfloat16: its scales are float32"
+    ):
+        q.to(torch.bfloat16)
+    assert q.get_buffer("blocks.0.up.input_scale").dtype == torch.float32
 
 
 def test_a_killed_run_resumes_with_the_same_result(tmp_path):
