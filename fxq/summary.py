@@ -75,7 +75,8 @@ class Summary:
         return json.dumps(
             {
                 "quantized": len(self.quantized),
-                "kept": len(self.kept),
+                "kept": len(self.kept) - len(self.others),
+                "other_products": len(self.others),
                 "size_ratio_to_bf16": self.ratio,
                 "facts": self.facts,
                 "layers": [dataclasses.asdict(row) for row in self.rows],

@@ -155,11 +155,22 @@ def test_slices_of_a_weight_are_kept_with_the_reason():
     assert torch.equal(q(rows(9, 35)), model(rows(9, 35)))
 
 
-@pytest.mark.parametrize("width", [1, 6, 33])
-def test_modulation_of_one_row_and_any_width_is_quantized(width):
+@pytest.mark.parametrize(("width", "per_token"), [(1, True), (6, True), (33, True), (33, False)])
+def test_modulation_of_one_row_and_any_width_is_quantized(width, per_token):
     torch.manual_seed(4)
     model = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-    q = quantize(model, rows(1, width), rows(1, width, seed=5))
+    calls = [rows(1, width), rows(1, width, seed=5)]
+    q = fxq.quantize(model, calls, recipe(8, per_token=per_token), progress=False)
     (row,) = fxq.summary(q).rows
     assert row.quantized and row.shape == (6 * width, width)
     assert output_sqnr(model, q, [rows(1, width)]) > 30
+
+
+@pytest.mark.parametrize("width", [1, 6, 15])
+def test_narrow_layers_keep_floats_where_scales_are_static(width):
+    model = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+    with pytest.warns(UserWarning, match="quantizes no linear"):
+        q = quantize(model, rows(1, width))
+    (row,) = fxq.summary(q).rows
+    assert row.reason == "fewer than 16 input channels: its integers cannot show what is not finite"
+    assert torch.equal(q(rows(1, width)), model(rows(1, width)))
