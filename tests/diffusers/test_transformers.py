@@ -8,6 +8,7 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq.metrics.outputs import output_sqnr
+from fxq.numerics import POISON_LEAST
 from fxq.passes.methods.ranges import MinMax
 from fxq.trace import TraceError, trace
 from tests.diffusers.cases import linears
@@ -37,7 +38,8 @@ def test_every_linear_is_quantized_or_kept_with_a_reason(case):
     for name, linear in linears(model).items():
         names.setdefault(id(linear), []).append(name)
     assert [n for n in names.values() if not listed.intersection(n)] == []
-    assert 2 * len(summary.quantized) > len(names)
+    wide = {id(linear) for linear in linears(model).values() if linear.in_features >= POISON_LEAST}
+    assert 2 * len(summary.quantized) > len(wide), "narrow ones keep floats where scales are static"
     assert all(row.reason for row in summary.kept)
     stored = q.state_dict()
     assert {stored[f"{row.layer}.weight"].dtype for row in summary.quantized} == {torch.int8}
