@@ -53,6 +53,7 @@ def test_inspect_shows_a_bundle(bundle):
         "time_embedding.2",
         "time_projection.1",
         "head.head",
+        "patch_embedding",
     }
 
 
