@@ -98,11 +98,11 @@ def rms_norm_rope(
 def rms_norm_rope_cpu(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
 ) -> Tensor:
-    """Native kernel, else the same operations in eager."""
+    """Native kernel, else the same operations in eager, whose sums must not depend on x's strides."""
     if x.dtype != torch.float16 and native.ready():
         out = x.new_empty((*x.shape[:2], heads, x.shape[2] // heads))
         return native.rms_norm_rope(x, weight, eps, cos, sin, heads, out)
-    return rms_norm_rope.reference(x, weight, eps, cos, sin, heads)
+    return rms_norm_rope.reference(x.contiguous(), weight, eps, cos, sin, heads)
 
 
 if HAS_TRITON:

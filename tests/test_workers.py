@@ -176,10 +176,10 @@ LOST = """
 import os, torch
 from fxq.workers import WorkerError, launched
 with launched() as workers:
-    workers.gather({})
-    if workers.rank:
-        os._exit(7)
     try:
+        workers.gather({})
+        if workers.rank:
+            os._exit(7)
         workers.gather({"x": torch.ones(3)})
     except WorkerError as error:
         print(error, flush=True)
