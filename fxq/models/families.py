@@ -43,6 +43,7 @@ _FRAMEWISE = SamplerConfig(frames_per_chunk=1)
 _FIRST = (1000.0, 750.0, 500.0, 250.0)
 _TWO_STEP = SamplerConfig(frames_per_chunk=1, steps=(1000, 500), first_chunk_steps=_FIRST)
 _ONE_STEP = SamplerConfig(frames_per_chunk=1, steps=(1000,), first_chunk_steps=_FIRST)
+_KREA = SamplerConfig(steps=(1000, 750, 500, 250, 0), window=6)
 _CAUSAL_FORCING = "huggingface.co/zhuhz22/Causal-Forcing"
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -79,7 +80,7 @@ FAMILIES: Mapping[str, Family] = {
             name="krea-14b",
             source="krea-realtime-video-14b.safetensors",
             config=CausalWanConfig.wan_14b(),
-            sampler=SamplerConfig(window=6),
+            sampler=_KREA,
             note="the cache keeps the context call's keys; the published loop encodes the last frames again per chunk",
         ),
         Family(name="causal-wan", source="a causal Wan checkpoint with a config.json"),

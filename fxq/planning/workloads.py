@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxq.models.causal_wan import CausalWanConfig
+from fxq.models.families import FAMILIES, Family
 from fxq.planning.gpus import PlanningError
 from fxq.reading import ReadError, read_json
 
@@ -85,12 +86,21 @@ class Workload:
         return frames if window == -1 else min(frames, window)
 
 
-WORKLOADS: tuple[Workload, ...] = (
-    Workload(name="self-forcing", config=CausalWanConfig.wan_1_3b()),
-    Workload(name="causal-forcing", config=CausalWanConfig.wan_1_3b()),
-    Workload(name="longlive", config=CausalWanConfig.wan_1_3b(), window=12, sink=3),
-    Workload(name="krea-14b", config=CausalWanConfig.wan_14b(), steps=5, window=6),
-)
+def of_family(family: Family) -> Workload:
+    """The workload of a published model, with the sizes and the loop of :data:`~fxq.models.families.FAMILIES`."""
+    loop = family.sampler
+    return Workload(
+        name=family.name,
+        config=family.config,
+        latent=family.latent[1:],
+        frames_per_chunk=loop.frames_per_chunk,
+        steps=len(loop.steps),
+        window=loop.window,
+        sink=loop.sink,
+    )
+
+
+WORKLOADS = tuple(of_family(FAMILIES[name]) for name in ("self-forcing", "causal-forcing", "longlive", "krea-14b"))
 """Window and steps are those of the published inference code; krea-14b re-encodes frames in its context call."""
 
 _SETTINGS = {"local_attn_size": "window", "sink_size": "sink", "num_frame_per_block": "frames_per_chunk"}

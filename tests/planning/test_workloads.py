@@ -4,6 +4,7 @@ import json
 import pytest
 
 from fxq.models.causal_wan import CausalWanConfig
+from fxq.models.families import FAMILIES
 from fxq.models.self_forcing import SamplerConfig
 from fxq.planning.gpus import PlanningError
 from fxq.planning.workloads import WORKLOADS, Workload, find_workload
@@ -30,6 +31,23 @@ def test_self_forcing_is_the_shipped_sampler():
     assert (workload.steps, workload.frames_per_chunk) == (len(sampler.steps), sampler.frames_per_chunk)
     assert (workload.window, workload.sink) == (sampler.window, sampler.sink)
     assert (workload.tokens_per_frame, workload.chunk_tokens, workload.calls) == (1560, 4680, 5)
+
+
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
+def test_planning_and_calibration_take_one_loop_per_model(workload):
+    loop = FAMILIES[workload.name].sampler
+    assert workload.config == FAMILIES[workload.name].config
+    assert workload.steps == len(loop.timesteps(first=False))
+    assert (workload.frames_per_chunk, workload.window, workload.sink) == (
+        loop.frames_per_chunk,
+        loop.window,
+        loop.sink,
+    )
+
+
+def test_krea_denoises_in_five_steps_down_to_zero():
+    assert find_workload("krea-14b").steps == 5
+    assert FAMILIES["krea-14b"].sampler.timesteps(False) == pytest.approx((1000, 937.5, 833.333, 625, 0), abs=1e-3)
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=lambda workload: workload.name)
