@@ -116,7 +116,7 @@ def check_facts(facts: dict[str, Any]) -> None:
         validated(_Facts, facts)
     except SchemaError as error:
         raise SchemaError(f"facts.{error}") from None
-    for name in ("remarks", "parallel"):
+    for name in ("remarks", "notes", "parallel"):
         if name in facts:
             raise SchemaError(f"facts.{name}: a module that is optimized or split over ranks is never saved")
 

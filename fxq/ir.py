@@ -187,7 +187,8 @@ class QuantGraph:
 
     ``statistics`` and ``updates`` map layer names to what calibration saw and what methods chose; ``chunk_weights``
     float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds);
-    ``remarks`` tell per layer what the fusion passes did with it, or why they could not.
+    ``remarks`` tell per layer what the fusion passes did with it, or why they could not; ``notes`` tell the same of
+    modules without a layer.
     """
 
     module: fx.GraphModule
@@ -197,10 +198,30 @@ class QuantGraph:
     chunk_weights: Tensor = dataclasses.field(default_factory=lambda: torch.ones(1, dtype=torch.float32, device="cpu"))
     log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    _layers: frozenset[str] = dataclasses.field(default=frozenset(), init=False, repr=False)
 
     def remark(self, layer: str, text: str) -> None:
-        """Add a sentence about a layer for the report."""
+        """Add a sentence about a layer for the report.
+
+        Raises:
+            ValueError: when no linear of that name has a plan: no row of the summary would show the sentence.
+        """
+        if not self._known(layer):
+            raise ValueError(f"{layer!r} is no planned layer, so no row of the summary can say {text!r}; use note()")
         self.remarks.setdefault(layer, []).append(text)
+
+    def note(self, place: str, text: str) -> None:
+        """Add a sentence about a layer, or about a module's path, which the summary shows below its rows."""
+        if self._known(place):
+            self.remark(place, text)
+        else:
+            self.notes.setdefault(place, []).append(text)
+
+    def _known(self, layer: str) -> bool:
+        if layer not in self._layers:
+            self._layers = frozenset(self.plans)
+        return layer in self._layers
 
     @property
     def plans(self) -> dict[str, LayerPlan]:
@@ -239,6 +260,7 @@ class QuantGraph:
             self.chunk_weights,
             list(self.log),
             {layer: list(texts) for layer, texts in self.remarks.items()},
+            {place: list(texts) for place, texts in self.notes.items()},
         )
 
 

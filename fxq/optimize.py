@@ -40,6 +40,6 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
     if lost := sorted(set(before) - set(graph.plans)):
         raise PassError(f"optimizing lost the plans of {', '.join(lost[:4])}")
     facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
-    facts["remarks"] = graph.remarks
+    facts |= {"remarks": graph.remarks, "notes": graph.notes}
     set_facts(graph.module, facts)
     return guard_inputs(graph.module, facts)

@@ -105,8 +105,21 @@ class Summary:
             # As plain text: names and reasons may come from a file, and brackets in them are no markup.
             table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
         yield table
+        if notes := self._notes():
+            yield Text(notes)
         if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
             yield Text(gemm.in_float_note())
+
+    def _notes(self) -> str:
+        """Each sentence about modules once, with the modules it is said of."""
+        places: dict[str, list[str]] = {}
+        for place, texts in self.facts.get("notes", {}).items():
+            for text in dict.fromkeys(texts):
+                places.setdefault(text, []).append(place)
+        return "\n".join(
+            f"{text}: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            for text, found in places.items()
+        )
 
     def __str__(self) -> str:
         console = Console(width=140, record=True, file=None, force_terminal=False)

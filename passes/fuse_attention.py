@@ -23,7 +23,7 @@ class FuseAttention(Rewrite):
 
     Keys and values that are both joined along the tokens from pieces of the same lengths, for attention alone, are
     taken piece by piece. An attention node carries no plan: its remarks stand under the layer that reads its result,
-    else under the path of its module.
+    else as notes under the path of its module.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -39,9 +39,9 @@ class FuseAttention(Rewrite):
             try:
                 pieces = _fuse(graph, node)
             except Unfit as reason:
-                graph.remark(name, f"attention left as it is: {reason}")
+                graph.note(name, f"attention left as it is: {reason}")
                 continue
-            graph.remark(name, f"attention to {pieces} pieces of keys and values" if pieces > 1 else "attention fused")
+            graph.note(name, f"attention to {pieces} pieces of keys and values" if pieces > 1 else "attention fused")
             count += 1
         return count
 

@@ -25,7 +25,7 @@ class FuseRotary(Rewrite):
     of a new tensor. The operator stays in float32 from its input to its result: a 16-bit model that casts between norm,
     weight and rotation rounds less than it did.
 
-    Remarks stand under the linear that makes the input, else under the path of the module.
+    Remarks stand under the linear that makes the input, else as notes under the path of the module.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -55,9 +55,9 @@ def _attempt(graph: QuantGraph, norm: Norm | None, root: fx.Node, rotation: Rota
     try:
         _fuse(graph, norm, root, rotation)
     except Unfit as reason:
-        graph.remark(layer, f"{' and '.join(parts)} after it not fused: {reason}")
+        graph.note(layer, f"{' and '.join(parts)} after it not fused: {reason}")
         return False
-    graph.remark(layer, f"{' and '.join(parts)} after it in one pass")
+    graph.note(layer, f"{' and '.join(parts)} after it in one pass")
     return True
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from fxq import kernels, numerics
-from fxq.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, put_tensor
+from fxq.graph import product_of
+from fxq.ir import QuantGraph, Stage, example_value, get_tensor, planned, put_tensor
 from fxq.kernels import native
 from fxq.kernels.panels import pack_panels
 from fxq.pipeline import Rewrite
@@ -38,8 +39,9 @@ class LayOutWeights(Rewrite):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of weights laid out anew."""
         module, done = graph.module, set()
-        for layer, planned in graph.quantized_plans.items():
-            if planned.scheme is not None and planned.scheme.per_token:
+        layers = _layers_of_products(module)
+        for layer, plan in graph.quantized_plans.items():
+            if plan.scheme is not None and plan.scheme.per_token:
                 graph.remark(layer, _PER_TOKEN)
         for node in module.graph.nodes:
             if node.op != "call_function" or node.target not in _WEIGHT:
@@ -51,12 +53,23 @@ class LayOutWeights(Rewrite):
             if weight.device.type != "cpu" or name in done:
                 continue
             if reason := _obstacle(node):
-                plan = plan_of(node)
-                graph.remark(name.removesuffix(".weight") if plan is None else plan.layer, reason)
+                for layer in layers.get(node, ()):
+                    graph.remark(layer, reason)
                 continue
             put_tensor(module, name, pack_panels(numerics.unpack_int4(weight) if bits <= 4 else weight, split))
             done.add(name)
         return len(done)
+
+
+def _layers_of_products(module: fx.GraphModule) -> dict[fx.Node, list[str]]:
+    """Layers by the node that multiplies for them, several where linears were merged."""
+    found: dict[fx.Node, list[str]] = {}
+    for plan, nodes in planned(module).values():
+        for node in nodes:
+            layers = found.setdefault(product_of(node), [])
+            if plan.layer not in layers:
+                layers.append(plan.layer)
+    return found
 
 
 def _obstacle(node: fx.Node) -> str:

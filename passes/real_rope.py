@@ -21,7 +21,7 @@ class RealRope(Rewrite):
     Complex numbers run in double precision, have few kernels and no place in most export formats. The real form is the
     one that :class:`~fxq.passes.fuse_rotary.FuseRotary` knows, so this pass stands before it. The result keeps its
     dtype, unless a cast to 32 bits or less follows: then no double is made. Cosines and sines are taken from the table
-    once. Remarks stand under the path of the module.
+    once. Notes stand under the path of the module.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -49,9 +49,9 @@ def make_rope_real(graph: QuantGraph) -> int:
                 tables[table] = _parts(table)
             _rewrite(node, pairs, *tables[table])
         except Unfit as reason:
-            graph.remark(name, f"complex rotation left as it is: {reason}")
+            graph.note(name, f"complex rotation left as it is: {reason}")
             continue
-        graph.remark(name, "complex rotation in real float32")
+        graph.note(name, "complex rotation in real float32")
         count += 1
     return count
 

@@ -82,6 +82,20 @@ def test_a_fork_is_rewritten_on_its_own_and_shares_tensors():
     assert get_tensor(graph.module, "head.weight") is get_tensor(fork.module, "head.weight")
 
 
+def test_a_remark_needs_a_planned_layer_and_a_note_does_not():
+    graph = trace(toy(), (rows(3, 96),))
+    set_plan(next(linear_sites(graph.module)).node, PLAN)
+    graph.remark("blocks.0.up", "in one pass")
+    graph.note("blocks.0.up", "twice")
+    graph.note("blocks.0", "of the block")
+    with pytest.raises(ValueError, match=r"'blocks.0.q_k_v' is no planned layer.*'joint'"):
+        graph.remark("blocks.0.q_k_v", "joint")
+    assert graph.remarks == {"blocks.0.up": ["in one pass", "twice"]} and graph.notes == {"blocks.0": ["of the block"]}
+    fork = graph.fork()
+    fork.note("blocks.0", "of the fork")
+    assert graph.notes == {"blocks.0": ["of the block"]} and len(fork.notes["blocks.0"]) == 2
+
+
 def test_put_tensor_makes_the_path_and_replaces_tensors_on_it():
     root = torch.nn.Module()
     put_tensor(root, "w", torch.nn.Parameter(torch.ones(2)))

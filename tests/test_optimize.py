@@ -16,6 +16,7 @@ from fxq.kernels import native
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.pipeline import PassError
+from fxq.summary import Summary
 from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
@@ -143,6 +144,23 @@ def test_without_native_kernels_weights_stay_and_the_report_says_why(monkeypatch
     assert all(row.kernel == kernels.gemm.ON_CPU for row in fxq.summary(optimized).quantized)
     x = rows(5, 96, seed=4)
     assert torch.allclose(optimized(x), q(x), atol=1e-4)
+
+
+def test_every_layer_of_a_joint_product_says_why_the_native_kernel_is_not_its(case, monkeypatch):
+    monkeypatch.setattr(native, "why_not", lambda: "native kernels are for another machine")
+    made = fxq.summary(fxq.optimize(case[1]))
+    joint = [row for row in made.quantized if any(text.startswith("one GEMM with") for text in row.remarks)]
+    assert len(joint) >= 5 * CONFIG.num_layers  # q, k, v and the cross k, v
+    assert all("native kernels are for another machine" in row.remarks for row in made.quantized)
+    assert set(made.facts["remarks"]) <= {row.layer for row in made.rows}
+
+
+def test_what_is_said_of_modules_without_a_layer_stands_below_the_rows():
+    said = {f"blocks.{i}.rope": ["complex rotation in real float32"] * 2 for i in range(5)}
+    made = Summary((), {"notes": said | {"blocks.0.attn": ["attention fused"]}})
+    text = " ".join(str(made).split())
+    assert "complex rotation in real float32: blocks.0.rope, blocks.1.rope, blocks.2.rope and 2 more" in text
+    assert "attention fused: blocks.0.attn" in text
 
 
 @needs("native")

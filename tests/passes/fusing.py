@@ -40,5 +40,5 @@ def error(graph, module, *args):
 
 
 def remarks(graph):
-    """All remarks as one text."""
-    return "\n".join(f"{layer}: {text}" for layer, texts in graph.remarks.items() for text in texts)
+    """All remarks and notes as one text."""
+    return "\n".join(f"{layer}: {text}" for layer, texts in (graph.remarks | graph.notes).items() for text in texts)

@@ -59,7 +59,7 @@ def test_complex_rotation_becomes_real(how, dtype, table):
     graph = fused(q, RealRope())
     assert count(graph, "aten.view_as_complex") == count(graph, "aten.view_as_real") == 0
     times = 2 if how == "sample by sample" else 1
-    assert graph.remarks == {"rotary": ["complex rotation in real float32"] * times} and graph.log[0][1] == times
+    assert graph.notes == {"rotary": ["complex rotation in real float32"] * times} and graph.log[0][1] == times
     assert error(graph, q, *args) < (1e-6 if dtype == torch.float32 else 1e-2)
     if how in ("cast", "swapped"):
         assert set(double_or_complex(graph)) <= {"placeholder", "aten.real.default", "aten.imag.default"}
@@ -94,5 +94,5 @@ def test_complex_numbers_that_something_else_reads_stay_with_the_reason():
     q = frozen(Complex("read twice"), args)
     graph = fused(q, RealRope())
     assert count(graph, "aten.view_as_real") == 1 and error(graph, q, *args) == 0
-    (text,) = graph.remarks["rotary"]
+    (text,) = graph.notes["rotary"]
     assert text.startswith("complex rotation left as it is: view_as_complex is also read by real")
