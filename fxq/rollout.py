@@ -12,7 +12,7 @@ import contextvars
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +31,27 @@ class Span:
     timestep: float
 
 
+Kind = Literal["denoise", "context", "given", "recache"]
+"""What a call is for: a prediction, clean keys and values of a chunk, the same of given frames or of earlier ones."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One denoiser call. ``kind`` is denoise, context, given or recache; ``branch`` is cond or uncond."""
+    """One denoiser call; ``branch`` is cond or uncond.
+
+    Raises:
+        ValueError: when ``kind`` is none of :data:`Kind`: measures would pass over the call in silence.
+    """
 
     index: int
-    kind: str
+    kind: Kind
     spans: tuple[Span, ...]
     tokens_per_frame: int
     branch: str = "cond"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"call {self.index} is of kind {self.kind!r}: expected one of {', '.join(get_args(Kind))}")
 
     @property
     def chunk(self) -> int:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
-from fxq.rollout import Draws, current_call
+from fxq.rollout import Call, Draws, current_call
 
 CONFIG = CausalWanConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, freq_dim=16, text_dim=10, text_len=5, in_dim=3, out_dim=3
@@ -45,6 +45,12 @@ def test_draws_are_a_pure_function_of_seed_chunk_and_step(seed, chunk, step):
     for other in ((chunk + 1, step), (chunk, step + 1)):
         assert not torch.equal(draw, first.renoise(*other, 2))
     assert not torch.equal(draw, Draws([seed + 1], (2, 1, 2, 2)).renoise(chunk, step, 2))
+
+
+@pytest.mark.parametrize("kind", ["step", "", "Denoise"])
+def test_a_call_of_an_unknown_kind_is_refused(kind):
+    with pytest.raises(ValueError, match=f"kind {kind!r}: expected one of denoise, context, given, recache"):
+        Call(3, kind, (), 1)
 
 
 def test_draws_leave_the_global_generator_alone():

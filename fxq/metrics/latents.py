@@ -49,6 +49,9 @@ def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., Any]]) 
     Returns:
         Per name, float64 [V]: mean squared error over a video's denoising calls (context calls have no prediction
         that is used).
+
+    Raises:
+        ValueError: when a rollout makes no call of kind "denoise".
     """
     sums: dict[str, list[Floats]] = {name: [] for name in modules}
     for condition, draws in rollout.batches:
@@ -69,6 +72,10 @@ def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., Any]]) 
 
         with rollout.using(shadow):
             rollout.rollout(condition, draws)
+        if not calls:
+            raise ValueError(
+                f"{type(rollout).__name__} makes no call of kind 'denoise', so there is no error to measure"
+            )
         for name in modules:
             sums[name].append((errors[name] / calls).numpy())
     return {name: np.concatenate(parts) for name, parts in sums.items()}

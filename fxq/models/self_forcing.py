@@ -17,7 +17,7 @@ from torch.export import Dim
 
 from fxq.models.causal_wan import CausalWan, rope_tables
 from fxq.models.schedule import FlowSchedule
-from fxq.rollout import Call, Condition, Draws, OnCall, Rollout, Span, State
+from fxq.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ class SelfForcingRollout(Rollout):
         return dataclasses.replace(state, keys=keep(state.keys), values=keep(state.values))
 
     def _call(
-        self, state: SelfForcingState, x: Tensor, kind: str, span: Span, on_call: OnCall | None
+        self, state: SelfForcingState, x: Tensor, kind: Kind, span: Span, on_call: OnCall | None
     ) -> tuple[Tensor, SelfForcingState, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         config, weight = self.model.config, self.model.patch_embedding.weight
         prompt = state.condition["prompt_embeds"].to(weight.device, weight.dtype)
@@ -201,7 +201,7 @@ class SelfForcingRollout(Rollout):
         return output, after, (tuple(k), tuple(v))
 
     def _write(
-        self, state: SelfForcingState, latents: Tensor, kind: str, span: Span, on_call: OnCall | None
+        self, state: SelfForcingState, latents: Tensor, kind: Kind, span: Span, on_call: OnCall | None
     ) -> SelfForcingState:
         _, state, (new_k, new_v) = self._call(state, latents, kind, span, on_call)
 
