@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.exclusive import exclusive
 from fxq.export.inputs import hint_of
-from fxq.ir import QuantGraph, Stage, example_value, facts_of
+from fxq.ir import QuantGraph, Stage, example_value, facts_of, forget_origin
 from fxq.kernels.op import NAMESPACE
 from fxq.passes.to_qdq import ToQdq
 from fxq.pipeline import run_passes
@@ -91,10 +91,7 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(f"torch.export cannot capture the quantized graph: {first}") from error
-    for node in program.graph.nodes:
-        for key in ("stack_trace", "from_node"):
-            node.meta.pop(key, None)  # paths of this machine
-    program.graph_module.meta.clear()
+    forget_origin(program.graph_module)
     _compare_sizes(module, program)
     return program
 

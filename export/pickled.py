@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxq.calls import CallRules
-from fxq.captured import CapturedModule, guard_calls, rules_of
+from fxq.captured import CapturedModule, guard_calls, inherit_notes, notes_of, rules_of
 from fxq.export.inputs import InputEntry, input_entries, record_values
 from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 
@@ -55,7 +55,7 @@ class _State:
     tensors: dict[str, Tensor]
     info: tuple[Any, ...]
     rules: CallRules | None
-    meta: dict[str, Any]
+    notes: dict[str, Any]
     inputs: tuple[InputEntry, ...] | None
     device: torch.device
     training: bool
@@ -92,7 +92,7 @@ def reduce_module(module: CapturedModule) -> tuple[Any, ...]:
         tensors,
         (list(info.orig_args), info.in_spec, info.out_spec),
         rules_of(module),
-        dict(module.meta),
+        notes_of(module),
         input_entries(module),
         next((tensor.device for tensor in tensors.values()), torch.device("cpu")),
         module.training,
@@ -127,7 +127,7 @@ def restore_module(state: _State) -> CapturedModule:
         put_tensor(root, name, tensor)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(*state.info)))
     module = CapturedModule(root, graph, state.title)
-    module.meta.update(state.meta)
+    inherit_notes(module, state.notes)
     if state.rules is not None:
         module = guard_calls(module, state.rules)
     if state.inputs is not None:

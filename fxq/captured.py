@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import fx
@@ -76,12 +76,22 @@ class CapturedModule(FixedDtypes, fx.GraphModule):
 
     def __copy__(self) -> CapturedModule:
         copied = CapturedModule(self, self.graph, type(self).__name__)
-        copied.meta.update(self.meta)
+        inherit_notes(copied, notes_of(self))
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
         assert CapturedModule.reducer is not None
         return CapturedModule.reducer(self)
+
+
+def notes_of(module: fx.GraphModule) -> dict[str, Any]:
+    """What libraries noted on a module as a whole: facts of fxq, and others'."""
+    return dict(getattr(module, "meta", None) or {})
+
+
+def inherit_notes(new: fx.GraphModule, notes: Mapping[str, Any]) -> None:
+    """Give a copy of a module the notes of its original."""
+    new.meta.update(notes)
 
 
 def convention(module: fx.GraphModule) -> tuple[list[str], pytree.TreeSpec]:
@@ -104,7 +114,7 @@ def guard_calls(module: fx.GraphModule, rules: CallRules) -> CapturedModule:
     module.graph.set_codegen(CheckedCalls(codegen.pytree_info, rules))
     if not isinstance(module, CapturedModule):
         captured = CapturedModule(module, module.graph, type(module).__name__)
-        captured.meta.update(module.meta)
+        inherit_notes(captured, notes_of(module))
         return captured
     module.recompile()
     return module

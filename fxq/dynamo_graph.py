@@ -17,7 +17,8 @@ from torch import Tensor, fx, nn
 from fxq import kernels
 from fxq.apply import QuantizedLinear
 from fxq.binding import BackendError, Binding
-from fxq.ir import example_value, inherit_meta
+from fxq.captured import inherit_notes, notes_of
+from fxq.ir import compiled_value, inherit_meta, set_compiled_input
 
 _LINEARS = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 _IN_PLACE = {"setitem", *(name for name in dir(operator) if hasattr(operator, f"__{name}__") and name[0] == "i")}
@@ -92,7 +93,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     graph, values = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(gm.graph, values))
     copied = fx.GraphModule(gm, graph)
-    copied.meta.update(gm.meta)
+    inherit_notes(copied, notes_of(gm))
     copied._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
     for node in gm.graph.find_nodes(op="placeholder"):
         values[node]._dynamo_source = getattr(node, "_dynamo_source", None)
@@ -128,13 +129,9 @@ def shared_inputs(gm: fx.GraphModule, sites: Sequence[Site], layers: Layers) -> 
     return [next((j for j in range(i) if same(i, j)), i) for i in range(len(sites))]
 
 
-def _recorded(node: fx.Node) -> Any:
-    return node.meta.get("example_value", example_value(node))
-
-
 def fake_inputs(gm: fx.GraphModule) -> list[Any]:
     """The values that the inputs were recorded with: fake tensors and symbols."""
-    return [_recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
+    return [compiled_value(node) for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def source_name(node: fx.Node) -> str:
@@ -169,7 +166,7 @@ def _add_inputs(
         with graph.inserting_after(last):
             last = inputs[key] = graph.placeholder(f"fxq_operand_{number}")
         last._dynamo_source = None
-        last.meta.update(example_value=value, tensor_dict={"_dynamo_static_input_type": "unguarded"})
+        set_compiled_input(last, value)
     return lambda layer, arguments: [inputs.get((id(layer), id(a)), a) for a in arguments]
 
 
@@ -184,7 +181,7 @@ def replace(
         if layer is None:
             continue
         node = nodes[site.name]
-        value = _recorded(node)
+        value = compiled_value(node)
         with graph.inserting_before(node):
             if shared[i] == i:
                 quantized[i] = _quantize(graph, node, layer, inputs(layer, layer.quantization()))
@@ -201,7 +198,7 @@ def replace(
 def _quantize(graph: fx.Graph, linear: fx.Node, layer: QuantizedLinear, rest: list[Any]) -> tuple[fx.Node, ...]:
     """The integers of a linear's input and, where they are measured, their scales; ``rest`` are further arguments."""
     x = _argument(linear, 0, "input")
-    value = _recorded(x)
+    value = compiled_value(x)
     integers = value.new_empty(value.shape, dtype=torch.int8)
     if not layer.per_token:
         q = graph.call_function(kernels.quantize_act.definition, (x, *rest))

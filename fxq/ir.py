@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxq.captured import CapturedModule
+from fxq.captured import CapturedModule, inherit_notes, notes_of
 from fxq.config import Scheme
 from fxq.exclusive import exclusive
 
@@ -126,6 +126,24 @@ def example_value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def compiled_value(node: fx.Node) -> Any:
+    """The fake value that Dynamo recorded, or else :func:`example_value`."""
+    return node.meta.get("example_value", example_value(node))
+
+
+def set_compiled_input(node: fx.Node, value: Any) -> None:
+    """Note the fake value of an input added to a graph of Dynamo, as of a tensor that stays where it is."""
+    node.meta.update(example_value=value, tensor_dict={"_dynamo_static_input_type": "unguarded"})
+
+
+def forget_origin(module: fx.GraphModule) -> None:
+    """Remove what names the files of this machine, and the module's own notes."""
+    for node in module.graph.nodes:
+        for key in ("stack_trace", "from_node"):
+            node.meta.pop(key, None)
+    module.meta.clear()
+
+
 def planned(module: fx.GraphModule) -> dict[str, tuple[LayerPlan, list[fx.Node]]]:
     """Plans by layer with the nodes that carry them, in graph order."""
     found: dict[str, tuple[LayerPlan, list[fx.Node]]] = {}
@@ -143,6 +161,11 @@ def facts_of(module: fx.GraphModule) -> dict[str, Any]:
             f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts"
         )
     return dict(facts)
+
+
+def has_facts(module: torch.nn.Module) -> bool:
+    """Whether fxq made the module: it carries facts."""
+    return isinstance(module, fx.GraphModule) and _KEY in notes_of(module)
 
 
 def set_facts(module: fx.GraphModule, facts: dict[str, Any]) -> None:
@@ -251,7 +274,7 @@ class QuantGraph:
             if node.op == "get_attr":
                 put_tensor(root, str(node.target), get_tensor(self.module, str(node.target)))
         module = CapturedModule(root, graph, self.module.__class__.__name__)
-        module.meta.update(self.module.meta)
+        inherit_notes(module, notes_of(self.module))
         return QuantGraph(
             module,
             self.stage,

@@ -24,7 +24,7 @@ from fxq.config import Recipe, RecipeError
 from fxq.export.graph_json import GraphFormatError
 from fxq.export.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.ir import LayerPlan, QuantGraph, set_facts
+from fxq.ir import LayerPlan, QuantGraph, has_facts, set_facts
 from fxq.job import ForwardLoop, Job, needs_data, plan_passes
 from fxq.passes import Freeze, LowerLinear
 from fxq.pipeline import run_passes
@@ -155,8 +155,7 @@ def _refuse_quantized(model: Model) -> None:
     if isinstance(model, ExportedProgram):
         return  # its graph is looked at when it is planned
     for name, module in model.named_modules():
-        made = "fxq" in (getattr(module, "meta", None) or {}) if isinstance(module, fx.GraphModule) else False
-        if made or isinstance(getattr(module, "plan", None), LayerPlan):
+        if has_facts(module) or isinstance(getattr(module, "plan", None), LayerPlan):
             what = f"its part {name}" if name else "the model"
             raise RecipeError(f"{what} is quantized already; quantize the float model that it was made from")
 
