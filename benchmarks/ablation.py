@@ -19,12 +19,12 @@ import sys
 import numpy as np
 import torch
 
+from fxq.environment import environment
 from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, tiny_rollout, weighting_recipes
 from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
-from fxq.progress import Progress
-from fxq.quantize import environment
 from fxq.recipes import PRESETS, with_iterations
+from fxq.runtime.progress import Progress
 
 
 def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, dict[str, list[float]]]:

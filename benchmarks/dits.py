@@ -18,12 +18,12 @@ import torch
 
 import fxq
 from fxq import kernels
-from fxq.graph import linear_sites
+from fxq.capture.trace import TraceError
+from fxq.core.graph import linear_sites
+from fxq.environment import environment
 from fxq.metrics.outputs import output_sqnr
 from fxq.passes.methods.ranges import MinMax
-from fxq.quantize import environment
 from fxq.recipes import wan_recipe
-from fxq.trace import TraceError
 from tests.diffusers.cases import Case, linears
 from tests.diffusers.configs import CASES
 

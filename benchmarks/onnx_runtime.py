@@ -24,11 +24,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import fxq
+from fxq.environment import environment
 from fxq.export.onnx import check_onnx, export_onnx
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods.ranges import MinMax
-from fxq.quantize import environment
 from fxq.recipes import wan_recipe
 
 OUTLIERS = 64

@@ -29,11 +29,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.synthetic import SIZES, write_checkpoint, write_prompts
+from fxq.environment import environment
 from fxq.export import read_manifest
 from fxq.export.files import sha256
 from fxq.models.families import FAMILIES
 from fxq.planning.memory import meta_model
-from fxq.quantize import environment
 
 RESULT = pathlib.Path("benchmarks/results/size.json")
 SMALL = ("--frames", "3", "--height", "16", "--width", "16")

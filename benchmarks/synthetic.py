@@ -22,7 +22,7 @@ from torch import Tensor
 from fxq.export.files import plan_file
 from fxq.models.families import DTYPES, FAMILIES
 from fxq.models.loading import layout
-from fxq.residency import DiskError
+from fxq.runtime.residency import DiskError
 
 OUTLIERS = 24
 """Input channels per linear of a block that are five times as large, so that dual scales have to be stored."""

@@ -16,16 +16,16 @@ import sys
 
 import torch
 
-from fxq.demo import sensitivity_view
+from fxq.calibration.sensitivity import chunk_sensitivity
+from fxq.demo.run import sensitivity_view
+from fxq.environment import environment
 from fxq.export import load
 from fxq.lab import Lab, tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import latent_mse, psnr
 from fxq.models.tiny import load_tiny
-from fxq.progress import Progress
-from fxq.quantize import environment
 from fxq.recipes import PRESETS
-from fxq.sensitivity import chunk_sensitivity
+from fxq.runtime.progress import Progress
 
 
 def main() -> None:

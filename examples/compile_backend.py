@@ -17,8 +17,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import fxq
-from fxq.backend import fxq_backend
-from fxq.binding import bind
+from fxq.integrations.binding import bind
+from fxq.integrations.torch_compile import fxq_backend
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
 

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
         if importlib.util.find_spec("accelerate") is None:
             print("diffusers needs accelerate to load it: pip install accelerate")
             return
-        from fxq.diffusers_quantizer import register
+        from fxq.integrations.diffusers import register
 
         register()
         (again,) = type(model).from_pretrained(folder)(**call(model, 100))

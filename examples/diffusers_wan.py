@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import fxq
-from fxq.apply import apply
-from fxq.backend import fxq_backend
-from fxq.binding import bind
+from fxq.integrations.binding import bind
+from fxq.integrations.swap import apply
+from fxq.integrations.torch_compile import fxq_backend
 
 CONFIG = {
     "num_attention_heads": 2,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxq
-from fxq.rollout import Condition, OnCall
+from fxq.calibration.rollout import Condition, OnCall
 
 CHUNK, CHUNKS, WIDTH, STEPS = 2, 4, 64, (1000.0, 500.0)
 

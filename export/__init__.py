@@ -1,4 +1,7 @@
-"""Writers and readers of quantized graphs."""
+"""Writers and readers of quantized graphs.
+
+Nothing here runs passes of the line, and nothing in a file is executed when it is read.
+"""
 
 from __future__ import annotations
 

@@ -15,21 +15,22 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
-import fxq.kernels  # registers the operators a bundle's graph calls
-from fxq.ambient import own_tensors
+import fxq.kernels  # noqa: F401 registers the operators a bundle's graph calls
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.core.signature import guard_inputs
+from fxq.core.verify import RuleError, check
 from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
-from fxq.export.foreign import allowing
-from fxq.export.graph_json import graph_from_json, graph_to_json, tensors_of
+from fxq.export.graph.foreign import allowing
+from fxq.export.graph.graph_json import graph_from_json, graph_to_json, tensors_of
+from fxq.export.graph.rehearsal import rehearse
+from fxq.export.graph.stored import check_stored
+from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
 from fxq.export.inputs import InputEntry, check_entries, input_entries, record_values, stand_ins
 from fxq.export.receipt import make_receipt
-from fxq.export.rehearsal import rehearse
-from fxq.export.stored import check_stored
-from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
-from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
-from fxq.reading import MAX_TENSORS, ReadError, read_json, regular_file
-from fxq.signature import guard_inputs
-from fxq.verify import RuleError, check
+from fxq.runtime.ambient import own_tensors
+from fxq.runtime.reading import MAX_TENSORS, ReadError, read_json, regular_file
+from fxq.version import __version__
 
 FORMAT_VERSION = 1
 MANIFEST, TENSORS, GRAPH = "manifest.json", "model.safetensors", "graph.json"
@@ -106,7 +107,7 @@ def save(
     except (ValueError, RuleError) as error:
         raise BundleError(f"cannot save {out}: {error}") from None
     plans = {layer: plan for layer, (plan, _) in planned(module).items()}
-    receipt = make_receipt(fxq.__version__, facts, plans.values(), metrics or {})
+    receipt = make_receipt(__version__, facts, plans.values(), metrics or {})
     with whole_folder(out, (MANIFEST, TENSORS, GRAPH), "a bundle") as folder:
         tensors = tensors_of(module)
         write_tensors(tensors, folder / TENSORS, receipt.to_header() | {"format": "pt"})
@@ -114,7 +115,7 @@ def save(
         inputs = input_entries(module)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
-            fxq_version=fxq.__version__,
+            fxq_version=__version__,
             facts=facts,
             layers={layer: _layer_entry(plan, tensors) for layer, plan in plans.items()},
             tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},

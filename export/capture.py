@@ -11,14 +11,14 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.exclusive import exclusive
+from fxq.core.ir import QuantGraph, Stage, example_value, facts_of, forget_origin
+from fxq.core.pipeline import run_passes
+from fxq.core.signature import input_sizes
+from fxq.core.verify import RuleError, check
 from fxq.export.inputs import hint_of
-from fxq.ir import QuantGraph, Stage, example_value, facts_of, forget_origin
 from fxq.kernels.op import NAMESPACE
-from fxq.passes.to_qdq import ToQdq
-from fxq.pipeline import run_passes
-from fxq.signature import input_sizes
-from fxq.verify import RuleError, check
+from fxq.passes.qdq.to_qdq import ToQdq
+from fxq.runtime.exclusive import exclusive
 
 Example = tuple[tuple[Any, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
@@ -58,7 +58,7 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
 
 
 def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
-    """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.to_qdq.ToQdq`.
+    """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
 
     Raises:
         ExportError: as :func:`frozen`, and when an operator of fxq is left.

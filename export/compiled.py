@@ -1,7 +1,7 @@
 """The callable of a program compiled ahead of time: machine code reads memory unasked, so its calls are checked.
 
 They are checked against data in ``program.json``: the arguments' names, the sizes, dtypes and conditions of
-:class:`fxq.calls.CallRules`, the kind of device of every input, and which inputs the graph writes to.
+:class:`fxq.calls.rules.CallRules`, the kind of device of every input, and which inputs the graph writes to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxq.aliasing import written_inputs
-from fxq.calls import CallRules, InputError, bind, flatten
-from fxq.captured import convention, rules_of
+from fxq.calls.captured import convention, rules_of
+from fxq.calls.rules import CallRules, InputError, bind, flatten
+from fxq.core.aliasing import written_inputs
+from fxq.core.ir import example_value
+from fxq.core.signature import call_rules
 from fxq.export.capture import ExportError
-from fxq.ir import example_value
-from fxq.signature import call_rules
 
 KEY = "call"
 

@@ -16,13 +16,13 @@ from rich.text import Text
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
 from fxq.export.bundle import TENSORS, Manifest, is_sealed, load, read_manifest, stated_seal
 from fxq.export.files import BundleError
 from fxq.export.fingerprint import compare_fingerprint
+from fxq.export.graph.rehearsal import RehearsalError
 from fxq.export.receipt import read_receipt
-from fxq.export.rehearsal import RehearsalError
-from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
-from fxq.kernels import gemm
+from fxq.kernels.gemm import op as gemm
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""

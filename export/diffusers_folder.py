@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor, fx, nn
 
 import fxq.numerics
-from fxq.config import RecipeError, Scheme
+from fxq.core.config import RecipeError, Scheme
+from fxq.core.ir import LayerPlan, facts_of, get_tensor, module_path, planned, stored_names
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
+from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
 from fxq.export.receipt import Receipt, make_receipt
-from fxq.export.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
-from fxq.ir import LayerPlan, facts_of, get_tensor, module_path, planned, stored_names
-from fxq.reading import MAX_TENSORS
+from fxq.runtime.reading import MAX_TENSORS
+from fxq.version import __version__
 
 METHOD, FORMAT_VERSION = "fxq", 1
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -126,7 +127,7 @@ class QuantizationConfig:
 def save_diffusers(
     quantized: fx.GraphModule | str | os.PathLike[str], model: nn.Module, path: str | os.PathLike[str]
 ) -> pathlib.Path:
-    """Write a folder that ``type(model).from_pretrained`` loads once ``fxq.diffusers_quantizer.register()`` was called.
+    """Write a folder for ``type(model).from_pretrained`` after ``fxq.integrations.diffusers.register()``.
 
     Args:
         quantized: made by :func:`fxq.quantize` or :func:`fxq.load` from the model, or a bundle's folder.
@@ -177,8 +178,8 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], 
     tensors |= _float_tensors(module, model, entries)
     kept = {layer: plan.reason for layer, plan in plans.items() if plan.scheme is None}
     kept |= {layer: "the captured call does not use it" for layer in facts.get("never_called", ())}
-    receipt = make_receipt(fxq.__version__, facts, plans.values(), {})
-    quantization = QuantizationConfig(layers=entries, kept=kept, receipt=receipt, fxq_version=fxq.__version__)
+    receipt = make_receipt(__version__, facts, plans.values(), {})
+    quantization = QuantizationConfig(layers=entries, kept=kept, receipt=receipt, fxq_version=__version__)
     config = json.loads(configuration()) | {"quantization_config": quantization.to_json()}
     config.pop("_name_or_path", None)
     return config, tensors, receipt

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fxq.reading import ReadError, read_header
-from fxq.residency import DiskError, Residency
-from fxq.writable import writable_folder
+from fxq.runtime.reading import ReadError, read_header
+from fxq.runtime.residency import DiskError, Residency
+from fxq.runtime.writable import writable_folder
 
 _PIECE = 1 << 26  # most bytes of a tensor that are copied at a time
 _DTYPES = {

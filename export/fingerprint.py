@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from fxq.core.ir import example_value, planned
+from fxq.export.graph.rehearsal import Brake, RehearsalError, rehearse
+from fxq.export.graph.strict import DtypeName, Finite, Shape, Text
 from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
-from fxq.export.rehearsal import Brake, RehearsalError, rehearse
-from fxq.export.strict import DtypeName, Finite, Shape, Text
-from fxq.ir import example_value, planned
-from fxq.reading import MAX_TENSORS
+from fxq.runtime.reading import MAX_TENSORS
 
 SEED = 2605
 PROJECTIONS = 4

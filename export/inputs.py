@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from fxq.exclusive import exclusive
-from fxq.export.arguments import DTYPES
+from fxq.core.dtypes import DTYPES
+from fxq.core.ir import example_value, get_tensor, inherit_meta
+from fxq.core.signature import Sizes
 from fxq.export.files import BundleError
-from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Size, Value
-from fxq.ir import example_value, get_tensor, inherit_meta
-from fxq.reading import MAX_RANK
-from fxq.signature import Sizes
+from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Size, Value
+from fxq.runtime.exclusive import exclusive
+from fxq.runtime.reading import MAX_RANK
 
 _MASK = 0xFFFFFFFF
 _PIECE = 1 << 20

@@ -18,7 +18,7 @@ from typing import Any
 
 from fxq.export.capture import ExportError
 from fxq.kernels.native.cache import chosen_folder, is_own_file, why_shared
-from fxq.reading import ReadError, regular_file
+from fxq.runtime.reading import ReadError, regular_file
 
 MAX_ENTRIES = 10_000
 MAX_RATIO = 100

@@ -18,15 +18,16 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-import fxq.kernels  # registers the operators
+import fxq.kernels  # noqa: F401 registers the operators
 from fxq import cpu
-from fxq.aliasing import written_inputs
-from fxq.exclusive import exclusive, quiet
+from fxq.core.aliasing import written_inputs
+from fxq.core.ir import LayerPlan, get_tensor
+from fxq.core.signature import call_rules, rules_of
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
 from fxq.export.onnx_form import integer_form
-from fxq.ir import LayerPlan, get_tensor
-from fxq.passes.qdq_layers import may_saturate
-from fxq.signature import call_rules, rules_of
+from fxq.passes.qdq.qdq_layers import may_saturate
+from fxq.runtime.exclusive import exclusive, quiet
+from fxq.version import __version__
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -129,7 +130,7 @@ def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) 
     schemes = {layer: plan.scheme for layer, plan in plans.items() if plan.scheme is not None}
     layers = {layer: scheme.weight_bits for layer, scheme in schemes.items()}
     needs = [layer for layer, scheme in schemes.items() if vnni and may_saturate(scheme)]
-    return {"fxq_version": fxq.__version__, "layers": layers, "needs_vnni": needs, "runtime": runtime}
+    return {"fxq_version": __version__, "layers": layers, "needs_vnni": needs, "runtime": runtime}
 
 
 def output_names(spec: pytree.TreeSpec) -> list[str]:

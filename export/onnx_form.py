@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fxq.ir import LayerPlan
-from fxq.passes.qdq_layers import may_saturate
+from fxq.core.ir import LayerPlan
+from fxq.passes.qdq.qdq_layers import may_saturate
 
 
 def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) -> None:
@@ -19,7 +19,7 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) 
     runtimes multiply u8 x u8 in 16 bits and add in 32.
 
     Args:
-        model: onnx_ir.Model made of a graph of :class:`~fxq.passes.to_qdq.ToQdq`.
+        model: onnx_ir.Model made of a graph of :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
         plans: of the quantized layers.
         vnni: whether the CPUs that run it have VNNI.
     """

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
-from fxq.calls import CallRules
-from fxq.captured import CapturedModule, guard_calls, inherit_notes, notes_of, rules_of
+from fxq.calls.captured import CapturedModule, guard_calls, inherit_notes, notes_of, rules_of
+from fxq.calls.rules import CallRules
+from fxq.core.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 from fxq.export.inputs import InputEntry, input_entries, record_values
-from fxq.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,18 +20,19 @@ from pydantic import Field
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-import fxq.kernels  # registers the operators
+import fxq.kernels  # noqa: F401 registers the operators
 from fxq import cpu
-from fxq.exclusive import exclusive, quiet
+from fxq.core.ir import get_tensor
 from fxq.export import bundle
 from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
 from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.export.files import BundleError, sha256, whole_folder
+from fxq.export.graph.strict import Name, SchemaError, Size, Text, validated
 from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
 from fxq.export.native_code import load_native, note_as_own
-from fxq.export.strict import Name, SchemaError, Size, Text, validated
-from fxq.ir import get_tensor
-from fxq.reading import ReadError, read_json, regular_file
+from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.reading import ReadError, read_json, regular_file
+from fxq.version import __version__
 
 PROGRAM, FACTS = "program.pt2", "program.json"
 BUNDLE = (bundle.MANIFEST, bundle.TENSORS, bundle.GRAPH)
@@ -100,7 +101,7 @@ class _Facts:
 def _facts(aoti: bool, runtime: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
-        "fxq_version": fxq.__version__,
+        "fxq_version": __version__,
         "torch_version": torch.__version__.partition("+")[0],
         "kind": "aoti" if aoti else "weight_free",
         "entries": list(ENTRIES if aoti else ("model",)),

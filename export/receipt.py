@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fxq.core.ir import LayerPlan
 from fxq.export.files import BundleError
-from fxq.export.strict import Name, SchemaError, Text, validated
-from fxq.ir import LayerPlan
-from fxq.reading import ReadError, parse_json, read_header
+from fxq.export.graph.strict import Name, SchemaError, Text, validated
+from fxq.runtime.reading import ReadError, parse_json, read_header
 
 HEADER_KEY = "fxq_receipt"
 RECEIPT_VERSION = 1

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 from fxq import cpu  # noqa: F401  first: FXQ_CPU has to reach torch's libraries before they start
-from fxq.allocator import keep_memory
-from fxq.apply import ApplyError, apply
-from fxq.binding import BackendError, Binding, bind
-from fxq.calibrate import Batch
-from fxq.collect import CalibrationError
-from fxq.config import Recipe, RecipeError, Rule, Scheme
+from fxq.calibration.calibrate import Batch
+from fxq.calibration.collect import CalibrationError
+from fxq.calibration.record import RecordError, Recording, record
+from fxq.calibration.rollout import Call, Draws, Rollout, Span, State
+from fxq.capture.trace import TraceError
+from fxq.core.config import Recipe, RecipeError, Rule, Scheme
+from fxq.core.summary import Summary, summary
 from fxq.export import (
     BundleError,
     ExportError,
@@ -23,17 +22,17 @@ from fxq.export import (
     save,
     verify_bundle,
 )
+from fxq.integrations.binding import BackendError, Binding, bind
+from fxq.integrations.swap import ApplyError, apply
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import PRESETS, load_recipe
-from fxq.record import RecordError, Recording, record
-from fxq.rollout import Call, Draws, Rollout, Span, State
-from fxq.summary import Summary, summary
-from fxq.trace import TraceError
-from fxq.workers import WorkerError, launched
+from fxq.runtime.allocator import keep_memory
+from fxq.runtime.workers import WorkerError, launched
+from fxq.version import __version__ as __version__
 
 __all__ = [
     "PRESETS",

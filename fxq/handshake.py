@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import fxq
-from fxq.agreement import describe, describe_data, describe_model, environment_facts, flat_facts
-from fxq.calibrate import Batch
-from fxq.config import Recipe
-from fxq.ir import LayerPlan
+from fxq.calibration.agreement import describe, describe_data, describe_model, environment_facts, flat_facts
+from fxq.calibration.calibrate import Batch
+from fxq.core.config import Recipe
+from fxq.core.ir import LayerPlan
 from fxq.recipes import recipe_to_json
-from fxq.workers import Workers
+from fxq.runtime.workers import Workers
+from fxq.version import __version__
 
 
 def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: Batch | None) -> None:
@@ -27,12 +27,12 @@ def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: 
         first: the first batch of data that can only be iterated.
 
     Raises:
-        fxq.workers.WorkerError: naming a rank and what differs there.
+        fxq.runtime.workers.WorkerError: naming a rank and what differs there.
     """
     if workers.size == 1:
         return
     facts = {
-        "version": environment_facts(fxq.__version__),
+        "version": environment_facts(__version__),
         "recipe": flat_facts(recipe_to_json(recipe)),
         "model": describe_model(model),
         "calibration data": describe_data(data),
@@ -47,7 +47,7 @@ def compare_plans(workers: Workers, plans: Mapping[str, LayerPlan]) -> None:
     """Compare what the ranks are about to do with each layer: outlier channels follow from all of a weight.
 
     Raises:
-        fxq.workers.WorkerError: naming a rank and a layer.
+        fxq.runtime.workers.WorkerError: naming a rank and a layer.
     """
     if workers.size > 1:
         told = {name: json.dumps(plan.to_json(), sort_keys=True, default=str) for name, plan in plans.items()}

@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxq.calibrate import calibrate
-from fxq.checkpoint import Checkpoint
-from fxq.collect import CalibrationError, Collector
-from fxq.config import Recipe
-from fxq.interpret import sparing_call
-from fxq.ir import QuantGraph
+from fxq.calibration.calibrate import calibrate
+from fxq.calibration.collect import CalibrationError, Collector
+from fxq.calibration.rollout import Rollout
+from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
+from fxq.core.config import Recipe
+from fxq.core.interpret import sparing_call
+from fxq.core.ir import QuantGraph
+from fxq.core.pipeline import Pass, run_passes
 from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
 from fxq.passes.share_inputs import ShareInputs, input_groups
-from fxq.pipeline import Pass, run_passes
-from fxq.progress import Progress
 from fxq.recipes import recipe_to_json
-from fxq.rollout import Rollout
-from fxq.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
-from fxq.workers import Workers
+from fxq.runtime.checkpoint import Checkpoint
+from fxq.runtime.progress import Progress
+from fxq.runtime.workers import Workers
 
 ForwardLoop = Callable[[Callable[..., Any]], None]
 
@@ -62,7 +62,8 @@ class Job:
         """Collect statistics and move a PLANNED graph to CALIBRATED; returns the calibration hash, empty without data.
 
         Raises:
-            CalibrationError: as :func:`fxq.calibrate.calibrate`; or when there is no data and a layer needs some.
+            CalibrationError: as :func:`fxq.calibration.calibrate.calibrate`; or when there is no data and a layer needs
+                some.
         """
         if loader is None and forward_loop is None:
             graph.adopt({})

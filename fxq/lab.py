@@ -11,8 +11,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from fxq.config import Recipe
-from fxq.ir import QuantGraph
+from fxq.calibration.rollout import Draws, Rollout
+from fxq.calibration.sensitivity import ChunkSensitivity, chunk_weights
+from fxq.capture.trace import trace
+from fxq.core.config import Recipe
+from fxq.core.ir import QuantGraph
+from fxq.core.pipeline import run_passes
+from fxq.core.summary import summary
 from fxq.job import Job, plan_passes
 from fxq.metrics import sprites
 from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teacher_forced
@@ -21,15 +26,10 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
 from fxq.passes import Freeze, LowerLinear
 from fxq.passes.methods.ranges import RangeSearch
-from fxq.pipeline import run_passes
-from fxq.progress import Progress
 from fxq.quantize import finish
 from fxq.recipes import PRESETS, single_scale
 from fxq.report.data import Comparison, Variant
-from fxq.rollout import Draws, Rollout
-from fxq.sensitivity import ChunkSensitivity, chunk_weights
-from fxq.summary import summary
-from fxq.trace import trace
+from fxq.runtime.progress import Progress
 
 SHAPE = (sprites.FRAMES, 3, sprites.SIZE, sprites.SIZE)
 

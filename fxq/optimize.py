@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxq.ambient import own_tensors
-from fxq.exclusive import exclusive
-from fxq.ir import QuantGraph, Stage, facts_of, set_facts
+from fxq.core.ir import QuantGraph, Stage, facts_of, set_facts
+from fxq.core.pipeline import PassError, run_passes
+from fxq.core.signature import guard_inputs
 from fxq.passes import FUSIONS, LayOutWeights
-from fxq.pipeline import PassError, run_passes
-from fxq.signature import guard_inputs
+from fxq.runtime.ambient import own_tensors
+from fxq.runtime.exclusive import exclusive
 
 
 @exclusive
@@ -29,7 +29,7 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         ValueError: when the module was not made by fxq.
-        fxq.pipeline.PassError: when the module is the result of this function already.
+        fxq.core.pipeline.PassError: when the module is the result of this function already.
     """
     facts = facts_of(module)
     if "remarks" in facts:

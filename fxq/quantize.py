@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import operator
 import pathlib
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,26 +16,27 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.ambient import without_autocast
-from fxq.calibrate import NO_BATCH, Batch, usable
-from fxq.collect import CalibrationError
-from fxq.config import Recipe, RecipeError
-from fxq.export.graph_json import GraphFormatError
-from fxq.export.savable import check_savable
+from fxq.calibration.calibrate import NO_BATCH, Batch, usable
+from fxq.calibration.collect import CalibrationError
+from fxq.calibration.rollout import Rollout
+from fxq.calibration.sensitivity import ChunkSensitivity
+from fxq.capture.trace import TraceError, plain_model, trace
+from fxq.core.config import Recipe, RecipeError
+from fxq.core.ir import LayerPlan, QuantGraph, has_facts, set_facts
+from fxq.core.pipeline import run_passes
+from fxq.core.signature import batch_dynamic, call_rules, guard_inputs, rules_of
+from fxq.environment import environment
+from fxq.export.graph.graph_json import GraphFormatError
+from fxq.export.graph.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.ir import LayerPlan, QuantGraph, has_facts, set_facts
 from fxq.job import ForwardLoop, Job, needs_data, plan_passes
 from fxq.passes import Freeze, LowerLinear
-from fxq.pipeline import run_passes
-from fxq.progress import Progress
 from fxq.recipes import get_recipe, recipe_to_json
-from fxq.rollout import Rollout
-from fxq.sensitivity import ChunkSensitivity
-from fxq.signature import batch_dynamic, call_rules, guard_inputs, rules_of
-from fxq.streams import warn
-from fxq.trace import TraceError, plain_model, trace
-from fxq.workers import Workers
-from fxq.writable import writable_folder
+from fxq.runtime.ambient import without_autocast
+from fxq.runtime.progress import Progress
+from fxq.runtime.streams import warn
+from fxq.runtime.workers import Workers
+from fxq.runtime.writable import writable_folder
 
 Model = nn.Module | fx.GraphModule | ExportedProgram
 
@@ -83,7 +83,7 @@ def quantize(
             quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
-        fxq.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
+        fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
         OSError: checkpoint_dir cannot be written.
     """
     # Methods learn by gradients, tensors must outlive the call and products be exact, whatever mode the caller is in.
@@ -295,26 +295,3 @@ def finish(
     }
     set_facts(graph.module, facts)
     return guard_inputs(graph.module, facts)
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine, as stored in manifests and result files."""
-    import fxq
-
-    return {
-        "fxq": fxq.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

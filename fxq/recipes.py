@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from fxq.config import Recipe, RecipeError, Rule, Scheme
+from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
-from fxq.reading import parse_json, read_bytes
 from fxq.recipe_files import MAX_RECIPE_BYTES, check_content
+from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
@@ -47,7 +47,7 @@ def wan_recipe(
 
     Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
     and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold
-    inside wrappers too (``wrapped`` of :class:`~fxq.config.Rule`).
+    inside wrappers too (``wrapped`` of :class:`~fxq.core.config.Rule`).
     """
     once = dataclasses.replace(scheme, reconstruct=False)
     rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
@@ -141,7 +141,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
 
 
 def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    """JSON form: the fields of :class:`~fxq.config.Recipe`, methods as ``{"method": name, ...options}``."""
+    """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
     data = dataclasses.asdict(dataclasses.replace(recipe, methods=()))
     data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
     return data

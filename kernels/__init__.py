@@ -1,17 +1,20 @@
-"""Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``."""
+"""Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``.
+
+Nothing here knows layers, graphs or recipes: numerics is all it imports of fxq.
+"""
 
 from torch import Tensor
 
 from fxq.kernels import native
-from fxq.kernels.attention import attention
-from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
-from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
-from fxq.kernels.gemm import dual_scale_linear
-from fxq.kernels.norm import norm_quantize
+from fxq.kernels.attention.op import attention
+from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm.op import dual_scale_linear
+from fxq.kernels.gemm.per_token import dual_scale_linear_per_token, quantize_per_token
+from fxq.kernels.norm.op import norm_quantize
 from fxq.kernels.op import Op
-from fxq.kernels.per_token import dual_scale_linear_per_token, quantize_per_token
-from fxq.kernels.quantize import quantize_act
-from fxq.kernels.rope import rms_norm_rope
+from fxq.kernels.quantize.op import quantize_act
+from fxq.kernels.rope.op import rms_norm_rope
 
 OPS: tuple[Op, ...] = (
     quantize_act,

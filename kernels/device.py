@@ -64,7 +64,7 @@ def to_int8(x: Block, inverse: Block, zero: Block, LOW: constexpr, HIGH: constex
 
 @jit
 def activate(x: Block, ACTIVATION: constexpr) -> Block:
-    """One of fxq.kernels.epilogues.ACTIVATIONS on float32."""
+    """One of fxq.kernels.gemm.epilogues.ACTIVATIONS on float32."""
     if ACTIVATION == "gelu":
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":

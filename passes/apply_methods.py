@@ -12,14 +12,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxq.checkpoint import Checkpoint
-from fxq.graph import LinearSite, linear_sites
-from fxq.ir import LayerPlan, LayerStatistics, LayerUpdate, QuantGraph, Stage, planned, set_plan
+from fxq.core.graph import LinearSite, linear_sites
+from fxq.core.ir import LayerPlan, LayerStatistics, LayerUpdate, QuantGraph, Stage, planned, set_plan
+from fxq.core.pipeline import Analysis
 from fxq.passes.methods import LayerProblem, Method, output_sqnr
 from fxq.passes.share_inputs import input_groups
-from fxq.pipeline import Analysis
-from fxq.residency import Residency, trim
-from fxq.workers import Workers
+from fxq.runtime.checkpoint import Checkpoint
+from fxq.runtime.residency import Residency, trim
+from fxq.runtime.workers import Workers
 
 
 def group_order(plan: LayerPlan) -> Tensor:
@@ -56,7 +56,7 @@ class ApplyMethods(Analysis):
 
         Raises:
             ValueError: when there is no method.
-            fxq.workers.WorkerError: when a rank is gone.
+            fxq.runtime.workers.WorkerError: when a rank is gone.
         """
         if not self.methods:
             raise ValueError("the recipe has no method; RangeSearch() or MinMax() is the least")

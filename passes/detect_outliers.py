@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.graph import linear_sites
-from fxq.ir import QuantGraph, Stage, plan_of, set_plan
-from fxq.pipeline import Analysis
-from fxq.residency import Residency
-from fxq.units import unit_of
+from fxq.core.graph import linear_sites
+from fxq.core.ir import QuantGraph, Stage, plan_of, set_plan
+from fxq.core.pipeline import Analysis
+from fxq.core.units import unit_of
+from fxq.runtime.residency import Residency
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ import dataclasses
 from typing import ClassVar
 
 from fxq import numerics
-from fxq.graph import drop_unread_attributes, unused_tensors
-from fxq.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor, stored_names
-from fxq.pipeline import Rewrite
-from fxq.residency import Residency, trim
+from fxq.core.graph import drop_unread_attributes, unused_tensors
+from fxq.core.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor, stored_names
+from fxq.core.pipeline import Rewrite
+from fxq.runtime.residency import Residency, trim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
-from fxq.graph import LinearSite, drop_unread_attributes, linear_sites
-from fxq.ir import (
+from fxq.core.graph import LinearSite, drop_unread_attributes, linear_sites
+from fxq.core.ir import (
     LayerPlan,
     LayerUpdate,
     QuantGraph,
@@ -23,9 +23,9 @@ from fxq.ir import (
     put_tensor,
     set_plan,
 )
+from fxq.core.pipeline import Rewrite
 from fxq.passes.apply_methods import group_order
-from fxq.pipeline import Rewrite
-from fxq.residency import give_back
+from fxq.runtime.residency import give_back
 
 
 class LoweringError(RuntimeError):

@@ -8,19 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxq.config import Recipe, RecipeError, Rule
-from fxq.graph import linear_sites, sharing_conflicts
-from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
+from fxq.core.config import Recipe, RecipeError, Rule
+from fxq.core.graph import linear_sites, sharing_conflicts
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
+from fxq.core.pipeline import Analysis
 from fxq.numerics import PACK_BLOCK, unfit_width
-from fxq.pipeline import Analysis
-from fxq.residency import Residency
+from fxq.runtime.residency import Residency
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanLayers(Analysis):
-    """Writes a :class:`~fxq.ir.LayerPlan` on every linear.
+    """Writes a :class:`~fxq.core.ir.LayerPlan` on every linear.
 
     Cases: 1. the weight is not a parameter of its own: kept; 2. it is no matrix: kept; 3. a rule says None: kept, with
     the rule's reason; 4. no rule matches: kept; 5. the weight is empty or of a dtype without kernels: kept; 6. it is

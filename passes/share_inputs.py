@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
@@ -11,18 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from fxq.config import Scheme
-from fxq.graph import LinearSite, linear_sites
-from fxq.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
+from fxq.core.config import Scheme
+from fxq.core.graph import LinearSite, linear_sites
+from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
+from fxq.core.pipeline import Analysis
 from fxq.passes.detect_outliers import detect_outliers, inside_block
-from fxq.pipeline import Analysis
-from fxq.residency import Residency
-
-
-def block_of(layer: str) -> str:
-    """Path of the numbered block that holds a layer, ``blocks.3`` for ``blocks.3.ffn.0``; empty outside of blocks."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", layer)
-    return "" if found is None else found.group()
+from fxq.passes.match.blocks import block_of
+from fxq.runtime.residency import Residency
 
 
 def input_groups(module: fx.GraphModule) -> list[list[LinearSite]]:
@@ -46,7 +40,7 @@ class ShareInputs(Analysis):
 
     The norm of a channel is then taken over the rows of all of them (Q-ARVD, arXiv 2605.21072, Eq. 9-12, on the weight
     [sum N, K]). :class:`~fxq.passes.ApplyMethods` with ``share_inputs`` solves such layers as one, so that their input
-    scales are equal too and :class:`~fxq.passes.merge_linears.MergeLinears` can make one GEMM of them.
+    scales are equal too and :class:`~fxq.passes.fusions.merge_linears.MergeLinears` can make one GEMM of them.
     """
 
     needs: ClassVar[Stage] = Stage.PLANNED

@@ -23,7 +23,8 @@ def fresh(code, **environment):
 ALL = """
 import json, torch, fxq
 from fxq import cpu, kernels
-from fxq.kernels import native, gemm
+from fxq.kernels import native
+from fxq.kernels.gemm import op as gemm
 from fxq.planning.environment import read_environment
 a = torch.full((64, 64), 127, dtype=torch.int8)
 torch._int_mm(a, a)

@@ -1,6 +1,7 @@
 """The tree: links, packages and the direction of imports."""
 
 import ast
+import graphlib
 import importlib
 import os
 import pathlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 
 import pytest
 from packaging.requirements import Requirement
@@ -19,143 +21,22 @@ ROOMS = ("passes", "kernels", "export")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
-# Imports go to the same layer or a lower one.
-LAYERS = (
-    (
-        "allocator",
-        "config",
-        "cpu",
-        "numerics",
-        "units",
-        "ambient",
-        "rollout",
-        "models",
-        "metrics",
-        "progress",
-        "reading",
-        "residency",
-        "reach",
-        "offload",
-        "fixed_dtypes",
-        "content",
-        "workers",
-        "checkpoint",
-        "agreement",
-        "exclusive",
-        "generated",
-        "ranks",
-        "streams",
-        "writable",
-    ),
-    ("ir", "calls", "captured", "conditions"),
-    (
-        "graph",
-        "products",
-        "signature",
-        "interpret",
-        "places",
-        "regions",
-        "dense_masks",
-        "aliasing",
-        "guards",
-        "small_sizes",
-        "comparisons",
-        "written_guards",
-    ),
-    ("verify",),
-    ("pipeline",),
-    ("trace", "row_sample", "collect", "calibrate"),
+# From the ground up. What lies on a floor imports from its own floor and from those below.
+FLOORS = (
+    ("numerics", "version", "cpu"),
+    ("kernels",),
+    ("runtime", "calls", "core"),
+    ("capture", "calibration"),
+    ("models", "metrics", "passes", "environment"),
+    ("recipes", "recipe_files", "export", "report"),
+    ("job", "handshake", "optimize", "parallel", "planning"),
+    ("quantize", "integrations"),
+    ("fxq", "lab", "bench"),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
 )
-CORE = tuple(name for layer in LAYERS for name in layer)
-USER_FACING = (
-    "handshake",
-    "job",
-    "quantize",
-    "optimize",
-    "summary",
-    "sensitivity",
-    "apply",
-    "quantized_linear",
-    "stand_in",
-    "names",
-    "parallel",
-    "diffusers_quantizer",
-    "binding",
-    "dynamo_graph",
-    "record",
-    "backend",
-    "report",
-    "bench",
-    "planning",
-    "lab",
-    "adapters",
-    "cli",
-    "demo",
-    "fxq",
-)
-
-# room -> rooms it must not import; "fxq" is the package's own __init__, which imports almost everything.
-FORBIDDEN: dict[str, tuple[str, ...]] = {
-    **{
-        name: (*(n for above in LAYERS[i + 1 :] for n in above), "passes", "export", "recipes", *USER_FACING)
-        for i, layer in enumerate(LAYERS)
-        for name in layer
-    },
-    "kernels": (*(n for n in CORE if n not in ("cpu", "numerics")), "passes", "export", "recipes", *USER_FACING),
-    "passes": ("models", "metrics", "trace", "export", "recipes", *USER_FACING),
-    "export": ("models", "metrics", "trace", "calibrate", "recipes", *USER_FACING),
-    "cache": (*(n for n in CORE if n not in ("numerics", "rollout")), "passes", "export", *USER_FACING),
-    "recipes": USER_FACING,
-    "recipe_files": ("passes", "export", "recipes", *USER_FACING),
-    **{
-        name: ("adapters", "bench", "cli", "demo", "lab", "report")
-        for name in (
-            "handshake",
-            "job",
-            "quantize",
-            "optimize",
-            "summary",
-            "sensitivity",
-            "apply",
-            "quantized_linear",
-            "stand_in",
-            "names",
-            "diffusers_quantizer",
-            "binding",
-            "dynamo_graph",
-            "record",
-            "backend",
-        )
-    },
-    "parallel": (
-        "job",
-        "quantize",
-        "optimize",
-        "apply",
-        "adapters",
-        "bench",
-        "cli",
-        "demo",
-        "lab",
-        "report",
-        "planning",
-    ),
-    "report": ("adapters", "bench", "cli", "demo", "lab"),
-    "lab": ("adapters", "bench", "cli", "demo"),
-    "demo": ("adapters", "bench", "cli"),
-    "adapters": ("bench", "cli", "demo"),
-    "bench": ("cli", "demo", "lab", "report"),
-    "planning": ("export", "quantize", "optimize", "adapters", "bench", "cli", "demo", "lab", "report"),
-}
-FORBIDDEN |= {name: FORBIDDEN["numerics"] for name in ("checkpoint", "reading", "residency", "workers")}
-for foundation in (*LAYERS[0], "checkpoint", "reading", "residency", "workers"):
-    FORBIDDEN[foundation] += ("kernels",)
-
-
-def test_every_module_has_its_place_in_the_import_order():
-    modules = {p.stem for p in (ROOT / "fxq").glob("*.py")} - {"__init__", "__main__"}
-    modules = {name for name in modules if name.partition("_")[0] != "cli"}
-    assert modules <= set(FORBIDDEN), f"add to LAYERS or FORBIDDEN: {sorted(modules - set(FORBIDDEN))}"
+FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def sources():
@@ -174,21 +55,6 @@ def room_of(module):
     """First part below ``fxq``; ``fxq`` itself for the package."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
-
-
-def imports(path):
-    """Rooms of fxq that a file imports, with line numbers."""
-    modules = {module for module, _ in sources()}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [node.module]
-            if node.module == "fxq":
-                names = [f"fxq.{a.name}" if f"fxq.{a.name}" in modules else "fxq" for a in node.names]
-        else:
-            continue
-        yield from ((room_of(name), node.lineno) for name in names if name.split(".")[0] == "fxq")
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -223,16 +89,69 @@ def test_importing_a_room_from_the_root_says_how_to_import_it(room, monkeypatch)
     assert room not in sys.modules
 
 
-def test_imports_go_downwards_only():
-    violations = []
-    for module, path in sources():
-        room = room_of(module)
-        if module == "fxq" or room not in FORBIDDEN:
+def imports(path):
+    """(module of fxq, line) for every import in a file; names of a package's __init__ count as the package."""
+    modules = {module for module, _ in sources()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{a.name}" for a in node.names]
+            names = [name if name in modules else node.module for name in names]
+        else:
             continue
-        for target, line in imports(path):
-            if target in FORBIDDEN[room]:
-                violations.append(f"{path.relative_to(ROOT)}:{line}: {room} must not import {target}")
-    assert not violations, "\n".join(violations)
+        yield from ((name, node.lineno) for name in names if name.split(".")[0] == "fxq")
+
+
+def test_every_room_has_its_floor():
+    rooms = {room_of(module) for module, _ in sources()}
+    assert rooms == set(FLOOR), f"no floor: {sorted(rooms - set(FLOOR))}; no such room: {sorted(set(FLOOR) - rooms)}"
+
+
+def test_no_import_goes_up():
+    up = [
+        f"{path.relative_to(ROOT)}:{line}: {room_of(module)} must not import {room_of(target)}"
+        for module, path in sources()
+        for target, line in imports(path)
+        if FLOOR[room_of(target)] > FLOOR[room_of(module)]
+    ]
+    assert not up, "\n".join(up)
+
+
+def folder_of(module, packages):
+    """The folder that a module lies in; an __init__ is the roof of its folder, and a module of the top a room alone."""
+    folder = module.rpartition(".")[0]
+    return f"{module}.__init__" if module in packages else module if folder == "fxq" else folder
+
+
+@pytest.mark.parametrize("of", ["modules", "folders"])
+def test_no_imports_go_in_a_circle(of):
+    packages = {module for module, path in sources() if path.name == "__init__.py"}
+    graph = {}
+    for module, path in sources():
+        name = module if of == "modules" else folder_of(module, packages)
+        targets = [target for target, _ in imports(path) if of == "modules" or target not in packages]
+        named = [target if of == "modules" else folder_of(target, packages) for target in targets]
+        graph.setdefault(name, set()).update(set(named) - {name})
+    if of == "modules":  # a package is there before its modules are, whoever asks for them
+        graph = {name: {t for t in targets if not name.startswith(f"{t}.")} for name, targets in graph.items()}
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_no_folder_is_a_heap():
+    folders = Counter(path.parent.relative_to(ROOT) for _, path in sources() if path.name != "__init__.py")
+    heaps = {str(folder): count for folder, count in folders.items() if count >= 16}
+    assert not heaps, f"make rooms: {heaps}"
+
+
+def test_every_folder_says_what_lives_there_and_what_may_not():
+    silent = []
+    for module, path in sources():
+        if path.name == "__init__.py" and module != "fxq":
+            said = ast.get_docstring(ast.parse(path.read_text())) or ""
+            if not re.search(r"\.\s+Nothing [^.]+\.", said):
+                silent.append(module)
+    assert not silent, f"a sentence on what lives there, one that begins with 'Nothing': {silent}"
 
 
 def test_imports_are_absolute():
@@ -267,10 +186,10 @@ def test_only_ir_touches_node_meta():
     offenders = [
         f"{path.relative_to(ROOT)}:{number}"
         for module, path in sources()
-        if module not in ("fxq.ir", "fxq.captured")  # the second: notes of modules, for their copies
+        if module not in ("fxq.core.ir", "fxq.calls.captured")  # the second: notes of modules, for their copies
         for number in meta_reads(path.read_text())
     ]
-    assert not offenders, f"use the helpers of fxq/ir.py: {offenders}"
+    assert not offenders, f"use the helpers of fxq/core/ir.py: {offenders}"
 
 
 def test_every_declared_dependency_is_pinned_at_an_allowed_version():

@@ -11,12 +11,12 @@ import torch
 
 import fxq
 from fxq import kernels
-from fxq.ir import get_tensor
+from fxq.core.ir import get_tensor
+from fxq.core.pipeline import PassError
+from fxq.core.summary import Summary
 from fxq.kernels import native
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.pipeline import PassError
-from fxq.summary import Summary
 from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
@@ -141,7 +141,7 @@ def test_without_native_kernels_weights_stay_and_the_report_says_why(monkeypatch
     q = fxq.quantize(toy(), [rows(9, 96)], recipe(8))
     optimized = fxq.optimize(q)
     assert all("native kernels are for another machine" in row.remarks for row in fxq.summary(optimized).quantized)
-    assert all(row.kernel == kernels.gemm.ON_CPU for row in fxq.summary(optimized).quantized)
+    assert all(row.kernel == kernels.gemm.op.ON_CPU for row in fxq.summary(optimized).quantized)
     x = rows(5, 96, seed=4)
     assert torch.allclose(optimized(x), q(x), atol=1e-4)
 
@@ -181,7 +181,7 @@ def test_a_float16_model_is_not_called_native():
     q = fxq.quantize(toy().half(), [x], recipe(8))
     optimized = fxq.optimize(q)
     down = next(row for row in fxq.summary(optimized).quantized if row.layer == "blocks.0.down")
-    assert down.kernel == kernels.gemm.ON_CPU
+    assert down.kernel == kernels.gemm.op.ON_CPU
     assert not native.ready() or any("not float16" in remark for remark in down.remarks)
     assert torch.allclose(optimized(x).float(), q(x).float(), atol=2e-2)
 

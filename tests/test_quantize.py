@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.ir import facts_of, get_tensor
-from tests.test_calibrate import Keywords
+from fxq.core.ir import facts_of, get_tensor
+from tests.calibration.test_calibrate import Keywords
 from tests.toys import LEARN, recipe, relative_error, rows, toy, wan_rollout
 
 X = rows(40, 96)

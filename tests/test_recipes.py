@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from fxq.config import RecipeError, Scheme
+from fxq.core.config import RecipeError, Scheme
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipes import PRESETS, get_recipe, load_recipe, minmax, recipe_from_json, recipe_to_json

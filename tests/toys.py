@@ -3,14 +3,14 @@
 import torch
 from torch import nn
 
-from fxq.config import Scheme
+from fxq.calibration.rollout import Draws
+from fxq.core.config import Scheme
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.recipes import wan_recipe
-from fxq.rollout import Draws
 
 QUICK = (RangeSearch((0.999, 1.0), (0.8, 1.0)),)
 LEARN = (*QUICK, AdaRound(iterations=20, rows=16))

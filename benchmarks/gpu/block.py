@@ -18,7 +18,7 @@ from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, BlockShape
 from fxq.bench.contest import Built
 from fxq.bench.problems import Problem, block_problem
-from fxq.ir import QuantGraph, Stage
+from fxq.core.ir import QuantGraph, Stage
 
 EAGER, COMPILED, COMPILED_GRAPH = "bf16 eager", "bf16 compiled", "bf16 compiled, CUDA graph"
 FXQ, FXQ_GRAPH = "fxq eager", "fxq, CUDA graph"

@@ -13,11 +13,15 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.gpu.problems import Layer, Sizes, wan_layers
 from benchmarks.gpu.session import Session
-from fxq.kernels import OPS, Op, gemm_triton, gluon_gemm, quantize_act, rms_norm_rope, tiles
-from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
-from fxq.kernels.gemm import Operands, dual_scale_linear
-from fxq.kernels.gluon_gemm import GluonTiles
-from fxq.kernels.tiles import Tiles
+from fxq.kernels import OPS, Op, quantize_act, rms_norm_rope
+from fxq.kernels.gemm import gluon as gluon_gemm
+from fxq.kernels.gemm import tiles
+from fxq.kernels.gemm import triton as gemm_triton
+from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm.gluon import GluonTiles
+from fxq.kernels.gemm.op import dual_scale_linear
+from fxq.kernels.gemm.tiles import Tiles
+from fxq.kernels.operands import Operands
 from fxq.models.causal_wan import rope_tables
 
 RARE = 0.005

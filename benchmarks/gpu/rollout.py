@@ -23,10 +23,10 @@ from fxq.bench import ours
 from fxq.bench.contest import Built
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.bench.rollout import FRAMES, cast_args, in_dtype, last_call
+from fxq.calibration.rollout import Draws
 from fxq.models import self_forcing
 from fxq.models.causal_wan import CausalWan, rope_tables
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
-from fxq.rollout import Draws
 
 BF16 = torch.bfloat16
 CALIBRATED_CHUNKS = 2

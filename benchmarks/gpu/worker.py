@@ -20,7 +20,7 @@ from benchmarks.gpu.rollout import run_rollout
 from benchmarks.gpu.session import Session
 from fxq.bench import measure
 from fxq.bench.report import versions
-from fxq.quantize import environment
+from fxq.environment import environment
 
 SECTIONS = {
     "checks": run_checks,

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fxq.calibration.rollout import Draws
 from fxq.metrics import sprites
 from fxq.models.causal_wan import CausalSelfAttention, CausalWan, attention, rope_tables
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY, TINY_SAMPLER, save_tiny
-from fxq.rollout import Draws
 
 TOKENS = CHUNK * (sprites.SIZE // TINY.patch_size[1]) ** 2
 

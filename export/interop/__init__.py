@@ -1,4 +1,7 @@
-"""Formats that other runtimes read, written from a bundle. One file per target."""
+"""Formats that other runtimes read, written from a bundle. One file per target.
+
+Nothing here requantizes: the integers are those of the bundle.
+"""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from fxq import numerics
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned, stored_names
 from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
 from fxq.export.receipt import Receipt, make_receipt
-from fxq.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned, stored_names
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
 PER_TOKEN = "int8 per token, measured at run time"

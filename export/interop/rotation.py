@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxq.units import unit
+from fxq.core.units import unit
 
 GROUP = 16
 LEVELS = 16

@@ -14,11 +14,11 @@ from torch import Tensor, fx
 from fxq import kernels, numerics
 from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
-from fxq.ir import LayerPlan, get_tensor, planned, stored_names
+from fxq.calibration.rollout import Rollout
+from fxq.core.ir import LayerPlan, get_tensor, planned, stored_names
+from fxq.core.signature import flatten_call
 from fxq.kernels import native
-from fxq.kernels.panels import pack_panels
-from fxq.rollout import Rollout
-from fxq.signature import flatten_call
+from fxq.kernels.gemm.panels import pack_panels
 
 OURS = "fxq"
 

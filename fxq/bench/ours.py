@@ -12,16 +12,16 @@ from torch.utils import _pytree as pytree
 
 from fxq import kernels
 from fxq.bench.contest import Built
-from fxq.binding import bind
-from fxq.config import Recipe, Scheme
+from fxq.calibration.rollout import Rollout
+from fxq.core.config import Recipe, Scheme
+from fxq.core.signature import flatten_call
+from fxq.core.summary import summary
+from fxq.integrations.binding import bind
 from fxq.kernels import native
 from fxq.optimize import optimize
 from fxq.passes.methods.ranges import MinMax
 from fxq.quantize import quantize
 from fxq.recipes import wan_recipe
-from fxq.rollout import Rollout
-from fxq.signature import flatten_call
-from fxq.summary import summary
 
 
 def speed_recipe(dual_scale: bool, per_token: bool = False) -> Recipe:
@@ -116,7 +116,7 @@ def build(model: nn.Module, args: tuple[Any, ...], recipe: Recipe, device: str) 
 
 def through_backend(model: nn.Module, args: tuple[Any, ...]) -> Built:
     """``torch.compile(backend="fxq")`` with a dual-scale quantization of the model bound to it."""
-    from fxq.backend import fxq_backend  # imports inductor
+    from fxq.integrations.torch_compile import fxq_backend  # imports inductor
 
     quantized = quantize(model, [args], speed_recipe(dual_scale=True), progress=False)
     options: dict[str, Any] = {"fxq.recipe": bind(model, quantized)}

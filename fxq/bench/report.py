@@ -16,7 +16,7 @@ from rich.text import Text
 from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BASELINES, CaseResult, Result
 from fxq.bench.layers import advise, rules_text
-from fxq.quantize import environment
+from fxq.environment import environment
 
 _PACKAGES = ("torchao", "onnx", "onnxruntime", "openvino", "gemlite", "triton")
 

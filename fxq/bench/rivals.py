@@ -15,7 +15,7 @@ from fxq.bench import onnx_rivals
 from fxq.bench.contest import BF16, FP32, Built, Contestant
 from fxq.bench.floats import compiled, eager, no_bfloat16, onednn
 from fxq.bench.problems import Problem
-from fxq.kernels.gemm import int_mm
+from fxq.kernels.gemm.op import int_mm
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
 from fxq.bench.floats import no_bfloat16, onednn_model
 from fxq.bench.problems import open_gates, plant_outliers
+from fxq.calibration.rollout import Draws, Rollout, current_call
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
-from fxq.rollout import Draws, Rollout, current_call
 
 FRAMES = 3
 EAGER, INDUCTOR, ONEDNN = "F.linear", "inductor, freezing", "oneDNN, packed"

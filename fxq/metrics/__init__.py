@@ -1,1 +1,4 @@
-"""Measures of quantized against full-precision video."""
+"""Measures of quantized against full-precision video.
+
+Nothing here prints or draws.
+"""

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxq.rollout import Call, Rollout, current_call
+from fxq.calibration.rollout import Call, Rollout, current_call
 
 Floats = NDArray[np.float64]
 

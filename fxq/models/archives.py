@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxq.reading import ReadError, regular_file
+from fxq.runtime.reading import ReadError, regular_file
 
 MAX_ENTRIES = 200_000
 MAX_PICKLE = 256 << 20

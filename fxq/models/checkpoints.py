@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fxq.models.archives import check_archive, check_loaded
-from fxq.reading import ReadError, TensorHeader, read_header, read_json, regular_file
+from fxq.runtime.reading import ReadError, TensorHeader, read_header, read_json, regular_file
 
 KEYS = ("generator_ema", "generator", "model")
 """Where training checkpoints keep the denoiser, the preferred place first."""

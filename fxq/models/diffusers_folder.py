@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxq.models.checkpoints import CheckpointError, compact, read_raw
-from fxq.reading import ReadError, read_json
+from fxq.runtime.reading import ReadError, read_json
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -87,7 +87,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         remedy = (
-            "load it with its class's from_pretrained after fxq.diffusers_quantizer.register()"
+            "load it with its class's from_pretrained after fxq.integrations.diffusers.register()"
             if method == "fxq"
             else "give the folder it was made from"
         )

@@ -14,7 +14,7 @@ from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import KEYS, CheckpointError
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
-from fxq.reading import ReadError, read_json
+from fxq.runtime.reading import ReadError, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fxq.models.checkpoints import CheckpointError
-from fxq.reading import parse_json, read_json
+from fxq.runtime.reading import parse_json, read_json
 
 CONFIG = "adapter_config.json"
 _HEADER = "lora_adapter_metadata"  # where diffusers keeps the same settings, in the file's header

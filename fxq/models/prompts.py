@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxq.models.archives import read_arrays
-from fxq.reading import ReadError, read_header
+from fxq.runtime.reading import ReadError, read_header
 
 
 class PromptError(ValueError):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 from fxq.models.causal_wan import CausalWan, rope_tables
 from fxq.models.schedule import FlowSchedule
-from fxq.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Quantized models on several GPUs: linears split over ranks (tensor parallel), or tokens (Ulysses)."""
+"""Quantized models on several GPUs: linears split over ranks (tensor parallel), or tokens (Ulysses).
+
+Nothing here quantizes: it cuts what is quantized already.
+"""
 
 from fxq.parallel.layers import LayerShard, shard_column, shard_row
 from fxq.parallel.plan import CAUSAL_WAN, DIFFUSERS_WAN, ParallelError, ShardPlan, ShardRule

@@ -14,11 +14,11 @@ from typing import Any
 from torch import fx
 
 from fxq import kernels
-from fxq.ir import plan_of
+from fxq.core.ir import plan_of
 from fxq.parallel.plan import ParallelError
-from fxq.passes.axis_groups import Axis, AxisBuilder, AxisGroups
-from fxq.passes.axis_rules import pointwise, visit
-from fxq.passes.patterns import ATEN, LINEAR, QUANTIZE, arguments, is_call, value_of
+from fxq.passes.match.axis_groups import Axis, AxisBuilder, AxisGroups
+from fxq.passes.match.axis_rules import pointwise, visit
+from fxq.passes.match.patterns import ATEN, LINEAR, QUANTIZE, arguments, is_call, value_of
 
 Owner = fx.Node | str
 """A node's value, or a stored tensor by name."""

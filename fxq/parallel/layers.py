@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
-from fxq.ir import LayerPlan
+from fxq.core.ir import LayerPlan
 from fxq.parallel.plan import ParallelError
 
 

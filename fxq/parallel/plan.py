@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from fxq.config import Rule
+from fxq.core.config import Rule
 
 How = Literal["column", "row", "replicate"]
 """``column`` splits the outputs of a linear, ``row`` its inputs, ``replicate`` leaves all of it on every rank."""

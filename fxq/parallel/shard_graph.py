@@ -10,9 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxq.export.inputs import InputEntry, input_entries, record_values
-from fxq.graph import drop_unread_attributes
-from fxq.ir import (
+from fxq.core.graph import drop_unread_attributes
+from fxq.core.ir import (
     LayerPlan,
     QuantGraph,
     Stage,
@@ -24,13 +23,14 @@ from fxq.ir import (
     set_plan,
     stored_names,
 )
+from fxq.core.pipeline import Rewrite
+from fxq.export.inputs import InputEntry, input_entries, record_values
 from fxq.parallel.axes import INTEGER_LINEARS, Splits, check_mixing, check_readers, find_splits, joins, quantize_of
 from fxq.parallel.groups import Place
 from fxq.parallel.layers import LayerShard, Sliceable, bounds, shard_column, shard_row
 from fxq.parallel.plan import ParallelError, ShardPlan
-from fxq.passes.edits import erase_unread, insert
-from fxq.passes.patterns import ATEN, arguments, is_call
-from fxq.pipeline import Rewrite
+from fxq.passes.match.edits import erase_unread, insert
+from fxq.passes.match.patterns import ATEN, arguments, is_call
 
 _C10D = torch.ops._c10d_functional
 _MEANS = (ATEN.mean.dim, ATEN.sum.dim_IntList)

@@ -12,17 +12,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
-from fxq.export.arguments import DTYPES
+from fxq.core.dtypes import DTYPES
+from fxq.core.ir import QuantGraph, Stage, facts_of, get_tensor, set_facts
+from fxq.core.pipeline import run_passes
+from fxq.core.signature import guard_inputs, input_sizes
 from fxq.export.bundle import TENSORS, Manifest, check_files, read_graph, read_manifest
 from fxq.export.files import BundleError, check_header
 from fxq.export.inputs import record_values
-from fxq.ir import QuantGraph, Stage, facts_of, get_tensor, set_facts
 from fxq.parallel.groups import Place, default_name, place_in
 from fxq.parallel.layers import Sliceable
 from fxq.parallel.plan import ParallelError, ShardPlan
 from fxq.parallel.shard_graph import ShardGraph, Source
-from fxq.pipeline import run_passes
-from fxq.signature import guard_inputs, input_sizes
 
 
 def tensor_parallel(module: fx.GraphModule, plan: ShardPlan, group: dist.ProcessGroup | None = None) -> fx.GraphModule:

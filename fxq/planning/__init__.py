@@ -1,1 +1,4 @@
-"""What to expect before anything runs: memory and speed from shapes, and what this machine can do."""
+"""What to expect before anything runs: memory and speed from shapes, and what this machine can do.
+
+Nothing here loads weights or runs a model on data.
+"""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxq.calibration.rollout import Rollout
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.rollout import Rollout
 
 _ALIVE = 8  # tensors of a block's width, and of its hidden width, that are alive at its worst moment
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxq.kernels import native
-from fxq.kernels.gemm import ON_CPU, in_float_note
+from fxq.kernels.gemm.op import ON_CPU, in_float_note
 from fxq.kernels.jit import HAS_TRITON, triton
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.planning.environment import Device

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fxq.config import Recipe
+from fxq.core.config import Recipe
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.planning.workloads import Workload
 

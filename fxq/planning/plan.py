@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
-from fxq.config import Recipe
+from fxq.core.config import Recipe
 from fxq.planning.gpus import GIB, Gpu, PlanningError, Range
 from fxq.planning.memory import (
     CACHE_FORMATS,

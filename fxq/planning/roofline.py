@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxq.config import Recipe
+from fxq.core.config import Recipe
 from fxq.planning.gpus import Gpu, Range
 from fxq.planning.memory import LinearCall, weight_bits
 from fxq.planning.workloads import TEMPORAL_STRIDE, Workload

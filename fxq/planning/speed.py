@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fxq.config import Recipe, Scheme
-from fxq.ir import LayerUpdate
+from fxq.core.config import Recipe, Scheme
+from fxq.core.ir import LayerUpdate
 from fxq.passes.methods import LayerProblem, Method
 
 _WIDTH = 2048

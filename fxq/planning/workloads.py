@@ -12,7 +12,7 @@ from typing import Any
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.families import FAMILIES, Family
 from fxq.planning.gpus import PlanningError
-from fxq.reading import ReadError, read_json
+from fxq.runtime.reading import ReadError, read_json
 
 TEMPORAL_STRIDE = 4  # video frames per latent frame of the Wan VAE
 SPATIAL_STRIDE = 8

@@ -2,6 +2,8 @@
 
 The functions here take tensors that the operators have checked, and write into ``out``. Tensors are read with the
 strides they have as long as the last dimension is contiguous.
+
+Nothing here checks arguments or falls back: operators do.
 """
 
 from __future__ import annotations
@@ -9,15 +11,13 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxq.kernels.native.build import library
-
-if TYPE_CHECKING:
-    from fxq.kernels.gemm import Operands
+from fxq.kernels.operands import Operands
 
 __all__ = [
     "attention",
@@ -132,19 +132,22 @@ def _run_linear(operands: Operands, out: Tensor, store: int, **epilogue: Any) ->
 
 
 def linear(operands: Operands, out: Tensor) -> Tensor:
-    """``out`` float32 or bfloat16 [..., N] of panels; see :func:`fxq.kernels.gemm.dual_scale_linear`."""
+    """``out`` float32 or bfloat16 [..., N] of panels; see :func:`fxq.kernels.gemm.op.dual_scale_linear`."""
     return _run_linear(operands, out, _STORES[out.dtype])
 
 
 def linear_per_token(operands: Operands, out: Tensor) -> Tensor:
-    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G]; see :mod:`fxq.kernels.per_token`."""
+    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G].
+
+    See :mod:`fxq.kernels.gemm.per_token`.
+    """
     return _run_linear(operands, out, _STORES[out.dtype], per_token=True)
 
 
 def linear_quantize(
     operands: Operands, activation: str, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
 ) -> Tensor:
-    """``out`` int8 [..., N]; see :func:`fxq.kernels.epilogues.dual_scale_linear_quantize`."""
+    """``out`` int8 [..., N]; see :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_quantize`."""
     scale, zero_point = scale.contiguous(), zero_point.contiguous()
     return _run_linear(
         operands,
@@ -159,7 +162,7 @@ def linear_quantize(
 
 
 def linear_add(operands: Operands, residual: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
-    """``out`` [B, S, N] in the residual's dtype; see :func:`fxq.kernels.epilogues.dual_scale_linear_add`."""
+    """``out`` [B, S, N] in the residual's dtype; see :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_add`."""
     rest = _rows(residual)
     gates = None if gate is None else (gate.float() if gate.dtype == torch.float16 else gate).contiguous()
     tokens = 1 if gates is None else residual.shape[1] // gates.shape[1]
@@ -192,14 +195,14 @@ def _rows_call(rows: Tensor, out: Tensor) -> Any:
 def quantize_act(
     x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
 ) -> Tensor:
-    """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.quantize_act`."""
+    """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.op.quantize_act`."""
     return _run_rows(x, None, perm, scale, zero_point, split, bits, out)
 
 
 def quantize_per_token(
     x: Tensor, perm: Tensor | None, split: int, bits: int, least: float, out: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``out`` int8 [..., K] and ``scale`` [..., G] of float32 or bfloat16 x; see :mod:`fxq.kernels.per_token`."""
+    """``out`` int8 [..., K] and ``scale`` [..., G] of float32 or bfloat16 x; see :mod:`fxq.kernels.gemm.per_token`."""
     rows, order = _rows(x), None if perm is None else perm.contiguous()
     quantization = _Quantization(_address(order), None, None, x.shape[-1], split, bits)
     _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least))
@@ -220,7 +223,7 @@ def norm_quantize(
     bits: int,
     out: Tensor,
 ) -> Tensor:
-    """``out`` int8 [B, S, K] of float32 or bfloat16 x; see :func:`fxq.kernels.norm.norm_quantize`."""
+    """``out`` int8 [B, S, K] of float32 or bfloat16 x; see :func:`fxq.kernels.norm.op.norm_quantize`."""
     affine = [None if t is None else t.float().contiguous() for t in (weight, bias)]
     frames = [None if t is None else t.to(x.dtype).contiguous() for t in (gain, shift)]
     tokens = 1 if gain is None else x.shape[1] // gain.shape[1]
@@ -231,7 +234,7 @@ def norm_quantize(
 def rms_norm_rope(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int, out: Tensor
 ) -> Tensor:
-    """``out`` [B, S, heads, head_dim] of float32 or bfloat16 x; see :func:`fxq.kernels.rope.rms_norm_rope`."""
+    """``out`` [B, S, heads, head_dim] of float32 or bfloat16 x; see :func:`fxq.kernels.rope.op.rms_norm_rope`."""
     rows = _rows(x)
     kept = [None if t is None else t.float().contiguous() for t in (weight, cos, sin)]
     rotary = _Rotary(*(_address(t) for t in kept), max(1, x.shape[1]), heads, x.shape[2] // heads, eps)
@@ -244,7 +247,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], out: Tensor) -> Tensor:
-    """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.attention`."""
+    """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.op.attention`."""
     q = _unit_stride(q)
     keys, values = [_unit_stride(t) for t in k], [_unit_stride(t) for t in v]
     pieces = [

@@ -1,4 +1,7 @@
-"""Methods choose the integers and scales of one linear. A method is one file: pure math, then a dataclass."""
+"""Methods choose the integers and scales of one linear. A method is one file: pure math, then a dataclass.
+
+Nothing here reads or changes a graph.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.config import Scheme
-from fxq.ir import LayerUpdate
-from fxq.units import unit_of
+from fxq.core.config import Scheme
+from fxq.core.ir import LayerUpdate
+from fxq.core.units import unit_of
 
 EXACT = 300.0
 """Decibels told of an output without any error."""

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.config import RecipeError
-from fxq.ir import LayerUpdate
+from fxq.core.config import RecipeError
+from fxq.core.ir import LayerUpdate
+from fxq.core.units import TINY, unit
 from fxq.passes.methods import LayerProblem, amounts, row_energies
-from fxq.units import TINY, unit
 
 _SAMPLE_LIMIT = 1 << 20  # activations searched, about
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each

@@ -127,7 +127,7 @@ class Worker:
 
 
 def _inspect(folder: pathlib.Path) -> None:
-    from fxq.cli_quantize import _inspect_bundle
+    from fxq.cli.quantize import _inspect_bundle
 
     with contextlib.redirect_stdout(io.StringIO()):
         _inspect_bundle(folder, False)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fxq
-from fxq.export import operators
-from fxq.export.graph_json import GraphFormatError, check_writable
+from fxq.export.graph import operators
+from fxq.export.graph.graph_json import GraphFormatError, check_writable
 from tests.attacks.corpus import edit_json, first
 from tests.attacks.mutants import OPERATORS
 

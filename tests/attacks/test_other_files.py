@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fxq.checkpoint import Checkpoint
+from fxq.calibration.record import RecordError, Recording
 from fxq.models.checkpoints import CheckpointError, read_tensors
 from fxq.models.lora import read_lora
 from fxq.models.prompts import PromptError, load_prompts
-from fxq.record import RecordError, Recording
+from fxq.runtime.checkpoint import Checkpoint
 
 
 class Runs:

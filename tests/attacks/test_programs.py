@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.captured import convention
+from fxq.calls.captured import convention
 from fxq.export import native_code
 from fxq.export.capture import ExportError
 from fxq.export.compiled import call_facts

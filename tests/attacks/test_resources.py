@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 import fxq
-from fxq.config import RecipeError
+from fxq.core.config import RecipeError
 from fxq.export import read_manifest, read_receipt, verify_bundle
 from fxq.models.checkpoints import CheckpointError, read_tensors
-from fxq.reading import MAX_JSON_BYTES, ReadError, parse_json, read_header, regular_file
 from fxq.recipes import get_recipe
+from fxq.runtime.reading import MAX_JSON_BYTES, ReadError, parse_json, read_header, regular_file
 from tests.attacks.corpus import FILES, edit_json, resign
 
 READERS = (fxq.load, read_manifest)

@@ -9,7 +9,7 @@ from fxq import numerics
 from fxq.bench.contest import BF16, FP32, CaseResult, Result, run_case
 from fxq.bench.layers import Advice, Site, advise, layer_case, model_cases, rules_text, sites_of
 from fxq.bench.measure import settings
-from fxq.ir import planned
+from fxq.core.ir import planned
 from fxq.recipes import recipe_from_json
 from tests.toys import recipe, wan_rollout
 

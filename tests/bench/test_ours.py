@@ -8,7 +8,7 @@ from fxq import kernels
 from fxq.bench import ours
 from fxq.bench.cases import LinearShape
 from fxq.bench.problems import linear_problem
-from fxq.ir import get_tensor
+from fxq.core.ir import get_tensor
 
 SHAPE = LinearShape(33, 512, 70, 96)
 

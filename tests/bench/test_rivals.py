@@ -166,7 +166,7 @@ def test_block_rivals_are_those_that_take_any_module():
 
 def test_the_benchmark_imports_no_rival_until_it_builds_one():
     code = (
-        "import sys, fxq.bench.command\n"
+        "import sys, fxq.cli.bench\n"
         "print([m for m in ('torchao', 'onnx', 'onnxruntime', 'openvino', 'gemlite') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.problems import DRY, WAN, Layer
 from benchmarks.gpu.session import Entry, Session
 from benchmarks.gpu.tables import bars, tables
-from fxq.rollout import Draws
+from fxq.calibration.rollout import Draws
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ONES = torch.ones(4)

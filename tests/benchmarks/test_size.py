@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 import fxq
 from benchmarks import size, synthetic
+from fxq.calibration.rollout import Draws
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.families import FAMILIES, Family
 from fxq.models.loading import layout, load_causal_wan
@@ -15,8 +16,7 @@ from fxq.models.prompts import load_prompts
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.passes import detect_outliers
 from fxq.planning.memory import meta_model
-from fxq.residency import DiskError
-from fxq.rollout import Draws
+from fxq.runtime.residency import DiskError
 from tests.toys import recipe
 
 CONFIG = CausalWanConfig(

@@ -7,10 +7,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fxq
+from fxq.capture.trace import TraceError, trace
 from fxq.metrics.outputs import output_sqnr
 from fxq.numerics import POISON_LEAST
 from fxq.passes.methods.ranges import MinMax
-from fxq.trace import TraceError, trace
 from tests.diffusers.cases import linears
 from tests.diffusers.configs import CAPTURED, QUICK, REFUSED, SAVED
 from tests.toys import recipe

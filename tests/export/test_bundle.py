@@ -15,7 +15,7 @@ from torch import nn
 
 import fxq
 from fxq.export.bundle import FORMAT_VERSION, read_manifest, seal_of
-from tests.test_calibrate import Keywords
+from tests.calibration.test_calibrate import Keywords
 from tests.toys import recipe, rows, toy, wan_rollout
 
 X = rows(9, 96)
@@ -60,7 +60,7 @@ def change(folder, name, edit):
 def assert_round_trip(model, data, path, chosen=None, **kwargs):
     q = fxq.quantize(model.eval(), data, chosen or recipe(4))
     loaded = fxq.load(fxq.save(q, path))
-    batch = fxq.calibrate.as_batch(data[0])
+    batch = fxq.calibration.calibrate.as_batch(data[0])
     want, got = q(*batch.args, **batch.kwargs), loaded(*batch.args, **batch.kwargs)
     flat = torch.utils._pytree.tree_flatten
     assert flat(want)[1] == flat(got)[1]

@@ -9,7 +9,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import fxq
-from fxq.calls import InputError
+from fxq.calls.rules import InputError
 from fxq.export.capture import ExportError
 from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.passes.methods.ranges import MinMax

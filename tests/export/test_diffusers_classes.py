@@ -34,7 +34,7 @@ def tensors(output):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_class_reads_the_folder_of_its_quantized_form(name, tmp_path):
-    from fxq.diffusers_quantizer import register
+    from fxq.integrations.diffusers import register
 
     case = CASES[name]
     case.build().save_pretrained(tmp_path / "original")

@@ -16,8 +16,8 @@ from fxq.models.diffusers_folder import load_folder
 from tests.toys import recipe, toy
 
 diffusers = pytest.importorskip("diffusers")
-from fxq.apply import QuantizedLinear, apply  # noqa: E402
-from fxq.diffusers_quantizer import register  # noqa: E402
+from fxq.integrations.diffusers import register  # noqa: E402
+from fxq.integrations.swap import QuantizedLinear, apply  # noqa: E402
 
 SIZES = {
     "num_attention_heads": 4,
@@ -167,7 +167,7 @@ def test_the_automatic_class_finds_the_same_model(pair, folder):
 PROGRAM = """
 import sys, torch, diffusers
 from safetensors.torch import load_file, save_file
-from fxq.diffusers_quantizer import register
+from fxq.integrations.diffusers import register
 register()
 model = diffusers.WanTransformer3DModel.from_pretrained(sys.argv[1])
 save_file({"out": model(**load_file(sys.argv[2]), return_dict=False)[0]}, sys.argv[3])

@@ -14,10 +14,10 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq import cpu, numerics
+from fxq.core.ir import get_tensor, inherit_meta
 from fxq.export.capture import ExportError
 from fxq.export.onnx import check_onnx, export_onnx, output_names
 from fxq.export.program import export_program
-from fxq.ir import get_tensor, inherit_meta
 from fxq.models.runtime import runtime_facts
 from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout

@@ -7,13 +7,13 @@ import torch
 
 import fxq
 from fxq import cpu
+from fxq.core.ir import put_tensor
 from fxq.export import read_manifest, read_receipt, verify_bundle
 from fxq.export.contract import _layers
 from fxq.export.interop import TARGETS, Options, export_bundle
 from fxq.export.interop.layers import read_model
 from fxq.export.onnx import check_onnx, export_onnx
 from fxq.export.program import export_program, load_program
-from fxq.ir import put_tensor
 from fxq.kernels import native
 from tests.export.test_bundle import resign
 from tests.toys import recipe, relative_error, rows, toy

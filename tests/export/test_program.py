@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import fxq
-from fxq.calls import InputError
+from fxq.calls.rules import InputError
+from fxq.core.ir import inherit_meta
 from fxq.export.capture import ExportError
 from fxq.export.program import export_program, load_program, read_program
-from fxq.ir import inherit_meta
 from tests.toys import recipe, relative_error, rows, toy, wan_rollout
 
 X = rows(9, 96)

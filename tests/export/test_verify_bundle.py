@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxq
+from fxq.core.ir import example_value, put_tensor
 from fxq.export import bundle as bundle_module
 from fxq.export import read_manifest, verify_bundle
 from fxq.export.fingerprint import take_fingerprint
 from fxq.export.inputs import input_entries, noise, seeded_inputs
-from fxq.ir import example_value, put_tensor
-from fxq.kernels import gemm
+from fxq.kernels.gemm import op as gemm
 from tests.export.test_bundle import change, resign
 from tests.toys import recipe, rows, toy, wan_rollout
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxq.kernels import gluon_gemm
-from fxq.kernels.fp8_triton import quantize_fp8_kernel
-from fxq.kernels.gemm_kernel import linear_kernel
-from fxq.kernels.gemm_triton import Store
-from fxq.kernels.norm_triton import norm_quantize_kernel, warps_of
-from fxq.kernels.per_token_rows import block_of, quantize_per_token_kernel
-from fxq.kernels.per_token_triton import linear_per_token_kernel
-from fxq.kernels.quantize import BLOCKS, quantize_kernel
-from fxq.kernels.rope_triton import rms_norm_rope_kernel
-from fxq.kernels.tiles import TABLE, TWO_SUMS, Tiles, candidates
+from fxq.kernels.gemm import gluon as gluon_gemm
+from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
+from fxq.kernels.gemm.triton import Store
+from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel
+from fxq.kernels.gemm.triton_kernel import linear_kernel
+from fxq.kernels.gemm.triton_per_token import linear_per_token_kernel
+from fxq.kernels.norm.triton import norm_quantize_kernel
+from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
+from fxq.kernels.quantize.triton_per_token import block_of, quantize_per_token_kernel
+from fxq.kernels.rope.triton import rms_norm_rope_kernel
+from fxq.kernels.rows import warps_of
 
 ALL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")

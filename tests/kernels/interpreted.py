@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import (
+from fxq.kernels.gemm import (
     fp8,
-    fp8_triton,
-    gemm_triton,
-    norm_triton,
     per_token,
-    per_token_rows,
-    per_token_triton,
-    rope_triton,
 )
-from fxq.kernels.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
-from fxq.kernels.gemm import dual_scale_linear, sample_operands
-from fxq.kernels.norm import norm_quantize
-from fxq.kernels.quantize import launch as launch_quantize
-from fxq.kernels.rope import rms_norm_rope
-from fxq.kernels.tiles import Tiles
+from fxq.kernels.gemm import (
+    triton as gemm_triton,
+)
+from fxq.kernels.gemm import (
+    triton_fp8 as fp8_triton,
+)
+from fxq.kernels.gemm import (
+    triton_per_token as per_token_triton,
+)
+from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
+from fxq.kernels.gemm.tiles import Tiles
+from fxq.kernels.norm import triton as norm_triton
+from fxq.kernels.norm.op import norm_quantize
+from fxq.kernels.quantize import triton_per_token as per_token_rows
+from fxq.kernels.quantize.op import launch as launch_quantize
+from fxq.kernels.rope import triton as rope_triton
+from fxq.kernels.rope.op import rms_norm_rope
 from tests.kernels.interpreted_not_finite import CASES as NOT_FINITE
 
 INF = float("inf")

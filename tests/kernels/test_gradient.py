@@ -16,7 +16,7 @@ from fxq.kernels import (
     quantize_act,
     quantize_per_token,
 )
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels.gemm.op import sample_operands
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GIVE_FLOATS = [op for op in OPS if op.name not in ("quantize_act", "norm_quantize", "dual_scale_linear_quantize")]

@@ -8,8 +8,8 @@ from torch.utils import _pytree as pytree
 
 from fxq import numerics
 from fxq.kernels import OPS, attention, dual_scale_linear, guards, native, quantize_act
-from fxq.kernels.gemm import sample_operands
-from fxq.kernels.panels import pack_panels
+from fxq.kernels.gemm.op import sample_operands
+from fxq.kernels.gemm.panels import pack_panels
 
 EVERY = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in OPS for i, sample in enumerate(op.samples())]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.kernels import OPS, gluon_gemm
-from fxq.kernels.fp8 import dual_scale_linear_fp8, quantize_fp8
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels import OPS
+from fxq.kernels.gemm import gluon as gluon_gemm
+from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.op import Op
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -18,14 +18,14 @@ from fxq.kernels import (
     dual_scale_linear_per_token,
     dual_scale_linear_quantize,
     norm_quantize,
-    per_token,
     quantize_act,
     quantize_per_token,
     rms_norm_rope,
 )
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels.gemm import per_token
+from fxq.kernels.gemm.op import sample_operands
+from fxq.kernels.gemm.panels import pack_panels, panel_shape, unpack_panels
 from fxq.kernels.native import build
-from fxq.kernels.panels import pack_panels, panel_shape, unpack_panels
 from tests.features import needs
 
 needs_native = needs("native")

@@ -22,7 +22,7 @@ from fxq.kernels import (
     quantize_per_token,
     rms_norm_rope,
 )
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels.gemm.op import sample_operands
 from tests.kernels.not_finite import BAD, every_case, implementations, shows
 
 CASES = [

@@ -20,15 +20,15 @@ from fxq.kernels import (
     dual_scale_linear,
     dual_scale_linear_fp8,
     dual_scale_linear_per_token,
-    gemm,
     native,
-    per_token,
     quantize_act,
     quantize_fp8,
     quantize_per_token,
     used,
 )
-from fxq.kernels.panels import pack_panels
+from fxq.kernels.gemm import op as gemm
+from fxq.kernels.gemm import per_token
+from fxq.kernels.gemm.panels import pack_panels
 from tests.features import demand, needs
 
 HERE = [op for op in OPS if op not in (quantize_fp8, dual_scale_linear_fp8)]  # those have test_fp8.py
@@ -137,7 +137,7 @@ def test_quantize_act_equals_numerics_for_any_shape(data):
 
 @pytest.mark.parametrize("use_native", [True, False])
 def test_quantize_act_in_several_chunks_of_strided_rows(use_native, monkeypatch):
-    import fxq.kernels.quantize as module
+    from fxq.kernels.quantize import op as module
 
     if not use_native:
         monkeypatch.setattr(native, "ready", lambda: False)

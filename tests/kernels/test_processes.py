@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fxq.kernels import dual_scale_linear, native, quantize_act
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels.gemm.op import sample_operands
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_native = pytest.mark.skipif(not native.ready(), reason=native.why_not() or "ready")
@@ -20,7 +20,7 @@ needs_native = pytest.mark.skipif(not native.ready(), reason=native.why_not() or
 SETUP = """
 import os, sys, torch
 from fxq.kernels import OPS, attention, dual_scale_linear, quantize_act, quantize_per_token, rms_norm_rope
-from fxq.kernels.gemm import sample_operands
+from fxq.kernels.gemm.op import sample_operands
 torch.set_num_threads(2)
 g = torch.Generator().manual_seed(0)
 x = torch.randn(1, 600, 512, generator=g)

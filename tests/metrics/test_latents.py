@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fxq.calibration.rollout import Call, Draws, Rollout, Span, State
 from fxq.metrics.latents import teacher_forced
-from fxq.rollout import Call, Draws, Rollout, Span, State
 
 
 class Doubling(Rollout):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from fxq.calibrate import Batch
+from fxq.calibration.calibrate import Batch
 from fxq.metrics.outputs import output_sqnr
 from tests.toys import rows
 

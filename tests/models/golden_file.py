@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fxq.calibration.rollout import Draws
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
-from fxq.rollout import Draws
 
 TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
 """Largest difference to the official tensor, by the dtype of the weights, for values up to 1 (above, in proportion)."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fxq
+from fxq.calibration.rollout import Draws
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.rollout import Draws
 from tests.toys import recipe, wan_rollout
 
 SIZES = ((4, 6), (8, 10), (2, 14))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fxq import numerics
-from fxq.config import Scheme
-from fxq.ir import LayerPlan
+from fxq.core.config import Scheme
+from fxq.core.ir import LayerPlan
 from fxq.parallel.layers import shard_column, shard_row
 from fxq.parallel.plan import ParallelError
 from fxq.passes.apply_methods import group_order

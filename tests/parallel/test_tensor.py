@@ -5,15 +5,15 @@ import pytest
 import torch
 
 import fxq
-from fxq.config import Rule
-from fxq.graph import graph_text
-from fxq.ir import QuantGraph, Stage, facts_of
+from fxq.core.config import Rule
+from fxq.core.graph import graph_text
+from fxq.core.ir import QuantGraph, Stage, facts_of
+from fxq.core.pipeline import run_passes
 from fxq.parallel import CAUSAL_WAN, DIFFUSERS_WAN, ParallelError, ShardPlan, ShardRule, load_shard, tensor_parallel
 from fxq.parallel import tensor as parallel_tensor
 from fxq.parallel.groups import Place
 from fxq.parallel.shard_graph import ShardGraph
 from fxq.parallel.tensor import ModuleSource
-from fxq.pipeline import run_passes
 from tests.parallel import jobs
 from tests.parallel.models import diffusers_call, diffusers_wan, wan
 from tests.toys import recipe

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxq
-from fxq.checkpoint import Checkpoint
-from fxq.ir import LayerPlan, Stage
+from fxq.core.ir import LayerPlan, Stage
+from fxq.core.pipeline import run_passes
 from fxq.passes import ApplyMethods
 from fxq.passes.apply_methods import group_order
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.ranges import MinMax, RangeSearch
-from fxq.pipeline import run_passes
-from tests.test_verify import at
+from fxq.runtime.checkpoint import Checkpoint
+from tests.core.test_verify import at
 from tests.toys import LEARN, QUICK, recipe, rows, toy
 
 

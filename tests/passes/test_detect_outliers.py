@@ -5,12 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxq
-from fxq.ir import Stage
+from fxq.capture.trace import trace
+from fxq.core.ir import Stage
+from fxq.core.pipeline import run_passes
 from fxq.passes import DetectOutliers, PlanLayers
 from fxq.passes.detect_outliers import inside_block
-from fxq.pipeline import run_passes
-from fxq.trace import trace
-from tests.test_verify import at
+from tests.core.test_verify import at
 from tests.toys import recipe, rows, toy
 
 

@@ -21,6 +21,6 @@ def test_the_code_of_the_page_on_passes_runs(capsys):
 
 def test_the_page_on_bundles_names_what_a_layer_stores():
     text = (DOCS / "bundle.md").read_text()
-    for name in fxq.ir.LAYER_TENSORS:
+    for name in fxq.core.ir.LAYER_TENSORS:
         assert f"`<layer>.{name}`" in text
     assert f"version {fxq.export.bundle.FORMAT_VERSION}" in text.splitlines()[0]

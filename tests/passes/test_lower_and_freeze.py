@@ -10,14 +10,14 @@ from torch import nn
 
 import fxq
 from fxq import numerics
-from fxq.config import Scheme
-from fxq.graph import graph_text, linear_sites
-from fxq.ir import LayerPlan, LayerStatistics, LayerUpdate, Stage, get_tensor, plan_of, set_plan
+from fxq.capture.trace import trace
+from fxq.core.config import Scheme
+from fxq.core.graph import graph_text, linear_sites
+from fxq.core.ir import LayerPlan, LayerStatistics, LayerUpdate, Stage, get_tensor, plan_of, set_plan
+from fxq.core.pipeline import run_passes
 from fxq.passes import LoweringError, LowerLinear
 from fxq.passes.apply_methods import group_order
-from fxq.pipeline import run_passes
-from fxq.trace import trace
-from tests.test_verify import at
+from tests.core.test_verify import at
 from tests.toys import recipe, relative_error, rows, toy
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"

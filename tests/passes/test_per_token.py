@@ -9,16 +9,16 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq import numerics
-from fxq.graph import linear_sites
-from fxq.ir import LayerPlan, LayerUpdate, QuantGraph, Stage, example_value, get_tensor, plan_of, planned, set_plan
+from fxq.capture.trace import trace
+from fxq.core.graph import linear_sites
+from fxq.core.ir import LayerPlan, LayerUpdate, QuantGraph, Stage, example_value, get_tensor, plan_of, planned, set_plan
+from fxq.core.pipeline import run_passes
+from fxq.core.verify import RuleError, check
 from fxq.kernels import native
-from fxq.kernels.gemm import ON_CPU
+from fxq.kernels.gemm.op import ON_CPU
 from fxq.passes import Freeze, LoweringError, LowerLinear
-from fxq.passes.merge_linears import MergeLinears
-from fxq.passes.to_qdq import ToQdq
-from fxq.pipeline import run_passes
-from fxq.trace import trace
-from fxq.verify import RuleError, check
+from fxq.passes.fusions.merge_linears import MergeLinears
+from fxq.passes.qdq.to_qdq import ToQdq
 from tests.passes.test_share_inputs import model as siblings
 from tests.toys import LEARN, recipe, relative_error, rows, toy, wan_rollout
 

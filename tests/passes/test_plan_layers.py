@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxq
+from fxq.capture.trace import trace
 from fxq.numerics import MAX_WIDTH
-from fxq.trace import trace
 from tests.toys import recipe, rows, toy
 
 X = rows(16, 64)
@@ -179,4 +179,4 @@ def test_integers_that_only_the_graph_shows_are_refused():
 
     graph = trace(Hidden().eval(), (X,))
     with pytest.raises(fxq.RecipeError, match=r"its graph has fxq.quantize_act.default"):
-        fxq.pipeline.run_passes(graph, (fxq.passes.PlanLayers(recipe(8)),))
+        fxq.core.pipeline.run_passes(graph, (fxq.passes.PlanLayers(recipe(8)),))

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.collect import Collector
-from fxq.ir import QuantGraph, Stage, get_tensor
+from fxq.calibration.collect import Collector
+from fxq.capture.trace import trace
+from fxq.core.ir import QuantGraph, Stage, get_tensor
+from fxq.core.pipeline import run_passes
 from fxq.job import plan_passes
 from fxq.passes import detect_outliers
-from fxq.passes.merge_linears import MergeLinears
+from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.methods.ranges import MinMax
 from fxq.passes.share_inputs import ShareInputs, input_groups
-from fxq.pipeline import run_passes
 from fxq.recipes import load_recipe, recipe_from_json, recipe_to_json
-from fxq.trace import trace
 from tests.toys import LEARN, recipe, rows, wan_rollout
 
 LAYERS = ("blocks.0.q", "blocks.0.k", "blocks.0.v")
@@ -174,7 +174,7 @@ def test_a_group_is_one_problem_and_one_checkpoint(tmp_path, noted):
 
 def test_outliers_that_differ_keep_layers_apart(noted):
     graph, x = planned(share=False), rows(20, 96) + 1
-    sample = fxq.ir.LayerStatistics(low=x.amin(0), high=x.amax(0), rows=x, chunks=torch.zeros(20).long(), seen=20)
+    sample = fxq.core.ir.LayerStatistics(low=x.amin(0), high=x.amax(0), rows=x, chunks=torch.zeros(20).long(), seen=20)
     graph.adopt(dict.fromkeys(graph.plans, sample))
     run_passes(graph, (fxq.passes.ApplyMethods((Noting(),), "uniform", share_inputs=True),))
     assert [layer for layer, _ in noted] == list(LAYERS)
@@ -193,5 +193,5 @@ def test_a_recipe_file_says_whether_inputs_are_shared(tmp_path):
 
 def test_sharing_is_an_analysis_of_a_planned_graph():
     graph = trace(model(), (rows(20, 96),))
-    with pytest.raises(fxq.pipeline.PassError, match="ShareInputs needs a PLANNED graph"):
+    with pytest.raises(fxq.core.pipeline.PassError, match="ShareInputs needs a PLANNED graph"):
         run_passes(graph, (ShareInputs(),))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fxq import kernels
-from fxq.kernels import gemm, native
+from fxq.kernels import native
+from fxq.kernels.gemm import op as gemm
 from fxq.planning import doctor, gains
 from fxq.planning.doctor import Diagnosis, check_op, diagnose, disagreement
 from fxq.planning.environment import Device, read_environment

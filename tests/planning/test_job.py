@@ -8,6 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxq.calibration.rollout import Draws, Rollout
+from fxq.calibration.sensitivity import chunk_sensitivity
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
@@ -18,8 +20,6 @@ from fxq.planning.job import estimate_job
 from fxq.planning.memory import meta_model
 from fxq.planning.speed import Speed, measure_speed
 from fxq.recipes import PRESETS, with_iterations
-from fxq.rollout import Draws, Rollout
-from fxq.sensitivity import chunk_sensitivity
 from tests.toys import LEARN, QUICK, recipe, rows, toy, wan_rollout
 
 SPEED = Speed(flops=1e11, search=1e-7, inputs=1e-7, learn=1e-7)

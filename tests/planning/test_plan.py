@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fxq import cli_plan
+from fxq.cli import plan as cli_plan
 from fxq.planning.gpus import GIB, PlanningError, find_gpu
 from fxq.planning.memory import CACHE_FORMATS
 from fxq.planning.plan import LONGEST_MINUTES, clock, make_plan

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxq import numerics
-from fxq.config import RecipeError
+from fxq.core.config import RecipeError
 from fxq.passes.methods import Method, output_sqnr, ranges
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch, search_input_range, search_weight_scale

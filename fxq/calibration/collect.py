@@ -1,0 +1,133 @@
+"""What calibration keeps of the inputs of linears: exact extremes and a bounded, weighted sample of rows."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxq.calibration.rollout import current_call
+from fxq.calibration.row_sample import RowSample, measure
+from fxq.core.ir import LayerStatistics
+from fxq.runtime.residency import give_back, mapped_tensor
+from fxq.runtime.workers import Workers
+
+
+class CalibrationError(ValueError):
+    """Calibration data that is missing, misshapen, not finite or that never reaches a planned layer."""
+
+
+_STORED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Collector:
+    """Folds input rows of layers: exact extremes, and a seeded sample of at most ``max_rows`` rows a layer.
+
+    The sample (:class:`~fxq.calibration.row_sample.RowSample`) has about ``rows_per_call`` rows of each call, and every
+    row that is rare for its size.
+
+    ``leaders`` maps layers to one that is called before them on the same input: they get its statistics, stored once.
+    With a ``folder`` the rows lie in files there, which leave no trace; ``batch`` and ``chunk`` are set by whoever
+    drives the model.
+    """
+
+    def __init__(
+        self,
+        rows_per_call: int,
+        max_rows: int,
+        seed: int,
+        leaders: Mapping[str, str] | None = None,
+        folder: pathlib.Path | None = None,
+    ) -> None:
+        self.rows_per_call, self.max_rows, self.seed = rows_per_call, max_rows, seed
+        self.leaders = dict(leaders or {})
+        self.folder = folder
+        self.batch = self.chunk = 0
+        self._samples: dict[str, RowSample] = {}
+        self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
+        self._calls: dict[str, tuple[int, int]] = {}
+
+    def add(self, layer: str, x: Tensor) -> None:
+        """Fold the input ``x`` [..., K] of one call.
+
+        Raises:
+            CalibrationError: when it has NaN or infinity.
+        """
+        if layer in self.leaders:
+            return
+        batch, call = self._calls.get(layer, (self.batch, -1))
+        call = call + 1 if batch == self.batch else 0
+        self._calls[layer] = (self.batch, call)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if not rows.numel():
+            return
+        if rows.dtype not in _STORED:
+            rows = rows.float()
+        low, high, norms = measure(rows)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise CalibrationError(
+                f"layer {layer}: its input has NaN or infinity{self._where()}; check inputs and dtype"
+            )
+        self._widen(layer, low, high)
+        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed)
+
+    def _where(self) -> str:
+        if (current := current_call()) is not None:
+            return f" in batch {self.batch}, call {current.index} (chunk {current.chunk}, {current.kind})"
+        return f" in batch {self.batch}"
+
+    def _widen(self, layer: str, low: Tensor, high: Tensor) -> None:
+        if (old := self._extremes.get(layer)) is not None:
+            low, high = torch.minimum(low, old[0]), torch.maximum(high, old[1])
+        self._extremes[layer] = low, high
+
+    def _sample(self, layer: str) -> RowSample:
+        if layer not in self._samples:
+            self._samples[layer] = RowSample(self.max_rows, self.rows_per_call, self._allocate)
+        return self._samples[layer]
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self.folder is None:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".rows-", dir=self.folder) as folder:
+            return mapped_tensor(pathlib.Path(folder, "rows"), shape, dtype)
+
+    def give_back(self) -> None:
+        """Take the rows that lie in files out of memory."""
+        if self.folder is not None:
+            give_back(*(sample.rows for sample in self._samples.values()))
+
+    def merge(self, workers: Workers) -> None:
+        """Make this the collector of all ranks' rows: the same as one that saw every batch itself.
+
+        Raises:
+            fxq.runtime.workers.WorkerError: when a rank is gone.
+        """
+        told = workers.gather({layer: torch.tensor(1, device="cpu") for layer in self._samples})
+        for layer in sorted({layer for known in told for layer in known}):
+            for rank, state in enumerate(workers.gather(self._state(layer))):
+                if state and rank != workers.rank:
+                    self._widen(layer, state["low"], state["high"])
+                    self._sample(layer).merge(state)
+
+    def _state(self, layer: str) -> dict[str, Tensor]:
+        if (sample := self._samples.get(layer)) is None:
+            return {}
+        low, high = self._extremes[layer]
+        return {"low": low, "high": high, **sample.state()}
+
+    def finish(self) -> dict[str, LayerStatistics]:
+        """The statistics, every sample cut to ``max_rows`` and in order of batches and calls."""
+        statistics = {}
+        for layer, sample in self._samples.items():
+            low, high = self._extremes[layer]
+            rows, chunks, weights = sample.finish()
+            statistics[layer] = LayerStatistics(
+                low=low, high=high, rows=rows, chunks=chunks, weights=weights, seen=sample.seen
+            )
+        followers = {layer: statistics[leader] for layer, leader in self.leaders.items() if leader in statistics}
+        return statistics | followers

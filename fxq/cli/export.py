@@ -1,0 +1,120 @@
+"""Commands that bring a bundle to other runtimes and that check one; :mod:`fxq.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+from fxq import cpu
+from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
+from fxq.export.interop import Options, export_bundle
+from fxq.models.diffusers_folder import load_folder
+from fxq.runtime.reading import ReadError, read_json
+from fxq.runtime.streams import emit, stdout_console
+from fxq.runtime.writable import writable_file, writable_folder
+
+Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
+"""The targets as choices of the command line."""
+
+BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
+
+
+def _console() -> Console:
+    return stdout_console()
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        emit(json.dumps(result.to_json(), indent=1))
+    else:
+        _console().print(result)
+
+
+def export(
+    bundle: BundleArgument,
+    target: Annotated[Target, typer.Option(help="The runtime that is to read it.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write; for onnx the file.")],
+    float_dtype: Annotated[
+        Literal["keep", "bfloat16", "float16", "float32"],
+        typer.Option(help="Dtype of tensors that stay in floating point."),
+    ] = "keep",
+    widen_int4: Annotated[
+        bool, typer.Option("--widen-int4", help="Store 4-bit weights in a byte where the target has no 4 bits.")
+    ] = False,
+    base_config: Annotated[
+        pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
+    ] = None,
+    source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
+    vnni: Annotated[
+        bool | None,
+        typer.Option(
+            "--vnni/--no-vnni",
+            help="For onnx: whether the x86 CPUs that will run it have VNNI; as this one when absent. Without, 8-bit "
+            "products of a file with --vnni saturate.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a bundle in the format of another runtime and say what that costs per layer."""
+    if target == "onnx":
+        _export_onnx(bundle, out, vnni, as_json)
+        return
+    if vnni is not None:
+        raise BundleError(f"--vnni and --no-vnni are for target onnx, not {target}")
+    writable_folder(out)
+    if target == "diffusers":
+        _export_diffusers(bundle, source, out, as_json)
+        return
+    dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
+    options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
+    _print(export_bundle(bundle, target, out, options), as_json)
+
+
+def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_json: bool) -> None:
+    file = export_onnx(load(bundle), writable_file(out), vnni=vnni)
+    anywhere = cpu.saturates() if vnni is None else not vnni
+    cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
+    if as_json:
+        emit(json.dumps({"file": str(file), "cpus": cpus}))
+    else:
+        _console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
+
+
+def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:
+    if source is None:
+        raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
+    folder = save_diffusers(bundle, load_folder(source), out)
+    if as_json:
+        emit(json.dumps({"folder": str(folder), "reader": "fxq.integrations.diffusers.register()"}))
+    else:
+        _console().print(f"{folder}: for from_pretrained, after fxq.integrations.diffusers.register()", highlight=False)
+
+
+def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        config = read_json(path)
+    except (OSError, ReadError) as error:
+        raise BundleError(f"{path} cannot be read as a model's config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"{path} is not a model's config.json: expected a JSON object")
+    return config
+
+
+def verify(
+    bundle: BundleArgument,
+    device: Annotated[str, typer.Option(help="Where it is to run: cpu or cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 on any failure."""
+    verdict = verify_bundle(bundle, device)
+    _print(verdict, as_json)
+    if not verdict.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,193 @@
+"""Models by name for the command line: the shipped one, published ones, or a user's function that returns a rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxq.calibration.rollout import Draws, Rollout
+from fxq.lab import tiny_rollout
+from fxq.models.families import DTYPES, FAMILIES, Family, read_settings, with_settings
+from fxq.models.loading import load_causal_wan
+from fxq.models.prompts import Prompts, load_function, load_prompts
+from fxq.models.self_forcing import SelfForcingRollout
+from fxq.models.tiny import load_tiny
+
+
+class AdapterError(ValueError):
+    """A model name that leads to no rollout."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFiles:
+    """What a published model is made of and driven with.
+
+    ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``;
+    ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
+    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's;
+    it runs on ``device``, by default on a GPU where there is one. With ``fixed_size`` the graph is captured for frames
+    of this height and width only.
+    """
+
+    checkpoint: pathlib.Path | None = None
+    prompts: str | None = None
+    lora: pathlib.Path | None = None
+    lora_alpha: float | None = None
+    config: pathlib.Path | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    batch: int | None = None
+    dtype: str | None = None
+    device: str | None = None
+    fixed_size: bool = False
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Settings from ``NAME=VALUE`` words; a value is JSON, or else text.
+
+    Raises:
+        AdapterError: for a word without ``=``.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise AdapterError(f"setting {pair!r}: expected NAME=VALUE, such as num_frame_per_block=1")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = None, *, driven: bool = True) -> Rollout:
+    """The rollout a name stands for.
+
+    Args:
+        name: ``tiny``, a family of :data:`~fxq.models.families.FAMILIES`, or ``package.module:function`` where
+            ``function(videos, seed)`` returns a :class:`fxq.Rollout`.
+        videos: number of videos to drive.
+        seed: of prompts and noise.
+        files: of a family; the other names take no files, ``tiny`` takes a batch and a device.
+        driven: whether the rollout will be run; if not, a family needs no prompts.
+
+    Raises:
+        AdapterError: when the name leads to nothing or to something else, or files are missing or too many.
+        CheckpointError: when the files hold another model.
+        PromptError: when the prompts do not fit.
+    """
+    if name in FAMILIES:
+        return family_rollout(name, videos, seed, files or ModelFiles(), driven=driven)
+    given = files or ModelFiles()
+    own = dataclasses.replace(given, batch=None, device=None) if name == "tiny" else given
+    if own != ModelFiles():
+        raise AdapterError(f"model {name!r} takes no files; a checkpoint needs one of: {', '.join(FAMILIES)}")
+    if name == "tiny":
+        model = load_tiny().to(parse_device(given.device))
+        return tiny_rollout(model, videos, seed=seed, unseen=False, batch=given.batch or 64)[0]
+    if ":" not in name:
+        raise AdapterError(
+            f"unknown model {name!r}: expected 'tiny', one of {', '.join(FAMILIES)}, or 'package.module:function' "
+            "returning a fxq.Rollout"
+        )
+    rollout = load_function(name, AdapterError)(videos, seed)
+    if not isinstance(rollout, Rollout):
+        raise AdapterError(f"model {name!r} returned {type(rollout).__name__}, expected a fxq.Rollout")
+    return rollout
+
+
+def find_family(name: str, files: ModelFiles) -> Family:
+    """A family with the settings of ``files``; ``causal-wan`` takes its sizes from a config.json or from settings.
+
+    Raises:
+        AdapterError: when the name is no family, or dtype or sizes are impossible.
+        CheckpointError: when settings are unknown or do not fit.
+    """
+    if name not in FAMILIES:
+        raise AdapterError(f"unknown family {name!r}: expected one of {', '.join(FAMILIES)}")
+    family, settings = FAMILIES[name], dict(files.settings)
+    if files.config is not None:
+        settings = read_settings(files.config) | settings
+    elif name == "causal-wan" and not settings and files.checkpoint is not None:
+        settings = read_settings(files.checkpoint)
+    family = with_settings(family, settings)
+    channels, rows, columns = family.config.in_dim, files.height or family.latent[1], files.width or family.latent[2]
+    _, patch_rows, patch_columns = family.config.patch_size
+    if rows % patch_rows or columns % patch_columns:
+        raise AdapterError(f"latents of {rows} x {columns} are not whole patches of {patch_rows} x {patch_columns}")
+    return dataclasses.replace(family, frames=files.frames or family.frames, latent=(channels, rows, columns))
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device of a name; None: a GPU where there is one.
+
+    Raises:
+        AdapterError: when there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise AdapterError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise AdapterError(f"device {name!r}: torch sees no GPU here; fxq doctor says more")
+    return device
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating point dtype of a name.
+
+    Raises:
+        AdapterError: for any other name.
+    """
+    if name not in DTYPES:
+        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driven: bool = True) -> SelfForcingRollout:
+    """A published model bound to ``videos`` prompts; prompts are repeated with other noise when there are fewer.
+
+    One that is not ``driven`` may have no prompts.
+    """
+    family = find_family(name, files)
+    if files.checkpoint is None or (files.prompts is None and driven):
+        missing = "checkpoint" if files.checkpoint is None else "prompts (a .safetensors or .npz of embeddings)"
+        raise AdapterError(f"model {name!r} needs {missing}; its weights are published as {family.source}")
+    config = family.config
+    batches = [
+        (
+            {"prompt_embeds": torch.zeros(1, 1, config.text_dim, dtype=torch.float32)},
+            Draws([seed], (family.frames, *family.latent)),
+        )
+    ]
+    if files.prompts is not None:
+        prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
+        batches = _batches(family, prompts, videos, seed, files.batch or 1)
+    dtype = None if files.dtype is None else parse_dtype(files.dtype)
+    model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
+    model = model.to(parse_device(files.device))
+    rollout = SelfForcingRollout(model, batches, family.sampler, any_size=not files.fixed_size)
+    try:
+        rollout.units(*rollout.batches[0])
+    except ValueError as error:
+        raise AdapterError(f"model {name!r}: {error}; choose another number of frames") from None
+    return rollout
+
+
+def _batches(
+    family: Family, prompts: Prompts, videos: int, seed: int, batch: int
+) -> list[tuple[dict[str, Any], Draws]]:
+    shape = (family.frames, *family.latent)
+    pairs = []
+    for start in range(0, videos, batch):
+        numbers = range(start, min(start + batch, videos))
+        embeddings = prompts.batch([i % len(prompts) for i in numbers], family.config.text_len)
+        pairs.append(({"prompt_embeds": embeddings}, Draws([1000 * seed + i for i in numbers], shape)))
+    return pairs

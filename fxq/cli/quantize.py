@@ -1,0 +1,228 @@
+"""Commands that quantize a model or look at what that would do; :mod:`fxq.cli` registers them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fxq.capture.trace import trace
+from fxq.cli.models import ModelFiles, make_rollout
+from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
+from fxq.core.config import Recipe
+from fxq.core.graph import linear_sites
+from fxq.core.ir import planned
+from fxq.core.pipeline import run_passes
+from fxq.core.summary import summary
+from fxq.export import load, read_manifest, save
+from fxq.export.bundle import check_bundle_place
+from fxq.job import plan_passes
+from fxq.passes import detect_outliers
+from fxq.quantize import measure_sensitivity
+from fxq.quantize import quantize as quantize_model
+from fxq.recipes import get_recipe, with_iterations
+from fxq.report.data import PUBLISHED_SENSITIVITY
+from fxq.runtime.streams import emit, stdout_console
+from fxq.runtime.workers import launched
+
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="'tiny', a published family, 'diffusers', or package.module:function returning a fxq.Rollout.",
+    ),
+]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", "-r", help="Preset (w8a8, w4a8, w4a6, w8a8-dynamic, w4a8-dynamic) or recipe file."),
+]
+VideosOption = Annotated[int, typer.Option("--videos", "-n", min=1, help="Videos to drive.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of prompts and noise.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+IterationsOption = Annotated[
+    int | None, typer.Option(min=1, help="Reconstruction iterations; the recipe's by default.")
+]
+
+
+def _console() -> Console:
+    """stdout; as wide as tables need where it is not a terminal."""
+    return stdout_console()
+
+
+def _emit(data: Any) -> None:
+    emit(json.dumps(data, indent=1))
+
+
+def _recipe(name: str, iterations: int | None) -> Recipe:
+    recipe = get_recipe(name)
+    return recipe if iterations is None else with_iterations(recipe, iterations)
+
+
+@with_model_files
+def quantize(
+    out: Annotated[pathlib.Path, typer.Option(help="Bundle folder to write.")],
+    files: ModelFiles,
+    model: ModelOption = "tiny",
+    recipe: RecipeOption = "w4a8",
+    videos: VideosOption = 16,
+    seed: SeedOption = 1,
+    iterations: IterationsOption = None,
+    checkpoint_dir: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="One file per finished layer: a killed run resumes there, and memory stays small."),
+    ] = None,
+    calls: Annotated[
+        pathlib.Path | None, typer.Option(help="Recorded calls to calibrate on, for --model diffusers.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize a model and write a bundle. Under torchrun the ranks share the work.
+
+    --model diffusers takes a folder of save_pretrained as --checkpoint and what fxq.record saw as --calls.
+    Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
+    """
+    chosen = _recipe(recipe, iterations)
+    with launched() as workers:
+        check_bundle_place(out)
+        if model == "diffusers":
+            source = diffusers_source(files, calls, chosen)
+        else:
+            source = rollout_source(model, files, calls, chosen, videos, seed)
+        if workers.first:
+            announce(source, chosen, checkpoint_dir, out, quiet)
+        module = quantize_model(
+            source.model,
+            source.loader,
+            chosen,
+            example_inputs=source.example,
+            dynamic_shapes=source.shapes,
+            checkpoint_dir=checkpoint_dir,
+            group=workers.group,
+            progress=workers.first and not quiet,
+        )
+        metrics = source.metrics(module) if workers.first else {}
+        if workers.first:
+            save(module, out, metrics=metrics)
+    if not workers.first:
+        return
+    result = summary(module)
+    if as_json:
+        _emit(json.loads(result.to_json()) | metrics)
+        return
+    _console().print(result)
+    for decibels in metrics.values():
+        _console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
+    _console().print(f"bundle: {out}", highlight=False)
+
+
+@with_model_files
+def inspect(
+    target: Annotated[str, typer.Argument(help="A bundle folder, or a model name as for --model.")],
+    files: ModelFiles,
+    recipe: RecipeOption = "w4a8",
+    as_json: JsonOption = False,
+) -> None:
+    """Show a bundle's layers, or what a recipe would do to a model: plan, outliers, thresholds. Needs no data."""
+    path = pathlib.Path(target)
+    if path.exists():
+        _inspect_bundle(path, as_json)
+        return
+    rows = _planned_rows(target, files, recipe)
+    if as_json:
+        _emit(rows)
+        return
+    table = Table(title=f"{target} under {recipe}")
+    for name in ("layer", "bits", "shape", "above", "outliers", "median", "threshold", "largest", "note"):
+        justify: Literal["left", "right"] = "left" if name in ("layer", "bits", "note") else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "note")
+    for row in rows:
+        numbers = [f"{row[k]:.3f}" if k in row else "-" for k in ("median", "threshold", "largest")]
+        shape = "x".join(map(str, row["shape"]))
+        above = str(row.get("above_threshold", "-"))
+        style = None if row["bits"] != "-" else "dim"
+        table.add_row(
+            row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers, row["reason"], style=style
+        )
+    _console().print(table)
+
+
+def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
+    manifest, result = read_manifest(path), summary(load(path))
+    if as_json:
+        emit(result.to_json())
+        return
+    facts = manifest.facts
+    _console().print(result)
+    data = facts["calibration_hash"][:16] or "none, input scales are measured at run time"
+    _console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False, markup=False)
+    if alpha := facts.get("sensitivity"):
+        _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
+
+
+def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str, Any]]:
+    """What a recipe would do to each linear, as JSON."""
+    rollout = make_rollout(target, 2, 0, files, driven=False)
+    args, shapes = rollout.example_call()
+    graph = trace(rollout.denoiser, args, None, shapes)
+    run_passes(graph, plan_passes(get_recipe(recipe)))
+    weights = {s.layer: s.weight(graph.module) for s in linear_sites(graph.module) if s.weight_name is not None}
+    rows = []
+    for layer, (plan, _) in planned(graph.module).items():
+        scheme = plan.scheme
+        row: dict[str, Any] = {
+            "layer": layer,
+            "bits": scheme.detail if scheme else "-",
+            "shape": [plan.out_features, plan.in_features],
+            "outliers": len(plan.outliers),
+            "reason": plan.reason or plan.outlier_reason,
+        }
+        if scheme is not None:
+            found = detect_outliers(weights[layer], scheme.tau, scheme.alpha, scheme.align)
+            row |= {
+                "channels": list(plan.outliers),
+                "above_threshold": found.raw_count,
+                "median": found.median,
+                "threshold": found.threshold,
+                "largest": float(found.norms.max()),
+            }
+        rows.append(row)
+    return rows
+
+
+@with_model_files
+def sensitivity(
+    files: ModelFiles,
+    model: ModelOption = "tiny",
+    recipe: RecipeOption = "w4a8",
+    videos: VideosOption = 16,
+    seed: SeedOption = 1,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure how much an error in each chunk costs the whole video. Under torchrun the ranks share the videos."""
+    with launched() as workers:
+        rollout = make_rollout(model, videos, seed, files)
+        progress = workers.first and not quiet
+        result = measure_sensitivity(rollout, recipe, group=workers.group, progress=progress)
+    if not workers.first:
+        return
+    alpha = result.alpha.tolist()
+    if as_json:
+        _emit({"alpha": alpha, "mse": result.mse.tolist(), "videos": len(result.mse), "recipe": recipe})
+        return
+    table = Table(title=f"chunk sensitivity of {model} under {recipe}, {len(result.mse)} videos")
+    table.add_column("chunk", justify="right")
+    table.add_column("alpha", justify="right")
+    table.add_column("Self-Forcing W4A8, published", justify="right")
+    table.add_column("")
+    for i, a in enumerate(alpha):
+        published = f"{PUBLISHED_SENSITIVITY[i]:.4f}" if len(alpha) == len(PUBLISHED_SENSITIVITY) else "-"
+        table.add_row(str(i), f"{a:.4f}", published, "#" * round(60 * a))
+    _console().print(table)

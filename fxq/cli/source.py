@@ -1,0 +1,175 @@
+"""What the commands of :mod:`fxq.cli.quantize` work on: a model by its options, with its calibration data."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as inspection
+import itertools
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from torch import fx, nn
+
+from fxq.calibration.calibrate import Batch
+from fxq.calibration.record import Recording
+from fxq.calibration.rollout import Rollout
+from fxq.cli.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
+from fxq.core.config import Recipe
+from fxq.job import needs_data
+from fxq.metrics.outputs import output_sqnr
+from fxq.models.diffusers_folder import load_folder
+from fxq.planning.drive import Drive, drive_batches, drive_rollout
+from fxq.planning.job import estimate_job
+from fxq.runtime.streams import stderr_console
+
+
+def _model_files(
+    checkpoint: Annotated[
+        pathlib.Path | None, typer.Option(help="Weights of a published model: .pt, .safetensors or a folder.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompt embeddings: .safetensors, .npz or package.module:function.")
+    ] = None,
+    lora: Annotated[pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, if its file does not say.")] = None,
+    config: Annotated[pathlib.Path | None, typer.Option(help="JSON file of settings, such as config.json.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE: one setting of the model or its loop.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Latent frames of a video.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Latent rows of a frame.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Latent columns of a frame.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Videos driven at once; the model's by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the file's by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where the model runs: cuda where there is one, or cpu.")] = None,
+    fixed_size: Annotated[
+        bool, typer.Option("--fixed-size", help="Capture for this height and width only; AOTInductor needs that.")
+    ] = False,
+) -> ModelFiles:
+    return ModelFiles(
+        checkpoint=checkpoint,
+        prompts=prompts,
+        lora=lora,
+        lora_alpha=lora_alpha,
+        config=config,
+        settings=parse_settings(settings or ()),
+        frames=frames,
+        height=height,
+        width=width,
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        fixed_size=fixed_size,
+    )
+
+
+def with_model_files(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options of :func:`_model_files` in the place of its parameter ``files``."""
+    own = inspection.signature(command).parameters
+    options = inspection.signature(_model_files).parameters
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(_model_files, include_extras=True)
+
+    def run(**given: Any) -> None:
+        files = _model_files(**{name: given.pop(name) for name in options})
+        command(files=files, **given)
+
+    parameters = [*(p for name, p in own.items() if name != "files"), *options.values()]
+    keyword = inspection.Parameter.KEYWORD_ONLY
+    typed = [p.replace(kind=keyword, annotation=hints[p.name]) for p in parameters]
+    run.__signature__ = inspection.Signature(typed)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in typed}
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model, what it is calibrated on, what it is captured with, and calls to compare its outputs on."""
+
+    model: nn.Module
+    loader: Rollout | Recording | None
+    example: Batch
+    shapes: Any
+    checks: tuple[Batch, ...] = ()
+
+    def metrics(self, quantized: fx.GraphModule) -> dict[str, float]:
+        """What a quantized module's outputs are worth on the calls to compare on; JSON values by name."""
+        if not self.checks:
+            return {}
+        decibels = output_sqnr(self.model, quantized, self.checks)
+        return {"output_sqnr_db": round(decibels, 2)} if math.isfinite(decibels) else {}
+
+    def drive(self) -> Drive | None:
+        """What calibration will cost, None without data."""
+        if isinstance(self.loader, Rollout):
+            return drive_rollout(self.loader)
+        if self.loader is None:
+            return None
+        return drive_batches(self.model, self.example.args, self.example.kwargs, len(self.loader))
+
+
+def rollout_source(
+    name: str, files: ModelFiles, calls: pathlib.Path | None, recipe: Recipe, videos: int, seed: int
+) -> Source:
+    """The shipped model, a published one, or a user's rollout.
+
+    Raises:
+        AdapterError, CheckpointError, PromptError: as :func:`fxq.cli.models.make_rollout`; or calls are given.
+    """
+    if calls is not None:
+        raise AdapterError(f"model {name!r} is driven by its own rollout: --calls is for --model diffusers")
+    driven = bool(needs_data(recipe)) or files.prompts is not None
+    rollout = make_rollout(name, videos, seed, files, driven=driven)
+    args, shapes = rollout.example_call()
+    return Source(rollout.denoiser, rollout if driven else None, Batch(args), shapes)
+
+
+def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Recipe) -> Source:
+    """A folder of diffusers with recorded calls.
+
+    Raises:
+        AdapterError: when one of them is missing, or other files are given.
+        CheckpointError, RecordError: when one of them cannot be read.
+    """
+    folder, dtype, device = files.checkpoint, files.dtype, files.device
+    if folder is None or calls is None:
+        missing = "a folder of save_pretrained (--checkpoint)" if folder is None else "recorded calls (--calls)"
+        raise AdapterError(f"model 'diffusers' needs {missing}; see docs/diffusers.md")
+    if dataclasses.replace(files, checkpoint=None, dtype=None, device=None) != ModelFiles():
+        raise AdapterError("model 'diffusers' takes --checkpoint, --calls, --dtype and --device, and no other file")
+    model = load_folder(folder, None if dtype is None else parse_dtype(dtype)).to(parse_device(device))
+    recording = Recording.load(calls).to(parse_device(device))
+    first = tuple(itertools.islice(recording, 2))
+    return Source(model, recording if needs_data(recipe) else None, first[0], None, first)
+
+
+def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: pathlib.Path, quiet: bool) -> None:
+    """Say on stderr what the job will need, before it starts.
+
+    Raises:
+        OSError: when a disk has less room than that.
+    """
+    missing = 0
+    try:
+        estimate = estimate_job(
+            source.model,
+            recipe,
+            source.drive(),
+            example=drive_batches(source.model, source.example.args, source.example.kwargs, 1),
+            measures_sensitivity=isinstance(source.loader, Rollout),
+            folder=folder,
+            out=out,
+        )
+        lines, missing = estimate.lines(), -estimate.disk_free
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        lines = [f"no estimate: the model does not run on shapes alone ({str(error).strip().splitlines()[0]})"]
+    for line in [] if quiet else lines:
+        stderr_console().print(line, markup=False, soft_wrap=True)
+    if missing > 0:
+        raise OSError(
+            f"the disk of {out} has {missing / 1e9:.2f} GB less room than the job needs; free some of it, or choose "
+            "another place with --out"
+        )

@@ -1,0 +1,98 @@
+"""What a pass is, and the one loop that runs passes with rules before and after each."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+
+from fxq.core.ir import QuantGraph, Stage
+from fxq.core.verify import check
+from fxq.runtime.ambient import own_tensors
+from fxq.runtime.exclusive import one_at_a_time
+
+
+class PassError(RuntimeError):
+    """A pass that ran at the wrong stage or broke its own promise."""
+
+
+class Pass(ABC):
+    """A step on a graph. Subclasses are frozen dataclasses whose fields are their options."""
+
+    needs: ClassVar[Stage]
+    gives: ClassVar[Stage]
+
+    @property
+    def name(self) -> str:
+        """Class name, for logs and messages."""
+        return type(self).__name__
+
+    @abstractmethod
+    def run(self, graph: QuantGraph) -> int:
+        """Do the step; returns the number of nodes (or layers) touched."""
+
+
+class Analysis(Pass):
+    """Writes notes, statistics or updates; the graph's structure stays."""
+
+
+class Rewrite(Pass):
+    """Changes the graph's structure; notes of nodes that stay are kept.
+
+    A ``repeatable`` rewrite may run on a graph that is at the stage it gives: fusions do, in any order.
+    """
+
+    repeatable: ClassVar[bool] = False
+
+
+def _structure(graph: QuantGraph) -> str:
+    return "\n".join(str(node.format_node()) for node in graph.module.graph.nodes)
+
+
+@own_tensors()
+def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str], None] | None = None) -> QuantGraph:
+    """Run passes in order, in place.
+
+    Args:
+        graph: the graph.
+        passes: the passes.
+        on_pass: told each pass's name before it runs.
+
+    Returns:
+        The same graph, at the stage the last pass gives.
+
+    Raises:
+        PassError: when a pass does not fit the graph's stage, an Analysis changed the structure, or a Rewrite broke the
+            graph.
+        fxq.core.verify.RuleError: when a rule is broken before or after a pass; the message says which and when.
+    """
+    for step in passes:
+        if graph.stage < step.needs:
+            raise PassError(
+                f"{step.name} needs a {step.needs.name} graph, this one is {graph.stage.name}; run the passes before it"
+            )
+        if isinstance(step, Rewrite) and graph.stage >= step.gives + step.repeatable:
+            raise PassError(f"{step.name} gives a {step.gives.name} graph, this one is {graph.stage.name} already")
+        if on_pass is not None:
+            on_pass(step.name)
+        check(graph, f"before {step.name}")
+        before = _structure(graph) if isinstance(step, Analysis) else ""
+        start = time.perf_counter()
+        with one_at_a_time() if isinstance(step, Rewrite) else contextlib.nullcontext():
+            touched = step.run(graph)
+        seconds = time.perf_counter() - start
+        if isinstance(step, Analysis) and _structure(graph) != before:
+            raise PassError(f"{step.name} is an Analysis but changed the graph")
+        if isinstance(step, Rewrite):
+            try:
+                graph.module.graph.lint()
+            except RuntimeError as error:
+                raise PassError(f"{step.name} left a malformed graph: {error}") from error
+            with one_at_a_time():
+                graph.module.recompile()
+        graph.stage = max(graph.stage, step.gives)
+        check(graph, f"after {step.name}")
+        graph.log.append((step.name, touched, seconds))
+    return graph

@@ -1,0 +1,186 @@
+"""What happened to every linear, read off a quantized module."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import fx
+
+from fxq import kernels
+from fxq.core.graph import linear_sites, product_of
+from fxq.core.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.core.products import OtherProduct, other_products
+from fxq.kernels.gemm import op as gemm
+
+_OTHER = "matrix product that is no linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """One linear: quantized or why not, bits, outliers, output SQNR in dB, bytes stored and the kernel that runs.
+
+    ``output_sqnr`` is that of the layer's output, bias included, over all calibration data, with exact inputs; None
+    where nothing was measured. A matrix product that is no linear but reads a stored tensor has a row of its own.
+    ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not.
+    """
+
+    layer: str
+    quantized: bool
+    reason: str
+    bits: str
+    shape: tuple[int, int]
+    outliers: int
+    output_sqnr: float | None
+    bytes: int
+    bf16_bytes: int
+    kernel: str
+    remarks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs."""
+
+    rows: tuple[LayerRow, ...]
+    facts: dict[str, Any]
+
+    @property
+    def quantized(self) -> tuple[LayerRow, ...]:
+        """Rows of quantized layers."""
+        return tuple(row for row in self.rows if row.quantized)
+
+    @property
+    def kept(self) -> tuple[LayerRow, ...]:
+        """Rows of layers in model dtype, products that are no linear among them."""
+        return tuple(row for row in self.rows if not row.quantized)
+
+    @property
+    def others(self) -> tuple[LayerRow, ...]:
+        """Rows of matrix products that are no linear."""
+        return tuple(row for row in self.rows if row.reason.startswith(_OTHER))
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the quantized linears (scales, permutations and offsets included) over their size in bf16."""
+        size = sum(row.bf16_bytes for row in self.quantized)
+        return sum(row.bytes for row in self.quantized) / size if size else 1.0
+
+    def to_json(self) -> str:
+        """JSON text with totals, facts and one object per layer."""
+        return json.dumps(
+            {
+                "quantized": len(self.quantized),
+                "kept": len(self.kept) - len(self.others),
+                "other_products": len(self.others),
+                "size_ratio_to_bf16": self.ratio,
+                "facts": self.facts,
+                "layers": [dataclasses.asdict(row) for row in self.rows],
+            },
+            indent=1,
+        )
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        others = len(self.others)
+        counts = f"{len(self.quantized)} linears quantized, {len(self.kept) - others} kept"
+        counts += f", {others} other product{'s' * (others > 1)}" if others else ""
+        table = Table(title=f"{counts}, {self.ratio:.3f}x of bf16")
+        for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
+            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("output SQNR dB", justify="right")
+        table.add_column("kernel or reason")
+        for row in self.rows:
+            cells = (
+                row.layer,
+                row.bits,
+                f"{row.shape[0]}x{row.shape[1]}",
+                str(row.outliers or "-"),
+                "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
+                "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
+            )
+            # As plain text: names and reasons may come from a file, and brackets in them are no markup.
+            table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
+        yield table
+        if notes := self._notes():
+            yield Text(notes)
+        if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
+            yield Text(gemm.in_float_note())
+
+    def _notes(self) -> str:
+        """Each sentence about modules once, with the modules it is said of."""
+        places: dict[str, list[str]] = {}
+        for place, texts in self.facts.get("notes", {}).items():
+            for text in dict.fromkeys(texts):
+                places.setdefault(text, []).append(place)
+        return "\n".join(
+            f"{text}: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+            for text, found in places.items()
+        )
+
+    def __str__(self) -> str:
+        console = Console(width=140, record=True, file=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[str, list[str]]) -> LayerRow:
+    quantized = plan.scheme is not None
+    product = product_of(node) if quantized else None
+    return LayerRow(
+        layer=plan.layer,
+        quantized=quantized,
+        reason=plan.reason,
+        bits=plan.scheme.detail if plan.scheme else "-",
+        shape=(plan.out_features, plan.in_features),
+        outliers=len(plan.outliers),
+        output_sqnr=plan.output_sqnr,
+        bytes=0 if product is None else _stored_bytes(module, plan, product),
+        bf16_bytes=2 * plan.out_features * (plan.in_features + 1),
+        kernel="" if product is None else _kernel(module, product),
+        remarks=tuple(remarks.get(plan.layer, ())),
+    )
+
+
+def _other(product: OtherProduct) -> LayerRow:
+    reason = f"{_OTHER}: {product.operator}"
+    return LayerRow(product.layer, False, reason, "-", product.shape, 0, None, 0, 2 * product.size, "")
+
+
+def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
+    read = next(node for node in product.all_input_nodes if node.op == "get_attr")  # the weight, for every product
+    weight = get_tensor(module, str(read.target))
+    return kernels.used(str(product.target).removeprefix("fxq."), weight.device.type, weight)
+
+
+def _stored_bytes(module: fx.GraphModule, plan: LayerPlan, product: fx.Node) -> int:
+    """Bytes of what the layer reads; of a product that several layers share, the part of its rows."""
+    reads = (node for node in product.args[1:5] if isinstance(node, fx.Node) and node.op == "get_attr")
+    operands = [get_tensor(module, str(node.target)) for node in reads]
+    joint = sum(t.numel() * t.element_size() for t in operands) * plan.out_features // max(1, len(operands[-1]))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    own = [buffers.get(f"{plan.layer}.{name}") for name in ("perm", "input_zero_point")]
+    return joint + sum(t.numel() * t.element_size() for t in own if t is not None)
+
+
+def summary(module: fx.GraphModule) -> Summary:
+    """Summarise a module made by :func:`fxq.quantize` or :func:`fxq.load`.
+
+    Raises:
+        ValueError: when the module carries no fxq facts.
+    """
+    facts = facts_of(module)
+    remarks = facts.get("remarks", {})
+    rows = [_row(module, plan, nodes[0], remarks) for plan, nodes in planned(module).values()]
+    known = {row.layer for row in rows}
+    for site in linear_sites(module):
+        if plan_of(site.node) is None and site.layer not in known:
+            rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
+    rows += [_other(product) for product in other_products(module) if product.layer not in known]
+    for layer in facts.get("never_called", []):
+        rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
+    return Summary(tuple(rows), facts)

@@ -1,0 +1,4 @@
+"""Attention over keys and values that lie in pieces: operator and reference.
+
+Nothing here keeps a cache.
+"""

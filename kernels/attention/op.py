@@ -1,0 +1,108 @@
+"""Unmasked attention to keys and values that lie in several pieces: a cache and the new tokens, never concatenated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxq.kernels import native
+from fxq.kernels.op import Arguments, declare
+from fxq.kernels.quantize.op import FLOATS
+
+
+def _supports(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> str:
+    if q.ndim != 4 or q.dtype not in FLOATS:
+        return f"q is {q.dtype} {tuple(q.shape)}: expected float32, bfloat16 or float16 [B, S, heads, head_dim]"
+    if not k or len(k) != len(v):
+        return f"{len(k)} pieces of keys, {len(v)} of values: expected the same number, at least one"
+    batch, _, heads, size = q.shape
+    for i, (keys, values) in enumerate(zip(k, v, strict=True)):
+        for name, piece in (("k", keys), ("v", values)):
+            shape = tuple(piece.shape)
+            if piece.dtype != q.dtype or piece.ndim != 4 or (shape[0], *shape[2:]) != (batch, heads, size):
+                return f"{name}[{i}] is {piece.dtype} {shape}: expected {q.dtype} [{batch}, L, {heads}, {size}]"
+        if keys.shape != values.shape:
+            return f"k[{i}] is {tuple(keys.shape)}, v[{i}] {tuple(values.shape)}: expected the same shape"
+    return ""
+
+
+def _fake(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    batch, rows, heads, size = q.shape
+    return q.new_empty((batch, rows, heads * size))
+
+
+def _samples() -> Sequence[Arguments]:
+    random = torch.Generator().manual_seed(5)
+    cases: list[Arguments] = []
+    for rows, lengths, heads, size, dtype in (
+        (6, (9,), 2, 16, torch.float32),
+        (37, (150, 37), 2, 64, torch.bfloat16),
+        (70, (0, 70), 1, 128, torch.bfloat16),
+        (5, (513, 40, 5), 3, 80, torch.bfloat16),
+    ):
+
+        def normal(length: int, *rest: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(2, length, *rest, generator=random, dtype=torch.float32).to(dtype)
+
+        keys = [normal(length, heads, size) for length in lengths]
+        values = [normal(length, heads, size) for length in lengths]
+        cases.append((normal(rows, heads, size), keys, values))
+    return cases
+
+
+@declare(
+    "attention(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
+    fake=_fake,
+    samples=_samples,
+    supports=_supports,
+    max_error=2**-6,
+)
+def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v in order, no mask.
+
+    What is not finite in a query shows in its row, in a key or a value in all rows as in torch.softmax.
+
+    Args:
+        q: float32, bfloat16 or float16 [B, S, heads, head_dim].
+        k: pieces [B, L_i, heads, head_dim] of q's dtype; a piece may be empty.
+        v: as ``k``.
+
+    Returns:
+        [B, S, heads * head_dim] in q's dtype, contiguous.
+
+    Raises:
+        ValueError: on a wrong dtype or shape.
+    """
+    keys, values = (torch.cat(list(pieces), dim=1).transpose(1, 2) for pieces in (k, v))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
+    if q.is_cpu:
+        out = _show_lost(out, q, keys, values)
+    return out.flatten(2).contiguous()
+
+
+def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """``out`` [B, S, heads, head_dim] with what torch's CPU kernel takes for 0 where scores are not finite.
+
+    A query that is not finite has no finite score; heads with such keys (keys and values [B, heads, L, head_dim]) are
+    computed again by torch.softmax, 256 rows at a time.
+    """
+    lost = ~q.isfinite().all(-1, keepdim=True)
+    if keys.shape[2] and bool(lost.any()):
+        out = out.masked_fill(lost, torch.nan)
+    for batch, head in (~keys.isfinite().flatten(2).all(-1)).nonzero().tolist():
+        k, v = keys[batch, head].float(), values[batch, head].float()
+        for rows, result in zip(q[batch, :, head].split(256), out[batch, :, head].split(256), strict=True):
+            result.copy_((rows.float() @ k.T / k.shape[1] ** 0.5).softmax(-1) @ v)
+    return out
+
+
+@attention.on("cpu", native.or_else("sdpa"))
+def attention_cpu(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """Native kernel for bfloat16, else scaled_dot_product_attention."""
+    if q.dtype == torch.bfloat16 and native.ready():
+        batch, rows, heads, size = q.shape
+        return native.attention(q, k, v, q.new_empty((batch, rows, heads * size)))
+    return attention.reference(q, k, v)

@@ -1,0 +1,97 @@
+"""The Triton kernel behind ``quantize_fp8``.
+
+The product is the GEMM of :mod:`fxq.kernels.gemm.triton_kernel` on float8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxq.kernels.gemm.triton import launch_tiled
+from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
+
+OLDEST = (8, 9)
+"""First compute capability whose tensor cores take float8."""
+
+
+@jit
+def quantize_fp8_kernel(
+    x_ptr: Pointer,
+    perm_ptr: Pointer,
+    scale_ptr: Pointer,
+    q_ptr: Pointer,
+    K: Scalar,
+    split: Scalar,
+    x_stride: Scalar,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    BLOCK: constexpr,
+) -> None:
+    """One row, gathered through shared memory so that loads and stores keep their 16 bytes."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATHER:
+        x = tl.gather(x, tl.load(perm_ptr + columns, mask=inside, other=0), 0)
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    if DUAL:
+        inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
+    scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
+    bits = scaled.to(q_ptr.dtype.element_ty).to(tl.uint8, bitcast=True)
+    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0
+    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # NaN
+    tl.store(q_ptr + row * K + columns, bits.to(q_ptr.dtype.element_ty, bitcast=True), mask=inside)
+
+
+def check_device() -> None:
+    """Raise ValueError when the current device has no float8 tensor cores."""
+    capability = torch.cuda.get_device_capability()
+    if capability < OLDEST:
+        name = f"sm_{capability[0]}{capability[1]}"
+        raise ValueError(f"{torch.cuda.get_device_name()} is {name}: float8 needs sm_89; quantize to int8 instead")
+
+
+def launch(x: Tensor, perm: Tensor | None, scale: Tensor, split: int, *, out: Tensor | None = None) -> Tensor:
+    """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.fp8.quantize_fp8`.
+
+    Raises:
+        ValueError: when a row is wider than ``MAX_WIDTH``.
+    """
+    width = x.shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}")
+    rows = flat_rows(x)
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device) if out is None else out
+    block = max(16, triton.next_power_of_2(width))
+    if q.numel():
+        quantize_fp8_kernel[(rows.shape[0],)](
+            rows,
+            None if perm is None else perm.contiguous(),
+            scale.contiguous(),
+            q,
+            K=width,
+            split=split,
+            x_stride=rows.stride(0),
+            GATHER=perm is not None,
+            DUAL=split < width,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+    return q
+
+
+def launch_linear(
+    q: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    input_scale: Tensor,
+    offset: Tensor,
+    split: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """See :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`."""
+    out = torch.empty((*q.shape[:-1], offset.shape[0]), dtype=dtype, device=q.device)
+    return launch_tiled(q, weight, weight_scale, input_scale, offset, split, out)

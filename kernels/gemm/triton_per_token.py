@@ -1,0 +1,160 @@
+"""The Triton kernel behind ``dual_scale_linear_per_token``.
+
+With two groups it has two sums: that of the outliers becomes float32, scaled, before the normal channels begin. Row
+scales forbid the rescaled integer of :mod:`fxq.kernels.gemm.triton_kernel`: its ratio has no bound known in advance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxq.kernels.gemm.tiles import Tiles, choose
+from fxq.kernels.gemm.triton_kernel import accumulate
+from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.rows import flat_rows
+
+
+@jit
+def _scaled(acc: Block, row_scale: Block, column_scale: Block, SWAPPED: constexpr) -> Block:
+    """Float32 of a tile of sums in units of the result, in the tile's own orientation."""
+    if SWAPPED:
+        y = acc.to(tl.float32) * column_scale[:, None] * row_scale[None, :]
+    else:
+        y = acc.to(tl.float32) * column_scale[None, :] * row_scale[:, None]
+    return y
+
+
+@jit
+def linear_per_token_kernel(
+    q_ptr: Pointer,
+    w_ptr: Pointer,
+    weight_scale_ptr: Pointer,
+    input_scale_ptr: Pointer,
+    offset_ptr: Pointer,
+    y_ptr: Pointer,
+    M: Scalar,
+    N: Scalar,
+    q_stride: Scalar,
+    w_stride: Scalar,
+    w_width: Scalar,
+    w_split: Scalar,
+    DUAL: constexpr,
+    PACKED: constexpr,
+    SWAPPED: constexpr,
+    PTX: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_K: constexpr,
+    BLOCK_OUTLIER: constexpr,
+    GROUP_M: constexpr,
+) -> None:
+    """One [BLOCK_M, BLOCK_N] tile of y.
+
+    Sizes and SWAPPED as in :func:`fxq.kernels.gemm.triton_kernel.linear_kernel`.
+    """
+    program = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first = program // (GROUP_M * blocks_n) * GROUP_M
+    height = min(blocks_m - first, GROUP_M)
+    within = program % (GROUP_M * blocks_n)
+    rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
+    w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
+    in_rows = rows < M
+    in_columns = columns < N
+    GROUPS: constexpr = 2 if DUAL else 1
+    UNIT: constexpr = 0.0625 if PACKED else 1.0
+    HEIGHT: constexpr = BLOCK_N if SWAPPED else BLOCK_M
+    WIDTH: constexpr = BLOCK_M if SWAPPED else BLOCK_N
+
+    acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
+    if DUAL:
+        acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
+        row_scale = tl.load(input_scale_ptr + rows * 2 + 1, mask=in_rows, other=0.0)
+        column_scale = tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=0.0) * UNIT
+        outlier = _scaled(acc, row_scale, column_scale, SWAPPED)
+        acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
+    acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
+    row_scale = tl.load(input_scale_ptr + rows * GROUPS, mask=in_rows, other=0.0)
+    column_scale = tl.load(weight_scale_ptr + columns, mask=in_columns, other=0.0) * UNIT
+    y = _scaled(acc, row_scale, column_scale, SWAPPED)
+    if DUAL:
+        y += outlier
+    if SWAPPED:
+        y = tl.trans(y)
+    y += tl.load(offset_ptr + columns, mask=in_columns, other=0.0)[None, :]
+    pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+def linear(
+    q: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    offset: Tensor,
+    split: int,
+    out: Tensor,
+    *,
+    tiles: Tiles,
+) -> Tensor:
+    """Run the Triton kernel on the current device.
+
+    Args:
+        q: as all up to ``split``, see :func:`fxq.kernels.gemm.per_token.dual_scale_linear_per_token`.
+        input_scale: as there.
+        weight: as there.
+        weight_scale: as there.
+        offset: as there.
+        split: as there.
+        out: contiguous [..., N], filled and returned.
+        tiles: of the programs.
+    """
+    outputs, rows = weight.shape[0], flat_rows(q)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    packed = weight.dtype == torch.uint8
+    if out.numel():
+        grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(outputs, tiles.block_n),)
+        linear_per_token_kernel[grid](
+            rows,
+            weight,
+            weight_scale.contiguous(),
+            input_scale.contiguous(),
+            offset.contiguous(),
+            out,
+            M=rows.shape[0],
+            N=outputs,
+            q_stride=rows.stride(0),
+            w_stride=weight.stride(0),
+            w_width=weight.shape[1],
+            w_split=split // 2 if packed else split,
+            DUAL=split < q.shape[-1],
+            PACKED=packed,
+            PTX=q.is_cuda,
+            **tiles.constants(),
+        )
+    return out
+
+
+def linear_tiled(
+    q: Tensor,
+    input_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    offset: Tensor,
+    split: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`linear` into a new tensor on the device that holds q, with the tiles of its architecture."""
+    out = q.new_empty((*q.shape[:-1], offset.shape[0]), dtype=dtype)
+    with torch.cuda.device(q.device):
+        major, minor = torch.cuda.get_device_capability()
+        width, outputs = q.shape[-1], out.shape[-1]
+        operation = "per_token_dual" if split < width else "per_token"
+        packed = weight.dtype == torch.uint8
+        rows = out.numel() // max(1, outputs)
+        tiles = choose(rows, outputs, width, 10 * major + minor, packed=packed, operation=operation)
+        return linear(q, input_scale, weight, weight_scale, offset, split, out, tiles=tiles)

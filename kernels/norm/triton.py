@@ -1,0 +1,132 @@
+"""The Triton kernel behind ``norm_quantize``: a row stays in registers from its only load to the store of its integers.
+
+The gather into ``[normal | outlier]`` order exchanges float32 values through shared memory, so that loads and stores
+of global memory keep their 16 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.kernels.device import inverse_root, poison, to_int8
+from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
+
+
+@jit
+def norm_quantize_kernel(
+    x_ptr: Pointer,
+    weight_ptr: Pointer,
+    bias_ptr: Pointer,
+    gain_ptr: Pointer,
+    shift_ptr: Pointer,
+    perm_ptr: Pointer,
+    scale_ptr: Pointer,
+    zero_ptr: Pointer,
+    q_ptr: Pointer,
+    K: Scalar,
+    split: Scalar,
+    x_stride: Scalar,
+    gain_stride: Scalar,
+    shift_stride: Scalar,
+    frame_rows: Scalar,
+    eps: Scalar,
+    WEIGHT: constexpr,
+    BIAS: constexpr,
+    MODULATED: constexpr,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    LOW: constexpr,
+    HIGH: constexpr,
+    BLOCK: constexpr,
+) -> None:
+    """One row; frame_rows consecutive rows share a row of gain and of shift; unused pointers are None."""
+    row = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(x) / K
+    centered = tl.where(inside, x - mean, 0.0)
+    y = centered * inverse_root(tl.sum(centered * centered) / K + eps)
+    if WEIGHT:
+        y = y * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if MODULATED:
+        frame = (row // frame_rows).to(tl.int64)
+        gain = tl.load(gain_ptr + frame * gain_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        y = y * (1.0 + gain)
+        y = y + tl.load(shift_ptr + frame * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATHER:
+        y = tl.gather(y, tl.load(perm_ptr + columns, mask=inside, other=0), 0)
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    zero = tl.load(zero_ptr)
+    if DUAL:
+        inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
+        zero = tl.where(columns < split, zero, tl.load(zero_ptr + 1))
+    broken = tl.max(tl.where(tl.abs(y * 0.0 + inverse * 0.0) == 0.0, 0, 1)) == 1
+    q = poison(to_int8(y, inverse, zero, LOW, HIGH), columns, broken, K)
+    tl.store(q_ptr + row.to(tl.int64) * K + columns, q, mask=inside)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    perm: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    split: int,
+    bits: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Run the Triton kernel on the current device; see :func:`fxq.kernels.norm.op.norm_quantize`.
+
+    ``out``, int8 contiguous of x's shape, is allocated when it is not given.
+
+    Raises:
+        ValueError: when a row is wider than ``MAX_WIDTH``.
+    """
+    width = x.shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}; quantize after the norm instead")
+    low, high = numerics.integer_range(bits)
+    rows = flat_rows(x)
+    gains, shifts = (None if t is None else flat_rows(t) for t in (gain, shift))
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device) if out is None else out
+    block = max(16, triton.next_power_of_2(width))
+    if q.numel():
+        norm_quantize_kernel[(rows.shape[0],)](
+            rows,
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+            gains,
+            shifts,
+            None if perm is None else perm.contiguous(),
+            scale.contiguous(),
+            zero_point.contiguous(),
+            q,
+            K=width,
+            split=split,
+            x_stride=rows.stride(0),
+            gain_stride=0 if gains is None else gains.stride(0),
+            shift_stride=0 if shifts is None else shifts.stride(0),
+            frame_rows=1 if gains is None else rows.shape[0] // gains.shape[0],
+            eps=eps,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            MODULATED=gain is not None,
+            GATHER=perm is not None,
+            DUAL=split < width,
+            LOW=low,
+            HIGH=high,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+    return q

@@ -1,0 +1,147 @@
+"""The Triton kernel behind ``quantize_per_token``: a row stays in registers from its load to the store of its integers.
+
+Rows that are too wide for that are read twice, the second time from the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.kernels.device import to_int8
+from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl
+from fxq.kernels.rows import flat_rows, warps_of
+
+MAX_BLOCK = 16384
+"""Widest row that is loaded once; with a gather its float32 values are 64 KiB of shared memory."""
+
+
+@jit
+def _part_of_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
+    """Float32 channels at ``columns`` of a row that is too wide for one block, 0 beyond the last."""
+    inside = columns < K
+    source = tl.load(perm_ptr + columns, mask=inside, other=0) if GATHER else columns
+    return tl.load(x_row + source, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
+    """Float32 channels of a row, loaded in order and exchanged through shared memory, 0 beyond the last."""
+    inside = columns < K
+    x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATHER:
+        x = tl.where(inside, tl.gather(x, tl.load(perm_ptr + columns, mask=inside, other=0), 0), 0.0)
+    return x
+
+
+@jit
+def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar]:
+    """Bits of the largest magnitude of the normal channels, and of the outliers; as integers NaN is the largest."""
+    magnitude = tl.abs(x).to(tl.int32, bitcast=True)
+    if DUAL:
+        normal = columns < split
+        result = tl.max(tl.where(normal, magnitude, 0)), tl.max(tl.where(normal, 0, magnitude))
+    else:
+        result = tl.max(magnitude), 0
+    return result
+
+
+@jit
+def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
+    """Store the scale of a row and group, NaN where it is not finite; returns its reciprocal, 0 for NaN."""
+    top = top.to(tl.float32, bitcast=True)
+    finite = top < float("inf")
+    scale = tl.where(top > least, tl.div_rn(top, HIGH), 1.0)
+    tl.store(scale_ptr, tl.where(finite, scale, float("nan")))
+    return tl.where(finite, tl.div_rn(1.0, scale), 0.0)
+
+
+@jit
+def _integers(x: Block, factor: Block, LOW: constexpr, HIGH: constexpr) -> Block:
+    """int8 of a row's channels, 0 where the factor is."""
+    return to_int8(tl.where(factor == 0.0, 0.0, x), factor, tl.full((), 0, tl.int32), LOW, HIGH)
+
+
+@jit
+def quantize_per_token_kernel(
+    x_ptr: Pointer,
+    perm_ptr: Pointer,
+    q_ptr: Pointer,
+    scale_ptr: Pointer,
+    K: Scalar,
+    split: Scalar,
+    x_stride: Scalar,
+    least: Scalar,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    WHOLE: constexpr,
+    BLOCK: constexpr,
+) -> None:
+    """One row; WHOLE says that it is not wider than a block, else it is read twice in blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    q_row = q_ptr + row * K
+    columns = tl.arange(0, BLOCK)
+    if WHOLE:
+        x = _whole_row(x_row, perm_ptr, columns, K, GATHER)
+        top, outlier_top = _largest(x, columns, split, DUAL)
+    else:
+        top = 0
+        outlier_top = 0
+        for start in range(0, K, BLOCK):
+            x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            found, outlier_found = _largest(x, start + columns, split, DUAL)
+            top = tl.maximum(top, found)
+            outlier_top = tl.maximum(outlier_top, outlier_found)
+    GROUPS: constexpr = 2 if DUAL else 1
+    inverse = _store_scale(scale_ptr + row * GROUPS, top, least, HIGH)
+    outlier_inverse = inverse
+    if DUAL:
+        outlier_inverse = _store_scale(scale_ptr + row * GROUPS + 1, outlier_top, least, HIGH)
+    if WHOLE:
+        factor = tl.where(columns < split, inverse, outlier_inverse)
+        tl.store(q_row + columns, _integers(x, factor, LOW, HIGH), mask=columns < K)
+    else:
+        for start in range(0, K, BLOCK):
+            x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            factor = tl.where(start + columns < split, inverse, outlier_inverse)
+            tl.store(q_row + start + columns, _integers(x, factor, LOW, HIGH), mask=start + columns < K)
+
+
+def quantize(
+    x: Tensor, perm: Tensor | None, split: int, bits: int, *, max_block: int = MAX_BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.per_token.quantize_per_token`."""
+    width, high = x.shape[-1], numerics.integer_range(bits)[1]
+    rows, dual = flat_rows(x), split < width
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 2 if dual else 1), dtype=torch.float32, device=x.device)
+    block = block_of(width, max_block)
+    if q.numel():
+        quantize_per_token_kernel[(rows.shape[0],)](
+            rows,
+            None if perm is None else perm.contiguous(),
+            q,
+            scale,
+            K=width,
+            split=split,
+            x_stride=rows.stride(0),
+            least=numerics.LEAST_MAGNITUDE,
+            LOW=-high,
+            HIGH=high,
+            GATHER=perm is not None,
+            DUAL=dual,
+            WHOLE=width <= block,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+    return q, scale
+
+
+def block_of(width: int, max_block: int = MAX_BLOCK) -> int:
+    """Channels of a row that a program holds at a time."""
+    whole = max(16, 1 << (width - 1).bit_length())
+    return whole if whole <= max_block else max_block // 4

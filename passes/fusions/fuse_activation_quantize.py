@@ -1,0 +1,77 @@
+"""Rewrite: the activation after a linear, and the quantization of the next, become the linear's epilogue."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from torch import fx
+
+from fxq import kernels
+from fxq.core.ir import QuantGraph, Stage, example_value, plan_of
+from fxq.core.pipeline import Rewrite
+from fxq.passes.match import edits, patterns
+from fxq.passes.match.patterns import ATEN, LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseActivationQuantize(Rewrite):
+    """A linear, GELU or nothing, and the ``quantize_act`` of the result become ``fxq::dual_scale_linear_quantize``.
+
+    The quantization must be the only reader and must keep the channel order: folded permutations do. The value stays in
+    float32 up to the integers, so a 16-bit model rounds less than it did. The plan moves to the fused node.
+    """
+
+    needs: ClassVar[Stage] = Stage.FROZEN
+    gives: ClassVar[Stage] = Stage.FUSED
+    repeatable: ClassVar[bool] = True
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of linears fused."""
+        edits.tidy(graph)
+        count = 0
+        for linear in patterns.calls(graph, LINEAR):
+            plan = plan_of(linear)
+            activation, result = _activation(linear)
+            quantizes = [node for node, _ in patterns.readers(result) if is_call(node, QUANTIZE)]
+            if plan is None or not quantizes:
+                continue
+            what = "the next quantize" if activation == "none" else "gelu and the next quantize"
+            try:
+                _fuse(graph, linear, activation, result)
+            except Unfit as reason:
+                graph.remark(plan.layer, f"{what} not in its epilogue: {reason}")
+                continue
+            graph.remark(plan.layer, f"{what} in its epilogue")
+            count += 1
+        return count
+
+
+def _activation(linear: fx.Node) -> tuple[str, fx.Node]:
+    """Name of the activation after a linear, and the node that holds its result."""
+    for reader, _ in patterns.readers(linear):
+        if is_call(reader, ATEN.gelu.default):
+            return "gelu_tanh" if patterns.arguments(reader)["approximate"] == "tanh" else "gelu", reader
+    return "none", linear
+
+
+def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) -> None:
+    quantize, *others = (node for node, _ in patterns.readers(result))
+    if others:
+        raise Unfit(f"its result is read by {quantize.name} and {', '.join(node.name for node in others)}")
+    if quantize.args[1] is not None:
+        layers = ", ".join(patterns.layers_reading(quantize))
+        raise Unfit(f"FoldPermutations did not fold the channel order of {layers}")
+    if not same(shape_of(quantize), shape_of(linear)):
+        raise Unfit(
+            f"what is quantized is {patterns.shown(shape_of(quantize))}, the result {patterns.shown(shape_of(linear))}"
+        )
+    operands = linear.all_input_nodes
+    edits.check_private(edits.between([quantize], operands), [quantize], operands)
+    args = (*linear.args[:7], activation, *quantize.args[2:])
+    edits.check_fits(graph, kernels.dual_scale_linear_quantize, args)
+    target = kernels.dual_scale_linear_quantize.definition
+    fused = edits.insert(quantize, linear, target, args, example_value(quantize))
+    quantize.replace_all_uses_with(fused)
+    edits.move_plan(linear, fused)
+    edits.erase_unread(quantize)

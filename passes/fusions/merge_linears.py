@@ -1,0 +1,247 @@
+"""Rewrite: linears that quantize the same input alike become one quantize and one GEMM."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from fxq import kernels
+from fxq.core import aliasing
+from fxq.core.graph import drop_unread_attributes, unused_tensors
+from fxq.core.ir import (
+    LayerPlan,
+    QuantGraph,
+    Stage,
+    clear_plan,
+    drop_tensor,
+    example_value,
+    get_tensor,
+    inherit_meta,
+    plan_of,
+    put_tensor,
+    set_plan,
+)
+from fxq.core.pipeline import Rewrite
+from fxq.passes.match import edits
+from fxq.passes.match.blocks import block_of
+from fxq.passes.match.patterns import arguments
+
+_PER_TOKEN = kernels.quantize_per_token.definition
+_QUANTIZES = (kernels.quantize_act.definition, _PER_TOKEN)
+_LINEARS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
+_STACKED = {"weight": 0, "weight_scale": 1, "offset": 0}
+"""Tensors of a linear that lie one after the other in a joint one, and along which dimension."""
+_ATEN = torch.ops.aten
+_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeLinears(Rewrite):
+    """One quantize for all linears that read it alike, and one GEMM for those of one block.
+
+    Cases: 1. quantize nodes of one input with equal tensors and bits become the first of them, static ones and those
+    that measure scales per token; 2. linears of one block on one quantize node, of equal bits and dtype, become one
+    GEMM of their stacked rows and a split; 3. a linear that reads what its neighbours read but cannot join any keeps
+    its GEMM, with the reason as a remark.
+
+    A part is a view of the joint result: readers that need dense memory get a copy, and so does the caller, or a cache
+    of values would keep the queries and keys in memory too. Layers of different blocks stay apart: the keys and values
+    of all blocks would have to be in memory at once.
+    """
+
+    needs: ClassVar[Stage] = Stage.FROZEN
+    gives: ClassVar[Stage] = Stage.FUSED
+    repeatable: ClassVar[bool] = True
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of quantize nodes and linears that another one took over."""
+        module = graph.module
+        count = unify_quantizes(module)
+        readers: Counter[str] = Counter()
+        for tensor in module.graph.find_nodes(op="get_attr"):
+            readers[str(tensor.target)] += len(tensor.users)
+        for linears in _neighbours(module):
+            obstacles = {node: _obstacle(readers, node) for node in linears}
+            groups = _groups(module, obstacles)
+            for group in groups:
+                _remark(graph, group, obstacles)
+            for group in groups:
+                if len(group) > 1:
+                    _merge(module, group)
+                    count += len(group) - 1
+        drop_unread_attributes(module.graph)
+        for name in unused_tensors(module):
+            drop_tensor(module, name)
+        return count
+
+
+def unify_quantizes(module: fx.GraphModule) -> int:
+    """Leave one of the quantize nodes that compute the same; returns how many went.
+
+    Nodes with an operator between them that writes into their input's memory stay apart.
+    """
+    seen: dict[Any, fx.Node] = {}
+    count = 0
+    for node in list(module.graph.nodes):
+        if written := set(edits.written(node)):
+            seen = {key: first for key, first in seen.items() if edits.owner(first.all_input_nodes[0]) not in written}
+        if node.target in _QUANTIZES or _measured(node) is not None:
+            key = (node.target, node.args[0], *(_bytes(module, argument) for argument in node.args[1:]))
+            if (first := seen.setdefault(key, node)) is not node:
+                node.replace_all_uses_with(first)
+                module.graph.erase_node(node)
+                count += node.target in _QUANTIZES
+    return count
+
+
+def _measured(node: fx.Node) -> fx.Node | None:
+    """The ``quantize_per_token`` whose integers or scales a node takes, or None."""
+    pair = node.args[0] if node.target is operator.getitem else None
+    return pair if isinstance(pair, fx.Node) and pair.target == _PER_TOKEN else None
+
+
+def _bytes(module: fx.GraphModule, argument: Any) -> Any:
+    """Something equal for stored tensors of equal value, and for the same node or number."""
+    if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+        return argument
+    tensor = get_tensor(module, str(argument.target)).detach()
+    return tensor.dtype, tuple(tensor.shape), tensor.cpu().numpy().tobytes()
+
+
+def _views(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """(reader, what it reads) for readers of a node and of its views."""
+    for user in node.users:
+        yield user, node
+        if user.op == "call_function" and user.args[0] is node and aliasing.is_view(user):
+            yield from _views(user)
+
+
+def _neighbours(module: fx.GraphModule) -> Iterator[list[fx.Node]]:
+    """Planned linears of one block on one input, in graph order, where there are two or more."""
+    found: dict[tuple[Any, str], list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        if node.target in _LINEARS and (plan := plan_of(node)) is not None:
+            q = _measured(node.args[0]) or node.args[0]
+            source = q.args[0] if q.target in _QUANTIZES else q
+            found.setdefault((source, block_of(plan.layer)), []).append(node)
+    yield from (linears for linears in found.values() if len(linears) > 1)
+
+
+def _groups(module: fx.GraphModule, obstacles: dict[fx.Node, str]) -> list[list[fx.Node]]:
+    """The linears, those together that become one GEMM."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node, obstacle in obstacles.items():
+        named = arguments(node)
+        alike = (named[name] for name in ("q", "split", "bits", "dtype"))
+        key = node if obstacle else (node.target, *alike, _bytes(module, named["input_scale"]))
+        groups.setdefault(key, []).append(node)
+    return list(groups.values())
+
+
+def _obstacle(readers: Counter[str], node: fx.Node) -> str:
+    """Why the linear's rows cannot lie in a joint weight, or ""."""
+    if any(readers[str(arguments(node)[name].target)] > 1 for name in _STACKED):
+        return "its weight is used at several places"
+    if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
+        return "as_strided reads its result"
+    if any(source is not node and source in aliasing.written(user) for user, source in _views(node)):
+        return "a view of its result is written in place"
+    return ""
+
+
+def _remark(graph: QuantGraph, group: list[fx.Node], obstacles: dict[fx.Node, str]) -> None:
+    for node in group:
+        layer = _plan(node).layer
+        if len(group) > 1:
+            others = [_plan(n).layer for n in group if n is not node]
+            graph.remark(layer, f"one GEMM with {', '.join(others)}")
+            continue
+        reasons: dict[str, str] = {}
+        for other in obstacles:
+            if other is not node:
+                reasons[_plan(other).layer] = obstacles[node] or _difference(node, other, obstacles[other])
+        for reason in dict.fromkeys(reasons.values()):
+            others = [name for name, why in reasons.items() if why == reason]
+            graph.remark(layer, f"not one GEMM with {', '.join(others)}: {reason}")
+
+
+def _difference(node: fx.Node, other: fx.Node, obstacle: str) -> str:
+    if obstacle:
+        return f"there {obstacle}"
+    if node.args[0] is not other.args[0]:
+        return "the quantized inputs differ in scales or outliers, or by a write in between"
+    return "bits or dtype differ"
+
+
+def _plan(node: fx.Node) -> LayerPlan:
+    plan = plan_of(node)
+    assert plan is not None
+    return plan
+
+
+def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
+    """A free name for layers stored together: ``a.b.q`` and ``a.b.k`` give ``a.b.q_k``."""
+    paths = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    name = ".".join([*paths[0][:shared], "_".join("_".join(path[shared:]) for path in paths)])
+    taken = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+    while any(f"{target}.".startswith(f"{name}.") for target in taken):
+        name += "_"
+    return name
+
+
+def _merge(module: fx.GraphModule, group: list[fx.Node]) -> None:
+    """Replace the linears by one at the first of them, whose tensors hold their rows one below the other."""
+    first, plans, values = group[0], [_plan(node) for node in group], [example_value(node) for node in group]
+    name, target = joint_name(module, [plan.layer for plan in plans]), first.target
+    named = arguments(first)
+    sizes = [plan.out_features for plan in plans]
+    value = None if values[0] is None else values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
+    graph = module.graph
+
+    def stack(leaf: str, dim: int) -> fx.Node:
+        tensors = [_read(module, arguments(node)[leaf]) for node in group]
+        put_tensor(module, f"{name}.{leaf}", torch.cat(tensors, dim))
+        return graph.get_attr(f"{name}.{leaf}")
+
+    with graph.inserting_before(first):
+        stacked = {leaf: stack(leaf, dim) for leaf, dim in _STACKED.items()}
+        joint = graph.call_function(target, tuple((named | stacked).values()))  # type: ignore[arg-type]
+        split = graph.call_function(_ATEN.split_with_sizes.default, (joint, sizes, -1))
+        parts = [graph.call_function(operator.getitem, (split, i)) for i in range(len(group))]
+    pieces = [None] * len(group) if value is None else value.split(sizes, -1)
+    for node in stacked.values():
+        inherit_meta(node, first, None)
+    inherit_meta(joint, first, value)
+    inherit_meta(split, first, None if value is None else list(pieces))
+    for old, part, piece, plan in zip(group, parts, pieces, plans, strict=True):
+        inherit_meta(part, old, piece)
+        set_plan(part, plan)
+        clear_plan(old)
+        old.replace_all_uses_with(part)
+        graph.erase_node(old)
+        _allow_strides(graph, part)
+
+
+def _read(module: fx.GraphModule, node: Any) -> Tensor:
+    return get_tensor(module, str(node.target)).detach()
+
+
+def _allow_strides(graph: fx.Graph, part: fx.Node) -> None:
+    """Let readers of a part, which is not dense any more, do what they did."""
+    for user, source in list(_views(part)):
+        if user.target in _VIEWS:
+            user.target = _ATEN.reshape.default
+        elif user.op == "output":
+            with graph.inserting_before(user):
+                copy = graph.call_function(_ATEN.clone.default, (source,))
+            inherit_meta(copy, source, example_value(source))
+            user.replace_input_with(source, copy)

@@ -1,0 +1,240 @@
+"""One quantized product in operators of torch alone: what :class:`~fxq.passes.qdq.to_qdq.ToQdq` puts in its place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, fx
+
+from fxq import numerics
+from fxq.core.config import Scheme
+from fxq.core.ir import LayerPlan, QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, plan_of, set_plan
+from fxq.passes.match.patterns import arguments
+
+ATEN, QDQ = torch.ops.aten, torch.ops.quantized_decomposed
+BYTE = 128
+SAFE_BITS = 15
+"""Bits of an activation and a weight together, up to which two products fit 16 bits."""
+
+
+def may_saturate(scheme: Scheme) -> bool:
+    """Whether x86 CPUs without VNNI compute the layer's product wrong: they add pairs of u8 x s8 in 16 bits."""
+    return scheme.weight_bits + scheme.input_bits > SAFE_BITS
+
+
+def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights as a sum of two that have 7 bits each: no pair of their products with bytes exceeds 16 bits."""
+    low = weight >> 1
+    return low, weight - low
+
+
+class Part(NamedTuple):
+    """One scale group of a layer.
+
+    ``channels``: the input channels it reads, None for all of them in the model's order, a slice for neighbours, int64
+    indices for any others. ``weight`` int8 [N, channels], ``weight_scale`` float32 [N]. ``own`` float32 [channels] is 0
+    where a channel is read that belongs to the other group; None when there is none.
+    """
+
+    channels: Tensor | slice | None
+    weight: Tensor
+    weight_scale: Tensor
+    own: Tensor | None
+
+
+def parts_of(weight: Tensor, weight_scale: Tensor, perm: Tensor | None, split: int) -> list[Part]:
+    """Scale groups of a layer without a gather of its whole input.
+
+    With ``perm`` the normal group reads every channel in the model's order and has weight 0 where the outliers are, so
+    that only these are gathered: its integers stay what they are.
+
+    Args:
+        weight: int8 [N, K] in ``[normal | outlier]`` order, unpacked.
+        weight_scale: float32 [G, N].
+        perm: int32 [K] or None.
+        split: number of normal channels.
+    """
+    width = weight.shape[1]
+    parts = []
+    for g, group in enumerate(numerics.group_slices(width, split)):
+        channels: Tensor | slice | None = None if split == width else group
+        values, own = weight[:, group], None
+        if perm is not None:
+            channels = None if g == 0 else perm[group].long()
+            if g == 0:
+                values = torch.zeros_like(weight).index_copy_(1, perm[group].long(), values)
+                own = weight_scale.new_ones(width).index_fill_(0, perm[split:].long(), 0)
+        parts.append(Part(channels, values.contiguous(), weight_scale[g].contiguous(), own))
+    return parts
+
+
+class Layer(ABC):
+    """The rewrite of one product ``node`` whose input is made by ``quantize``."""
+
+    def __init__(
+        self,
+        graph: QuantGraph,
+        plan: LayerPlan,
+        node: fx.Node,
+        quantize: fx.Node,
+        stored: dict[str, Tensor],
+        in_halves: bool = False,
+    ) -> None:
+        self.graph, self.plan, self.node, self.stored = graph, plan, node, stored
+        self.in_halves = in_halves and plan.scheme is not None and may_saturate(plan.scheme)
+        self.quantize, self.linear = arguments(quantize), arguments(node)
+        self.x: fx.Node = self.quantize["x"]
+        self.input_bits: int = self.quantize["bits"]
+        # Activations are carried as uint8, because CPU kernels multiply uint8 by int8, and no larger than they must be.
+        self.shift = 1 << (self.input_bits - 1)
+        self.x_value, self.value = example_value(self.x), example_value(node)
+
+    def _tensor(self, node: object) -> Tensor:
+        assert isinstance(node, fx.Node)
+        return get_tensor(self.graph.module, str(node.target))
+
+    def _parts(self) -> list[Part]:
+        integers, perm = self._tensor(self.linear["weight"]), self.quantize["perm"]
+        if self.linear["bits"] == 4:
+            integers = numerics.unpack_int4(integers)
+        order = None if perm is None else self._tensor(perm)
+        return parts_of(integers, self._tensor(self.linear["weight_scale"]), order, self.linear["split"])
+
+    def _call(self, target: torch._ops.OpOverload, args: tuple[object, ...], value: Tensor | None) -> fx.Node:
+        node = self.graph.module.graph.call_function(target, args)  # type: ignore[arg-type]
+        inherit_meta(node, self.node, value)
+        return node
+
+    def _get(self, name: str, tensor: Tensor) -> fx.Node:
+        full = f"{self.plan.layer}.{name}"
+        self.stored[full] = tensor
+        node = self.graph.module.graph.create_node("get_attr", full)
+        inherit_meta(
+            node, self.node, None if self.value is None else self.value.new_empty(tensor.shape, dtype=tensor.dtype)
+        )
+        return node
+
+    def _like(self, value: Tensor | None, width: int, dtype: torch.dtype) -> Tensor | None:
+        return None if value is None else value.new_empty((*value.shape[:-1], width), dtype=dtype)
+
+    def replace(self) -> None:
+        """Put the new nodes in front of the old product and erase it."""
+        offset, dtype = self.linear["offset"], self.linear["dtype"]
+        outputs = self.plan.out_features
+        total_value = self._like(self.value, outputs, torch.float32)
+        with self.graph.module.graph.inserting_before(self.node):
+            x = self._float(self.x)
+            products = [self._product(x, g, part) for g, part in enumerate(self._parts())]
+            total = products[0]
+            for other in (*products[1:], self._get("offset", self._tensor(offset))):
+                total = self._call(ATEN.add.Tensor, (total, other), total_value)
+            if dtype != torch.float32:
+                total = self._call(ATEN.to.dtype, (total, dtype), self.value)
+        self._hand_over(total)
+
+    def _hand_over(self, new: fx.Node) -> None:
+        plan = plan_of(self.node)
+        assert plan is not None
+        set_plan(new, plan)
+        clear_plan(self.node)
+        self.node.replace_all_uses_with(new)
+        self.graph.module.graph.erase_node(self.node)
+
+    def _float(self, x: fx.Node) -> fx.Node:
+        if self.x_value is not None and self.x_value.dtype == torch.float32:
+            return x
+        value = None if self.x_value is None else self.x_value.new_empty(self.x_value.shape, dtype=torch.float32)
+        return self._call(ATEN.to.dtype, (x, torch.float32), value)
+
+    def _channels(self, x: fx.Node, part: Part) -> fx.Node:
+        value = self._like(self.x_value, part.weight.shape[1], torch.float32)
+        if part.channels is None:
+            return x
+        if isinstance(part.channels, slice):
+            return self._call(ATEN.slice.Tensor, (x, -1, part.channels.start, part.channels.stop), value)
+        return self._call(ATEN.index_select.default, (x, -1, self._get("outliers", part.channels)), value)
+
+    @abstractmethod
+    def _product(self, x: fx.Node, group: int, part: Part) -> fx.Node:
+        """The product of one scale group, float32 [..., N]."""
+
+    def _integers(self, h: fx.Node, zero: int, scale: float, part: Part) -> fx.Node:
+        """``h`` rounded to uint8 around ``zero`` plus the shift, and dequantized with ``scale``."""
+        width = part.weight.shape[1]
+        bytes_, floats = (self._like(self.x_value, width, dtype) for dtype in (torch.uint8, torch.float32))
+        q = self._call(QDQ.quantize_per_tensor.default, (h, 1.0, zero + self.shift, 0, 255, torch.uint8), bytes_)
+        return self._call(QDQ.dequantize_per_tensor.default, (q, scale, self.shift, 0, 255, torch.uint8), floats)
+
+    def _matmul(self, d: fx.Node, group: int, part: Part, value: Tensor | None) -> fx.Node:
+        """``d`` times the weights of a scale group, in one product or in two that are added."""
+        prefix = "outlier_" if group else ""
+        scale = self._get(f"{prefix}weight_scale", part.weight_scale)
+        if not self.in_halves:
+            w = self._weight(f"{prefix}weight", part.weight, scale)
+            return self._call(ATEN.matmul.default, (d, w), value)
+        names = (f"{prefix}weight", f"{prefix}weight_rest")
+        weights = [self._weight(name, half, scale) for name, half in zip(names, halves(part.weight), strict=True)]
+        products = [self._call(ATEN.matmul.default, (d, w), value) for w in weights]
+        return self._call(ATEN.add.Tensor, tuple(products), value)
+
+    def _weight(self, name: str, integers: Tensor, scale: fx.Node) -> fx.Node:
+        weight = self._get(name, integers)
+        outputs, width = integers.shape
+
+        def like(*shape: int) -> Tensor | None:
+            return None if self.value is None else self.value.new_empty(shape, dtype=torch.float32)
+
+        symmetric = (None, 0, -BYTE, BYTE - 1, torch.int8)
+        w = self._call(QDQ.dequantize_per_channel.default, (weight, scale, *symmetric), like(outputs, width))
+        return self._call(ATEN.t.default, (w,), like(width, outputs))
+
+
+class StaticLayer(Layer):
+    """A product whose input scales are stored."""
+
+    def _product(self, x: fx.Node, group: int, part: Part) -> fx.Node:
+        outputs, width = part.weight.shape
+        floats = self._like(self.x_value, width, torch.float32)
+        scale = self._tensor(self.quantize["scale"])[group]
+        zero_point = int(self._tensor(self.quantize["zero_point"])[group])
+        h = self._call(ATEN.mul.Tensor, (self._channels(x, part), float(scale.reciprocal())), floats)
+        low, high = numerics.integer_range(self.input_bits)
+        zero = min(max(zero_point, -self.shift), 2 * BYTE - 1 - self.shift)
+        if (low, high) != (-BYTE, BYTE - 1):
+            h = self._call(ATEN.clamp.default, (h, low - zero_point, high - zero_point), floats)
+        if zero != zero_point:
+            # uint8 cannot hold this zero point: what is too much of it is added to the rounded value, exactly.
+            h = self._call(ATEN.round.default, (h,), floats)
+            h = self._call(ATEN.add.Tensor, (h, float(zero_point - zero)), floats)
+        d = self._integers(h, zero, float(scale), part)
+        return self._matmul(d, group, part, self._like(self.value, outputs, torch.float32))
+
+
+class PerTokenLayer(Layer):
+    """A product whose input scales are measured: rows are divided by their own scale, the results multiplied by it."""
+
+    def _product(self, x: fx.Node, group: int, part: Part) -> fx.Node:
+        outputs, width = part.weight.shape
+        floats, result = (self._like(self.x_value, n, torch.float32) for n in (width, outputs))
+        values = self._channels(x, part)
+        scale = self._scale(values, part)
+        inverse = self._call(ATEN.reciprocal.default, (scale,), example_value(scale))
+        h = self._call(ATEN.mul.Tensor, (values, inverse), floats)
+        product = self._matmul(self._integers(h, 0, 1.0, part), group, part, result)
+        return self._call(ATEN.mul.Tensor, (product, scale), result)
+
+    def _scale(self, values: fx.Node, part: Part) -> fx.Node:
+        """float32 [..., 1]: the largest magnitude of the group's own channels over the largest integer."""
+        floats = self._like(self.x_value, part.weight.shape[1], torch.float32)
+        one, above = (self._like(self.x_value, 1, dtype) for dtype in (torch.float32, torch.bool))
+        magnitude = self._call(ATEN.abs.default, (values,), floats)
+        if part.own is not None:
+            magnitude = self._call(ATEN.mul.Tensor, (magnitude, self._get("normal", part.own)), floats)
+        top = self._call(ATEN.amax.default, (magnitude, [-1], True), one)
+        high = numerics.integer_range(self.input_bits)[1]
+        scale = self._call(ATEN.div.Scalar, (top, high), one)
+        seen = self._call(ATEN.gt.Scalar, (top, numerics.LEAST_MAGNITUDE), above)
+        return self._call(ATEN.where.ScalarOther, (seen, scale, 1.0), one)

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+
+import fxq
+from fxq.demo.run import DemoSettings, run_demo
+from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
+from fxq.metrics import sprites
+from fxq.models.tiny import load_tiny
+from fxq.report.html import write_report
+from fxq.report.tables import report_to_json
+
+
+@pytest.fixture(scope="module")
+def demo():
+    settings = DemoSettings(calibration_videos=8, evaluation_videos=16, iterations=40, clips=2)
+    return run_demo(settings, "fxq demo", progress=False)
+
+
+def test_the_shipped_model_does_what_the_prompt_says():
+    rollout, conditions = tiny_rollout(load_tiny(), 128, seed=11, unseen=True)
+    videos = torch.cat([rollout.rollout(*batch) for batch in rollout.batches])
+    scores = sprites.score(videos, conditions).means()
+    assert scores["shape"] >= 0.95
+    assert scores["colour"] >= 0.95
+    assert scores["motion"] >= 0.9
+
+
+def test_a_prompt_of_another_word_changes_the_video():
+    rollout, conditions = tiny_rollout(load_tiny(), 4, seed=5, unseen=True)
+    shuffled = conditions.clone()
+    shuffled[:, 1] = (shuffled[:, 1] + 1) % 6
+    video = rollout.rollout(*rollout.batches[0])
+    assert sprites.score(video, shuffled).means()["colour"] <= 0.25
+
+
+def test_ablation_adds_one_part_at_a_time():
+    recipes = ablation_recipes(fxq.PRESETS["w4a8"])
+    assert list(recipes)[-1] == "+ all three (Q-ARVD)"
+    assert recipes["+ all three (Q-ARVD)"] == fxq.PRESETS["w4a8"]
+    assert all(not r.scheme.dual_scale for r in recipes["+ reconstruction"].rules if r.scheme)
+    assert recipes["+ reconstruction, dual scale"].weighting == "uniform"
+    assert {r.weighting for r in weighting_recipes(fxq.PRESETS["w4a8"]).values()} == set(fxq.core.config.WEIGHTINGS)
+
+
+@pytest.mark.slow
+def test_q_arvd_beats_minmax_at_four_bits_teacher_forced(demo):
+    report, _ = demo
+    ratios = {(c.bits, c.metric): c for c in report.comparisons}
+    for bits in ("W4A8", "W4A6"):
+        assert ratios[bits, "teacher_forced"].high < 1
+
+
+@pytest.mark.slow
+def test_w8a8_is_closer_than_w4a8_is_closer_than_w4a6(demo):
+    report, _ = demo
+    error = {v.bits: v.teacher_forced.mean() for v in report.variants if v.method == "Q-ARVD"}
+    assert error["W8A8"] < error["W4A8"] < error["W4A6"]
+
+
+@pytest.mark.slow
+def test_sizes_are_real(demo):
+    report, modules = demo
+    for variant in report.variants:
+        assert variant.size_ratio <= (0.55 if variant.bits == "W8A8" else 0.30), variant.bits
+    for module in modules.values():
+        stored = {t.dtype for name, t in module.named_buffers() if name.endswith("self_attn.q.weight")}
+        assert stored <= {torch.int8, torch.uint8}
+
+
+@pytest.mark.slow
+def test_the_report_and_its_json_are_written(demo, tmp_path):
+    report, _ = demo
+    page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "blocks.3.ffn.2" in page
+    data = json.loads(json.dumps(report_to_json(report)))
+    assert len(data["variants"]) == 6

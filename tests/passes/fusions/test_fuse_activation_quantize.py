@@ -1,0 +1,94 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxq.core.ir import planned
+from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
+from tests.passes.fusions.fusing import count, error, frozen, fused
+from tests.toys import rows
+
+
+class Feed(nn.Module):
+    """Two linears and what stands between."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.up, self.down = nn.Linear(48, 96), nn.Linear(96, 33)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.up(x)
+        match self.how:
+            case "none":
+                return self.down(y)
+            case "gelu" | "tanh":
+                return self.down(self.drop(F.gelu(y, approximate="tanh" if self.how == "tanh" else "none")))
+            case "cast":
+                return self.down(F.gelu(y.float()).type_as(y))
+            case "two readers":
+                y = F.gelu(y)
+                return self.down(y) + y.mean()
+            case "linear read":
+                return self.down(F.gelu(y)) + y.mean()
+            case "flattened":
+                return self.down(F.gelu(y).flatten(0, 1))
+            case "silu":
+                return self.down(F.silu(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("how", "activation"), [("none", "none"), ("gelu", "gelu"), ("tanh", "gelu_tanh"), ("cast", "gelu")]
+)
+def test_activation_and_quantize_become_the_epilogue_of_the_linear_before(how, activation, dtype):
+    x = rows(2, 15, 48).to(dtype)
+    q = frozen(Feed(how).to(dtype), (x,))
+    graph = fused(q, FuseActivationQuantize())
+    (node,) = (n for n in graph.module.graph.nodes if "linear_quantize" in str(n.target))
+    assert node.args[7] == activation
+    assert count(graph, "aten.gelu") == 0 and count(graph, "fxq.quantize_act") == 1
+    assert error(graph, q, x) < (1e-5 if dtype == torch.float32 else 2e-2)
+    what = "the next quantize" if how == "none" else "gelu and the next quantize"
+    assert graph.remarks == {"up": [f"{what} in its epilogue"]}
+    plans = planned(graph.module)
+    assert list(plans) == ["up", "down"] and plans["up"][1] == [node]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("two readers", r"its result is read by quantize_act_default_1 and mean"),
+        ("linear read", r"dual_scale_linear_default is also read by mean"),
+        ("flattened", r"what is quantized is \[15\*s\d+, 96\], the result \[s\d+, 15, 96\]"),
+    ],
+)
+def test_what_is_not_of_the_form_stays_with_the_reason(how, reason):
+    x = rows(2, 15, 48)
+    q = frozen(Feed(how), (x,))
+    graph = fused(q, FuseActivationQuantize())
+    assert count(graph, "fxq.dual_scale_linear_quantize") == 0
+    assert error(graph, q, x) == 0
+    (text,) = graph.remarks["up"]
+    assert text.startswith("gelu and the next quantize not in its epilogue: ") and re.search(reason, text), text
+
+
+def test_an_activation_that_has_no_fused_form_stays():
+    x = rows(2, 15, 48)
+    graph = fused(frozen(Feed("silu"), (x,)), FuseActivationQuantize())
+    assert count(graph, "aten.silu") == 1 and graph.log[0][1] == 0
+
+
+def test_an_order_of_channels_that_was_not_folded_stays_with_the_reason():
+    model, x = nn.ModuleDict({"blocks": nn.ModuleList([Feed("gelu")])}), rows(2, 15, 48)
+    with torch.no_grad():
+        model.blocks[0].down.weight[:, 3:35:4] *= 6
+    model.forward = model.blocks[0].forward
+    q = frozen(model, (x,), dual_scale=True)
+    graph = fused(q, FuseActivationQuantize())
+    assert count(graph, "fxq.dual_scale_linear_quantize") == 0
+    (text,) = graph.remarks["blocks.0.up"]
+    assert text.endswith("FoldPermutations did not fold the channel order of blocks.0.down")
