@@ -26,7 +26,7 @@ from fxq.export.receipt import make_receipt
 from fxq.export.rehearsal import rehearse
 from fxq.export.stored import check_stored
 from fxq.export.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
-from fxq.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.ir import LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
 from fxq.reading import MAX_TENSORS, ReadError, read_json, regular_file
 from fxq.signature import guard_inputs
 from fxq.verify import RuleError, check
@@ -45,10 +45,10 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerEntry:
-    """One linear: its plan (scheme or reason) and the names of its tensors."""
+    """One linear: its plan (scheme or reason) and the names of the tensors under it, the model's own ones too."""
 
     plan: dict[str, Any]
-    tensors: Annotated[tuple[Name, ...], Field(max_length=len(LAYER_TENSORS))]
+    tensors: Annotated[tuple[Name, ...], Field(max_length=MAX_TENSORS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
