@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 import fxq.kernels  # noqa: F401 registers the operators a bundle's graph calls
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.core.ir import LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
 from fxq.core.signature import guard_inputs
 from fxq.core.verify import RuleError, check
 from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
@@ -46,10 +46,10 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerEntry:
-    """One linear: its plan (scheme or reason) and the names of its tensors."""
+    """One linear: its plan (scheme or reason) and the names of the tensors under it, the model's own ones too."""
 
     plan: dict[str, Any]
-    tensors: Annotated[tuple[Name, ...], Field(max_length=len(LAYER_TENSORS))]
+    tensors: Annotated[tuple[Name, ...], Field(max_length=MAX_TENSORS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

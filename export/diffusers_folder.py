@@ -204,6 +204,11 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
             f"layer {plan.layer} is ({plan.out_features}, {plan.in_features}), the model's weight "
             f"{tuple(linear.weight.shape)}; give the model that was quantized"
         )
+    if beside := sorted({*linear.state_dict()} - {"weight", "bias"}):
+        raise ValueError(
+            f"layer {plan.layer} has a tensor {beside[0]} beside weight and bias, for which the folder has no place; "
+            "exclude the layer by a rule, or use fxq.save"
+        )
     if not (apart := _deviation(linear.weight, plan, stored)) <= _MAX_DEVIATION:
         raise ValueError(
             f"layer {plan.layer}: the model's weight is {apart:.3g} steps from the integers, at most "

@@ -53,6 +53,7 @@ ANY_CPU = (
     "planning/test_roofline.py",
     "planning/test_workloads.py",
     "report",
+    "test_advice.py",
     "test_examples.py",
     "test_layout.py",
 )

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
@@ -219,10 +219,19 @@ class NamedTensors(dict[str, Tensor]):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self:
             raise InteropError(
-                f"two tensors of the model are {name!r} under the target's names; rename one of them in the model, or "
-                "take a target that leaves names alone (compressed-tensors)"
+                f"two tensors of the export are {name!r} under the target's names: rename the one of the model that is "
+                "not a layer's own, or keep the layer by a rule"
             )
         super().__setitem__(name, tensor)
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc,override]  # what dict does would replace in silence
+        for name, tensor in dict(other).items():
+            self[name] = tensor
+        return self
+
+    def update(self, *args: Any, **kwargs: Tensor) -> None:
+        """Add tensors, each under a name of its own."""
+        self |= dict(*args, **kwargs)
 
 
 def float_tensors(model: StoredModel, style: str, options: Options, skip: Iterable[str] = ()) -> dict[str, Tensor]:

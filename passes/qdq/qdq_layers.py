@@ -31,6 +31,11 @@ def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     return low, weight - low
 
 
+_OF_A_GROUP = ("weight", "weight_scale", "weight_rest")
+LOWERED_TENSORS = (*_OF_A_GROUP, *(f"outlier_{name}" for name in _OF_A_GROUP), "offset", "outliers", "normal")
+"""What a lowered layer may store under its name."""
+
+
 class Part(NamedTuple):
     """One scale group of a layer.
 
