@@ -80,7 +80,7 @@ def _caches(golden: Golden, recorded: list[Recorded], after_unit: list):
             if unit >= len(after_unit):
                 raise GoldenError(f"{golden.path}: {name} is of a chunk that no call names, {len(after_unit)} ran")
             state = after_unit[unit]
-            yield name, (state.keys if match[3] == "k" else state.values)[int(match[2])]
+            yield name, state.cache.prefix()[match[3] != "k"][int(match[2])]
         elif match := re.fullmatch(r"cross\.(\d+)\.([kv])", name):
             state = after_unit[-1]
             yield name, (state.cross_k if match[2] == "k" else state.cross_v)[int(match[1])]
