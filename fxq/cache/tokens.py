@@ -62,8 +62,8 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tokens, without memory that waits for more."""
-        return self.tensor.numel() * self.tensor.element_size()
+        """Bytes of the memory behind the tokens, what waits for more included."""
+        return self.buffer.memory.numel() * self.buffer.memory.element_size()
 
     def fork(self) -> Tokens:
         """The same, which stays readable whatever becomes of others that share the memory."""
@@ -84,12 +84,13 @@ class Tokens:
         return dataclasses.replace(self, stop=stop)
 
     def _moved(self, room: int) -> Tokens:
-        """A copy with room for as many tokens again, and for ``room`` more."""
+        """A copy with room for half as many tokens again, and for ``room`` more."""
         live = self.tensor
-        capacity = 2 * (live.shape[1] + room)
+        capacity = live.shape[1] + room + live.shape[1] // 2
         memory = live.new_empty((live.shape[0], capacity, *live.shape[2:]))
         memory[:, : live.shape[1]] = live
-        return Tokens(_Buffer(memory, live.shape[1], moved=self.buffer.moved + self.nbytes), 0, live.shape[1])
+        moved = self.buffer.moved + live.numel() * live.element_size()
+        return Tokens(_Buffer(memory, live.shape[1], moved=moved), 0, live.shape[1])
 
     def without(self, first: int, last: int, before: Tensor | None = None) -> Tokens:
         """Without the tokens ``first`` to ``last``, of which those before are moved up, and no others.
@@ -106,7 +107,7 @@ class Tokens:
         if self.buffer.kept or self.stop != self.buffer.used:
             rest = dataclasses.replace(self, start=self.start + last)
             copied = Tokens.of(lead).appended(rest.tensor)
-            copied.buffer.moved = self.buffer.moved + copied.nbytes
+            copied.buffer.moved += self.buffer.moved + rest.tensor.numel() * rest.tensor.element_size()
             return copied
         self.buffer.memory[:, start : start + first] = lead
         self.buffer.moved += lead.numel() * lead.element_size()

@@ -41,7 +41,7 @@ def replay(path: pathlib.Path) -> dict[str, float]:
     with rollout.using(running):
         for _ in range(rollout.units(condition, draws)):
             state = rollout.advance(state, lambda call, out: recorded.append(Recorded(call, *pending.pop(), out[0])))
-            after_unit.append(state)
+            after_unit.append(rollout.fork(state))
 
     _compare_call_list(golden, recorded)
     compared = [*_schedule(sampler), *_calls(sampler, recorded), *_caches(golden, recorded, after_unit)]
