@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from fxq.cache.codec import Codec
+from fxq.cache.codec import Codec, Kind
 
 Positions = Literal["absolute", "relative"]
+
+Codecs = Codec | tuple[Codec | None, ...] | None
+"""One codec for every layer, one for each, or none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,8 @@ class CachePolicy:
         sink: frames from the start that are never evicted and stay exact.
         positions: of cached keys. ``absolute``: where a frame is in the video. ``relative``: sink frames move along, so
             that they lie right before the window; no distance is then larger than the window, however long the video.
-        keys: how keys are stored once they are ``recent`` chunks old; None: as they are.
+        keys: how keys are stored once they are ``recent`` chunks old, in every layer or layer by layer; None: as they
+            are.
         values: as ``keys``, for values.
         span: chunks that are encoded together, once.
         recent: newest chunks that always stay exact.
@@ -32,8 +36,8 @@ class CachePolicy:
     window: int = -1
     sink: int = 0
     positions: Positions = "absolute"
-    keys: Codec | None = None
-    values: Codec | None = None
+    keys: Codecs = None
+    values: Codecs = None
     span: int = 8
     recent: int = 1
     layers: tuple[int, ...] | None = None
@@ -49,10 +53,29 @@ class CachePolicy:
         if self.positions == "relative" and self.window == -1:
             raise ValueError("positions = 'relative' needs a window: set it to the frames the model was trained on")
 
+    def codec(self, kind: Kind, layer: int) -> Codec | None:
+        """How a layer's keys or values are stored; None: as they are."""
+        chosen = self.keys if kind == "keys" else self.values
+        if self.layers is not None and layer not in self.layers:
+            return None
+        return chosen[layer] if isinstance(chosen, tuple) else chosen
+
     @property
     def packs(self) -> bool:
         """Whether anything is encoded."""
         return self.keys is not None or self.values is not None
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse what a model of so many layers cannot follow.
+
+        Raises:
+            ValueError: naming the setting and what would do.
+        """
+        if wrong := [i for i in self.layers or () if not 0 <= i < layers]:
+            raise ValueError(f"cache layers {wrong}: the model has layers 0 to {layers - 1}")
+        for name, chosen in (("keys", self.keys), ("values", self.values)):
+            if isinstance(chosen, tuple) and len(chosen) != layers:
+                raise ValueError(f"{name} names {len(chosen)} codecs: expected one, or {layers}, one for each layer")
 
     def check(self, chunk: int) -> None:
         """Refuse what chunks of ``chunk`` frames cannot follow.

@@ -21,6 +21,10 @@ class Rotary(Protocol):
         """Rotate keys [B, T, heads, head_dim] of whole frames that begin with ``first_frame``, or rotate them back."""
 
 
+Memories = tuple[Sequence[Memory], Sequence[Memory]]
+"""Per layer, what the codecs of keys and of values begin with."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How tokens make frames and chunks: ``tokens`` a frame, ``chunk`` frames a chunk."""
@@ -69,7 +73,7 @@ class Cache:
         layout: Layout,
         rotary: Rotary,
         like: Sequence[Tensor],
-        memories: tuple[Sequence[Memory], Sequence[Memory]] | None = None,
+        memories: Memories | None = None,
     ) -> Cache:
         """A cache without tokens.
 
@@ -84,19 +88,18 @@ class Cache:
             ValueError: when the policy does not fit, with what would.
         """
         policy.check(layout.chunk)
-        if policy.layers is not None and (wrong := [i for i in policy.layers if not 0 <= i < len(like)]):
-            raise ValueError(f"cache layers {wrong}: the model has layers 0 to {len(like) - 1}")
+        policy.check_layers(len(like))
 
-        def lines(codec: Codec | None, given: Sequence[Memory] | None) -> tuple[Line, ...]:
+        def lines(kind: Kind, given: Sequence[Memory] | None) -> tuple[Line, ...]:
             found = []
             for i, tensor in enumerate(like):
-                mine = codec if policy.layers is None or i in policy.layers else None
-                sink = None if mine is None else Tokens.of(tensor)
-                found.append(Line(mine, Tokens.of(tensor), sink, (), dict(given[i]) if given and mine else {}))
+                codec = policy.codec(kind, i)
+                sink = None if codec is None else Tokens.of(tensor)
+                found.append(Line(codec, Tokens.of(tensor), sink, (), dict(given[i]) if given and codec else {}))
             return tuple(found)
 
         keys, values = memories or (None, None)
-        return cls(policy, layout, rotary, lines(policy.keys, keys), lines(policy.values, values), first=policy.sink)
+        return cls(policy, layout, rotary, lines("keys", keys), lines("values", values), first=policy.sink)
 
     @property
     def sink(self) -> int:
@@ -228,6 +231,18 @@ class Cache:
         if pieces[1:] and (gone := self.first - self.first_packed) > 0:
             pieces[1] = pieces[1][:, gone * self.layout.tokens :]
         return joined([*pieces, exact])
+
+    def exact(self, kind: Kind, layer: int) -> Tensor:
+        """What a codec would get of the exact tokens: values, or keys before their rotation [B, T, heads, head_dim].
+
+        Raises:
+            ValueError: when the exact tokens do not begin with the video's first frame.
+        """
+        line = (self.keys if kind == "keys" else self.values)[layer]
+        if line.sink is not None or self.first > self.policy.sink:
+            raise ValueError("this cache was encoded or evicted: take one of a policy without codec and window")
+        x = line.exact.tensor
+        return self.rotary(x, 0, inverse=True) if kind == "keys" else x
 
     @property
     def _span(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from fxq.cache.policy import CachePolicy
-from fxq.cache.store import Cache, Layout
+from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 from fxq.models.causal_wan import CausalWan, WanRotary, rope_tables
 from fxq.models.schedule import FlowSchedule
@@ -79,6 +79,7 @@ class SelfForcingRollout(Rollout):
         batches: (condition, draws) pairs.
         sampler: the loop's settings.
         any_size: capture a graph for frames of any height and width, on small ones; else for those of the draws.
+        cache_tables: what the codecs of the cache learned from calibration, see :func:`fxq.cache.choose.cache_tables`.
     """
 
     def __init__(
@@ -88,11 +89,13 @@ class SelfForcingRollout(Rollout):
         sampler: SamplerConfig | None = None,
         *,
         any_size: bool = False,
+        cache_tables: Memories | None = None,
     ) -> None:
         super().__init__(model, batches)
         self.model = model
         self.sampler = sampler or SamplerConfig()
         self.any_size = any_size
+        self.cache_tables = cache_tables
 
     def _given(self, condition: Condition) -> int:
         latent = condition.get("initial_latent")
@@ -129,7 +132,7 @@ class SelfForcingRollout(Rollout):
         _, rows, columns = config.patch_size
         rotary = WanRotary(config.head_dim, draws.shape[2] // rows, draws.shape[3] // columns)
         layout = Layout(rotary.tokens, self.sampler.frames_per_chunk)
-        cache = Cache.empty(self.sampler.cache, layout, rotary, none)
+        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self.cache_tables)
         return SelfForcingState(condition, draws, 0, latents, cache, none, none, 0)
 
     def fork(self, state: State) -> SelfForcingState:

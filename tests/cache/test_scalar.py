@@ -44,5 +44,5 @@ def test_zeros_stay_zeros():
 
 @pytest.mark.parametrize(("bits", "dtype"), [(3, "bfloat16"), (16, "bfloat16"), (4, "float32")])
 def test_what_cannot_be_stored_is_refused(bits, dtype):
-    with pytest.raises(ValueError, match="stored are 2, 4 or 8|expected 'float8_e4m3fn' or 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"stored are 2, 4 or 8|expected 'float8_e4m3fn' or 'bfloat16'"):
         Grid(bits, False, dtype)
