@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
@@ -18,6 +19,7 @@ Memory = Mapping[str, Tensor]
 """What a codec carries from one span of a video to the next, [B, ...] each; empty before the first."""
 
 
+@dataclasses.dataclass(frozen=True)
 class Codec(ABC):
     """A way to store keys or values; a frozen dataclass of its settings, one file each.
 
