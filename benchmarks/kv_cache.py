@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fxq.cache.choose import KINDS, cache_tables, try_codec
-from fxq.cache.codec import Codec
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
+from fxq.cache.codecs.codec import Codec
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache
 from fxq.calibration.rollout import Draws

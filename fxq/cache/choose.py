@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
 from fxq.cache.codecs.klt import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from fxq.cache.codec import Codec, Kind
+from fxq.cache.codecs.codec import Codec, Kind
 
 Positions = Literal["absolute", "relative"]
 

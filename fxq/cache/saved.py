@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind
-from fxq.cache.record import Field, Record, RecordError, Shape, joined
+from fxq.cache.codecs.codec import Codec, Kind
+from fxq.cache.codecs.record import Field, Record, RecordError, Shape, joined
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.cache.store import Cache, Layout, Line, Rotary
 from fxq.cache.tokens import Tokens

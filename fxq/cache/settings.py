@@ -8,8 +8,8 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from fxq.cache.codec import Codec
 from fxq.cache.codecs import CODECS, PRESETS
+from fxq.cache.codecs.codec import Codec
 from fxq.cache.policy import CachePolicy
 
 _T = TypeVar("_T")

@@ -8,9 +8,9 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory
+from fxq.cache.codecs.codec import Codec, Kind, Memory
+from fxq.cache.codecs.record import Record
 from fxq.cache.policy import CachePolicy
-from fxq.cache.record import Record
 from fxq.cache.tokens import Tokens, joined
 
 

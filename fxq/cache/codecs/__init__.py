@@ -1,11 +1,11 @@
-"""Ways to store keys and values, one file each.
+"""Ways to store keys and values, one file each, and what they share: fields, packing, the scalar quantizer.
 
 Nothing here knows when a span is stored or where it lies.
 """
 
 from __future__ import annotations
 
-from fxq.cache.codec import Codec
+from fxq.cache.codecs.codec import Codec
 from fxq.cache.codecs.exact import Exact
 from fxq.cache.codecs.fp8 import Float8
 from fxq.cache.codecs.kivi import Kivi

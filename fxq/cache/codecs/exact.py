@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory, shape_of
-from fxq.cache.record import Field, Record, Shape
+from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.record import Field, Record, Shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory, shape_of
-from fxq.cache.record import Field, Record, Shape
-from fxq.cache.scalar import E4M3_MOST
+from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.cache.codecs.scalar import E4M3_MOST
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory
+from fxq.cache.codecs.codec import Codec, Kind, Memory
+from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import PerChannel, PerToken
-from fxq.cache.record import Field, Record, Shape
-from fxq.cache.scalar import ScaleDtype
+from fxq.cache.codecs.scalar import ScaleDtype
 
 
 @dataclasses.dataclass(frozen=True)

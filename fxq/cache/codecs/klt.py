@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory, of_video, per_video, shape_of
-from fxq.cache.packing import pack, packed_size, unpack
-from fxq.cache.record import Field, Record, Shape
+from fxq.cache.codecs.codec import Codec, Kind, Memory, of_video, per_video, shape_of
+from fxq.cache.codecs.packing import pack, packed_size, unpack
+from fxq.cache.codecs.record import Field, Record, Shape
 
 GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Best step of a uniform quantizer of 2**w levels for a Gaussian of deviation 1 (Max 1960); index w."""

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
 from fxq.cache.codecs.klt import eigenbasis
+from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks
-from fxq.cache.record import Field, Record, Shape
-from fxq.cache.scalar import Grid, ScaleDtype
+from fxq.cache.codecs.scalar import Grid, ScaleDtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from fxq.cache.codec import Codec
 from fxq.cache.codecs import CODECS, PRESETS, Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
-from fxq.cache.record import Shape, joined
+from fxq.cache.codecs.codec import Codec
+from fxq.cache.codecs.record import Shape, joined
 
 SHAPE = Shape(3, 32, 64)
 CASES: list[Codec] = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxq.cache.record import Field, Record, RecordError, Shape, joined
+from fxq.cache.codecs.record import Field, Record, RecordError, Shape, joined
 
 SHAPE = Shape(2, 8, 6)
 FIELDS = (

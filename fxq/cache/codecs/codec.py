@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxq.cache.record import Field, Record, Shape
+from fxq.cache.codecs.record import Field, Record, Shape
 
 Kind = Literal["keys", "values"]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxq.cache.scalar import Grid
+from fxq.cache.codecs.scalar import Grid
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fxq.cache.packing import PACKED_BITS, pack, packed_size, unpack
+from fxq.cache.codecs.packing import PACKED_BITS, pack, packed_size, unpack
 
 
 @pytest.mark.parametrize("bits", PACKED_BITS)
