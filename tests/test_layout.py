@@ -25,7 +25,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FLOORS = (
     ("numerics", "version", "cpu"),
     ("kernels",),
-    ("runtime", "calls", "core"),
+    ("runtime", "calls", "core", "cache"),
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
     ("recipes", "recipe_files", "export", "report"),

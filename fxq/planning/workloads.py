@@ -95,8 +95,8 @@ def of_family(family: Family) -> Workload:
         latent=family.latent[1:],
         frames_per_chunk=loop.frames_per_chunk,
         steps=len(loop.steps),
-        window=loop.window,
-        sink=loop.sink,
+        window=loop.cache.window,
+        sink=loop.cache.sink,
     )
 
 
