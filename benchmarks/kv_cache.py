@@ -39,7 +39,7 @@ RECONSTRUCTION: dict[str, Codec] = {
     "RTN per token 2b sym": PerToken(2),
     "RTN per token 2b asym B16": PerToken(2, 16, asymmetric=True),
     "RTN per channel 2b asym": PerChannel(2, 75),
-    "RTN per channel 3b-like: 4b asym": PerChannel(4, 75),
+    "RTN per channel 4b asym": PerChannel(4, 75),
     "KIVI 2b": Kivi(2, 75),
     "QuaRot 2b asym": QuaRot(2),
     "PRQ S1 2b sym (QVG)": QVG,

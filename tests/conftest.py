@@ -35,6 +35,7 @@ def seeded():
 
 ANY_CPU = (
     "benchmarks",
+    "cache",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/test_gluon_gemm.py",
@@ -45,6 +46,7 @@ ANY_CPU = (
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",
+    "models/test_saved_state.py",
     "models/test_schedule.py",
     "planning/test_gpus.py",
     "planning/test_job.py",

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory
 from fxq.cache.codecs.record import Record
 from fxq.cache.policy import CachePolicy
-from fxq.cache.tokens import Tokens, joined
+from fxq.cache.tokens import Tokens, joined, rest_of
 
 
 class Rotary(Protocol):
@@ -195,7 +195,7 @@ class Cache:
             if kind == "keys":
                 x = self.rotary(x, begin, inverse=True)
             record, memory = line.codec.encode(x, kind, line.memory, seed)
-            exact = Tokens.of(line.exact.tensor[:, count:].clone())
+            exact = rest_of(line.exact, count)
             return dataclasses.replace(line, exact=exact, records=(*line.records, record), memory=memory)
 
         return dataclasses.replace(

@@ -115,6 +115,13 @@ class Tokens:
         return dataclasses.replace(self, start=start)
 
 
+def rest_of(tokens: Tokens, count: int) -> Tokens:
+    """Without the first ``count`` tokens, in memory of their own, so that the old memory can go."""
+    rest = tokens.tensor[:, count:].clone()
+    moved = tokens.buffer.moved + rest.numel() * rest.element_size()
+    return Tokens(_Buffer(rest, rest.shape[1], moved=moved), 0, rest.shape[1])
+
+
 def joined(pieces: list[Tensor]) -> Tensor:
     """Pieces [B, T_i, ...] one after the other; one piece is not copied."""
     full = [piece for piece in pieces if piece.shape[1]]
