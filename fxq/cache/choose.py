@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.fp8 import Float8
+from fxq.cache.codecs.kivi import Kivi
 from fxq.cache.codecs.klt import Klt
+from fxq.cache.codecs.low_rank import LowRank
+from fxq.cache.codecs.prq import Prq
+from fxq.cache.codecs.quarot import QuaRot
+from fxq.cache.codecs.rtn import PerToken
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories
 
@@ -43,6 +49,58 @@ class Choice:
     chosen: Trial
     trials: tuple[Trial, ...]
     reason: str
+
+
+def rivals(head_dim: int, span: int) -> dict[str, Codec]:
+    """The codecs that a comparison begins with, with the settings that suit heads and spans of these sizes.
+
+    Args:
+        head_dim: channels of a head.
+        span: tokens of a span; there is one centroid for 16 tokens at least.
+    """
+    block, small = _divisor(head_dim, 64), _divisor(head_dim, 16)
+    centroids = max(2, min(256, 2 ** int(math.log2(max(2, span / 16)))))
+    found: dict[str, Codec] = {
+        "RTN 2b": PerToken(2, small, asymmetric=True, scale_dtype="bfloat16"),
+        "RTN 4b": PerToken(4, block, scale_dtype="bfloat16"),
+        "KIVI 2b": Kivi(2, 0, block),
+        "KIVI 4b": Kivi(4, 0, block),
+        "QVG": Prq(1, centroids, 2, block, scale_dtype="bfloat16"),
+        "QVG asymmetric": Prq(1, centroids, 2, block, asymmetric=True, scale_dtype="bfloat16"),
+        "QVG-Pro": Prq(4, centroids, 2, small, scale_dtype="bfloat16"),
+        "QVG INT4": Prq(1, centroids, 4, block, scale_dtype="bfloat16"),
+        "mean + rank 4": LowRank(min(4, head_dim), 2, block),
+        "KLT 0.5b": Klt(0.5),
+        "KLT 1b": Klt(1.0),
+        "KLT 2b": Klt(2.0),
+        "KLT 3b": Klt(3.0),
+        "FP8": Float8(),
+        "INT8": PerToken(8, block, scale_dtype="bfloat16"),
+    }
+    if not head_dim & (head_dim - 1):
+        found["QuaRot 2b"] = QuaRot(2, block, scale_dtype="bfloat16")
+        found["QuaRot 4b"] = QuaRot(4, block, scale_dtype="bfloat16")
+    return found
+
+
+def _divisor(number: int, most: int) -> int:
+    return next(size for size in range(min(most, number), 0, -1) if number % size == 0)
+
+
+def components(x: Tensor, share: float = 0.99) -> float:
+    """How many principal components of a head hold a share of its tokens' energy about their mean.
+
+    Args:
+        x: float [B, T, heads, head_dim].
+        share: of the energy.
+
+    Returns:
+        The mean over videos and heads.
+    """
+    heads = x.double().transpose(1, 2)
+    centred = heads - heads.mean(dim=2, keepdim=True)
+    energy = torch.linalg.eigvalsh(centred.transpose(-1, -2) @ centred).flip(-1).clamp_min(0).cumsum(-1)
+    return float((energy < share * energy[..., -1:]).sum(-1).double().add(1).mean())
 
 
 def cache_tables(policy: CachePolicy, caches: Sequence[Cache]) -> Memories:

@@ -21,6 +21,7 @@ from fxq.calibration.record import RecordError
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import TraceError
 from fxq.cli import bench
+from fxq.cli import cache as cli_cache
 from fxq.cli import export as cli_export
 from fxq.cli import plan as cli_plan
 from fxq.cli import quantize as cli_quantize
@@ -102,6 +103,7 @@ app.command()(cli_quantize.inspect)
 app.command()(cli_quantize.sensitivity)
 app.command()(cli_export.export)
 app.command()(cli_export.verify)
+app.command()(cli_cache.cache)
 app.command()(cli_plan.plan)
 app.command()(cli_plan.doctor)
 
