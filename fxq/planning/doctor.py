@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from fxq import kernels
 from fxq.kernels import native
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.op import IN_FLOAT, in_float_note, plain_weight
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, Op
-from fxq.kernels.operands import Operands
 from fxq.planning.environment import Environment, read_environment
 from fxq.planning.gains import OLDEST_FP8, OLDEST_INT8, arch_name, cpu_gain, gpu_gain, no_gpu, no_triton
 

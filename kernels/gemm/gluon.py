@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxq.kernels.arguments import Operands
 from fxq.kernels.device import POISON
 from fxq.kernels.jit import HAS_TRITON, Block, Pointer, Scalar, constexpr, triton
 from fxq.kernels.rows import flat_rows
@@ -220,25 +221,11 @@ def constants(tiles: GluonTiles, dual: bool) -> dict[str, object]:
     }
 
 
-def launch_gluon(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    dtype: torch.dtype,
-    tiles: GluonTiles = TABLE[0],
-) -> Tensor:
+def launch_gluon(a: Operands, dtype: torch.dtype, tiles: GluonTiles = TABLE[0]) -> Tensor:
     """:func:`fxq.kernels.gemm.op.dual_scale_linear` for int8 weights on sm_90.
 
     Args:
-        q: int8 [..., K]; K, ``split`` and the row stride are multiples of 16.
-        weight: int8 [N, K], row stride as for q.
-        weight_scale: float32 [G, N].
-        input_scale: float32 [G].
-        offset: float32 [N].
-        split: number of normal channels.
+        a: of the product; K, ``split`` and the row strides of q and of the weight are multiples of 16.
         dtype: of the result.
         tiles: of the programs.
 
@@ -248,14 +235,14 @@ def launch_gluon(
     Raises:
         ValueError: when Gluon is missing or a size does not fit.
     """
-    rows, width, outputs = flat_rows(q), q.shape[-1], weight.shape[0]
+    rows, weight, width, split = flat_rows(a.q), a.weight, a.width, a.split
     if not HAS_GLUON:
         raise ValueError("this Triton has no Gluon for Hopper: use dual_scale_linear")
     if weight.dtype != torch.int8 or weight.ndim != 2:
         raise ValueError(f"weight is {weight.dtype} {tuple(weight.shape)}: expected int8 [N, K]; use dual_scale_linear")
     if any(size % 16 for size in (width, split, rows.stride(0), weight.stride(0))):
         raise ValueError(f"K = {width}, split = {split}: expected multiples of 16; use dual_scale_linear")
-    y = torch.empty((*q.shape[:-1], outputs), dtype=dtype, device=q.device)
+    y = a.empty(dtype)
     if not y.numel():
         return y
 
@@ -267,18 +254,18 @@ def launch_gluon(
     outlier = normal
     if split < width:
         outlier = [describe(rows[:, split:], tiles.block_m), describe(weight[:, split:], tiles.block_n)]
-    grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(outputs, tiles.block_n),)
-    with torch.cuda.device(q.device):
+    grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(a.outputs, tiles.block_n),)
+    with torch.cuda.device(a.q.device):
         gluon_kernel[grid](
             *normal,
             *outlier,
             rows,
-            weight_scale.contiguous(),
-            input_scale.contiguous(),
-            offset.contiguous(),
+            a.weight_scale.contiguous(),
+            a.input_scale.contiguous(),
+            a.offset.contiguous(),
             y,
             rows.shape[0],
-            outputs,
+            a.outputs,
             split,
             width - split,
             rows.stride(0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxq.kernels.device import activate, to_int8
+from fxq.kernels.device import to_int8
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl
 
 
@@ -27,7 +27,7 @@ def _store_int8(
         normal = columns < out_split
         inverse = tl.where(normal, inverse, tl.div_rn(1.0, tl.load(out_scale_ptr + 1)))[None, :]
         zero = tl.where(normal, zero, tl.load(out_zero_ptr + 1))[None, :]
-    tl.store(pointers, to_int8(activate(y, ACTIVATION), inverse, zero, LOW, HIGH), mask=mask)
+    tl.store(pointers, to_int8(ACTIVATION(y), inverse, zero, LOW, HIGH), mask=mask)
 
 
 @jit

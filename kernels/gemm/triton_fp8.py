@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxq.kernels.gemm.triton import launch_tiled
+from fxq.kernels.arguments import QuantizeFp8
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
 
@@ -54,12 +54,13 @@ def check_device() -> None:
         raise ValueError(f"{torch.cuda.get_device_name()} is {name}: float8 needs sm_89; quantize to int8 instead")
 
 
-def launch(x: Tensor, perm: Tensor | None, scale: Tensor, split: int, *, out: Tensor | None = None) -> Tensor:
+def launch(a: QuantizeFp8, *, out: Tensor | None = None) -> Tensor:
     """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.fp8.quantize_fp8`.
 
     Raises:
         ValueError: when a row is wider than ``MAX_WIDTH``.
     """
+    x, perm, scale, split = a
     width = x.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}")
@@ -81,17 +82,3 @@ def launch(x: Tensor, perm: Tensor | None, scale: Tensor, split: int, *, out: Te
             num_warps=warps_of(block),
         )
     return q
-
-
-def launch_linear(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`."""
-    out = torch.empty((*q.shape[:-1], offset.shape[0]), dtype=dtype, device=q.device)
-    return launch_tiled(q, weight, weight_scale, input_scale, offset, split, out)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels.arguments import NormQuantize
 from fxq.kernels.device import inverse_root, poison, to_int8
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
@@ -71,21 +72,7 @@ def norm_quantize_kernel(
     tl.store(q_ptr + row.to(tl.int64) * K + columns, q, mask=inside)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+def launch(a: NormQuantize, *, out: Tensor | None = None) -> Tensor:
     """Run the Triton kernel on the current device; see :func:`fxq.kernels.norm.op.norm_quantize`.
 
     ``out``, int8 contiguous of x's shape, is allocated when it is not given.
@@ -93,6 +80,7 @@ def launch(
     Raises:
         ValueError: when a row is wider than ``MAX_WIDTH``.
     """
+    x, weight, bias, gain, shift, eps, (perm, scale, zero_point, split, bits) = a
     width = x.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}; quantize after the norm instead")

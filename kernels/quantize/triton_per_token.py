@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels.arguments import QuantizePerToken
 from fxq.kernels.device import to_int8
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl
 from fxq.kernels.rows import flat_rows, warps_of
@@ -111,10 +112,9 @@ def quantize_per_token_kernel(
             tl.store(q_row + start + columns, _integers(x, factor, LOW, HIGH), mask=start + columns < K)
 
 
-def quantize(
-    x: Tensor, perm: Tensor | None, split: int, bits: int, *, max_block: int = MAX_BLOCK
-) -> tuple[Tensor, Tensor]:
+def quantize(a: QuantizePerToken, *, max_block: int = MAX_BLOCK) -> tuple[Tensor, Tensor]:
     """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.per_token.quantize_per_token`."""
+    x, perm, split, bits = a
     width, high = x.shape[-1], numerics.integer_range(bits)[1]
     rows, dual = flat_rows(x), split < width
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)

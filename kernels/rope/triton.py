@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxq.kernels.arguments import RmsNormRope
 from fxq.kernels.device import inverse_root
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import flat_rows
@@ -46,21 +47,13 @@ def rms_norm_rope_kernel(
     tl.store(y_ptr + row.to(tl.int64) * K + columns, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
+def launch(a: RmsNormRope, *, out: Tensor | None = None) -> Tensor:
     """Run the Triton kernel on the current device; see :func:`fxq.kernels.rope.op.rms_norm_rope`.
 
     Rows of x may lie apart, as in a slice of a merged query, key and value result. ``out``, contiguous of x's dtype,
     is allocated when it is not given.
     """
+    x, weight, eps, cos, sin, heads = a
     batch, positions, width = x.shape
     rows = flat_rows(x)
     tables = [None if t is None else flat_rows(t) for t in (cos, sin)]

@@ -10,16 +10,18 @@ from torch import fx
 from fxq import kernels
 from fxq.core.ir import QuantGraph, Stage, example_value, plan_of
 from fxq.core.pipeline import Rewrite
+from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.patterns import ATEN, LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
+from fxq.passes.match.patterns import LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseActivationQuantize(Rewrite):
-    """A linear, GELU or nothing, and the ``quantize_act`` of the result become ``fxq::dual_scale_linear_quantize``.
+    """A linear, an activation or none, and its result's ``quantize_act`` become ``fxq::dual_scale_linear_quantize``.
 
-    The quantization must be the only reader and must keep the channel order: folded permutations do. The value stays in
-    float32 up to the integers, so a 16-bit model rounds less than it did. The plan moves to the fused node.
+    The activations are those of :data:`fxq.kernels.gemm.activations.ACTIVATIONS`. The quantization must be the only
+    reader and must keep the channel order: folded permutations do. The value stays in float32 up to the integers, so a
+    16-bit model rounds less than it did. The plan moves to the fused node.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -36,13 +38,14 @@ class FuseActivationQuantize(Rewrite):
             quantizes = [node for node, _ in patterns.readers(result) if is_call(node, QUANTIZE)]
             if plan is None or not quantizes:
                 continue
-            what = "the next quantize" if activation == "none" else "gelu and the next quantize"
+            what = "the next quantize" if result is linear else f"{_shown(result)} and the next quantize"
             try:
                 _fuse(graph, linear, activation, result)
             except Unfit as reason:
                 graph.remark(plan.layer, f"{what} not in its epilogue: {reason}")
                 continue
-            graph.remark(plan.layer, f"{what} in its epilogue")
+            eager = ACTIVATIONS[activation].eager_on(example_value(linear).device.type)
+            graph.remark(plan.layer, f"{what} in its epilogue{eager and '; '}{eager}")
             count += 1
         return count
 
@@ -50,9 +53,16 @@ class FuseActivationQuantize(Rewrite):
 def _activation(linear: fx.Node) -> tuple[str, fx.Node]:
     """Name of the activation after a linear, and the node that holds its result."""
     for reader, _ in patterns.readers(linear):
-        if is_call(reader, ATEN.gelu.default):
-            return "gelu_tanh" if patterns.arguments(reader)["approximate"] == "tanh" else "gelu", reader
+        for name, activation in ACTIVATIONS.items():
+            values = activation.calls.get(reader.target)
+            if values is not None and values.items() <= patterns.arguments(reader).items():
+                return name, reader
     return "none", linear
+
+
+def _shown(activation: fx.Node) -> str:
+    """As "gelu" of the call of an activation."""
+    return str(activation.target).split(".")[-2]
 
 
 def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) -> None:
