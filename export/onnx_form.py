@@ -27,19 +27,18 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) 
     import onnx_ir as ir
 
     for layer, plan in plans.items():
-        assert plan.scheme is not None
         for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
             value = model.graph.initializers.get(name)
             if value is not None:
                 _store_as_read(ir, value)
-                if plan.scheme.weight_bits == 4:
+                if plan.quantization.weight_bits == 4:
                     _store_in_half_bytes(ir, model, value)
-                elif may_saturate(plan.scheme) and not vnni:
+                elif may_saturate(plan.quantization) and not vnni:
                     _store_unsigned(ir, model, value)
         offset = model.graph.initializers.get(f"{layer}.offset")
         for node, _ in [] if offset is None else list(offset.uses()):
             _sum_at_once(ir, node)
-    if any(plan.scheme is not None and plan.scheme.per_token for plan in plans.values()):
+    if any(plan.quantization.per_token for plan in plans.values()):
         _largest_of_none(ir, model)
     for node in model.graph:
         node.metadata_props.clear()  # what the converter notes about its own work, more than the nodes themselves
