@@ -34,7 +34,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="'tiny', a published family, 'diffusers', or package.module:function returning a fxq.Rollout.",
+        help="'tiny', a published family, 'diffusers', a plug-in's name, or package.module:function returning a "
+        "fxq.Rollout.",
     ),
 ]
 RecipeOption = Annotated[
