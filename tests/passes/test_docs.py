@@ -8,7 +8,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 def test_the_code_of_the_page_on_passes_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "passes.md").read_text(), re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {"__name__": "docs_passes"}
     exec(compile("\n".join(blocks), str(DOCS / "passes.md"), "exec"), names)
     assert "2 linears quantized, 0 kept" in capsys.readouterr().out
