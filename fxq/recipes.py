@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from fxq import plugins
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods import Method
 from fxq.passes.methods.adaround import AdaRound
@@ -21,7 +22,7 @@ from fxq.runtime.reading import parse_json, read_bytes
 _T = TypeVar("_T")
 
 METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
-"""Methods by the name they have in recipe files."""
+"""The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (
     ("time_embedding*", "time embedding: tiny and sensitive"),
@@ -167,13 +168,26 @@ def recipe_from_json(data: Any) -> Recipe:
     methods = []
     for i, entry in enumerate(_tables(data, "methods")):
         options = dict(entry)
-        name = options.pop("method", None)
-        if not isinstance(name, str) or name not in METHODS:
-            raise RecipeError(f"methods[{i}]: unknown method {name!r}; known: {', '.join(METHODS)}")
-        _refuse_unknown(options, METHODS[name], f"methods[{i}]")
-        methods.append(_validated(METHODS[name], options, f"methods[{i}]"))
+        method = _method(options.pop("method", None), f"methods[{i}]")
+        _refuse_unknown(options, method, f"methods[{i}]")
+        methods.append(_validated(method, options, f"methods[{i}]"))
     rest = {key: value for key, value in data.items() if key not in ("rules", "methods")}
     return _validated(Recipe, {**rest, "rules": tuple(rules), "methods": tuple(methods)}, "recipe")
+
+
+def _method(name: Any, where: str) -> type[Any]:
+    """The class of a method: a shipped one, or one of a plug-in, which is imported for it."""
+    try:
+        plugin = plugins.find(plugins.METHODS, name, METHODS) if isinstance(name, str) else None
+        if plugin is not None:
+            found: type[Any] = plugin.load()
+            return found
+    except plugins.PluginError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    if not isinstance(name, str) or name not in METHODS:
+        known = (*METHODS, *plugins.names(plugins.METHODS))
+        raise RecipeError(f"{where}: unknown method {name!r}; known: {', '.join(known)}")
+    return METHODS[name]
 
 
 def _tables(data: dict[str, Any], key: str) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from fxq.models.prompts import PromptError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.passes import LoweringError
+from fxq.plugins import PluginError
 from fxq.report.html import write_report
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json
 from fxq.report.video import FORMATS, write_video
@@ -62,6 +63,7 @@ _REFUSALS = (
     LoweringError,
     OSError,
     PassError,
+    PluginError,
     PromptError,
     RecipeError,
     RecordError,

@@ -10,16 +10,16 @@ import torch
 import typer
 from rich.console import Console
 
-from fxq import cpu
+from fxq import cpu, plugins
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
-from fxq.export.interop import Options, export_bundle
+from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
 from fxq.runtime.reading import ReadError, read_json
 from fxq.runtime.streams import emit, stdout_console
 from fxq.runtime.writable import writable_file, writable_folder
 
-Target = Literal["diffusers", "onnx", "lightx2v", "vllm-omni", "comfy", "compressed-tensors", "diffusers-torchao"]
-"""The targets as choices of the command line."""
+SHIPPED_TARGETS = (*OTHER_TARGETS, *TARGETS)
+"""What ``--target`` takes beside the names of plug-ins."""
 
 BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
@@ -38,7 +38,9 @@ def _print(result: Any, as_json: bool) -> None:
 
 def export(
     bundle: BundleArgument,
-    target: Annotated[Target, typer.Option(help="The runtime that is to read it.")],
+    target: Annotated[
+        str, typer.Option(help=f"The runtime that is to read it: {', '.join(SHIPPED_TARGETS)}, or a plug-in's name.")
+    ],
     out: Annotated[pathlib.Path, typer.Option(help="Folder to write; for onnx the file.")],
     float_dtype: Annotated[
         Literal["keep", "bfloat16", "float16", "float32"],
@@ -62,6 +64,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
+    _check_target(target)
     if target == "onnx":
         _export_onnx(bundle, out, vnni, as_json)
         return
@@ -74,6 +77,14 @@ def export(
     dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
     options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
     _print(export_bundle(bundle, target, out, options), as_json)
+
+
+def _check_target(target: str) -> None:
+    """Refuse an unknown name as wrong usage, and one that two targets have."""
+    known = (*SHIPPED_TARGETS, *plugins.names(plugins.EXPORTS))
+    if target not in known:
+        raise typer.BadParameter(f"{target!r} is none of {', '.join(known)}", param_hint="--target")
+    plugins.find(plugins.EXPORTS, target, SHIPPED_TARGETS)
 
 
 def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_json: bool) -> None:

@@ -16,16 +16,16 @@ from fxq.cli.source import announce, diffusers_source, rollout_source, with_mode
 from fxq.core.config import Recipe
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
-from fxq.core.pipeline import run_passes
 from fxq.core.summary import summary
 from fxq.export import load, read_manifest, save
 from fxq.export.bundle import check_bundle_place
-from fxq.job import plan_passes
+from fxq.job import Job
 from fxq.passes import detect_outliers
 from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
 from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
+from fxq.runtime.progress import Progress
 from fxq.runtime.streams import emit, stdout_console
 from fxq.runtime.workers import launched
 
@@ -34,7 +34,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="'tiny', a published family, 'diffusers', or package.module:function returning a fxq.Rollout.",
+        help="'tiny', a published family, 'diffusers', a plug-in's name, or package.module:function returning a "
+        "fxq.Rollout.",
     ),
 ]
 RecipeOption = Annotated[
@@ -171,7 +172,7 @@ def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str,
     rollout = make_rollout(target, 2, 0, files, driven=False)
     args, shapes = rollout.example_call()
     graph = trace(rollout.denoiser, args, None, shapes)
-    run_passes(graph, plan_passes(get_recipe(recipe)))
+    Job(get_recipe(recipe), Progress(False)).plan(graph)
     weights = {s.layer: s.weight(graph.module) for s in linear_sites(graph.module) if s.weight_name is not None}
     rows = []
     for layer, (plan, _) in planned(graph.module).items():

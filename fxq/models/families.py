@@ -135,6 +135,10 @@ def with_settings(family: Family, settings: Mapping[str, Any]) -> Family:
         raise CheckpointError(f"the settings {json.dumps(public, default=str)} do not fit: {error}") from None
 
 
+SHIPPED_MODELS = ("tiny", "diffusers", *FAMILIES)
+"""Models by the names that they have on the command line; others come by :mod:`fxq.plugins`."""
+
+
 def read_settings(path: str | pathlib.Path) -> dict[str, Any]:
     """Settings of a JSON file, or of the ``config.json`` in a folder or beside a weight file.
 
