@@ -20,6 +20,7 @@ from fxq.kernels.op import NAMESPACE
 from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
+from fxq.runtime.messages import first_line
 
 Example = tuple[tuple[Any, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
@@ -104,8 +105,7 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
         with torch.no_grad():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.export cannot capture the quantized graph: {first}") from error
+        raise ExportError(f"torch.export cannot capture the quantized graph: {first_line(error)}") from error
     forget_origin(program.graph_module)
     _compare_sizes(module, program)
     return program

@@ -23,6 +23,7 @@ from fxq.export.fingerprint import compare_fingerprint
 from fxq.export.graph.rehearsal import RehearsalError
 from fxq.export.receipt import read_receipt
 from fxq.kernels.gemm import op as gemm
+from fxq.runtime.messages import first_line
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""
@@ -210,8 +211,7 @@ def _fingerprint(module: fx.GraphModule, manifest: Manifest) -> Check:
         status: Status = "failed" if manifest.seal else "skipped"
         return Check("one call against the fingerprint", status, f"one call is too large: {error}")
     except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Check("one call against the fingerprint", "failed", f"the call failed: {first}")
+        return Check("one call against the fingerprint", "failed", f"the call failed: {first_line(error)}")
     within = f"{len(recorded.outputs)} outputs within {recorded.tolerance:g}"
     return Check(
         "one call against the fingerprint", "failed" if differences else "passed", "; ".join(differences) or within

@@ -27,6 +27,7 @@ from fxq.export.capture import Example, ExportError, capture, lower, plain_metad
 from fxq.export.onnx_form import integer_form
 from fxq.passes.qdq.qdq_layers import may_saturate
 from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.messages import first_line
 from fxq.version import __version__
 
 OPSET = 21
@@ -162,8 +163,7 @@ def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> A
                 program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=names
             )
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.onnx cannot convert the graph: {first}") from error
+        raise ExportError(f"torch.onnx cannot convert the graph: {first_line(error)}") from error
     assert done is not None
     return done.model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -17,12 +16,13 @@ from fxq.cache.codecs.codec import Kind
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_to_json
 from fxq.cache.store import Cache
+from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout
-from fxq.cli.quantize import JsonOption, QuietOption, SeedOption, VideosOption
+from fxq.cli.quantize import VideosOption
 from fxq.cli.source import with_model_files
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.progress import Progress
-from fxq.runtime.streams import emit, stdout_console
+from fxq.runtime.streams import stdout_console
 
 
 @with_model_files
@@ -57,7 +57,7 @@ def cache(
         kind: [components(caches[0].exact(kind, layer)) for layer in range(config.num_layers)] for kind in KINDS
     }
     if as_json:
-        emit(json.dumps(_json(chosen, choices, spectrum), indent=1))
+        emit_json(_json(chosen, choices, spectrum))
         return
     console = stdout_console()
     console.print(_codecs(choices))

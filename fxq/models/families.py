@@ -8,16 +8,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fxq.cache.policy import CachePolicy
+from fxq.dtypes import DTYPES
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import KEYS, CheckpointError
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
 from fxq.runtime.reading import ReadError, read_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
