@@ -47,8 +47,8 @@ class _Commands(typer.core.TyperGroup):
     """A group that loads the command that was asked for, and none to list them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else _command(name, load(name)), rest
+        name, given, rest = super().resolve_command(ctx, args)
+        return name, given if name is None else command(name), rest
 
 
 def load(name: str) -> Callable[..., None]:
@@ -57,9 +57,10 @@ def load(name: str) -> Callable[..., None]:
     return function
 
 
-def _command(name: str, function: Callable[..., None]) -> Any:
+def command(name: str) -> Any:
+    """A command with its options, as click has it."""
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name)(function)
+    alone.command(name)(load(name))
     return typer.main.get_command(alone)
 
 
