@@ -63,12 +63,14 @@ class MergeLinears(Rewrite):
         """Returns the number of quantize nodes and linears that another one took over."""
         module = graph.module
         count = unify_quantizes(module)
+        # Counted before anything is merged: a tensor with a second reader must stay as it is.
         readers: Counter[str] = Counter()
         for tensor in module.graph.find_nodes(op="get_attr"):
             readers[str(tensor.target)] += len(tensor.users)
         for linears in _neighbours(module):
             obstacles = {node: _obstacle(readers, node) for node in linears}
             groups = _groups(module, obstacles)
+            # Remarks first: merging erases the nodes whose layers they name.
             for group in groups:
                 _remark(graph, group, obstacles)
             for group in groups:
@@ -89,10 +91,12 @@ def unify_quantizes(module: fx.GraphModule) -> int:
     seen: dict[Any, fx.Node] = {}
     count = 0
     for node in list(module.graph.nodes):
+        # What is written in place from here on has other contents than the nodes above have quantized.
         if written := set(edits.written(node)):
             seen = {key: first for key, first in seen.items() if edits.owner(first.all_input_nodes[0]) not in written}
         if node.target in _QUANTIZES or _measured(node) is not None:
             key = (node.target, node.args[0], *(_bytes(module, argument) for argument in node.args[1:]))
+            # The integers and scales of a measured quantize follow it: they unify too, and count once.
             if (first := seen.setdefault(key, node)) is not node:
                 node.replace_all_uses_with(first)
                 module.graph.erase_node(node)
@@ -127,6 +131,7 @@ def _neighbours(module: fx.GraphModule) -> Iterator[list[fx.Node]]:
     found: dict[tuple[Any, str], list[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.target in _LINEARS and (plan := plan_of(node)) is not None:
+            # Through the getitem of a pair, then through the quantize: neighbours share what lies above both.
             q = _measured(node.args[0]) or node.args[0]
             source = q.args[0] if q.target in _QUANTIZES else q
             found.setdefault((source, block_of(plan.layer)), []).append(node)
@@ -139,6 +144,7 @@ def _groups(module: fx.GraphModule, obstacles: dict[fx.Node, str]) -> list[list[
     for node, obstacle in obstacles.items():
         named = arguments(node)
         alike = (named[name] for name in ("q", "split", "bits", "dtype"))
+        # A linear with an obstacle stays alone; the others must be one operator with equal arguments on one input.
         key = node if obstacle else (node.target, *alike, _bytes(module, named["input_scale"]))
         groups.setdefault(key, []).append(node)
     return list(groups.values())
@@ -146,10 +152,13 @@ def _groups(module: fx.GraphModule, obstacles: dict[fx.Node, str]) -> list[list[
 
 def _obstacle(readers: Counter[str], node: fx.Node) -> str:
     """Why the linear's rows cannot lie in a joint weight, or ""."""
+    # Its rows move into the joint tensor, and the other reader would need the old one as well.
     if any(readers[str(arguments(node)[name].target)] > 1 for name in _STACKED):
         return "its weight is used at several places"
+    # Strides and offsets in absolute numbers are those of a tensor of its own, not of a part of a joint one.
     if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
         return "as_strided reads its result"
+    # A reshape of a part may be a copy where a view of a whole was none: the write would be lost.
     if any(source is not node and source in aliasing.written(user) for user, source in _views(node)):
         return "a view of its result is written in place"
     return ""
@@ -158,6 +167,7 @@ def _obstacle(readers: Counter[str], node: fx.Node) -> str:
 def _remark(graph: QuantGraph, group: list[fx.Node], obstacles: dict[fx.Node, str]) -> None:
     for node in group:
         layer = _plan(node).layer
+        # Merged: name the others. Alone: why, for every neighbour, alike reasons together.
         if len(group) > 1:
             others = [_plan(n).layer for n in group if n is not node]
             graph.remark(layer, f"one GEMM with {', '.join(others)}")
@@ -172,6 +182,7 @@ def _remark(graph: QuantGraph, group: list[fx.Node], obstacles: dict[fx.Node, st
 
 
 def _difference(node: fx.Node, other: fx.Node, obstacle: str) -> str:
+    # The neighbour cannot join anything; else the two are apart by their integers, or by how they are multiplied.
     if obstacle:
         return f"there {obstacle}"
     if node.args[0] is not other.args[0]:
@@ -189,6 +200,7 @@ def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
     """A free name for layers stored together: ``a.b.q`` and ``a.b.k`` give ``a.b.q_k``."""
     paths = [layer.split(".") for layer in layers]
     shared = 0
+    # The last part of a path is never shared: it is what tells the layers apart.
     while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
         shared += 1
     name = ".".join([*paths[0][:shared], "_".join("_".join(path[shared:]) for path in paths)])
@@ -238,8 +250,10 @@ def _read(module: fx.GraphModule, node: Any) -> Tensor:
 def _allow_strides(graph: fx.Graph, part: fx.Node) -> None:
     """Let readers of a part, which is not dense any more, do what they did."""
     for user, source in list(_views(part)):
+        # A view needs a stride that a part may not have; a reshape takes one where there is one.
         if user.target in _VIEWS:
             user.target = _ATEN.reshape.default
+        # A caller that keeps the part would keep the joint result alive.
         elif user.op == "output":
             with graph.inserting_before(user):
                 copy = graph.call_function(_ATEN.clone.default, (source,))
