@@ -11,14 +11,16 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.core.ir import QuantGraph, Stage, example_value, facts_of, forget_origin
+from fxq.core.ir import QuantGraph, Stage, example_value, facts_of, forget_origin, stored_names
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import input_sizes
 from fxq.core.verify import RuleError, check
 from fxq.export.inputs import hint_of
 from fxq.kernels.op import NAMESPACE
+from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
+from fxq.runtime.messages import first_line
 
 Example = tuple[tuple[Any, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
@@ -61,13 +63,27 @@ def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
 
     Raises:
-        ExportError: as :func:`frozen`, and when an operator of fxq is left.
+        ExportError: as :func:`frozen`, when an operator of fxq is left, and when the model has a tensor where a layer
+            needs the place for one of its own.
     """
-    graph = run_passes(frozen(module), (ToQdq(in_halves),))
+    whole = frozen(module)
+    _refuse_taken_names(whole)
+    graph = run_passes(whole, (ToQdq(in_halves),))
     left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     if left:
         raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")
     return graph
+
+
+def _refuse_taken_names(graph: QuantGraph) -> None:
+    read = {str(node.target) for node in graph.module.graph.find_nodes(op="get_attr")}
+    for layer, plan in graph.quantized_plans.items():
+        own = stored_names(plan)
+        if taken := [name for name in LOWERED_TENSORS if name not in own and f"{layer}.{name}" in read]:
+            raise ExportError(
+                f"the model has a tensor of its own named {layer}.{taken[0]}, a name that the export needs for the "
+                "quantized layer: rename it in the model, or keep the layer by a rule"
+            )
 
 
 @exclusive
@@ -89,8 +105,7 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
         with torch.no_grad():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.export cannot capture the quantized graph: {first}") from error
+        raise ExportError(f"torch.export cannot capture the quantized graph: {first_line(error)}") from error
     forget_origin(program.graph_module)
     _compare_sizes(module, program)
     return program

@@ -46,8 +46,7 @@ class LinearEntry:
     @classmethod
     def of(cls, plan: LayerPlan) -> LinearEntry:
         """The entry of a layer with a scheme."""
-        scheme = plan.scheme
-        assert scheme is not None
+        scheme = plan.quantization
         return cls(
             in_features=plan.in_features,
             out_features=plan.out_features,
@@ -204,6 +203,11 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
             f"layer {plan.layer} is ({plan.out_features}, {plan.in_features}), the model's weight "
             f"{tuple(linear.weight.shape)}; give the model that was quantized"
         )
+    if beside := sorted({*linear.state_dict()} - {"weight", "bias"}):
+        raise ValueError(
+            f"layer {plan.layer} has a tensor {beside[0]} beside weight and bias, for which the folder has no place; "
+            "exclude the layer by a rule, or use fxq.save"
+        )
     if not (apart := _deviation(linear.weight, plan, stored)) <= _MAX_DEVIATION:
         raise ValueError(
             f"layer {plan.layer}: the model's weight is {apart:.3g} steps from the integers, at most "
@@ -214,9 +218,8 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
 
 def _deviation(weight: Tensor, plan: LayerPlan, stored: Mapping[str, Tensor]) -> float:
     """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
-    assert plan.scheme is not None
-    codes, top = stored["weight"].cpu(), fxq.numerics.integer_range(plan.scheme.weight_bits)[1]
-    codes = fxq.numerics.unpack_int4(codes) if plan.scheme.weight_bits == 4 else codes
+    bits = plan.quantization.weight_bits
+    codes, top = fxq.numerics.unpacked(stored["weight"].cpu(), bits), fxq.numerics.integer_range(bits)[1]
     ordered = weight.detach().to("cpu", torch.float32)
     if "perm" in stored:
         ordered = ordered[:, stored["perm"].cpu()]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fxq.calibration.agreement import describe, describe_data, describe_model, environment_facts, flat_facts
 from fxq.calibration.calibrate import Batch
 from fxq.core.config import Recipe
 from fxq.core.ir import LayerPlan
+from fxq.core.pipeline import Pass
 from fxq.recipes import recipe_to_json
 from fxq.runtime.workers import Workers
 from fxq.version import __version__
 
 
-def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: Batch | None) -> None:
+def shake_hands(
+    workers: Workers, recipe: Recipe, model: Any, data: Any, first: Batch | None, passes: Sequence[Pass] = ()
+) -> None:
     """Compare the calls of all ranks; nothing is done by one process alone.
 
     Args:
@@ -25,6 +28,7 @@ def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: 
         model: what each has; of every tensor only a few elements are compared.
         data: calibration data: a rollout, a sequence or any iterable.
         first: the first batch of data that can only be iterated.
+        passes: the user's own, compared by name.
 
     Raises:
         fxq.runtime.workers.WorkerError: naming a rank and what differs there.
@@ -36,6 +40,7 @@ def shake_hands(workers: Workers, recipe: Recipe, model: Any, data: Any, first: 
         "recipe": flat_facts(recipe_to_json(recipe)),
         "model": describe_model(model),
         "calibration data": describe_data(data),
+        "passes": {str(i): step.name for i, step in enumerate(passes)},
     }
     if first is not None:
         facts["calibration data"]["first batch"] = describe([list(first.args), dict(first.kwargs)])

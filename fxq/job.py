@@ -18,22 +18,17 @@ from fxq.calibration.rollout import Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
 from fxq.core.config import Recipe
 from fxq.core.interpret import sparing_call
-from fxq.core.ir import QuantGraph
+from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import Pass, run_passes
-from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
-from fxq.passes.share_inputs import ShareInputs, input_groups
+from fxq.passes import ApplyMethods
+from fxq.passes.line import line
+from fxq.passes.share_inputs import input_groups
 from fxq.recipes import recipe_to_json
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.progress import Progress
 from fxq.runtime.workers import Workers
 
 ForwardLoop = Callable[[Callable[..., Any]], None]
-
-
-def plan_passes(recipe: Recipe) -> tuple[Pass, ...]:
-    """The passes that bring a traced graph to PLANNED as the recipe wants it."""
-    passes: tuple[Pass, ...] = (PlanLayers(recipe), DetectOutliers())
-    return (*passes, ShareInputs()) if recipe.share_inputs else passes
 
 
 def needs_data(recipe: Recipe) -> str:
@@ -47,7 +42,8 @@ class Job:
     """One quantization.
 
     ``workers`` share its calibration, sensitivities and layers; with a ``folder`` finished pieces are files there, and
-    what is large lies in files instead of memory. ``label`` is put before the names of steps.
+    what is large lies in files instead of memory. ``label`` is put before the names of steps. ``passes`` are a user's
+    own, see :func:`fxq.passes.line.line`.
     """
 
     recipe: Recipe
@@ -55,6 +51,19 @@ class Job:
     workers: Workers = dataclasses.field(default_factory=Workers)
     folder: pathlib.Path | None = None
     label: str = ""
+    passes: tuple[Pass, ...] = ()
+
+    def line(self, *, first_only: bool = False) -> tuple[Pass, ...]:
+        """Every pass of the job in order, with all of the recipe's methods or only the first.
+
+        Raises:
+            PassError: when one of a user's passes has no place.
+        """
+        return line(self.recipe, self.methods(first_only=first_only), self.passes)
+
+    def plan(self, graph: QuantGraph) -> None:
+        """Take a TRACED graph to PLANNED."""
+        run_passes(graph, (step for step in self.line() if step.needs < Stage.CALIBRATED))
 
     def calibrate(
         self, graph: QuantGraph, loader: Iterable[Any] | Rollout | None, forward_loop: ForwardLoop | None = None
@@ -115,9 +124,11 @@ class Job:
             rollout: prompts and noise.
             data: the calibration hash; finished batches of an earlier run on the same data are not measured again.
         """
-        fork = graph.fork()
-        run_passes(fork, (self.methods(first_only=True), LowerLinear()))
-        settings = json.dumps([data, recipe_to_json(self.recipe), len(rollout.batches)], sort_keys=True)
+        fork = self.initialised(graph)
+        own = [repr(step) for step in self.passes]
+        settings = json.dumps(
+            [data, recipe_to_json(self.recipe), len(rollout.batches), *([own] if own else [])], sort_keys=True
+        )
         key = hashlib.sha256(settings.encode()).hexdigest()
         checkpoint = None if self.folder is None else Checkpoint(self.folder)
 
@@ -150,4 +161,15 @@ class Job:
         """Run the recipe's methods on a CALIBRATED graph."""
         with self.bar.step(f"{self.label}reconstruct") as on_layer:
             methods = dataclasses.replace(self.methods(), on_layer=lambda _, done, total: on_layer(done, total))
-            run_passes(graph, (methods,))
+            steps = line(self.recipe, methods, self.passes)
+            run_passes(graph, (step for step in steps if step.needs == step.gives == Stage.CALIBRATED))
+
+    def initialised(self, graph: QuantGraph) -> QuantGraph:
+        """A fork of a CALIBRATED graph, LOWERED with the recipe's first method alone."""
+        steps = self.line(first_only=True)
+        lowering = (step for step in steps if step.needs >= Stage.CALIBRATED and step.gives <= Stage.LOWERED)
+        return run_passes(graph.fork(), lowering)
+
+    def rewrite(self, graph: QuantGraph) -> None:
+        """Take a CALIBRATED graph whose integers are chosen to FROZEN."""
+        run_passes(graph, (step for step in self.line() if step.gives >= Stage.LOWERED))

@@ -16,15 +16,13 @@ from fxq.calibration.sensitivity import ChunkSensitivity, chunk_weights
 from fxq.capture.trace import trace
 from fxq.core.config import Recipe
 from fxq.core.ir import QuantGraph
-from fxq.core.pipeline import run_passes
 from fxq.core.summary import summary
-from fxq.job import Job, plan_passes
+from fxq.job import Job
 from fxq.metrics import sprites
 from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teacher_forced
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
-from fxq.passes import Freeze, LowerLinear
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.quantize import finish
 from fxq.recipes import PRESETS, single_scale
@@ -80,7 +78,7 @@ class Lab:
 
     def _planned(self, recipe: Recipe) -> QuantGraph:
         graph = self.traced.fork()
-        run_passes(graph, plan_passes(recipe))
+        Job(recipe, self.bar).plan(graph)
         return graph
 
     def _calibrated(self, recipe: Recipe) -> QuantGraph:
@@ -102,9 +100,7 @@ class Lab:
     def initialised(self, bits: str) -> fx.GraphModule:
         """The model with searched ranges and round-to-nearest integers: what sensitivity is measured with."""
         recipe = self._preset(bits)
-        graph = self._calibrated(recipe)
-        run_passes(graph, (Job(recipe, self.bar).methods(first_only=True), LowerLinear()))
-        return graph.module
+        return Job(recipe, self.bar).initialised(self._calibrated(recipe)).module
 
     def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
         """A frozen model and the seconds its methods, rewrite and freeze took."""
@@ -115,8 +111,9 @@ class Lab:
         graph = self._calibrated(recipe)
         graph.chunk_weights = chunk_weights(alpha, chunks, recipe.weighting)
         start = time.perf_counter()
-        Job(recipe, self.bar, label=f"{recipe.name} ").choose_integers(graph)
-        run_passes(graph, (LowerLinear(), Freeze()))
+        job = Job(recipe, self.bar, label=f"{recipe.name} ")
+        job.choose_integers(graph)
+        job.rewrite(graph)
         seconds = time.perf_counter() - start
         return finish(graph, recipe, self.calibration_hash, None if alpha is None else alpha.tolist(), []), seconds
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from fxq.core.ir import QuantGraph, Stage, facts_of, set_facts
-from fxq.core.pipeline import PassError, run_passes
+from fxq.core.pipeline import Pass, PassError, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes import FUSIONS, LayOutWeights
+from fxq.passes.line import check_fusions
 from fxq.runtime.ambient import own_tensors
 from fxq.runtime.exclusive import exclusive
 
 
 @exclusive
 @own_tensors()
-def optimize(module: fx.GraphModule) -> fx.GraphModule:
+def optimize(module: fx.GraphModule, passes: Sequence[Pass] = FUSIONS) -> fx.GraphModule:
     """Merge, fuse and bind a quantized module to the fastest kernels of the device it lies on.
 
     The result computes the same function in fewer passes over memory and is for running, not for saving: keep the
@@ -22,6 +25,7 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`, not changed.
+        passes: the fusions to run, in order, before weights are laid out; ``(*fxq.passes.FUSIONS, Mine())`` adds one.
 
     Returns:
         A new GraphModule; :func:`fxq.summary` of it says per layer what was fused, the kernel that runs, and why not
@@ -29,16 +33,20 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
 
     Raises:
         ValueError: when the module was not made by fxq.
-        fxq.core.pipeline.PassError: when the module is the result of this function already.
+        fxq.core.pipeline.PassError: when the module is the result of this function already, or a pass is none or breaks
+            its promise.
+        fxq.core.verify.RuleError: when a rule is broken after a pass; the message names both.
     """
+    check_fusions(passes)
     facts = facts_of(module)
     if "remarks" in facts:
         raise PassError("this module is optimized already; optimize the module it was made from")
     graph = QuantGraph(module, Stage.FROZEN).fork()
     before = graph.plans
-    run_passes(graph, (*FUSIONS, LayOutWeights()))
-    if lost := sorted(set(before) - set(graph.plans)):
-        raise PassError(f"optimizing lost the plans of {', '.join(lost[:4])}")
+    for step in (*passes, LayOutWeights()):
+        run_passes(graph, (step,))
+        if lost := sorted(set(before) - set(graph.plans)):
+            raise PassError(f"{step.name} lost the plans of {', '.join(lost[:4])}")
     facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
     facts |= {"remarks": graph.remarks, "notes": graph.notes}
     set_facts(graph.module, facts)

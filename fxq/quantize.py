@@ -23,14 +23,14 @@ from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import TraceError, plain_model, trace
 from fxq.core.config import Recipe, RecipeError
 from fxq.core.ir import LayerPlan, QuantGraph, has_facts, set_facts
-from fxq.core.pipeline import run_passes
+from fxq.core.pipeline import Pass
 from fxq.core.signature import batch_dynamic, call_rules, guard_inputs, rules_of
 from fxq.environment import environment
 from fxq.export.graph.graph_json import GraphFormatError
 from fxq.export.graph.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.job import ForwardLoop, Job, needs_data, plan_passes
-from fxq.passes import Freeze, LowerLinear
+from fxq.job import ForwardLoop, Job, needs_data
+from fxq.passes.line import check_own
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.runtime.ambient import without_autocast
 from fxq.runtime.progress import Progress
@@ -51,6 +51,7 @@ def quantize(
     forward_loop: ForwardLoop | None = None,
     checkpoint_dir: str | pathlib.Path | None = None,
     sensitivity: Sequence[float] | Tensor | None = None,
+    passes: Sequence[Pass] = (),
     group: dist.ProcessGroup | None = None,
     progress: bool = True,
 ) -> fx.GraphModule:
@@ -71,6 +72,8 @@ def quantize(
         checkpoint_dir: one file per finished layer; a killed run resumes there, and what is large lies there instead of
             in memory. The result's weights are mapped from these files: keep them while it is in use.
         sensitivity: chunk sensitivities measured before, [chunks], to skip measuring them again.
+        passes: your own, each of which gives the stage it needs: it runs behind the last shipped pass that gives this
+            stage (see :func:`fxq.passes.line.line`), under the same rules.
         group: ranks that share the work; each must make the same call, and each gets the same result. Batches and
             layers are divided among them.
         progress: show progress bars on stderr.
@@ -84,6 +87,8 @@ def quantize(
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
+        fxq.passes.PassError: a pass has no place in the line, or breaks its promise.
+        fxq.core.verify.RuleError: a rule is broken after a pass; the message names both.
         OSError: checkpoint_dir cannot be written.
     """
     # Methods learn by gradients, tensors must outlive the call and products be exact, whatever mode the caller is in.
@@ -94,14 +99,15 @@ def quantize(
         if not chosen.methods:
             raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
         _check_sources(chosen, calib_loader, forward_loop)
+        check_own(passes)
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
         folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
-        shake_hands(workers, chosen, model, calib_loader, example if example_inputs is None else None)
-        job = Job(chosen, bar, workers, folder)
+        shake_hands(workers, chosen, model, calib_loader, example if example_inputs is None else None, passes)
+        job = Job(chosen, bar, workers, folder, passes=tuple(passes))
         with bar.step("trace"):
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
-            run_passes(graph, plan_passes(chosen))
+            job.plan(graph)
         compare_plans(workers, graph.plans)
         _warn_of_nothing(graph, chosen)
         data = job.calibrate(graph, loader, forward_loop)
@@ -109,7 +115,7 @@ def quantize(
         alpha = job.weigh_chunks(graph, loader, alpha, data)
         job.choose_integers(graph)
         with bar.step("rewrite"):
-            run_passes(graph, (LowerLinear(), Freeze()))
+            job.rewrite(graph)
     facts = None if alpha is None else alpha.tolist()
     return finish(graph, chosen, data, facts, _never_called(model, graph))
 
@@ -145,7 +151,7 @@ def measure_sensitivity(
         args, shapes = rollout.example_call()
         with bar.step("trace"):
             graph = trace(rollout.denoiser, args, None, shapes)
-        run_passes(graph, plan_passes(chosen))
+        job.plan(graph)
         data = job.calibrate(graph, rollout)
         return job.measure(graph, rollout, data)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import pathlib
 import tomllib
@@ -11,17 +10,19 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from fxq import plugins
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipe_files import MAX_RECIPE_BYTES, check_content
+from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
 METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
-"""Methods by the name they have in recipe files."""
+"""The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (
     ("time_embedding*", "time embedding: tiny and sensitive"),
@@ -112,8 +113,8 @@ def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
     path = pathlib.Path(recipe)
     if path.suffix.lower() in (".toml", ".json"):
         return load_recipe(path)
-    close = difflib.get_close_matches(str(recipe).lower(), PRESETS, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = did_you_mean(str(recipe).lower(), PRESETS)
+    hint = f"; {close}" if close else "."
     raise RecipeError(
         f"unknown recipe {str(recipe)!r}{hint} Presets: {', '.join(PRESETS)}; a recipe file ends in .toml or .json"
     )
@@ -167,13 +168,26 @@ def recipe_from_json(data: Any) -> Recipe:
     methods = []
     for i, entry in enumerate(_tables(data, "methods")):
         options = dict(entry)
-        name = options.pop("method", None)
-        if not isinstance(name, str) or name not in METHODS:
-            raise RecipeError(f"methods[{i}]: unknown method {name!r}; known: {', '.join(METHODS)}")
-        _refuse_unknown(options, METHODS[name], f"methods[{i}]")
-        methods.append(_validated(METHODS[name], options, f"methods[{i}]"))
+        method = _method(options.pop("method", None), f"methods[{i}]")
+        _refuse_unknown(options, method, f"methods[{i}]")
+        methods.append(_validated(method, options, f"methods[{i}]"))
     rest = {key: value for key, value in data.items() if key not in ("rules", "methods")}
     return _validated(Recipe, {**rest, "rules": tuple(rules), "methods": tuple(methods)}, "recipe")
+
+
+def _method(name: Any, where: str) -> type[Any]:
+    """The class of a method: a shipped one, or one of a plug-in, which is imported for it."""
+    try:
+        plugin = plugins.find(plugins.METHODS, name, METHODS) if isinstance(name, str) else None
+        if plugin is not None:
+            found: type[Any] = plugin.load()
+            return found
+    except plugins.PluginError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    if not isinstance(name, str) or name not in METHODS:
+        known = (*METHODS, *plugins.names(plugins.METHODS))
+        raise RecipeError(f"{where}: unknown method {name!r}; known: {', '.join(known)}")
+    return METHODS[name]
 
 
 def _tables(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
@@ -189,9 +203,8 @@ def _refuse_unknown(entry: Any, cls: type[Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for key in entry:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise RecipeError(f"{where}: unknown key {key!r}{hint}")
+            hint = did_you_mean(key, known, 0.5) or f"known: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _validated(cls: type[_T], data: dict[str, Any], where: str) -> _T:

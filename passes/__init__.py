@@ -1,11 +1,12 @@
-"""Passes, one per file. The order is the line of :mod:`fxq.quantize`: plan, calibrate, rewrite, freeze.
+"""Passes, one per file, and what it takes to write one. :mod:`fxq.passes.line` has their order.
 
 Nothing here captures a model, calibrates or writes files.
 """
 
 from __future__ import annotations
 
-from fxq.core.pipeline import Rewrite
+from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, planned, set_plan
+from fxq.core.pipeline import Analysis, Pass, PassError, Rewrite, run_passes
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
 from fxq.passes.freeze import Freeze
@@ -23,9 +24,6 @@ from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.passes.share_inputs import ShareInputs
 
-ORDER = (PlanLayers, DetectOutliers, ShareInputs, ApplyMethods, LowerLinear, Freeze)
-"""The shipped passes in the order they run; calibration comes after ShareInputs."""
-
 FUSIONS: tuple[Rewrite, ...] = (
     RealRope(),
     MergeLinears(),
@@ -36,11 +34,11 @@ FUSIONS: tuple[Rewrite, ...] = (
     FuseActivationQuantize(),
     FuseResidual(),
 )
-"""What :func:`fxq.optimize` runs on a frozen graph before the weights are laid out, in order."""
+"""What :func:`fxq.optimize` runs by default on a frozen graph before the weights are laid out, in order."""
 
 __all__ = [
     "FUSIONS",
-    "ORDER",
+    "Analysis",
     "ApplyMethods",
     "DetectOutliers",
     "FoldPermutations",
@@ -51,16 +49,26 @@ __all__ = [
     "FuseResidual",
     "FuseRotary",
     "LayOutWeights",
+    "LayerPlan",
     "LowerLinear",
     "LoweringError",
     "MergeLinears",
     "OutlierChannels",
+    "Pass",
+    "PassError",
     "PlanLayers",
+    "QuantGraph",
     "RealRope",
+    "Rewrite",
     "ShareInputs",
+    "Stage",
     "ToQdq",
     "detect_outliers",
     "make_rope_real",
+    "plan_of",
+    "planned",
+    "run_passes",
+    "set_plan",
 ]
 
 if __name__ != "fxq.passes":

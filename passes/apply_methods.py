@@ -132,8 +132,7 @@ class ApplyMethods(Analysis):
                 set_plan(node, dataclasses.replace(plan, output_sqnr=None if math.isnan(sqnr) else sqnr))
 
     def _problem(self, graph: QuantGraph, site: LinearSite, plan: LayerPlan) -> LayerProblem:
-        order, scheme = group_order(plan), plan.scheme
-        assert scheme is not None
+        order = group_order(plan)
         stored = site.weight(graph.module)
         weight, device = stored.float()[:, order.to(stored.device)], stored.device
         statistics = graph.statistics.get(plan.layer) or _no_data(plan.in_features)
@@ -151,7 +150,7 @@ class ApplyMethods(Analysis):
             high=statistics.high[order].to(device),
             rows=statistics.rows.float()[:, order].to(device),
             row_weights=row_weights.to(device),
-            scheme=scheme,
+            scheme=plan.quantization,
             split=plan.split,
             seed=self.seed,
             counts=None if counts is None else counts.to(device),

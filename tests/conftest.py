@@ -35,6 +35,7 @@ def seeded():
 
 ANY_CPU = (
     "benchmarks",
+    "cache",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
@@ -46,6 +47,7 @@ ANY_CPU = (
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",
+    "models/test_saved_state.py",
     "models/test_schedule.py",
     "planning/test_gpus.py",
     "planning/test_job.py",
@@ -54,6 +56,7 @@ ANY_CPU = (
     "planning/test_roofline.py",
     "planning/test_workloads.py",
     "report",
+    "test_advice.py",
     "test_examples.py",
     "test_layout.py",
 )

@@ -86,6 +86,7 @@ def test_quantize_keeps_its_signature():
         "forward_loop",
         "checkpoint_dir",
         "sensitivity",
+        "passes",
         "group",
         "progress",
     ]

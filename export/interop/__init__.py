@@ -14,21 +14,40 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from fxq import plugins
 from fxq.export.files import whole_folder, write_tensors
 from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, vllm_omni
-from fxq.export.interop.layers import InteropError, LayerRecord, Options, Output, StoredModel, read_model
+from fxq.export.interop.layers import InteropError, LayerRecord, Options, Output, StoredLayer, StoredModel, read_model
 from fxq.export.interop.names import OWN
 
-TARGETS: dict[str, Callable[[StoredModel, Options], Output]] = {
+Target = Callable[[StoredModel, Options], Output]
+TARGETS: dict[str, Target] = {
     "lightx2v": lightx2v.build,
     "vllm-omni": vllm_omni.build,
     "comfy": comfy.build,
     "compressed-tensors": compressed_tensors.build,
     "diffusers-torchao": diffusers_torchao.build,
 }
+"""The shipped targets by name; others come by :mod:`fxq.plugins`."""
+OTHER_TARGETS = ("diffusers", "onnx")
+"""Targets with a writer of their own, whose names no plug-in may have."""
 REPORT = "fxq_report.json"
 
-__all__ = ["REPORT", "TARGETS", "ExportReport", "InteropError", "LayerRecord", "Options", "export_bundle"]
+__all__ = [
+    "OTHER_TARGETS",
+    "REPORT",
+    "TARGETS",
+    "ExportReport",
+    "InteropError",
+    "LayerRecord",
+    "Options",
+    "Output",
+    "StoredLayer",
+    "StoredModel",
+    "Target",
+    "export_bundle",
+    "find_target",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +88,7 @@ def export_bundle(
 
     Args:
         path: folder written by :func:`fxq.save`.
-        target: one of :data:`TARGETS`.
+        target: one of :data:`TARGETS`, or a plug-in's.
         out: folder to write; an older export of the same target there is replaced.
         options: see :class:`Options`.
 
@@ -77,15 +96,14 @@ def export_bundle(
         What became of every linear; the same lies in ``out`` as ``fxq_report.json``.
 
     Raises:
-        InteropError: unknown target, or a bundle that its format cannot hold.
+        InteropError: unknown target, a plug-in that cannot be used, or a bundle that its format cannot hold.
         BundleError: the bundle is damaged, or ``out`` cannot be written.
     """
-    if target not in TARGETS:
-        raise InteropError(f"unknown target {target!r}: expected one of {', '.join(TARGETS)}")
+    build = find_target(target)
     model = read_model(path)
     if not model.layers:
         raise InteropError(f"{path} has no quantized layer; there is nothing to export")
-    result = TARGETS[target](model, options or Options())
+    result = build(model, options or Options())
     files = (*result.tensors, *result.documents)
     report = ExportReport(
         target=target,
@@ -101,6 +119,25 @@ def export_bundle(
         for name, document in {**result.documents, REPORT: report.to_json()}.items():
             (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def find_target(name: str) -> Target:
+    """What writes a target's format: a shipped function, or one of a plug-in, which is imported for it.
+
+    Raises:
+        InteropError: when there is no such target, or its plug-in cannot be used.
+    """
+    try:
+        plugin = plugins.find(plugins.EXPORTS, name, (*TARGETS, *OTHER_TARGETS))
+        if plugin is not None:
+            found: Target = plugin.load()
+            return found
+    except plugins.PluginError as error:
+        raise InteropError(str(error)) from error
+    if name not in TARGETS:
+        known = (*TARGETS, *plugins.names(plugins.EXPORTS))
+        raise InteropError(f"unknown target {name!r}: expected one of {', '.join(known)}")
+    return TARGETS[name]
 
 
 def _activations(model: StoredModel, result: Output) -> str:

@@ -170,10 +170,6 @@ class Rollout(ABC):
     def units(self, condition: Condition, draws: Draws) -> int:
         """Number of resumable steps of a video (chunks, or windows for rolling models)."""
 
-    def chunk_of(self, unit: int) -> int:
-        """Chunk that ``unit`` completes; equal to the unit for chunk-wise models."""
-        return unit
-
     @abstractmethod
     def begin(self, condition: Condition, draws: Draws) -> State:
         """State before the first unit: empty caches."""

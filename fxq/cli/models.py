@@ -1,4 +1,7 @@
-"""Models by name for the command line: the shipped one, published ones, or a user's function that returns a rollout."""
+"""Models by name for the command line: the shipped one, published ones, a plug-in's, or a user's function.
+
+The last two return a rollout.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ from typing import Any
 
 import torch
 
+from fxq import plugins
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.lab import tiny_rollout
-from fxq.models.families import DTYPES, FAMILIES, Family, read_settings, with_settings
+from fxq.models.families import FAMILIES, FLOATS, SHIPPED_MODELS, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan
 from fxq.models.prompts import Prompts, load_function, load_prompts
 from fxq.models.self_forcing import SelfForcingRollout
@@ -71,18 +75,22 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
     """The rollout a name stands for.
 
     Args:
-        name: ``tiny``, a family of :data:`~fxq.models.families.FAMILIES`, or ``package.module:function`` where
-            ``function(videos, seed)`` returns a :class:`fxq.Rollout`.
+        name: ``tiny``, a family of :data:`~fxq.models.families.FAMILIES`, a plug-in's whose function returns a
+            :class:`fxq.Rollout` of ``(videos, seed, files)``, or ``package.module:function`` where
+            ``function(videos, seed)`` does.
         videos: number of videos to drive.
         seed: of prompts and noise.
-        files: of a family; the other names take no files, ``tiny`` takes a batch and a device.
+        files: of a family or a plug-in; the other names take no files, ``tiny`` takes a batch and a device.
         driven: whether the rollout will be run; if not, a family needs no prompts.
 
     Raises:
         AdapterError: when the name leads to nothing or to something else, or files are missing or too many.
+        PluginError: when the name's plug-in cannot be used.
         CheckpointError: when the files hold another model.
         PromptError: when the prompts do not fit.
     """
+    if (plugin := plugins.find(plugins.MODELS, name, SHIPPED_MODELS)) is not None:
+        return _checked(name, plugin.load()(videos, seed, files or ModelFiles()))
     if name in FAMILIES:
         return family_rollout(name, videos, seed, files or ModelFiles(), driven=driven)
     given = files or ModelFiles()
@@ -94,10 +102,14 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
         return tiny_rollout(model, videos, seed=seed, unseen=False, batch=given.batch or 64)[0]
     if ":" not in name:
         raise AdapterError(
-            f"unknown model {name!r}: expected 'tiny', one of {', '.join(FAMILIES)}, or 'package.module:function' "
-            "returning a fxq.Rollout"
+            f"unknown model {name!r}: expected 'tiny', one of "
+            f"{', '.join((*FAMILIES, *plugins.names(plugins.MODELS)))}, or 'package.module:function' returning a "
+            "fxq.Rollout"
         )
-    rollout = load_function(name, AdapterError)(videos, seed)
+    return _checked(name, load_function(name, AdapterError)(videos, seed))
+
+
+def _checked(name: str, rollout: object) -> Rollout:
     if not isinstance(rollout, Rollout):
         raise AdapterError(f"model {name!r} returned {type(rollout).__name__}, expected a fxq.Rollout")
     return rollout
@@ -146,9 +158,9 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         AdapterError: for any other name.
     """
-    if name not in DTYPES:
-        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in FLOATS:
+        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(FLOATS)}")
+    return FLOATS[name]
 
 
 def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driven: bool = True) -> SelfForcingRollout:

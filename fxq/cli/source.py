@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from torch import fx, nn
 
+from fxq import plugins
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.record import Recording
 from fxq.calibration.rollout import Rollout
@@ -21,8 +22,10 @@ from fxq.core.config import Recipe
 from fxq.job import needs_data
 from fxq.metrics.outputs import output_sqnr
 from fxq.models.diffusers_folder import load_folder
+from fxq.models.families import SHIPPED_MODELS
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
+from fxq.runtime.messages import first_line
 from fxq.runtime.streams import stderr_console
 
 
@@ -132,8 +135,10 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
 
     Raises:
         AdapterError: when one of them is missing, or other files are given.
+        PluginError: when a plug-in has the name "diffusers" too.
         CheckpointError, RecordError: when one of them cannot be read.
     """
+    plugins.find(plugins.MODELS, "diffusers", SHIPPED_MODELS)
     folder, dtype, device = files.checkpoint, files.dtype, files.device
     if folder is None or calls is None:
         missing = "a folder of save_pretrained (--checkpoint)" if folder is None else "recorded calls (--calls)"
@@ -165,7 +170,7 @@ def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: p
         )
         lines, missing = estimate.lines(), -estimate.disk_free
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        lines = [f"no estimate: the model does not run on shapes alone ({str(error).strip().splitlines()[0]})"]
+        lines = [f"no estimate: the model does not run on shapes alone ({first_line(error)})"]
     for line in [] if quiet else lines:
         stderr_console().print(line, markup=False, soft_wrap=True)
     if missing > 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+
+from fxq.runtime.messages import close_names
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
@@ -209,8 +210,7 @@ class Recipe:
         for rule in self.rules:
             if rule.optional or any(rule.matches(name, roots) for name in names):
                 continue
-            close = difflib.get_close_matches(rule.pattern.removeprefix("re:"), names, n=3, cutoff=0.3)
-            hint = f"close names: {', '.join(close)}" if close else f"the model has {len(names)} linears"
+            hint = close_names(rule.pattern, names) or f"the model has {len(names)} linears"
             inside = dataclasses.replace(rule, wrapped=True)
             if found := next((name for name in names if inside.matches(name, roots)), None):
                 hint = f"patterns start at the root; with wrapped = true it matches {found}"

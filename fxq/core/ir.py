@@ -55,6 +55,17 @@ class LayerPlan:
         """Number of normal input channels."""
         return self.in_features - len(self.outliers)
 
+    @property
+    def quantization(self) -> Scheme:
+        """The scheme of a layer that is quantized.
+
+        Raises:
+            ValueError: when the layer is kept in model dtype.
+        """
+        if self.scheme is None:
+            raise ValueError(f"layer {self.layer} is kept in model dtype: {self.reason or 'no scheme is planned'}")
+        return self.scheme
+
     def to_json(self) -> dict[str, Any]:
         """JSON form; what lies on the node. Static schemes keep the form they had before ``per_token`` existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
@@ -84,20 +95,30 @@ def stored_names(plan: LayerPlan) -> tuple[str, ...]:
 
     ``perm`` only with outliers, ``input_scale`` and ``input_zero_point`` only when inputs are not scaled per token.
     """
-    per_token = plan.scheme is not None and plan.scheme.per_token
-    absent = {"input_scale", "input_zero_point"} if per_token else set()
+    absent = {"input_scale", "input_zero_point"} if plan.quantization.per_token else set()
     return tuple(name for name in LAYER_TENSORS if name not in absent | (set() if plan.outliers else {"perm"}))
+
+
+class _PlanNote(dict[str, Any]):
+    """A plan in JSON form, as exporters of torch carry and write it, with the plan itself: it is parsed once."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan.to_json())
+        self.plan = plan
 
 
 def plan_of(node: fx.Node) -> LayerPlan | None:
     """The node's plan, or None."""
-    data = (node.meta.get("custom") or {}).get(_KEY)
-    return None if data is None else LayerPlan.from_json(data)
+    note = (node.meta.get("custom") or {}).get(_KEY)
+    if note is not None and not isinstance(note, _PlanNote):
+        set_plan(node, LayerPlan.from_json(note))
+        return plan_of(node)
+    return None if note is None else note.plan
 
 
 def set_plan(node: fx.Node, plan: LayerPlan) -> None:
     """Write or replace the node's plan."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: plan.to_json()}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: _PlanNote(plan)}
 
 
 def clear_plan(node: fx.Node) -> None:

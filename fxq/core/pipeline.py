@@ -41,7 +41,8 @@ class Analysis(Pass):
 class Rewrite(Pass):
     """Changes the graph's structure; notes of nodes that stay are kept.
 
-    A ``repeatable`` rewrite may run on a graph that is at the stage it gives: fusions do, in any order.
+    A ``repeatable`` rewrite may run on a graph that is at the stage it gives: fusions do, in any order. So may one that
+    gives the stage it needs.
     """
 
     repeatable: ClassVar[bool] = False
@@ -73,7 +74,7 @@ def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str
             raise PassError(
                 f"{step.name} needs a {step.needs.name} graph, this one is {graph.stage.name}; run the passes before it"
             )
-        if isinstance(step, Rewrite) and graph.stage >= step.gives + step.repeatable:
+        if isinstance(step, Rewrite) and graph.stage >= step.gives + (step.repeatable or step.gives == step.needs):
             raise PassError(f"{step.name} gives a {step.gives.name} graph, this one is {graph.stage.name} already")
         if on_pass is not None:
             on_pass(step.name)

@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 
 from fxq.calls.captured import CapturedModule, convention, guard_calls, rules_of
 from fxq.calls.conditions import Expression
-from fxq.calls.rules import CallRules, InputError, Sizes, bind, constant_entry, dtype_name, flatten
+from fxq.calls.rules import CallRules, InputError, Sizes, bind, constant_entry, flatten
 from fxq.core.ir import example_value
+from fxq.dtypes import dtype_name
 
 __all__ = ["InputError", "Sizes", "call_rules", "flatten_call", "guard_inputs", "input_sizes", "rules_of"]
 

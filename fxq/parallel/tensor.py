@@ -12,10 +12,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
-from fxq.core.dtypes import DTYPES
 from fxq.core.ir import QuantGraph, Stage, facts_of, get_tensor, set_facts
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import guard_inputs, input_sizes
+from fxq.dtypes import DTYPES
 from fxq.export.bundle import TENSORS, Manifest, check_files, read_graph, read_manifest
 from fxq.export.files import BundleError, check_header
 from fxq.export.inputs import record_values

@@ -14,15 +14,20 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxq import kernels
+from fxq import kernels, plugins
+from fxq.export.interop import OTHER_TARGETS, TARGETS
 from fxq.kernels import native
 from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.op import IN_FLOAT, in_float_note, plain_weight
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, Op
+from fxq.models.families import SHIPPED_MODELS
 from fxq.planning.environment import Environment, read_environment
 from fxq.planning.gains import OLDEST_FP8, OLDEST_INT8, arch_name, cpu_gain, gpu_gain, no_gpu, no_triton
+from fxq.plugins import Plugin
+from fxq.recipes import METHODS
+from fxq.runtime.messages import kind_and_line
 
 RARE = 0.01
 """Share of integers that may differ by one where they follow a float computation."""
@@ -52,11 +57,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The machine, its operators and the expected gain by device; prints as tables, :meth:`to_json` for programs."""
+    """The machine, its operators and the expected gain by device; prints as tables, :meth:`to_json` for programs.
+
+    ``plugins`` are the installed ones, each with the reason why it cannot be used, or "".
+    """
 
     environment: Environment
     checks: tuple[Check, ...]
     gains: tuple[tuple[str, str], ...]
+    plugins: tuple[tuple[Plugin, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -70,6 +79,7 @@ class Diagnosis:
             "environment": dataclasses.asdict(self.environment),
             "operators": [dataclasses.asdict(check) for check in self.checks],
             "expected_gain": dict(self.gains),
+            "plugins": [dataclasses.asdict(plugin) | {"error": fault} for plugin, fault in self.plugins],
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -85,6 +95,8 @@ class Diagnosis:
             error = "-" if check.error is None else f"{check.error:.1e}"
             table.add_row(check.device, check.op, check.kernel, check.state, error, check.note, style=style)
         yield table
+        if self.plugins:
+            yield self._plugin_table()
         for device, text in self.gains:
             yield Text(f"expected gain on {device}: {text}")
         bad = sum(not check.healthy for check in self.checks)
@@ -92,9 +104,21 @@ class Diagnosis:
             "every operator is right" if self.ok else f"{bad} operators are wrong: do not use them", style="bold"
         )
 
+    def _plugin_table(self) -> Table:
+        table = Table(title="plug-ins", title_justify="left")
+        for name in ("group", "name", "distribution", "version", "state"):
+            table.add_column(name, no_wrap=name != "state")
+        for plugin, fault in self.plugins:
+            cells = (plugin.group, plugin.name, plugin.distribution, plugin.version, fault or "ok")
+            table.add_row(*map(Text, cells), style="bold red" if fault else None)
+        return table
+
 
 def diagnose() -> Diagnosis:
-    """Look at this machine and run every operator on its samples on each device; compiles the native kernels."""
+    """Look at this machine and run every operator on its samples on each device.
+
+    Compiles the native kernels and imports every plug-in.
+    """
     environment = read_environment()
     devices = ["cpu", *(f"cuda:{i}" for i in range(len(environment.devices)))]
     checks = [check for device in devices for op in kernels.OPS for check in check_op(op, device)]
@@ -106,7 +130,19 @@ def diagnose() -> Diagnosis:
             Check(op.name, "cuda", kernels.used(op.name, "cuda"), "unusable", None, reason) for op in kernels.OPS
         ]
         gains.append(("a GPU", f"none, because {reason}"))
-    return Diagnosis(environment, tuple(checks), tuple(gains))
+    return Diagnosis(environment, tuple(checks), tuple(gains), tuple(check_plugins()))
+
+
+def check_plugins() -> Iterator[tuple[Plugin, str]]:
+    """Every installed plug-in with the reason why it cannot be used, or ""; imports them."""
+    shipped: dict[str, tuple[str, ...]] = {
+        plugins.METHODS: tuple(METHODS),
+        plugins.EXPORTS: (*TARGETS, *OTHER_TARGETS),
+        plugins.MODELS: SHIPPED_MODELS,
+    }
+    for group, names in shipped.items():
+        for plugin in plugins.plugins(group):
+            yield plugin, plugins.fault_of(plugin, names)
 
 
 def check_op(op: Op, device: str) -> Iterator[Check]:
@@ -175,8 +211,7 @@ def _check(op: Op, device: str, kernel: str, samples: list[Arguments], note: str
         try:
             got = [tensor.cpu() for tensor in pytree.tree_leaves(op(*moved))]
         except Exception as error:  # whatever a compiler or a driver raises is the finding
-            first = (str(error).splitlines() or [""])[0]
-            return Check(op.name, device, kernel, "failed", None, f"{type(error).__name__}: {first}")
+            return Check(op.name, device, kernel, "failed", None, kind_and_line(error))
         for one, wanted in zip(got, want, strict=True):
             if fault := disagreement(op, one, wanted):
                 return Check(op.name, device, kernel, "wrong", None, fault)

@@ -8,7 +8,9 @@ from typing import ClassVar
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments, in_order
 from fxq.core.ir import QuantGraph, Stage, example_value, plan_of
+from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Rewrite
 from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.passes.match import edits, patterns
@@ -55,7 +57,7 @@ def _activation(linear: fx.Node) -> tuple[str, fx.Node]:
     for reader, _ in patterns.readers(linear):
         for name, activation in ACTIVATIONS.items():
             values = activation.calls.get(reader.target)
-            if values is not None and values.items() <= patterns.arguments(reader).items():
+            if values is not None and values.items() <= arguments(reader).items():
                 return name, reader
     return "none", linear
 
@@ -69,8 +71,9 @@ def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) 
     quantize, *others = (node for node, _ in patterns.readers(result))
     if others:
         raise Unfit(f"its result is read by {quantize.name} and {', '.join(node.name for node in others)}")
-    if quantize.args[1] is not None:
-        layers = ", ".join(patterns.layers_reading(quantize))
+    wanted = arguments(quantize)
+    if wanted["perm"] is not None:
+        layers = ", ".join(layers_reading(quantize))
         raise Unfit(f"FoldPermutations did not fold the channel order of {layers}")
     if not same(shape_of(quantize), shape_of(linear)):
         raise Unfit(
@@ -78,9 +81,10 @@ def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) 
         )
     operands = linear.all_input_nodes
     edits.check_private(edits.between([quantize], operands), [quantize], operands)
-    args = (*linear.args[:7], activation, *quantize.args[2:])
-    edits.check_fits(graph, kernels.dual_scale_linear_quantize, args)
     target = kernels.dual_scale_linear_quantize.definition
+    out = {f"out_{name}": wanted[name] for name in ("scale", "zero_point", "split", "bits")}
+    args = in_order(target, arguments(linear) | {"activation": activation} | out)
+    edits.check_fits(graph, kernels.dual_scale_linear_quantize, args)
     fused = edits.insert(quantize, linear, target, args, example_value(quantize))
     quantize.replace_all_uses_with(fused)
     edits.move_plan(linear, fused)

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments
 from fxq.core.ir import example_value
 from fxq.passes.match.axis_groups import Axis, AxisBuilder, AxisGroups, known
 
@@ -77,25 +78,24 @@ def _align(b: AxisBuilder, axes: Sequence[Axis], out: Sequence[Axis]) -> None:
             b.tie(axis, target)
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _reduce(b: AxisBuilder, node: fx.Node) -> None:
     axes, out = b.axes(node.args[0]), b.axes(node)
-    dims = _argument(node, 1, "dim") or list(range(len(axes)))
+    dims = arguments(node)["dim"] or list(range(len(axes)))
     gone = {dim % len(axes) for dim in ([dims] if isinstance(dims, int) else dims)}
     kept = [axis for axis in axes if axis.dim not in gone]
+    # With keepdim the result has as many axes as the input, else those that are left.
     left = [axis for axis in out if axis.dim not in gone] if len(out) == len(axes) else out
     for axis, target in zip(kept, left, strict=True):
         b.tie(axis, target)
 
 
 def _linear(b: AxisBuilder, node: fx.Node) -> None:
-    x, weight, out = b.axes(node.args[0]), b.axes(node.args[1]), b.axes(node)
-    _align(b, x[:-1], out[:-1])  # x [..., K], weight [N, K], bias [N], out [..., N]
+    named, out = arguments(node), b.axes(node)
+    x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
+    # x [..., K], weight [N, K], bias [N], out [..., N]
+    _align(b, x[:-1], out[:-1])
     b.tie(x[-1], weight[1])
-    b.tie(weight[0], out[-1], *b.axes(_argument(node, 2, "bias")))
+    b.tie(weight[0], out[-1], *bias)
 
 
 def _joint_sizes(node: Any) -> list[int]:
@@ -103,18 +103,18 @@ def _joint_sizes(node: Any) -> list[int]:
     if not isinstance(node, fx.Node) or node.target != kernels.dual_scale_linear.definition or len(node.users) != 1:
         return []
     (reader,) = node.users
-    if reader.target != _ATEN.split_with_sizes.default or reader.args[2:] != (-1,):
+    if reader.target != _ATEN.split_with_sizes.default or arguments(reader)["dim"] != -1:
         return []
-    return list(reader.args[1])  # type: ignore[arg-type]
+    return list(arguments(reader)["split_sizes"])
 
 
 def _integer_linear(b: AxisBuilder, node: fx.Node) -> None:
-    q, out = b.axes(node.args[0]), b.axes(node)
-    _align(b, q[:-1], out[:-1])
+    named, out = arguments(node), b.axes(node)
+    q, weight, scale, offset = (b.axes(named[name]) for name in ("q", "weight", "weight_scale", "offset"))
     # q [..., K], weight [N, K] or packed or in panels, weight_scale [G, N], input_scale [G], offset [N], out [..., N].
     # K stays as its quantize ordered it, ``[normal | outlier]``: split and packed bytes go by it.
-    weight, scale, offset = (b.axes(tensor) for tensor in (node.args[1], node.args[2], node.args[4]))
-    b.pin([q[-1], *weight[1:], scale[0], *b.axes(node.args[3])], _depends(node))
+    _align(b, q[:-1], out[:-1])
+    b.pin([q[-1], *weight[1:], scale[0], *b.axes(named["input_scale"])], _depends(node))
     rows = [weight[0], scale[1], offset[0]]
     # A joint GEMM: every layer's rows may change their order among themselves.
     start = 0
@@ -128,7 +128,7 @@ def _integer_linear(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _split(b: AxisBuilder, node: fx.Node) -> None:
-    x, out, dim = b.axes(node.args[0]), b.axes(node), _argument(node, 2, "dim", 0)
+    x, out, dim = b.axes(node.args[0]), b.axes(node), arguments(node)["dim"]
     dim %= len(x)
     for axis, target in zip(x, out, strict=True):
         if axis.dim != dim:
@@ -146,14 +146,14 @@ def _getitem(b: AxisBuilder, node: fx.Node) -> None:
         return unknown(b, node)
     joint = source.args[0] if isinstance(source, fx.Node) and source.args else None
     if sizes := _joint_sizes(joint):
-        weight = b.axes(joint.args[1])[0]  # type: ignore[union-attr]
+        weight = b.axes(arguments(joint)["weight"])[0]  # type: ignore[arg-type]
         b.tie(weight._replace(start=sum(sizes[: int(index)])), out.pop())  # type: ignore[arg-type]
     for axis, target in zip(whole, out, strict=False):
         b.tie(axis, target)
 
 
 def _quantize(b: AxisBuilder, node: fx.Node) -> None:
-    x, out = b.axes(node.args[0]), b.axes(node)
+    x, out = b.axes(arguments(node)["x"]), b.axes(node)
     _align(b, x[:-1], out[:-1])
     # x [..., K]: the gather inside takes any order of x, so what it gives is pinned and what it reads is free.
     b.reads.append((x[-1], node))
@@ -162,8 +162,8 @@ def _quantize(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _attention(b: AxisBuilder, node: fx.Node) -> None:
-    q, k, v = (b.axes(value) for value in node.args[:3])
-    out = b.axes(node)
+    named, out = arguments(node), b.axes(node)
+    q, k, v = (b.axes(named[name]) for name in ("query", "key", "value"))
     if not len(q) == len(k) == len(v) == len(out):
         return unknown(b, node)
     # q [..., S, D], k [..., L, D], v [..., L, V], out [..., S, V]: sums over D and over L do not mind their order.
@@ -176,16 +176,18 @@ def _attention(b: AxisBuilder, node: fx.Node) -> None:
         # Lengths that differ: several heads of q share one of k, by position.
         if any(not known(b.size[a] == b.size[o]) for a, o in zip(axes[:-2], out[:-2], strict=True)):
             b.pin([*axes[:-2], *out[:-2]], _depends(node))
-    if (mask := _argument(node, 3, "attn_mask")) is not None:
+    if (mask := named["attn_mask"]) is not None:
         _align(b, b.axes(mask), [*out[:-2], q[-2], k[-2]])
-    if _argument(node, 5, "is_causal", False):  # compares positions
+    # A causal mask compares positions.
+    if named["is_causal"]:
         b.pin([q[-2], k[-2]], _depends(node))
 
 
 def _pieces(b: AxisBuilder, node: fx.Node) -> None:
     """``fxq::attention``: keys and values in pieces, heads joined in the result."""
-    q, out = b.axes(node.args[0]), b.axes(node)
-    keys, values = ([b.axes(piece) for piece in node.args[i]] for i in (1, 2))  # type: ignore[union-attr]
+    named, out = arguments(node), b.axes(node)
+    q = b.axes(named["q"])
+    keys, values = ([b.axes(piece) for piece in named[name]] for name in ("k", "v"))
     # q [B, S, H, D], k and v [B, L_i, H, D], out [B, S, H * D]. Pieces share all but their length.
     b.tie(q[0], out[0])
     b.tie(q[1], out[1])
@@ -200,29 +202,31 @@ def _pieces(b: AxisBuilder, node: fx.Node) -> None:
 
 def _rotate(b: AxisBuilder, node: fx.Node) -> None:
     """``fxq::rms_norm_rope``: a norm over all channels, then pairs of channels of each head."""
-    x, out, cos = b.axes(node.args[0]), b.axes(node), _argument(node, 3, "cos")
+    named, out = arguments(node), b.axes(node)
+    x, cos = b.axes(named["x"]), named["cos"]
     # x [B, S, H * D], weight [H * D], cos and sin [S, D / 2], out [B, S, H, D]
     _align(b, x[:2], out[:2])
-    _align(b, b.axes(node.args[1]), x)
+    _align(b, b.axes(named["weight"]), x)
     b.product(x[2], out[2:], node)
     # Tables pair a position with a row of theirs, and neighbouring channels with each other.
     if cos is not None:
-        b.pin([x[1], out[3], *b.axes(cos), *b.axes(node.args[4])], _depends(node))
+        b.pin([x[1], out[3], *b.axes(cos), *b.axes(named["sin"])], _depends(node))
 
 
 def _convolution(b: AxisBuilder, node: fx.Node) -> None:
-    x, weight, out = b.axes(node.args[0]), b.axes(node.args[1]), b.axes(node)
-    if len(x) != len(weight) or _argument(node, 6, "groups", 1) != 1:
+    named, out = arguments(node), b.axes(node)
+    x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
+    if len(x) != len(weight) or named["groups"] != 1:
         return unknown(b, node)
     # x [B, C, ...], weight [O, C, ...], bias [O], out [B, O, ...]; B and O are free, the rest stays as it is.
     b.tie(x[0], out[0])
-    b.tie(weight[0], out[1], *b.axes(_argument(node, 2, "bias")))
+    b.tie(weight[0], out[1], *bias)
     b.pin([*x[1:], *weight[1:], *out[2:]], _depends(node))
 
 
 def _transpose(b: AxisBuilder, node: fx.Node) -> None:
-    x, out = b.axes(node.args[0]), b.axes(node)
-    first, second = (int(d) % len(x) for d in node.args[1:3])  # type: ignore[arg-type]
+    named, x, out = arguments(node), b.axes(node.args[0]), b.axes(node)
+    first, second = (named[name] % len(x) for name in ("dim0", "dim1"))
     order = list(range(len(x)))
     order[first], order[second] = second, first
     for target, dim in zip(out, order, strict=True):
@@ -231,13 +235,13 @@ def _transpose(b: AxisBuilder, node: fx.Node) -> None:
 
 def _permute(b: AxisBuilder, node: fx.Node) -> None:
     x, out = b.axes(node.args[0]), b.axes(node)
-    for target, dim in zip(out, _argument(node, 1, "dims"), strict=True):
+    for target, dim in zip(out, arguments(node)["dims"], strict=True):
         b.tie(x[dim], target)
 
 
 def _drop(b: AxisBuilder, node: fx.Node) -> None:
     """``select`` and ``unbind``: one dimension less, whose places are told apart."""
-    x, out, dim = b.axes(node.args[0]), b.axes(node), _argument(node, 1, "dim", 0)
+    x, out, dim = b.axes(node.args[0]), b.axes(node), arguments(node)["dim"]
     gone = x.pop(dim)
     for axis, target in zip(x, out, strict=True):
         b.tie(axis, target)
@@ -245,11 +249,11 @@ def _drop(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _slice(b: AxisBuilder, node: fx.Node) -> None:
-    dim = _argument(node, 1, "dim", 0)
+    dim = arguments(node)["dim"]
     for axis, target in zip(b.axes(node.args[0]), b.axes(node), strict=True):
         whole = known(b.size[axis] == b.size[target])
         # A slice of everything is no slice; any other one takes places by number.
-        if axis.dim != dim % len(b.shape(node)) or (whole and _argument(node, 4, "step", 1) == 1):
+        if axis.dim != dim % len(b.shape(node)) or (whole and arguments(node)["step"] == 1):
             b.tie(axis, target)
         else:
             b.pin([axis, target], _depends(node))
@@ -257,12 +261,13 @@ def _slice(b: AxisBuilder, node: fx.Node) -> None:
 
 def _join(b: AxisBuilder, node: fx.Node) -> None:
     """``cat`` and ``stack``."""
-    out, dim = b.axes(node), _argument(node, 1, "dim", 0)
+    out, dim = b.axes(node), arguments(node)["dim"]
     dim %= len(out)
     b.pin([out[dim]], _depends(node))
     for value in node.args[0]:  # type: ignore[union-attr]
         axes = b.axes(value)
-        if len(axes) == len(out):  # ``cat``: ``stack`` adds the axis it joins along
+        # ``cat`` keeps the number of axes, ``stack`` adds the one it joins along.
+        if len(axes) == len(out):
             b.pin([axes[dim]], _depends(node))
             axes.pop(dim)
         for axis, target in zip(axes, [*out[:dim], *out[dim + 1 :]], strict=True):
@@ -307,8 +312,9 @@ def _like_first(b: AxisBuilder, node: fx.Node) -> None:
 def _normal(b: AxisBuilder, node: fx.Node) -> None:
     """A norm: the affine tensors lie along the last dimensions."""
     _like_first(b, node)
-    for value in node.args[2:]:
-        _align(b, b.axes(value), b.axes(node))
+    named = arguments(node)
+    for name in ("weight", "bias"):
+        _align(b, b.axes(named.get(name)), b.axes(node))
 
 
 Rule = Callable[[AxisBuilder, fx.Node], None]

@@ -9,7 +9,7 @@ from fxq.core.graph import linear_sites
 from fxq.core.ir import Stage, clear_plan
 from fxq.core.pipeline import Analysis, PassError, Rewrite, run_passes
 from fxq.core.verify import RuleError
-from fxq.passes import ORDER, ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
+from fxq.passes import ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
 from tests.core.test_verify import at
 from tests.toys import QUICK, recipe, rows, toy
 
@@ -112,9 +112,3 @@ def test_the_log_has_every_pass_with_what_it_touched():
     assert names == [name for name, _, _ in graph.log] == ["PlanLayers", "DetectOutliers"]
     assert [touched for _, touched, _ in graph.log] == [2, 1]
     assert graph.stage == Stage.PLANNED
-
-
-def test_the_shipped_order_follows_the_stages():
-    stages = [step.needs for step in ORDER]
-    assert stages == sorted(stages)
-    assert all(step.gives >= step.needs for step in ORDER)

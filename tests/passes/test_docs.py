@@ -11,7 +11,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 def test_the_code_of_the_page_on_passes_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "passes.md").read_text(), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names = {"__name__": "docs_passes"}
     exec(compile("\n".join(blocks), str(DOCS / "passes.md"), "exec"), names)
     assert ACTIVATIONS.pop("relu").reference is torch.relu

@@ -9,12 +9,13 @@ from fxq.calibration.collect import Collector
 from fxq.capture.trace import trace
 from fxq.core.ir import QuantGraph, Stage, get_tensor
 from fxq.core.pipeline import run_passes
-from fxq.job import plan_passes
+from fxq.job import Job
 from fxq.passes import detect_outliers
 from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.methods.ranges import MinMax
 from fxq.passes.share_inputs import ShareInputs, input_groups
 from fxq.recipes import load_recipe, recipe_from_json, recipe_to_json
+from fxq.runtime.progress import Progress
 from tests.toys import LEARN, recipe, rows, wan_rollout
 
 LAYERS = ("blocks.0.q", "blocks.0.k", "blocks.0.v")
@@ -52,7 +53,8 @@ def planned(how="", share=True, width=96, rules=(), **scheme):
     chosen = recipe(8, **scheme)
     chosen = dataclasses.replace(chosen, rules=(*rules, *chosen.rules), share_inputs=share)
     graph = trace(model(how, width=width), (rows(20, width),))
-    return run_passes(graph, plan_passes(chosen))
+    Job(chosen, Progress(False)).plan(graph)
+    return graph
 
 
 def test_layers_on_one_input_get_the_outliers_of_their_stacked_weights():
