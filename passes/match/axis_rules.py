@@ -35,7 +35,6 @@ def visit(b: AxisBuilder, node: fx.Node) -> None:
             b.pin(b.axes(value), f"{value.name} is a result of the model")
     elif node.op == "call_function":
         rule = _RULES.get(node.target)
-        # A rule of its own, else the tag that torch gives elementwise operators, else nothing is known.
         if rule is None and _is_pointwise(node):
             rule = pointwise
         if rule is None or (rule is not ignore and example_value(node) is None):
@@ -83,7 +82,6 @@ def _reduce(b: AxisBuilder, node: fx.Node) -> None:
     dims = arguments(node)["dim"] or list(range(len(axes)))
     gone = {dim % len(axes) for dim in ([dims] if isinstance(dims, int) else dims)}
     kept = [axis for axis in axes if axis.dim not in gone]
-    # With keepdim the result has as many axes as the input, else those that are left.
     left = [axis for axis in out if axis.dim not in gone] if len(out) == len(axes) else out
     for axis, target in zip(kept, left, strict=True):
         b.tie(axis, target)
@@ -92,8 +90,7 @@ def _reduce(b: AxisBuilder, node: fx.Node) -> None:
 def _linear(b: AxisBuilder, node: fx.Node) -> None:
     named, out = arguments(node), b.axes(node)
     x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
-    # x [..., K], weight [N, K], bias [N], out [..., N]
-    _align(b, x[:-1], out[:-1])
+    _align(b, x[:-1], out[:-1])  # x [..., K], weight [N, K], bias [N], out [..., N]
     b.tie(x[-1], weight[1])
     b.tie(weight[0], out[-1], *bias)
 
@@ -178,8 +175,7 @@ def _attention(b: AxisBuilder, node: fx.Node) -> None:
             b.pin([*axes[:-2], *out[:-2]], _depends(node))
     if (mask := named["attn_mask"]) is not None:
         _align(b, b.axes(mask), [*out[:-2], q[-2], k[-2]])
-    # A causal mask compares positions.
-    if named["is_causal"]:
+    if named["is_causal"]:  # compares positions
         b.pin([q[-2], k[-2]], _depends(node))
 
 
@@ -266,8 +262,7 @@ def _join(b: AxisBuilder, node: fx.Node) -> None:
     b.pin([out[dim]], _depends(node))
     for value in node.args[0]:  # type: ignore[union-attr]
         axes = b.axes(value)
-        # ``cat`` keeps the number of axes, ``stack`` adds the one it joins along.
-        if len(axes) == len(out):
+        if len(axes) == len(out):  # ``cat``: ``stack`` adds the axis it joins along
             b.pin([axes[dim]], _depends(node))
             axes.pop(dim)
         for axis, target in zip(axes, [*out[:dim], *out[dim + 1 :]], strict=True):
@@ -278,8 +273,7 @@ def _reshape(b: AxisBuilder, node: fx.Node) -> None:
     """Any reshape: runs of dimensions with equal products, as far as the sizes tell."""
     old = [axis for axis in b.axes(node.args[0]) if not known(b.size[axis] == 1)]
     new = [axis for axis in b.axes(node) if not known(b.size[axis] == 1)]
-    # Axes of length 1 come and go freely. (2, 3, 4) -> (6, 4) is the runs 2, 3 | 6 and 4 | 4; a run of several axes
-    # on both sides, as of (2, 6) -> (4, 3), mixes them, and what is left from there on is pinned.
+    # (2, 3, 4) -> (6, 4) is the runs 2, 3 | 6 and 4 | 4; (2, 6) -> (4, 3) mixes axes and is pinned from there on.
     while old and new:
         run = _matching(b, old, new)
         if run is None or (run[0] > 1 and run[1] > 1):
