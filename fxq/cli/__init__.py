@@ -24,6 +24,7 @@ from fxq.cli import bench
 from fxq.cli import export as cli_export
 from fxq.cli import plan as cli_plan
 from fxq.cli import quantize as cli_quantize
+from fxq.cli import recipe as cli_recipe
 from fxq.cli.models import AdapterError
 from fxq.cli.quantize import JsonOption, QuietOption, SeedOption
 from fxq.core.config import RecipeError
@@ -106,6 +107,7 @@ app.command()(cli_export.export)
 app.command()(cli_export.verify)
 app.command()(cli_plan.plan)
 app.command()(cli_plan.doctor)
+app.add_typer(cli_recipe.app, name="recipe")
 
 
 @app.command()
