@@ -80,7 +80,9 @@ class Rule:
 
     @property
     def rank(self) -> int:
-        """Precedence of the pattern's kind: exact name 0, glob 1, regular expression 2."""
+        """Precedence of the pattern's kind: exact name 0, glob 1, regular expression 2, ``*`` for the rest 3."""
+        if self.pattern == "*":
+            return 3
         if self.pattern.startswith("re:"):
             return 2
         return 1 if any(c in self.pattern for c in "*?[") else 0
@@ -120,7 +122,8 @@ class Recipe:
 
     Args:
         name: shown in reports.
-        rules: tried by kind (exact name, glob, ``re:``), then in order; the first match decides.
+        rules: tried by kind (exact name, glob, ``re:``, and ``*`` for what is left), then in order; the first match
+            decides.
         methods: applied in order to each layer; see :mod:`fxq.passes.methods`.
         weighting: loss weight of a calibration row by its chunk. ``sensitivity`` measures it by forked rollouts,
             ``uniform`` is 1, ``exponential`` is 2^-i, ``reversed`` is the measured one backwards, and

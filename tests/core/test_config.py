@@ -27,6 +27,13 @@ def test_exact_names_win_over_globs_and_globs_over_regular_expressions(rules):
     assert bits == [8, 7, 6, 6, None]
 
 
+def test_the_rule_for_the_rest_decides_last():
+    rules = (Rule("*", Scheme()), Rule(r"re:.*\.ffn\.0", None), Rule("blocks.10.*", Scheme(input_bits=6)))
+    recipe = made(*rules)
+    found = [recipe.rule_for(name) for name in NAMES]
+    assert [rules.index(rule) for rule in found] == [1, 0, 1, 2, 0]
+
+
 def test_of_two_rules_of_a_kind_the_first_decides():
     recipe = made(Rule("*ffn.0", None, "first"), Rule("blocks.*", Scheme()))
     assert recipe.rule_for("blocks.0.ffn.0").reason == "first"
