@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from fxq.core.ir import QuantGraph, Stage, facts_of, set_facts
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph
 from fxq.core.pipeline import PassError, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes import FUSIONS, LayOutWeights
@@ -31,15 +32,13 @@ def optimize(module: fx.GraphModule) -> fx.GraphModule:
         ValueError: when the module was not made by fxq.
         fxq.core.pipeline.PassError: when the module is the result of this function already.
     """
-    facts = facts_of(module)
-    if "remarks" in facts:
+    facts = Facts.of(module)
+    if facts.optimized:
         raise PassError("this module is optimized already; optimize the module it was made from")
-    graph = QuantGraph(module, Stage.FROZEN).fork()
+    graph = QuantGraph.of(module).fork()
     before = graph.plans
     run_passes(graph, (*FUSIONS, LayOutWeights()))
     if lost := sorted(set(before) - set(graph.plans)):
         raise PassError(f"optimizing lost the plans of {', '.join(lost[:4])}")
-    facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
-    facts |= {"remarks": graph.remarks, "notes": graph.notes}
-    set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts)
+    facts.after(graph).attach(graph.module)
+    return guard_inputs(graph.module)

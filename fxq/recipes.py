@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from fxq.passes.methods import Method
+from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipe_files import MAX_RECIPE_BYTES, check_content
@@ -20,7 +20,7 @@ from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
 """Methods by the name they have in recipe files."""
 
 _KEPT = (

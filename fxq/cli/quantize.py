@@ -14,11 +14,12 @@ from fxq.capture.trace import trace
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe
+from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
 from fxq.core.pipeline import run_passes
 from fxq.core.summary import summary
-from fxq.export import load, read_manifest, save
+from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
 from fxq.job import plan_passes
 from fxq.passes import detect_outliers
@@ -154,16 +155,17 @@ def inspect(
 
 
 def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
-    manifest, result = read_manifest(path), summary(load(path))
+    module = load(path)
+    result, facts = summary(module), Facts.of(module)
     if as_json:
         emit(result.to_json())
         return
-    facts = manifest.facts
     _console().print(result)
-    data = facts["calibration_hash"][:16] or "none, input scales are measured at run time"
-    _console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False, markup=False)
-    if alpha := facts.get("sensitivity"):
-        _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
+    data = facts.calibration_hash[:16] or "none, input scales are measured at run time"
+    _console().print(f"recipe {facts.recipe['name']}, calibration {data}", highlight=False, markup=False)
+    if facts.sensitivity:
+        shown = " ".join(f"{a:.3f}" for a in facts.sensitivity)
+        _console().print(f"chunk sensitivity {shown}", highlight=False)
 
 
 def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str, Any]]:
