@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fxq import plugins
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from fxq.passes.methods import Method
+from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
@@ -21,7 +21,7 @@ from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (

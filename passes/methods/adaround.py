@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.ir import LayerUpdate
-from fxq.core.units import TINY
+from fxq.core.method import LayerUpdate
 from fxq.passes.methods import LayerProblem, Units, simulated_input, subsample
+from fxq.passes.methods.units import TINY
 
 _ZETA, _GAMMA = 1.1, -0.1
 _JUDGED = 4096  # rows that say whether what was learned is better
