@@ -68,8 +68,8 @@ def taker(kind: type[A]) -> Callable[[tuple[Any, ...]], A]:
         raise TypeError(f"{kind.__name__} has {len(nested)} fields that are classes of arguments: expected one")
     first, inner = nested[0], taker(hints[nested[0]])
     last = first + len(list(fields(hints[first])))
-    if first == len(hints) - 1:
-        return lambda values: make((*values[:first], inner(values[first:])))
+    if first == 1 and len(hints) == 2:
+        return lambda values: make((values[0], inner(values[1:])))
     return lambda values: make((*values[:first], inner(values[first:last]), *values[last:]))
 
 

@@ -199,9 +199,10 @@ def linear_add(a: DualScaleLinearAdd, out: Tensor) -> Tensor:
 
 
 def _quantize_rows(x: Tensor, norm: Any, a: Quantization, out: Tensor) -> Tensor:
-    rows = _rows(x)
-    kept = [None if t is None else t.contiguous() for t in (a.perm, a.scale, a.zero_point)]
-    quantization = _Quantization(*(_address(t) for t in kept), x.shape[-1], a.split, a.bits)
+    rows, perm = _rows(x), None if a.perm is None else a.perm.contiguous()
+    scale, zero_point = a.scale.contiguous(), a.zero_point.contiguous()
+    pointers = _address(perm), scale.data_ptr(), zero_point.data_ptr()
+    quantization = _Quantization(*pointers, x.shape[-1], a.split, a.bits)
     _call("fxq_quantize_rows", _rows_call(rows, out), norm, quantization)
     return out
 
@@ -230,7 +231,7 @@ def norm_quantize(a: NormQuantize, out: Tensor) -> Tensor:
     affine = [None if t is None else t.float().contiguous() for t in (a.weight, a.bias)]
     frames = [None if t is None else t.to(a.x.dtype).contiguous() for t in (a.gain, a.shift)]
     tokens = 1 if a.gain is None else a.x.shape[1] // a.gain.shape[1]
-    norm = _Norm(*(_address(t) for t in (*affine, *frames)), max(1, tokens), a.eps)
+    norm = _Norm(*map(_address, affine + frames), max(1, tokens), a.eps)
     return _quantize_rows(a.x, norm, a.quantization, out)
 
 
