@@ -57,6 +57,7 @@ ANY_CPU = (
     "planning/test_workloads.py",
     "report",
     "test_advice.py",
+    "test_docs_links.py",
     "test_examples.py",
     "test_layout.py",
 )
