@@ -36,6 +36,7 @@ def seeded():
 ANY_CPU = (
     "benchmarks",
     "cache",
+    "cli/test_command.py",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
