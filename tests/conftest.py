@@ -36,6 +36,7 @@ def seeded():
 ANY_CPU = (
     "benchmarks",
     "cache",
+    "cli/test_command.py",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
@@ -57,6 +58,7 @@ ANY_CPU = (
     "planning/test_workloads.py",
     "report",
     "test_advice.py",
+    "test_docs_links.py",
     "test_examples.py",
     "test_layout.py",
 )
