@@ -13,6 +13,7 @@ from fxq.core.graph import linear_sites, sharing_conflicts
 from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
 from fxq.core.pipeline import Analysis
 from fxq.numerics import PACK_BLOCK, unfit_width
+from fxq.passes.match.roles import roles_of
 from fxq.runtime.residency import Residency
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,8 +42,9 @@ class PlanLayers(Analysis):
         """
         refuse_integers(graph.module)
         sites = list(linear_sites(graph.module))
-        self.recipe.check_patterns(site.layer for site in sites)
-        rules = self.recipe.decide(site.layer for site in sites)
+        roles = roles_of(graph.module) if any(rule.role for rule in self.recipe.rules) else {}
+        self.recipe.check_patterns((site.layer for site in sites), roles)
+        rules = self.recipe.decide((site.layer for site in sites), roles)
         conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
         chosen, residency = set(), Residency()
         for site in sites:

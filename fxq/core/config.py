@@ -7,20 +7,23 @@ import enum
 import fnmatch
 import itertools
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fxq.core.method import Method, RecipeError, Scheme, is_method
-
-__all__ = ["TOOL_NAMES", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
-
 from fxq.runtime.messages import close_names
+
+__all__ = ["ROLES", "TOOL_NAMES", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
+
+
+ROLES = ("first", "last", "conditioning")
+"""What part a layer can play in a captured graph; :mod:`fxq.passes.match.roles` finds it."""
 
 
 def plain_layer(name: str) -> str:
@@ -35,7 +38,8 @@ class Rule:
     A pattern is an exact layer name, a glob, or ``re:`` and a regular expression for the whole name; the name is the
     layer's from the root, without :data:`TOOL_NAMES`. An ``optional`` rule may match nothing. A ``wrapped`` rule also
     names layers of a model inside wrappers: ``head*`` matches ``head.0`` and ``generator.model.head.0``, but not
-    ``blocks.0.head``, since a number in front means one of many blocks (see :meth:`Recipe.decide`).
+    ``blocks.0.head``, since a number in front means one of many blocks (see :meth:`Recipe.decide`). A rule with a
+    ``role`` holds for those of the layers that have it, see :func:`fxq.passes.match.roles.roles_of`.
     """
 
     pattern: str
@@ -43,6 +47,7 @@ class Rule:
     reason: str = ""
     optional: bool = False
     wrapped: bool = False
+    role: str = ""
 
     @property
     def rank(self) -> int:
@@ -53,8 +58,16 @@ class Rule:
             return 2
         return 1 if any(c in self.pattern for c in "*?[") else 0
 
-    def matches(self, layer: str, roots: Collection[str] = ()) -> bool:
-        """Whether the rule names ``layer``; ``roots`` are names with a number that hold a model all the same."""
+    def matches(self, layer: str, roots: Collection[str] = (), roles: Collection[str] = ()) -> bool:
+        """Whether the rule holds for ``layer``.
+
+        Args:
+            layer: its name.
+            roots: names with a number that hold a model all the same.
+            roles: those that the layer has.
+        """
+        if self.role and self.role not in roles:
+            return False
         layer = plain_layer(layer)
         if self._names(layer):
             return True
@@ -168,6 +181,8 @@ class Recipe:
                 raise RecipeError(
                     f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None"
                 )
+            if rule.role not in ("", *ROLES):
+                raise RecipeError(f"rule {rule.pattern!r}: role {rule.role!r}: expected one of {', '.join(ROLES)}")
             if rule.rank == 2:
                 try:
                     re.compile(rule.pattern[3:])
@@ -179,22 +194,24 @@ class Recipe:
         """How chunks are weighed."""
         return Weighting(self.weighting)
 
-    def rule_for(self, layer: str, roots: Collection[str] = ()) -> Rule | None:
-        """The rule that decides about ``layer``, or None; ``roots`` as in :meth:`Rule.matches`."""
+    def rule_for(self, layer: str, roots: Collection[str] = (), roles: Collection[str] = ()) -> Rule | None:
+        """The rule that decides about ``layer``, or None; ``roots`` and ``roles`` as in :meth:`Rule.matches`."""
         for rule in sorted(self.rules, key=lambda rule: rule.rank):
-            if rule.matches(layer, roots):
+            if rule.matches(layer, roots, roles):
                 return rule
         return None
 
-    def decide(self, layers: Iterable[str]) -> dict[str, Rule | None]:
-        """The rule that decides about each of a model's layers, or None.
+    def decide(
+        self, layers: Iterable[str], roles: Mapping[str, Collection[str]] | None = None
+    ) -> dict[str, Rule | None]:
+        """The rule that decides about each of a model's layers, or None. Without a graph no layer has ``roles``.
 
         Where ``wrapped`` rules are concerned a name with a number holds a model, not a block, when layers that rules
         keep for two different reasons lie under it, or when all layers do and more numbers follow.
         """
         names = list(layers)
         roots = self._roots(names)
-        return {name: self.rule_for(name, roots) for name in names}
+        return {name: self.rule_for(name, roots, (roles or {}).get(name, ())) for name in names}
 
     def _roots(self, layers: Iterable[str]) -> set[str]:
         names = [plain_layer(layer).split(".") for layer in layers]
@@ -213,8 +230,8 @@ class Recipe:
             roots |= {".".join(common[: i + 1]) for i in range(len(common))}
         return roots
 
-    def check_patterns(self, layers: Iterable[str]) -> None:
-        """Refuse required patterns that match no layer.
+    def check_patterns(self, layers: Iterable[str], roles: Mapping[str, Collection[str]] | None = None) -> None:
+        """Refuse required rules that hold for no layer.
 
         Raises:
             RecipeError: naming the pattern, the closest layer names, and a layer that it would match inside a wrapper.
@@ -222,10 +239,13 @@ class Recipe:
         names = sorted(layers)
         roots = self._roots(names)
         for rule in self.rules:
-            if rule.optional or any(rule.matches(name, roots) for name in names):
+            if rule.optional or any(rule.matches(name, roots, (roles or {}).get(name, ())) for name in names):
                 continue
+            if rule.role and any(dataclasses.replace(rule, role="").matches(name, roots) for name in names):
+                told = f"of pattern {rule.pattern!r} has the role {rule.role!r} in this model"
+                raise RecipeError(f"recipe {self.name!r}: no layer {told}; optional = true allows that")
             hint = close_names(rule.pattern, names) or f"the model has {len(names)} linears"
-            inside = dataclasses.replace(rule, wrapped=True)
+            inside = dataclasses.replace(rule, wrapped=True, role="")
             if found := next((name for name in names if inside.matches(name, roots)), None):
                 hint = f"patterns start at the root; with wrapped = true it matches {found}"
             raise RecipeError(f"recipe {self.name!r}: pattern {rule.pattern!r} matches no layer; {hint}")
