@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxq.dtypes import dtype_name
 from fxq.export.files import plan_file
 from fxq.models.families import DTYPES, FAMILIES
 from fxq.models.loading import layout
@@ -63,7 +64,7 @@ def write_checkpoint(size: str, folder: pathlib.Path, dtype: torch.dtype = torch
     """
     form = SIZES[size]
     shapes = layout(FAMILIES[form.family].config)
-    path = folder / f"{form.family}-{str(dtype).removeprefix('torch.')}{form.suffix}"
+    path = folder / f"{form.family}-{dtype_name(dtype)}{form.suffix}"
     if path.exists():
         return path
     needed = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize

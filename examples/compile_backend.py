@@ -17,6 +17,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fxq
+from fxq.cache.policy import CachePolicy
 from fxq.integrations.binding import bind
 from fxq.integrations.torch_compile import fxq_backend
 from fxq.lab import tiny_rollout
@@ -26,7 +27,7 @@ from fxq.models.tiny import load_tiny
 def main() -> None:
     """Quantize, compile the parts, compare with the quantized graph."""
     rollout, _ = tiny_rollout(load_tiny(), 2, seed=1, unseen=False)
-    rollout.sampler = dataclasses.replace(rollout.sampler, window=6)
+    rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))
     model = rollout.denoiser
     recipe = dataclasses.replace(fxq.PRESETS["w8a8"], methods=fxq.PRESETS["w8a8"].methods[:1], weighting="uniform")
     quantized = fxq.quantize(model, rollout, recipe, progress=False)

@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 import fxq.kernels  # noqa: F401 registers the operators a bundle's graph calls
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.core.facts import Facts
+from fxq.core.ir import LayerPlan, QuantGraph, planned
 from fxq.core.signature import guard_inputs
 from fxq.core.verify import RuleError, check
+from fxq.dtypes import dtype_name
 from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph.foreign import allowing
@@ -29,6 +31,7 @@ from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Text, c
 from fxq.export.inputs import InputEntry, check_entries, input_entries, record_values, stand_ins
 from fxq.export.receipt import make_receipt
 from fxq.runtime.ambient import own_tensors
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import MAX_TENSORS, ReadError, read_json, regular_file
 from fxq.version import __version__
 
@@ -46,10 +49,10 @@ class TensorEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerEntry:
-    """One linear: its plan (scheme or reason) and the names of its tensors."""
+    """One linear: its plan (scheme or reason) and the names of the tensors under it, the model's own ones too."""
 
     plan: dict[str, Any]
-    tensors: Annotated[tuple[Name, ...], Field(max_length=len(LAYER_TENSORS))]
+    tensors: Annotated[tuple[Name, ...], Field(max_length=MAX_TENSORS)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +72,6 @@ class Manifest:
     inputs: Annotated[tuple[InputEntry, ...], Field(max_length=MAX_TENSORS)] | None = None
     fingerprint: Fingerprint | None = None
     seal: Text = ""
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def save(
@@ -99,10 +98,10 @@ def save(
     """
     out = pathlib.Path(path).absolute()
     try:
-        facts = facts_of(module)
-        if "remarks" in facts:
+        facts = Facts.of(module)
+        if facts.optimized:
             raise ValueError("it is optimized for this machine; save the module it was made from")
-        check(QuantGraph(module, Stage.FROZEN), "before save")
+        check(QuantGraph.of(module), "before save")
         graph = graph_to_json(module)
     except (ValueError, RuleError) as error:
         raise BundleError(f"cannot save {out}: {error}") from None
@@ -116,9 +115,9 @@ def save(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fxq_version=__version__,
-            facts=facts,
+            facts=facts.to_json(),
             layers={layer: _layer_entry(plan, tensors) for layer, plan in plans.items()},
-            tensors={n: TensorEntry(dtype=_dtype_name(t), shape=tuple(t.shape)) for n, t in tensors.items()},
+            tensors={n: TensorEntry(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in tensors.items()},
             files={name: sha256(folder / name) for name in (TENSORS, GRAPH)},
             inputs=inputs,
             fingerprint=take_fingerprint(module, inputs) if fingerprint else None,
@@ -251,7 +250,7 @@ def load(
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise BundleError(f"device {device} is invalid: {str(error).splitlines()[0]}") from error
+        raise BundleError(f"device {device} is invalid: {first_line(error)}") from error
     with allowing(operators):
         module = read_graph(folder, manifest, _read_tensors(folder, manifest, place), place)
     if manifest.inputs is not None:
@@ -286,14 +285,15 @@ def read_graph(
     """
     try:
         module = graph_from_json(read_json(folder / GRAPH, folder), tensors, device)
-        set_facts(module, manifest.facts)
-        module = guard_inputs(module, manifest.facts)
+        facts = Facts.from_json(manifest.facts)
+        facts.attach(module)
+        module = guard_inputs(module)
         plans = {layer: plan for layer, (plan, _) in planned(module).items()}
         for plan in plans.values():
             check_plan(plan)
-        check(QuantGraph(module, Stage.FROZEN), "after load")
+        check(QuantGraph.of(module), "after load")
         check_stored(module, values=values)
-        rehearse(module, stand_ins(module, manifest.inputs, manifest.facts["inputs"]))
+        rehearse(module, stand_ins(module, manifest.inputs, facts.inputs))
     except (OSError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from error
     stated = {layer: (entry.plan, set(entry.tensors)) for layer, entry in manifest.layers.items()}

@@ -11,14 +11,17 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.core.ir import QuantGraph, Stage, example_value, facts_of, forget_origin
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph, example_value, forget_origin, stored_names
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import input_sizes
 from fxq.core.verify import RuleError, check
 from fxq.export.inputs import hint_of
 from fxq.kernels.op import NAMESPACE
+from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
+from fxq.runtime.messages import first_line
 
 Example = tuple[tuple[Any, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
@@ -48,9 +51,9 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
         ExportError: when the module was not made by fxq, or was optimized.
     """
     try:
-        if "remarks" in facts_of(module):
+        if Facts.of(module).optimized:
             raise ValueError("this module is optimized for its device; export the module it was made from")
-        graph = QuantGraph(module, Stage.FROZEN).fork()
+        graph = QuantGraph.of(module).fork()
         check(graph, "before export")
     except (ValueError, RuleError) as error:
         raise ExportError(str(error)) from None
@@ -61,13 +64,27 @@ def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
 
     Raises:
-        ExportError: as :func:`frozen`, and when an operator of fxq is left.
+        ExportError: as :func:`frozen`, when an operator of fxq is left, and when the model has a tensor where a layer
+            needs the place for one of its own.
     """
-    graph = run_passes(frozen(module), (ToQdq(in_halves),))
+    whole = frozen(module)
+    _refuse_taken_names(whole)
+    graph = run_passes(whole, (ToQdq(in_halves),))
     left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     if left:
         raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")
     return graph
+
+
+def _refuse_taken_names(graph: QuantGraph) -> None:
+    read = {str(node.target) for node in graph.module.graph.find_nodes(op="get_attr")}
+    for layer, plan in graph.quantized_plans.items():
+        own = stored_names(plan)
+        if taken := [name for name in LOWERED_TENSORS if name not in own and f"{layer}.{name}" in read]:
+            raise ExportError(
+                f"the model has a tensor of its own named {layer}.{taken[0]}, a name that the export needs for the "
+                "quantized layer: rename it in the model, or keep the layer by a rule"
+            )
 
 
 @exclusive
@@ -89,8 +106,7 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
         with torch.no_grad():
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.export cannot capture the quantized graph: {first}") from error
+        raise ExportError(f"torch.export cannot capture the quantized graph: {first_line(error)}") from error
     forget_origin(program.graph_module)
     _compare_sizes(module, program)
     return program
@@ -132,11 +148,11 @@ def _compare_sizes(module: fx.GraphModule, program: ExportedProgram) -> None:
     own = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in own]
     known = all(example_value(node) is not None for node in module.graph.find_nodes(op="placeholder"))
-    wanted = input_sizes(module) if known else facts_of(module)["inputs"]
+    wanted = input_sizes(module) if known else Facts.of(module).inputs
     for node, want in zip(inputs, wanted, strict=True):
         value = example_value(node)
-        sizes = value.shape if isinstance(value, Tensor) and want is not None else ()
-        fixed = [i for i, size in enumerate(sizes) if want[i] is None and not _varies(size)]
+        sizes = value.shape if isinstance(value, Tensor) and isinstance(want, list) else ()
+        fixed = [i for i, size in enumerate(sizes) if isinstance(want, list) and want[i] is None and not _varies(size)]
         if fixed:
             raise ExportError(
                 f"input {node.name}: dimension {fixed[0]} varies in the module and is fixed at {sizes[fixed[0]]} in "

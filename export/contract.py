@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,14 +14,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, fx
 
-from fxq import kernels, numerics
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+from fxq import kernels
+from fxq.core.facts import Facts
+from fxq.core.ir import LAYER_TENSORS, planned
+from fxq.core.layer import LayerError, LayerTensors, Operators, QuantizedLayer
 from fxq.export.bundle import TENSORS, Manifest, is_sealed, load, read_manifest, stated_seal
 from fxq.export.files import BundleError
 from fxq.export.fingerprint import compare_fingerprint
 from fxq.export.graph.rehearsal import RehearsalError
 from fxq.export.receipt import read_receipt
 from fxq.kernels.gemm import op as gemm
+from fxq.runtime.messages import first_line
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""
@@ -137,43 +139,37 @@ def _layers(module: fx.GraphModule, device: str) -> Iterator[LayerCheck]:
     for layer, (plan, nodes) in planned(module).items():
         if plan.scheme is None:
             continue
-        stored = get_tensor(module, f"{layer}.weight")
-        quantize = kernels.used("quantize_per_token" if plan.scheme.per_token else "quantize_act", device)
-        linear = kernels.used(str(nodes[0].target).removeprefix("fxq."), device, stored)
-        problems = [*_widths(plan, nodes), *_twins(module, plan, stored, floats)]
+        tensors, operators = LayerTensors.of(module, plan), Operators.of(plan.scheme)
+        quantize = kernels.used(operators.quantize.name, device)
+        linear = kernels.used(str(nodes[0].target).removeprefix("fxq."), device, tensors.weight)
+        problems = [*_widths(map(QuantizedLayer.of, nodes)), *_twins(tensors, floats)]
         if not {quantize, linear} <= SOUND:
             problems.append(f"no kernel is bound on {device}; it would run on the {FALLBACK} implementation")
         yield LayerCheck(layer, plan.scheme.detail, quantize, linear, tuple(problems))
 
 
-def _widths(plan: LayerPlan, nodes: list[fx.Node]) -> Iterator[str]:
+def _widths(layers: Iterable[QuantizedLayer]) -> Iterator[str]:
     """Integers of another width than planned."""
-    assert plan.scheme is not None
-    wanted = kernels.quantize_per_token if plan.scheme.per_token else kernels.quantize_act
-    for node in nodes:
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source.target is operator.getitem:
-            source = source.args[0]
-        if node.args[6] != plan.scheme.weight_bits:
-            yield f"{node.args[6]}-bit weights, planned {plan.scheme.weight_bits}"
-        if not isinstance(source, fx.Node) or source.target != wanted.definition:
-            yield f"its input is not quantized by fxq::{wanted.name}"
-        elif source.args[-1] != plan.scheme.input_bits:
-            yield f"{source.args[-1]}-bit inputs, planned {plan.scheme.input_bits}"
+    for layer in layers:
+        scheme = layer.scheme
+        if layer.bits != scheme.weight_bits:
+            yield f"{layer.bits}-bit weights, planned {scheme.weight_bits}"
+        try:
+            bits = layer.input_bits
+        except LayerError:
+            yield f"its input is not quantized by fxq::{Operators.of(scheme).quantize.name}"
+            continue
+        if bits != scheme.input_bits:
+            yield f"{bits}-bit inputs, planned {scheme.input_bits}"
 
 
-def _twins(module: fx.GraphModule, plan: LayerPlan, stored: Tensor, floats: dict[str, Tensor]) -> Iterator[str]:
+def _twins(tensors: LayerTensors, floats: dict[str, Tensor]) -> Iterator[str]:
     """Float tensors that hold a quantized weight a second time, under any name."""
-    assert plan.scheme is not None
-    shape = (plan.out_features, plan.in_features)
-    same = {name: tensor for name, tensor in floats.items() if tensor.shape == shape}
+    plan = tensors.plan
+    same = {name: t for name, t in floats.items() if t.shape == (plan.out_features, plan.in_features)}
     if not same:
         return
-    integers = numerics.unpack_int4(stored) if plan.scheme.weight_bits == 4 else stored
-    scale = get_tensor(module, f"{plan.layer}.weight_scale")
-    weight = numerics.dequantize_weight(integers, scale, plan.split)
-    if plan.outliers:
-        weight = weight[:, get_tensor(module, f"{plan.layer}.perm").long().argsort()]
+    weight = tensors.float_weight()
     for name, tensor in same.items():
         if name in {f"{plan.layer}.{own}" for own in LAYER_TENSORS}:
             continue
@@ -197,8 +193,9 @@ def _receipt(folder: pathlib.Path, manifest: Manifest) -> Check:
         receipt = read_receipt(folder / TENSORS)
     except BundleError as error:
         return Check("receipt", "skipped" if "carries no receipt" in str(error) else "failed", str(error))
+    facts = Facts.from_json(manifest.facts)
     for name in ("recipe", "calibration_hash", "environment"):
-        if getattr(receipt, name) != manifest.facts.get(name, getattr(receipt, name)):
+        if getattr(receipt, name) != getattr(facts, name):
             return Check("receipt", "failed", f"its {name} is not the manifest's; one of the two was altered")
     data = f"calibration {receipt.calibration_hash[:16]}" if receipt.calibration_hash else "no calibration data"
     detail = f"{receipt.recipe.get('name')}, {data}"
@@ -216,8 +213,7 @@ def _fingerprint(module: fx.GraphModule, manifest: Manifest) -> Check:
         status: Status = "failed" if manifest.seal else "skipped"
         return Check("one call against the fingerprint", status, f"one call is too large: {error}")
     except (ArithmeticError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return Check("one call against the fingerprint", "failed", f"the call failed: {first}")
+        return Check("one call against the fingerprint", "failed", f"the call failed: {first_line(error)}")
     within = f"{len(recorded.outputs)} outputs within {recorded.tolerance:g}"
     return Check(
         "one call against the fingerprint", "failed" if differences else "passed", "; ".join(differences) or within

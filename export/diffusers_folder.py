@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 import fxq.numerics
 from fxq.core.config import RecipeError, Scheme
-from fxq.core.ir import LayerPlan, facts_of, get_tensor, module_path, planned, stored_names
+from fxq.core.facts import Facts
+from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
@@ -46,8 +47,7 @@ class LinearEntry:
     @classmethod
     def of(cls, plan: LayerPlan) -> LinearEntry:
         """The entry of a layer with a scheme."""
-        scheme = plan.scheme
-        assert scheme is not None
+        scheme = plan.quantization
         return cls(
             in_features=plan.in_features,
             out_features=plan.out_features,
@@ -160,9 +160,9 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], 
     configuration = getattr(model, "to_json_string", None)
     if configuration is None:
         raise ValueError(f"the model is {type(model).__name__}, expected one of diffusers with a configuration")
-    facts, notes = facts_of(module), planned(module)
+    facts, notes = Facts.of(module), planned(module)
     plans = {layer: plan for layer, (plan, _) in notes.items()}
-    if "remarks" in facts:
+    if facts.optimized:
         raise ValueError("the module is optimized for this machine; give the one it was made from")
     _refuse_tied(model)
     linears = {name: child for name, child in model.named_modules() if type(child) is nn.Linear}
@@ -177,7 +177,7 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], 
         tensors |= {f"{layer}.{name}": tensor for name, tensor in stored.items()}
     tensors |= _float_tensors(module, model, entries)
     kept = {layer: plan.reason for layer, plan in plans.items() if plan.scheme is None}
-    kept |= {layer: "the captured call does not use it" for layer in facts.get("never_called", ())}
+    kept |= {layer: "the captured call does not use it" for layer in facts.never_called}
     receipt = make_receipt(__version__, facts, plans.values(), {})
     quantization = QuantizationConfig(layers=entries, kept=kept, receipt=receipt, fxq_version=__version__)
     config = json.loads(configuration()) | {"quantization_config": quantization.to_json()}
@@ -204,6 +204,11 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
             f"layer {plan.layer} is ({plan.out_features}, {plan.in_features}), the model's weight "
             f"{tuple(linear.weight.shape)}; give the model that was quantized"
         )
+    if beside := sorted({*linear.state_dict()} - {"weight", "bias"}):
+        raise ValueError(
+            f"layer {plan.layer} has a tensor {beside[0]} beside weight and bias, for which the folder has no place; "
+            "exclude the layer by a rule, or use fxq.save"
+        )
     if not (apart := _deviation(linear.weight, plan, stored)) <= _MAX_DEVIATION:
         raise ValueError(
             f"layer {plan.layer}: the model's weight is {apart:.3g} steps from the integers, at most "
@@ -214,9 +219,8 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
 
 def _deviation(weight: Tensor, plan: LayerPlan, stored: Mapping[str, Tensor]) -> float:
     """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
-    assert plan.scheme is not None
-    codes, top = stored["weight"].cpu(), fxq.numerics.integer_range(plan.scheme.weight_bits)[1]
-    codes = fxq.numerics.unpack_int4(codes) if plan.scheme.weight_bits == 4 else codes
+    bits = plan.quantization.weight_bits
+    codes, top = fxq.numerics.unpacked(stored["weight"].cpu(), bits), fxq.numerics.integer_range(bits)[1]
     ordered = weight.detach().to("cpu", torch.float32)
     if "perm" in stored:
         ordered = ordered[:, stored["perm"].cpu()]

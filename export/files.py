@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from fxq.dtypes import dtype_name
 from fxq.runtime.reading import ReadError, read_header
 from fxq.runtime.residency import DiskError, Residency
 from fxq.runtime.writable import writable_folder
@@ -61,7 +62,7 @@ def check_header(path: pathlib.Path, folder: pathlib.Path, stated: Mapping[str, 
         header = read_header(path, folder)
     except (OSError, ReadError) as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-    names = {short: str(dtype).removeprefix("torch.") for dtype, short in _DTYPES.items()}
+    names = {short: dtype_name(dtype) for dtype, short in _DTYPES.items()}
     found = {name: (names.get(tensor.dtype, tensor.dtype), tensor.shape) for name, tensor in header.tensors.items()}
     if found != stated:
         wrong = [n for n in sorted({*found, *stated}) if found.get(n) != stated.get(n)]

@@ -13,9 +13,11 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from fxq.core.ir import example_value, planned
+from fxq.dtypes import dtype_name
 from fxq.export.graph.rehearsal import Brake, RehearsalError, rehearse
 from fxq.export.graph.strict import DtypeName, Finite, Shape, Text
 from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import MAX_TENSORS
 
 SEED = 2605
@@ -71,7 +73,7 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
     except RehearsalError as error:
         return Fingerprint(reason=f"one call is too large: {error}")
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        return Fingerprint(reason=f"the graph refuses seeded inputs: {str(error).splitlines()[0][:200]}")
+        return Fingerprint(reason=f"the graph refuses seeded inputs: {first_line(error, 200)}")
     floats = [output for output in outputs if output.is_floating_point()]
     if not floats or not all(bool(output.isfinite().all()) for output in floats):
         return Fingerprint(reason="the graph gives no finite floating point output on seeded inputs")
@@ -160,7 +162,7 @@ def _mark(output: Tensor) -> OutputMark:
             signs = (noise(len(flat), SEED + 101 * (i + 1), start) < 0.5).double() * 2 - 1
             products[i] += float(flat @ signs)
     return OutputMark(
-        dtype=str(output.dtype).removeprefix("torch."),
+        dtype=dtype_name(output.dtype),
         shape=tuple(output.shape),
         norm=_rounded(squares**0.5),
         projections=tuple(_rounded(product) for product in products),

@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
-from fxq.core.dtypes import DTYPES
 from fxq.core.ir import example_value, get_tensor, inherit_meta
 from fxq.core.signature import Sizes
+from fxq.dtypes import DTYPES, dtype_name
 from fxq.export.files import BundleError
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Size, Value
 from fxq.runtime.exclusive import exclusive
@@ -129,7 +129,7 @@ def _entry(name: str, value: Any, names: dict[str, str]) -> InputEntry:
     if isinstance(value, Tensor):
         return InputEntry(
             name=name,
-            dtype=str(value.dtype).removeprefix("torch."),
+            dtype=dtype_name(value.dtype),
             sizes=tuple(_size(size, names) for size in value.shape),
             example=tuple(hint_of(size) for size in value.shape),
         )

@@ -18,6 +18,7 @@ from typing import Any
 
 from fxq.export.capture import ExportError
 from fxq.kernels.native.cache import chosen_folder, is_own_file, why_shared
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, regular_file
 
 MAX_ENTRIES = 10_000
@@ -85,8 +86,9 @@ def load_native(folder: pathlib.Path, name: str, digest: str, entry: str, allowe
         try:
             return load_package(str(copy), entry)
         except (RuntimeError, ValueError, LookupError, OSError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ExportError(f"{folder / name} is no compiled package with the entry {entry}: {first}") from error
+            raise ExportError(
+                f"{folder / name} is no compiled package with the entry {entry}: {first_line(error, 200)}"
+            ) from error
 
 
 def _check_archive(copy: pathlib.Path, shown: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from fxq.export.capture import Example, ExportError, capture, lower, plain_metad
 from fxq.export.onnx_form import integer_form
 from fxq.passes.qdq.qdq_layers import may_saturate
 from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.messages import first_line
 from fxq.version import __version__
 
 OPSET = 21
@@ -60,10 +61,11 @@ def export_onnx(
     """Write a quantized float32 module as ONNX (opset 21, no custom operators).
 
     Inputs are named as the module's arguments, list members ``name_0``, ``name_1`` and so on; outputs ``output`` with
-    their position. Sizes that vary in the module vary in the file. ONNX Runtime refuses other ranks, dtypes and fixed
-    sizes by itself, not what breaks a condition between sizes: those stand in the metadata. 4-bit weights are stored as
-    INT4 and cast to INT8 when a session is made, because integer kernels read bytes. The file's metadata have an entry
-    ``fxq``: version, quantized layers, ``call`` (what the module may be called with) and ``metadata``.
+    their position; where a name is taken, a ``_`` more. Sizes that vary in the module vary in the file. ONNX Runtime
+    refuses other ranks, dtypes and fixed sizes by itself, not what breaks a condition between sizes: those stand in the
+    metadata. 4-bit weights are stored as INT4 and cast to INT8 when a session is made, because integer kernels read
+    bytes. The file's metadata have an entry ``fxq``: version, quantized layers, ``call`` (what the module may be called
+    with) and ``metadata``.
 
     x86 CPUs without VNNI saturate products of 8-bit activations (unsigned) and 8-bit weights (signed), in every
     runtime. A file for them has unsigned weights: exact on every CPU, faster than float32 there, and several times
@@ -133,29 +135,35 @@ def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) 
     return {"fxq_version": __version__, "layers": layers, "needs_vnni": needs, "runtime": runtime}
 
 
-def output_names(spec: pytree.TreeSpec) -> list[str]:
-    """A name for each value of a nested output: ``output``, with its keys or positions behind."""
+def output_names(spec: pytree.TreeSpec, inputs: Iterable[str] = ()) -> list[str]:
+    """A name for each value of a nested output: ``output``, with its keys or positions behind.
+
+    Where that is the name of an input, or of an output before it, there is a ``_`` more.
+    """
     numbered = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     leaves, _ = pytree.tree_flatten_with_path(numbered)
-    return [
-        "_".join(["output", *(str(getattr(key, "idx", getattr(key, "key", key))) for key in keys)])
-        for keys, _ in leaves
-    ]
+    taken, names = set(inputs), []
+    for keys, _ in leaves:
+        name = "_".join(["output", *(str(getattr(key, "idx", getattr(key, "key", key))) for key in keys)])
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> Any:
     inputs = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     spec = program.call_spec.out_spec
     assert spec is not None
-    names = output_names(spec)
+    names = output_names(spec, inputs)
     try:
         with quiet("torch.onnx"):
             done = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, input_names=inputs, output_names=names
             )
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"torch.onnx cannot convert the graph: {first}") from error
+        raise ExportError(f"torch.onnx cannot convert the graph: {first_line(error)}") from error
     assert done is not None
     return done.model
 

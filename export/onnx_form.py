@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from fxq.core.ir import LayerPlan
@@ -26,22 +27,44 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) 
     import onnx_ir as ir
 
     for layer, plan in plans.items():
-        assert plan.scheme is not None
         for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
             value = model.graph.initializers.get(name)
             if value is not None:
                 _store_as_read(ir, value)
-                if plan.scheme.weight_bits == 4:
+                if plan.quantization.weight_bits == 4:
                     _store_in_half_bytes(ir, model, value)
-                elif may_saturate(plan.scheme) and not vnni:
+                elif may_saturate(plan.quantization) and not vnni:
                     _store_unsigned(ir, model, value)
         offset = model.graph.initializers.get(f"{layer}.offset")
         for node, _ in [] if offset is None else list(offset.uses()):
             _sum_at_once(ir, node)
-    if any(plan.scheme is not None and plan.scheme.per_token for plan in plans.values()):
+    if any(plan.quantization.per_token for plan in plans.values()):
         _largest_of_none(ir, model)
     for node in model.graph:
         node.metadata_props.clear()  # what the converter notes about its own work, more than the nodes themselves
+    _name_apart(model.graph)
+
+
+def _name_apart(graph: Any) -> None:
+    """Give values of one name names of their own: a parameter that is called as an input or an output, for example.
+
+    Inputs and outputs keep theirs, by which callers know them; a tensor of the model gets ``_`` behind its name.
+    """
+    made = itertools.chain.from_iterable(node.outputs for node in graph)
+    values = list({id(v): v for v in (*graph.inputs, *graph.outputs, *made, *graph.initializers.values())}.values())
+    taken, given = {value.name for value in values}, set[str]()
+    for value in values:
+        if value.name in given:
+            value.name = _free_name(value.name, taken)
+            taken.add(value.name)
+        if value.name:
+            given.add(value.name)
+
+
+def _free_name(name: str, taken: Container[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _largest_of_none(ir: Any, model: Any) -> None:
@@ -50,7 +73,8 @@ def _largest_of_none(ir: Any, model: Any) -> None:
     ONNX Runtime 1.31 gives a reduction of an empty input the input's own shape, and inputs are empty where a call has
     no text.
     """
-    count = ir.Value(name="fxq_one", const_value=ir.tensor([1], dtype=ir.DataType.INT64, name="fxq_one"))
+    name = _free_name("fxq_one", model.graph.initializers)
+    count = ir.Value(name=name, const_value=ir.tensor([1], dtype=ir.DataType.INT64, name=name))
     count.dtype, count.shape = ir.DataType.INT64, ir.Shape([1])
     found = [node for node in model.graph if node.op_type == "ReduceMax" and _is_last_axis_kept(node)]
     for node in found:
@@ -113,15 +137,17 @@ def _store_unsigned(ir: Any, model: Any, weight: Any) -> None:
     values = (weight.const_value.numpy().astype("int16") + 128).astype("uint8")
     weight.const_value = ir.tensor(values, name=weight.name)
     weight.dtype = ir.DataType.UINT8
+    zeros: dict[int, Any] = {}
     for dequantize, _ in list(weight.uses()):
         outputs = values.shape[dequantize.attributes["axis"].value]
-        name = f"{weight.name}_zero_point"
-        if name not in model.graph.initializers:
+        if outputs not in zeros:
+            name = _free_name(f"{weight.name}_zero_point", model.graph.initializers)
             zero = ir.Value(name=name, const_value=ir.tensor([128] * outputs, dtype=ir.DataType.UINT8, name=name))
             zero.dtype, zero.shape = ir.DataType.UINT8, ir.Shape([outputs])
             model.graph.register_initializer(zero)
+            zeros[outputs] = zero
         dequantize.resize_inputs(3)
-        dequantize.replace_input_with(2, model.graph.initializers[name])
+        dequantize.replace_input_with(2, zeros[outputs])
 
 
 def _store_in_half_bytes(ir: Any, model: Any, weight: Any) -> None:

@@ -31,6 +31,7 @@ from fxq.export.graph.strict import Name, SchemaError, Size, Text, validated
 from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
 from fxq.export.native_code import load_native, note_as_own
 from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, read_json, regular_file
 from fxq.version import __version__
 
@@ -159,8 +160,7 @@ def _compile(program: ExportedProgram) -> list[str]:
         ):
             found = _inductor.aot_compile(module, args, kwargs, options=settings)
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"AOTInductor cannot compile the graph: {first}") from error
+        raise ExportError(f"AOTInductor cannot compile the graph: {first_line(error)}") from error
     assert isinstance(found, list)
     return [file for file in found if isinstance(file, str)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import pathlib
 import platform
 import sys
 import warnings
@@ -126,3 +127,13 @@ def lacks() -> str:
 
 
 limit_libraries()
+
+
+def name() -> str:
+    """Name of the processor's model, as the system tells it."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+    return next(names, "") or platform.processor()

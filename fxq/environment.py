@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pathlib
 import platform
 
 import torch
 
+from fxq import cpu
 from fxq.version import __version__
 
 
@@ -17,15 +17,6 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": cpu.name(),
         "threads": str(torch.get_num_threads()),
     }
-
-
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

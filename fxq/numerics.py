@@ -187,6 +187,18 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.stack((low, high), dim=2).flatten(1)
 
 
+def unpacked(stored: Tensor, bits: int) -> Tensor:
+    """int8 [N, K] of a stored weight: int8 [N, K], or packed uint8 [N, K / 2] where it has at most 4 bits."""
+    return unpack_int4(stored) if bits <= 4 else stored
+
+
+def unfolded_bias(
+    offset: Tensor, q: Tensor, weight_scale: Tensor, input_scale: Tensor, zero_point: Tensor, split: int
+) -> Tensor:
+    """The bias float64 [N] in an offset of :func:`fold_offset`, up to the offset's rounding."""
+    return offset.double() - fold_offset(None, q, weight_scale, input_scale, zero_point, split).double()
+
+
 def fold_offset(
     bias: Tensor | None, q: Tensor, weight_scale: Tensor, input_scale: Tensor, zero_point: Tensor, split: int
 ) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import pathlib
 import tomllib
@@ -13,15 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from fxq import plugins
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from fxq.passes.methods import Method
+from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
+from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (
@@ -115,8 +115,8 @@ def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
     path = pathlib.Path(recipe)
     if path.suffix.lower() in (".toml", ".json"):
         return load_recipe(path)
-    close = difflib.get_close_matches(str(recipe).lower(), PRESETS, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = did_you_mean(str(recipe).lower(), PRESETS)
+    hint = f"; {close}" if close else "."
     raise RecipeError(
         f"unknown recipe {str(recipe)!r}{hint} Presets: {', '.join(PRESETS)}; a recipe file ends in .toml or .json"
     )
@@ -258,9 +258,8 @@ def _refuse_unknown(entry: Any, cls: type[Any], where: str, *others: str) -> Non
     known = [*(field.name for field in dataclasses.fields(cls)), *others]
     for key in entry:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-            raise RecipeError(f"{where}: unknown key {key!r}{hint}")
+            hint = did_you_mean(key, known, 0.5) or f"known: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def _validated(cls: type[_T], data: dict[str, Any], where: str) -> _T:

@@ -34,7 +34,9 @@ def poisoned(q_rows: Pointer, K: Scalar) -> Block:
     """Whether the int8 rows of K channels are marked."""
     columns = tl.arange(0, POISON_WIDTH)
     inside = columns < K
+    # [rows, POISON_WIDTH] bytes of the head of each row; a row narrower than the mark is compared as far as it goes.
     head = tl.load(q_rows[:, None] + columns[None, :], mask=inside[None, :], other=0)
+    # Marked where no channel differs: [rows].
     other = (head != poison_code(columns)[None, :]) & inside[None, :]
     return (tl.max(other.to(tl.int32), 1) == 0) & (K >= POISON_LEAST)
 
@@ -60,16 +62,3 @@ def to_int8(x: Block, inverse: Block, zero: Block, LOW: constexpr, HIGH: constex
     scaled = tl.minimum(scaled, (HIGH - zero).to(tl.float32))
     # Adding 1.5 * 2**23 rounds half to even and leaves the integer in the low bits of the mantissa.
     return ((scaled + 12582912.0).to(tl.int32, bitcast=True) + zero).to(tl.int8)
-
-
-@jit
-def activate(x: Block, ACTIVATION: constexpr) -> Block:
-    """One of fxq.kernels.gemm.epilogues.ACTIVATIONS on float32."""
-    if ACTIVATION == "gelu":
-        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
-        result = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
-        result = x
-    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,23 +14,39 @@ BELOW = torch._C._after_ADInplaceOrView_keyset
 
 CPU = torch._C.DispatchKey.CPU
 
+A = TypeVar("A")
+
 _PLAIN: set[int] = set()
 """Key sets of calls whose tensors were all dense and on the CPU. Any other tensor adds a key of its own."""
 
 
-def checked(name: str, supports: Callable[..., str], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel of ``fxq::name`` behind the checks; ValueError with what is wrong."""
+def checked(
+    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
+) -> Callable[..., Any]:
+    """The kernel of ``fxq::name`` behind the checks; ValueError with what is wrong.
+
+    Args:
+        name: of the operator.
+        take: the object that ``supports`` and the kernel take, of the dispatcher's flat arguments.
+        supports: the reason why arguments are not supported, or "".
+        kernel: what runs them.
+    """
 
     @wraps(kernel)
     def run(*arguments: Any) -> Any:
-        if reason := misplaced(name, arguments) or supports(*arguments):
+        if reason := misplaced(name, arguments):
             raise ValueError(f"fxq::{name}: {reason}")
-        return kernel(*arguments)
+        taken = take(arguments)
+        if reason := supports(taken):
+            raise ValueError(f"fxq::{name}: {reason}")
+        return kernel(taken)
 
     return run
 
 
-def checked_by_keys(name: str, supports: Callable[..., str], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def checked_by_keys(
+    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
+) -> Callable[..., Any]:
     """As :func:`checked` with the dispatcher's keys before the arguments: they tell the usual call apart at once."""
 
     @wraps(kernel)
@@ -40,9 +56,10 @@ def checked_by_keys(name: str, supports: Callable[..., str], kernel: Callable[..
                 raise ValueError(f"fxq::{name}: {reason}")
             if (keys & BELOW).highestPriorityTypeId() == CPU:
                 _PLAIN.add(keys.raw_repr())
-        if reason := supports(*arguments):
+        taken = take(arguments)
+        if reason := supports(taken):
             raise ValueError(f"fxq::{name}: {reason}")
-        return kernel(*arguments)
+        return kernel(taken)
 
     return run
 

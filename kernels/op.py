@@ -1,35 +1,41 @@
 """Operators of the ``fxq`` namespace: declared once, bound per device.
 
-A declaration is a schema, the shape rule ("fake"), sample arguments, the argument check, and the reference as the
-decorated function. The reference runs on any device; :meth:`Op.on` binds a faster kernel for one of them::
+A declaration is a class of arguments, the shape rule ("fake"), sample arguments, the argument check, and the reference
+as the decorated function. The schema follows from the class; everything else takes one object of it. The reference runs
+on any device; :meth:`Operator.on` binds a faster kernel for one of them::
 
-    @declare("double(Tensor x) -> Tensor", fake=..., samples=..., supports=...)
-    def double(x: Tensor) -> Tensor:
-        return x * 2
+    class Double(NamedTuple):
+        x: Tensor
+
+    @declare(Double, fake=lambda a: torch.empty_like(a.x), samples=..., supports=...)
+    def double(a: Double) -> Tensor:
+        return a.x * 2
 
     @double.on("cuda", "triton")
-    def launch(x: Tensor) -> Tensor: ...
+    def launch(a: Double) -> Tensor: ...
 
-The graph holds ``double.definition`` and the dispatcher picks the kernel. Operators are defined through
-``torch.library.Library``: a call costs a third of one through ``torch.library.custom_op``.
+``double(x)`` calls it, and the graph holds ``double.definition``: the dispatcher knows the flat arguments alone and
+picks the kernel. Operators are defined through ``torch.library.Library``: a call costs a third of one through
+``torch.library.custom_op``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
 from torch.library import Library, register_fake
 
 from fxq.kernels import gradient, guards
+from fxq.kernels.schema import fields, flatten, schema_of, taker
 
 NAMESPACE = "fxq"
 
 Arguments = tuple[Any, ...]
-Kernel = TypeVar("Kernel", bound=Callable[..., Tensor])
+A = TypeVar("A", bound=Arguments)
+R = TypeVar("R")
 
 
 @dataclass
@@ -53,42 +59,66 @@ _REGISTRY = _process_registry()
 
 
 @dataclass(frozen=True, eq=False)
-class Op:
-    """One operator.
+class Operator(Generic[A, R]):
+    """One operator that takes an ``A`` and returns an ``R``.
 
     Attributes:
         name: name inside the ``fxq`` namespace.
-        schema: the declared schema.
+        schema: the schema that graphs and saved bundles call it by.
         definition: the overload that graphs hold.
-        reference: the decorated function, for any device.
-        samples: builds argument tuples on the CPU; tests run every kernel on them.
-        supports: takes the operator's arguments; the reason why they are not supported, or "".
+        kind: the class of its arguments.
+        take: an object of it, of the flat arguments.
+        compute: the decorated function, the reference for any device.
+        unfit: the reason why arguments are not supported, or "".
+        examples: arguments on the CPU; tests run every kernel on them.
         max_error: largest difference a kernel may show from the reference, relative to the largest reference value.
         implementations: device type -> name of the kernel bound to it, or a function that says it.
     """
 
     name: str
     schema: str
-    definition: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    samples: Callable[[], Sequence[Arguments]]
-    supports: Callable[..., str]
+    definition: Callable[..., R]
+    kind: type[A]
+    take: Callable[[Arguments], A]
+    compute: Callable[[A], R]
+    unfit: Callable[[A], str]
+    examples: Callable[[], Sequence[A]]
     max_error: float
     implementations: dict[str, str | Callable[[], str]] = field(default_factory=dict)
 
-    def __call__(self, *args: object) -> Tensor:
+    def __call__(self, *arguments: object) -> R:
         """Call through the dispatcher.
 
         Raises:
             ValueError: with the reason from ``supports``, or when tensors lie on different devices or are not dense.
         """
-        return self.definition(*args)
+        return self.definition(*arguments)
 
-    def on(self, device: str, implementation: str | Callable[[], str]) -> Callable[[Kernel], Kernel]:
+    def reference(self, *arguments: object) -> R:
+        """The result of the reference, without checks and without the dispatcher."""
+        return self.compute(self._taken(arguments))
+
+    def supports(self, *arguments: object) -> str:
+        """The reason why the arguments are not supported, or ""."""
+        return self.unfit(self._taken(arguments))
+
+    def _taken(self, arguments: Arguments) -> A:
+        expected = len(list(fields(self.kind)))
+        if len(arguments) != expected:
+            raise TypeError(f"fxq::{self.name} takes {expected} arguments, not {len(arguments)}: {self.schema}")
+        return self.take(arguments)
+
+    def samples(self) -> list[Arguments]:
+        """Flat sample arguments on the CPU."""
+        return [flatten(arguments) for arguments in self.examples()]
+
+    def on(
+        self, device: str, implementation: str | Callable[[], str]
+    ) -> Callable[[Callable[[A], R]], Callable[[A], R]]:
         """Bind the decorated function as this operator's kernel on a device type such as "cpu" or "cuda"."""
 
-        def bind(kernel: Kernel) -> Kernel:
-            key, checked = device.upper(), guards.checked_by_keys(self.name, self.supports, kernel)
+        def bind(kernel: Callable[[A], R]) -> Callable[[A], R]:
+            key, checked = device.upper(), guards.checked_by_keys(self.name, self.take, self.unfit, kernel)
             _register(self.name, key, checked, with_keyset=True)
             if device == "cpu":
                 _register(self.name, "AutogradCPU", gradient.autograd_cpu(self.definition, checked), with_keyset=True)
@@ -103,34 +133,48 @@ class Op:
         return name if isinstance(name, str) else name()
 
 
+Op: TypeAlias = Operator[Any, Any]
+"""Any operator."""
+
+
 def declare(
-    schema: str,
+    kind: type[A],
     *,
-    fake: Callable[..., Tensor],
-    samples: Callable[[], Sequence[Arguments]],
-    supports: Callable[..., str],
+    fake: Callable[[A], R],
+    samples: Callable[[], Sequence[A]],
+    supports: Callable[[A], str],
     max_error: float = 0.0,
-) -> Callable[[Callable[..., Tensor]], Op]:
+    results: Sequence[str] = (),
+) -> Callable[[Callable[[A], R]], Operator[A, R]]:
     """Declare an operator; the decorated function is its reference and runs on every device without a kernel.
 
-    Args:
-        schema: ``name(arguments) -> Tensor`` in the dispatcher's language.
-        fake: shape, dtype and strides of the result for the same arguments.
-        samples: see :class:`Op`.
-        supports: see :class:`Op`; asked before every call, so it compares shapes and dtypes only, never values.
-        max_error: see :class:`Op`.
-    """
-    name = schema.split("(", 1)[0]
+    The operator has the function's name, and the fields of ``kind`` for arguments.
 
-    def bind(reference: Callable[..., Tensor]) -> Op:
+    Args:
+        kind: a NamedTuple of tensors, tensors or None, sequences of tensors, int, float, str and dtypes, or of other
+            such classes, whose fields then stand in their place.
+        fake: shape, dtype and strides of the result for the same arguments.
+        samples: builds arguments on the CPU; tests run every kernel on them.
+        supports: the reason why arguments are not supported, or "". Asked before every call, so it compares shapes and
+            dtypes only, never values.
+        max_error: see :class:`Operator`.
+        results: names of the tensors of a result that is a tuple.
+
+    Raises:
+        TypeError: when a field has a type that the dispatcher does not know.
+    """
+
+    def bind(reference: Callable[[A], R]) -> Operator[A, R]:
+        name = reference.__name__
+        schema, take = schema_of(name, kind, results), taker(kind)
         if (name, "schema") not in _REGISTRY.done:
             _REGISTRY.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            register_fake(f"{NAMESPACE}::{name}", guards.checked(name, supports, fake), lib=_REGISTRY.library)
+            register_fake(f"{NAMESPACE}::{name}", guards.checked(name, take, supports, fake), lib=_REGISTRY.library)
             _REGISTRY.done.add((name, "schema"))
-        _register(name, "CompositeExplicitAutograd", guards.checked(name, supports, reference))
+        _register(name, "CompositeExplicitAutograd", guards.checked(name, take, supports, reference))
         definition = getattr(getattr(torch.ops, NAMESPACE), name).default
         _register(name, "Autograd", gradient.autograd(definition), with_keyset=True)
-        return Op(name, schema, definition, reference, samples, supports, max_error)
+        return Operator(name, schema, definition, kind, take, reference, supports, samples, max_error)
 
     return bind
 

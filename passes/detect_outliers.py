@@ -11,7 +11,7 @@ from torch import Tensor
 from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
-from fxq.core.units import unit_of
+from fxq.passes.methods.units import unit_of
 from fxq.runtime.residency import Residency
 
 

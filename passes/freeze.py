@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from fxq import numerics
 from fxq.core.graph import drop_unread_attributes, unused_tensors
-from fxq.core.ir import QuantGraph, Stage, drop_tensor, get_tensor, planned, put_tensor, stored_names
+from fxq.core.ir import QuantGraph, Stage, drop_tensor, get_tensor, put_tensor, stored_names
+from fxq.core.layer import quantized_layers
 from fxq.core.pipeline import Rewrite
 from fxq.runtime.residency import Residency, trim
 
@@ -26,23 +27,22 @@ class Freeze(Rewrite):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of layers packed."""
         module = graph.module
-        count, residency = 0, Residency()
-        for layer, (plan, nodes) in planned(module).items():
-            if plan.scheme is None:
-                continue
-            stored = get_tensor(module, f"{layer}.weight_int")
-            bits = plan.scheme.weight_bits
-            if bits == 4:
-                loose, stored = stored, numerics.pack_int4(stored)
-                residency.give_back(loose)
-                trim()
-            drop_tensor(module, f"{layer}.weight_int")
-            put_tensor(module, f"{layer}.weight", stored)
-            for node in nodes:
-                read = next(n for n in node.all_input_nodes if n.target == f"{layer}.weight_int")
-                read.target = f"{layer}.weight"
-                node.update_arg(6, bits)
-            count += 1
+        residency = Residency()
+        done = set[str]()
+        for layer in quantized_layers(module):
+            loose, final, bits = f"{layer.name}.weight_int", f"{layer.name}.weight", layer.scheme.weight_bits
+            if layer.name not in done:
+                stored = get_tensor(module, loose)
+                if bits == 4:
+                    packed = numerics.pack_int4(stored)
+                    residency.give_back(stored)
+                    trim()
+                    stored = packed
+                drop_tensor(module, loose)
+                put_tensor(module, final, stored)
+                done.add(layer.name)
+            layer.weight.target = final
+            layer.set_arguments(bits=bits)
         drop_unread_attributes(module.graph)
         for name in unused_tensors(module):
             drop_tensor(module, name)
@@ -51,4 +51,4 @@ class Freeze(Rewrite):
             put_tensor(module, name, get_tensor(module, name).detach().clone())
         graph.statistics.clear()
         graph.updates.clear()
-        return count
+        return len(done)

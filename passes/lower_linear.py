@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
-from fxq.core.graph import LinearSite, drop_unread_attributes, linear_sites
+from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
 from fxq.core.ir import (
     LayerPlan,
-    LayerUpdate,
     QuantGraph,
     Stage,
     clear_plan,
@@ -23,6 +22,7 @@ from fxq.core.ir import (
     put_tensor,
     set_plan,
 )
+from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import Rewrite
 from fxq.passes.apply_methods import group_order
 from fxq.runtime.residency import give_back
@@ -87,14 +87,14 @@ class LowerLinear(Rewrite):
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def _replace(self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan) -> None:
-        old, scheme = site.node, plan.scheme
-        assert scheme is not None
+        old = site.node
         graph, value = module.graph, example_value(old)
         dtype = site.weight(module).dtype if value is None else value.dtype
         with graph.inserting_before(old):
-            x = _cast(graph, old, old.args[0], torch.float32) if dtype == torch.float64 else old.args[0]
+            x = arguments(old)["input"]
+            x = _cast(graph, old, x, torch.float32) if dtype == torch.float64 else x
             computed = torch.float32 if dtype == torch.float64 else dtype
-            y = (_per_token if scheme.per_token else _static)(graph, old, x, plan, computed)
+            y = (_per_token if plan.quantization.per_token else _static)(graph, old, x, plan, computed)
             same = value is None or computed == dtype
             inherit_meta(y, old, value if same else value.new_empty(value.shape, dtype=computed))
             result = y if computed == dtype else _cast(graph, old, y, dtype)
@@ -137,11 +137,12 @@ def _get(graph: fx.Graph, old: fx.Node, plan: LayerPlan, name: str) -> fx.Node:
 
 def _static(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are stored."""
-    scheme = plan.scheme
-    assert isinstance(x, fx.Node) and scheme is not None
+    assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
     scale, zero = (_get(graph, old, plan, name) for name in ("input_scale", "input_zero_point"))
-    q = graph.call_function(kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, scheme.input_bits))
+    q = graph.call_function(
+        kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, plan.quantization.input_bits)
+    )
     value = example_value(x)
     inherit_meta(q, old, None if value is None else value.new_empty(value.shape, dtype=torch.int8))
     weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
@@ -152,10 +153,11 @@ def _static(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch
 
 def _per_token(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are measured per token."""
-    scheme = plan.scheme
-    assert isinstance(x, fx.Node) and scheme is not None
+    assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
-    pair = graph.call_function(kernels.quantize_per_token.definition, (x, perm, plan.split, scheme.input_bits))
+    pair = graph.call_function(
+        kernels.quantize_per_token.definition, (x, perm, plan.split, plan.quantization.input_bits)
+    )
     q, scale = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
     if (value := example_value(x)) is not None:
         groups = 2 if plan.outliers else 1

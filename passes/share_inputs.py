@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.core.config import Scheme
-from fxq.core.graph import LinearSite, linear_sites
+from fxq.core.graph import LinearSite, arguments, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
 from fxq.passes.detect_outliers import detect_outliers
@@ -30,7 +30,7 @@ def input_groups(module: fx.GraphModule) -> list[list[LinearSite]]:
     for site in sites:
         plan = plan_of(site.node)
         if plan is not None and plan.scheme is not None and calls[site.layer] == 1:
-            groups.setdefault((site.node.args[0], block_of(site.layer), plan.scheme), []).append(site)
+            groups.setdefault((arguments(site.node)["input"], block_of(site.layer), plan.scheme), []).append(site)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -64,15 +64,13 @@ class ShareInputs(Analysis):
 
 
 def _may_have_outliers(plan: LayerPlan) -> bool:
-    scheme = plan.scheme
-    assert scheme is not None
+    scheme = plan.quantization
     return scheme.dual_scale and plan.in_features % scheme.align == 0
 
 
 def _common_outliers(weights: Sequence[Tensor], plan: LayerPlan) -> tuple[tuple[int, ...], str]:
     """Outlier channels of the stacked weights, and why there are none."""
-    scheme = plan.scheme
-    assert scheme is not None
+    scheme = plan.quantization
     found = detect_outliers(torch.cat(list(weights)), scheme.tau, scheme.alpha, scheme.align)
     reason = "" if found.count else "no channel above the threshold"
     if found.raw_count and not found.count:

@@ -23,9 +23,9 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 # From the ground up. What lies on a floor imports from its own floor and from those below.
 FLOORS = (
-    ("numerics", "version", "cpu", "plugins"),
+    ("numerics", "version", "cpu", "dtypes", "plugins"),
     ("kernels",),
-    ("runtime", "calls", "core"),
+    ("runtime", "calls", "core", "cache"),
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
     ("recipes", "recipe_files", "export", "report"),
@@ -190,6 +190,33 @@ def test_only_ir_touches_node_meta():
         for number in meta_reads(path.read_text())
     ]
     assert not offenders, f"use the helpers of fxq/core/ir.py: {offenders}"
+
+
+def numbered_reads(text):
+    """Lines that take an argument of a node by its place, or replace it there; the first is an operator's input."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "args":
+            if not (isinstance(node.slice, ast.Constant) and node.slice.value == 0):
+                yield node.lineno
+        elif isinstance(node, ast.Attribute) and node.attr == "update_arg":
+            yield node.lineno
+
+
+@pytest.mark.parametrize("line", ["x.args[6]", "x.args[:7]", "x.args[-1]", "x.args[i]", "x.update_arg(6, 4)"])
+def test_every_way_to_read_an_argument_by_its_place_is_seen(line):
+    assert list(numbered_reads(f"y = x.args[0]\n{line}\nz = args[1]\n")) == [2]
+
+
+def test_arguments_of_operators_are_read_by_name():
+    """But for items of tuples (``getitem`` has no schema), and calls in graphs that torch.export did not capture."""
+    by_place = ("fxq.core.layer", "fxq.capture.regions", "fxq.capture.dense_masks", "fxq.integrations.dynamo_graph")
+    offenders = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for module, path in sources()
+        if module not in by_place
+        for number in numbered_reads(path.read_text())
+    ]
+    assert not offenders, f"use fxq.core.graph.arguments or QuantizedLayer: {offenders}"
 
 
 def test_every_declared_dependency_is_pinned_at_an_allowed_version():

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from benchmarks.gpu.problems import Layer, Sizes, wan_layers
 from benchmarks.gpu.session import Session
 from fxq.kernels import OPS, Op, quantize_act, rms_norm_rope
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm import gluon as gluon_gemm
 from fxq.kernels.gemm import tiles
 from fxq.kernels.gemm import triton as gemm_triton
@@ -21,7 +22,6 @@ from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.gluon import GluonTiles
 from fxq.kernels.gemm.op import dual_scale_linear
 from fxq.kernels.gemm.tiles import Tiles
-from fxq.kernels.operands import Operands
 from fxq.models.causal_wan import rope_tables
 
 RARE = 0.005
@@ -43,16 +43,16 @@ def triton_linear(size: Tiles, operands: Operands, dtype: torch.dtype) -> Tensor
     """dual_scale_linear by given tiles; the operator itself on a CPU."""
     if not operands.q.is_cuda:
         return dual_scale_linear(*operands, dtype)
-    out = operands.q.new_empty((*operands.q.shape[:-1], operands.outputs), dtype=dtype)
+    out = operands.empty(dtype)
     with torch.cuda.device(operands.q.device):
-        return gemm_triton.launch(*operands[:6], out, tiles=size)
+        return gemm_triton.launch(operands, out, tiles=size)
 
 
 def gluon_linear(size: GluonTiles, operands: Operands, dtype: torch.dtype) -> Tensor:
     """As :func:`triton_linear`, by the Gluon kernel."""
     if not operands.q.is_cuda:
         return dual_scale_linear(*operands, dtype)
-    return gluon_gemm.launch_gluon(*operands[:6], dtype, size)
+    return gluon_gemm.launch_gluon(operands, dtype, size)
 
 
 def swept() -> dict[str, Linear]:

@@ -15,8 +15,8 @@ from benchmarks.gpu.checks import Linear, swept
 from benchmarks.gpu.problems import Layer, Sizes
 from benchmarks.gpu.session import Entry, Session
 from fxq.kernels import dual_scale_linear, dual_scale_linear_add, dual_scale_linear_quantize, quantize_act
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.fp8 import FP8, LARGEST, dual_scale_linear_fp8
-from fxq.kernels.operands import Operands
 
 CUBLAS, SINGLE, DUAL, W4 = "cuBLAS bf16", "fxq single scale", "fxq dual scale", "fxq dual scale, 4-bit weights"
 SAMPLED = 64

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import quantize_act
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.fp8 import FP8, LARGEST
-from fxq.kernels.operands import Operands
 from fxq.models.causal_wan import CausalWanConfig
 
 OUTLIER_FACTOR = 6.0

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from benchmarks.gpu.graphs import DeviceClock, Graphed
 from benchmarks.gpu.journal import Journal
-from fxq.bench.contest import Built, Case, CaseResult, Contestant, first_line, run_case
+from fxq.bench.contest import Built, Case, CaseResult, Contestant, run_case
+from fxq.runtime.messages import kind_and_line
 
 DEAD = 13
 """Exit code of a worker whose GPU context a kernel broke."""
@@ -99,7 +100,7 @@ class Session:
         except Exception as error:
             self.journal.write("trace", step=step, text=traceback.format_exc()[-TRACE:])
             self.leave_if_broken(error)
-            data = {"error": first_line(error)}
+            data = {"error": kind_and_line(error)}
         self.journal.write("done", step=step, took=round(time.time() - began, 2), data=data)
         gc.collect()
         if self.clock.on_gpu:
@@ -113,7 +114,7 @@ class Session:
             torch.cuda.synchronize()
             torch.ones(1, device=self.device).add_(1).item()
         except Exception:
-            self.journal.write("broken", why=first_line(error))
+            self.journal.write("broken", why=kind_and_line(error))
             os._exit(DEAD)
 
     def unchecked(self, uses: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
-from fxq.core.dtypes import DTYPES
+from fxq.dtypes import DTYPES
 from fxq.export.graph.operators import ARITHMETIC_NAMES
 from fxq.runtime.reading import MAX_INTEGER
 

@@ -21,8 +21,8 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from fxq.calls.captured import CapturedModule
-from fxq.core.dtypes import DTYPES
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
+from fxq.dtypes import DTYPES
 from fxq.export.graph import operators
 from fxq.export.graph.arguments import (
     ANY,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from fxq.runtime.messages import first_line
+
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "addbmm", "convolution", "linear"})
 """Operators whose tensors have one dtype."""
 _FLOATS = frozenset(
@@ -78,8 +80,7 @@ def _probe(func: Any, dtypes: tuple[torch.dtype, ...], args: Any, kwargs: Any) -
         try:
             func(*(real(value) for value in args), **{key: real(value) for key, value in kwargs if key != "device"})
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            return f"{func} does not take {', '.join(map(str, dtypes))}: {first}"
+            return f"{func} does not take {', '.join(map(str, dtypes))}: {first_line(error, 200)}"
     return ""
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxq.core.ir import get_tensor
 from fxq.export.graph.kernel_rules import misfit, tensors_in, work_of
+from fxq.runtime.messages import first_line
 
 FLOOR_BYTES = 1 << 29
 FACTOR = 256
@@ -161,8 +162,9 @@ class _Rehearsal(fx.Interpreter):
         except _NO_RULE:
             value = _UNKNOWN
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-            raise RehearsalError(f"node {n.name}: {n.target} does not fit its arguments: {first}") from error
+            raise RehearsalError(
+                f"node {n.name}: {n.target} does not fit its arguments: {first_line(error, 300)}"
+            ) from error
         self.known = self.known and value is not _UNKNOWN
         self._hold(n, value)
         return value

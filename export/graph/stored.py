@@ -6,28 +6,17 @@ as indices. What a file says of them is checked here once.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
 
-from fxq import kernels, numerics
-from fxq.core.ir import LayerPlan, get_tensor, planned, stored_names
+from fxq import numerics
+from fxq.core.graph import arguments
+from fxq.core.ir import LayerPlan, planned, stored_names
+from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, LayerError, LayerTensors, QuantizedLayer
 
 MAX_ZERO_POINT = 2**21
-_QUANTIZE, _PER_TOKEN = kernels.quantize_act.definition, kernels.quantize_per_token.definition
-_LINEAR, _LINEAR_PER_TOKEN = (
-    kernels.dual_scale_linear.definition,
-    kernels.dual_scale_linear_per_token.definition,
-)
-_STORED = {
-    _QUANTIZE: {"perm": "perm", "scale": "input_scale", "zero_point": "input_zero_point"},
-    _PER_TOKEN: {"perm": "perm"},
-    _LINEAR: {n: n for n in ("weight", "weight_scale", "input_scale", "offset")},
-    _LINEAR_PER_TOKEN: {n: n for n in ("weight", "weight_scale", "offset")},
-}
-"""Operator -> its arguments that are tensors of the layer, with their names there."""
 
 
 class StoredError(ValueError):
@@ -50,59 +39,45 @@ def check_stored(module: fx.GraphModule, *, values: bool = True) -> None:
         if plan.scheme is None:
             continue
         for node in nodes:
-            quantize = _quantize_of(node, plan)
-            _check_reads(node, plan)
-            _check_reads(quantize, plan)
-            done |= {node, quantize}
+            try:
+                found = QuantizedLayer.of(node)
+                _check_reads(found)
+            except LayerError as error:
+                raise StoredError(f"{layer}: {error}") from None
+            done |= {node, found.own_quantize}
         operands |= {f"{layer}.{name}" for name in stored_names(plan)}
         if values:
-            tensors = {name: get_tensor(module, f"{layer}.{name}") for name in stored_names(plan)}
-            for problem in layer_problems(plan, tensors):
+            for problem in layer_problems(plan, LayerTensors.of(module, plan).by_name()):
                 raise StoredError(f"{layer}: {problem}")
     for node in module.graph.nodes:
-        if node.op == "call_function" and node.target in _STORED and node not in done:
+        if node.op == "call_function" and node.target in (*FROZEN_QUANTIZES, *FROZEN_PRODUCTS) and node not in done:
             raise StoredError(f"node {node.name}: {node.target} belongs to no planned layer")
         if node.op == "get_attr" and node.target in operands and not all(user in done for user in node.users):
             raise StoredError(f"{node.target}: it is read by more than its layer")
 
 
-def _quantize_of(node: fx.Node, plan: LayerPlan) -> fx.Node:
-    """The node that quantizes the input of a layer's product."""
-    assert plan.scheme is not None
-    product, wanted = (_LINEAR_PER_TOKEN, _PER_TOKEN) if plan.scheme.per_token else (_LINEAR, _QUANTIZE)
-    source: object = node.args[0] if node.target == product and node.args else None
-    if plan.scheme.per_token:
-        pair = {_item_of(node.args[i], i) for i in range(2)} if source is not None and len(node.args) > 1 else {None}
-        source = pair.pop() if len(pair) == 1 else None
-    if not isinstance(source, fx.Node) or source.target != wanted:
-        raise StoredError(f"{plan.layer}: node {node.name} is no product of its quantized input")
-    return source
-
-
-def _item_of(node: object, number: int) -> object:
-    if isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == number:
-        return node.args[0]
-    return None
-
-
-def _check_reads(node: fx.Node, plan: LayerPlan) -> None:
-    """The node reads the layer's tensors, and the constants are those of the plan."""
-    assert plan.scheme is not None
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False))
-    for argument, name in _STORED[node.target].items():  # type: ignore[index]
-        read = given.get(argument)
-        if name == "perm" and not plan.outliers:
+def _check_reads(layer: QuantizedLayer) -> None:
+    """The layer's operators read its tensors, and their constants are those of the plan."""
+    plan = layer.plan
+    for node, argument, name in layer.stored_reads():
+        read = arguments(node)[argument]
+        if not name:
             if read is not None:
-                raise StoredError(f"{plan.layer}: node {node.name} has a permutation, the plan has no outliers")
+                raise LayerError(f"node {node.name} has a permutation, the plan has no outliers")
         elif not isinstance(read, fx.Node) or read.op != "get_attr" or read.target != f"{plan.layer}.{name}":
-            raise StoredError(
-                f"{plan.layer}: node {node.name} does not read stored tensors in the operator's order: "
+            raise LayerError(
+                f"node {node.name} does not read stored tensors in the operator's order: "
                 f"{argument} is {read}, expected {plan.layer}.{name}"
             )
-    for name, wanted in (("split", plan.split), ("bits", plan.scheme.weight_bits if "weight" in given else None)):
-        if type(given.get(name)) is not int or wanted not in (None, given[name]):
-            raise StoredError(f"{plan.layer}: {name} {given.get(name)}, the plan says {wanted}")
+    product, quantize = layer.arguments, layer.quantization
+    for name, given, wanted in (
+        ("split", product["split"], plan.split),
+        ("split", quantize["split"], plan.split),
+        ("bits", product["bits"], layer.scheme.weight_bits),
+        ("bits", quantize["bits"], None),
+    ):
+        if type(given) is not int or wanted not in (None, given):
+            raise LayerError(f"{name} {given}, the plan says {wanted}")
 
 
 def layer_problems(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Iterator[str]:

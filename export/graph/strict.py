@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from fxq.calls.conditions import MOST_CONDITIONS
 from fxq.core.config import Scheme
-from fxq.core.dtypes import DTYPES
 from fxq.core.ir import LayerPlan
+from fxq.dtypes import DTYPES
 from fxq.numerics import MAX_WIDTH
 from fxq.runtime.reading import MAX_INTEGER, MAX_NAME, MAX_RANK, MAX_TENSORS
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxq.dtypes import dtype_name
 from fxq.export.interop.layers import (
     Options,
     Output,
@@ -60,7 +61,7 @@ def _int8_tensor(width: int, dtype: torch.dtype) -> dict[str, Any]:
             "act_quant_kwargs": {"_type": "QuantizeTensorToInt8Kwargs", "_data": inputs},
             "reduce_range": False,
             "block_size": [1, width],
-            "dtype": {"_type": "torch.dtype", "_data": str(dtype).removeprefix("torch.")},
+            "dtype": {"_type": "torch.dtype", "_data": dtype_name(dtype)},
         },
         "_tensor_data_names": ["zero_point", "qdata", "scale"],
     }

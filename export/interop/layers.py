@@ -6,13 +6,15 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
 
 from fxq import numerics
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned, stored_names
+from fxq.core.facts import Facts
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+from fxq.core.layer import LayerTensors, QuantizedLayer
 from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
@@ -53,8 +55,7 @@ class StoredLayer:
     @property
     def bits(self) -> int:
         """Planned bits of the weight."""
-        assert self.plan.scheme is not None
-        return self.plan.scheme.weight_bits
+        return self.plan.quantization.weight_bits
 
     def weight(self) -> Tensor:
         """float32 [N, K]: what the integers stand for, channels in the model's order."""
@@ -123,7 +124,7 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
     names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
     constants = tuple(sorted({name for name in names if _CONSTANT.fullmatch(name)}))
     floats = {name: get_tensor(module, name) for name in sorted(set(names) - own - set(constants))}
-    receipt = make_receipt(manifest.fxq_version, manifest.facts, (plan for plan, _ in plans.values()), {})
+    receipt = make_receipt(manifest.fxq_version, Facts.of(module), (plan for plan, _ in plans.values()), {})
     return StoredModel(
         layers=layers,
         kept=tuple(name for name, (plan, _) in plans.items() if plan.scheme is None),
@@ -135,20 +136,13 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
 
 
 def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
-    assert plan.scheme is not None
-    stored = {name: get_tensor(module, f"{plan.layer}.{name}") for name in stored_names(plan)}
-    integers = numerics.unpack_int4(stored["weight"]) if plan.scheme.weight_bits == 4 else stored["weight"]
-    dtype = node.args[7]
-    assert isinstance(dtype, torch.dtype)
-    bias = stored["offset"].double()
-    if not plan.scheme.per_token:
-        scales = stored["weight_scale"], stored["input_scale"], stored["input_zero_point"], plan.split
-        bias = bias - numerics.fold_offset(None, integers, *scales).double()
+    stored, dtype = LayerTensors.of(module, plan), QuantizedLayer.of(node).dtype
+    bias = stored.bias()
     return StoredLayer(
         plan=plan,
-        integers=integers,
-        weight_scale=stored["weight_scale"],
-        perm=stored.get("perm"),
+        integers=stored.integers(),
+        weight_scale=stored.weight_scale,
+        perm=stored.perm,
         bias=bias.to(dtype) if bool(bias.any()) else None,
         dtype=dtype,
     )
@@ -219,10 +213,19 @@ class NamedTensors(dict[str, Tensor]):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         if name in self:
             raise InteropError(
-                f"two tensors of the model are {name!r} under the target's names; rename one of them in the model, or "
-                "take a target that leaves names alone (compressed-tensors)"
+                f"two tensors of the export are {name!r} under the target's names: rename the one of the model that is "
+                "not a layer's own, or keep the layer by a rule"
             )
         super().__setitem__(name, tensor)
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc,override]  # what dict does would replace in silence
+        for name, tensor in dict(other).items():
+            self[name] = tensor
+        return self
+
+    def update(self, *args: Any, **kwargs: Tensor) -> None:
+        """Add tensors, each under a name of its own."""
+        self |= dict(*args, **kwargs)
 
 
 def float_tensors(model: StoredModel, style: str, options: Options, skip: Iterable[str] = ()) -> dict[str, Tensor]:

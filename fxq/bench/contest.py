@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxq.bench.measure import Clock, Ratio, interleave, ratio, repeats
+from fxq.runtime.messages import kind_and_line
 
 FP32, BF16 = "fp32 eager", "bf16 eager"
 BASELINES = (FP32, BF16)
@@ -140,12 +141,6 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
     return EXACT if error <= signal * 10 ** (-EXACT / 10) else 10 * math.log10(max(signal, 1e-300) / error)
 
 
-def first_line(error: Exception) -> str:
-    """Type and first line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
 def _judge(case: Case, contestant: Contestant, built: Built, reference: Tensor) -> tuple[float | None, str]:
     """(SQNR, why it is wrong or "")."""
     if built.refusal:
@@ -177,7 +172,7 @@ def _prepare(
         found, why = _judge(case, contestant, built, reference)
         count = repeats(built.call, clock)
     except Exception as error:
-        return result("failed", first_line(error)), None
+        return result("failed", kind_and_line(error)), None
     more: dict[str, Any] = {"kernel": built.kernel, "sqnr": found, "facts": built.facts}
     return (result("wrong", why, **more), None) if why else (result("ok", **more), (built.call, count))
 
@@ -215,7 +210,7 @@ def _timed(
     for name, result in results.items():
         changed: dict[str, Any] = {}
         if name in timing.failures:
-            changed = {"status": "failed", "note": first_line(timing.failures[name])}
+            changed = {"status": "failed", "note": kind_and_line(timing.failures[name])}
         elif name in timing.seconds:
             changed = {"seconds": tuple(timing.seconds[name])}
         finished.append(Result(**{**vars(result), **changed}))

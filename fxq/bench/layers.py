@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from fxq import kernels, numerics
 from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
 from fxq.calibration.rollout import Rollout
-from fxq.core.ir import LayerPlan, get_tensor, planned, stored_names
+from fxq.core.ir import LayerPlan, planned
+from fxq.core.layer import LayerTensors, quantized_layers
 from fxq.core.signature import flatten_call
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
@@ -54,13 +55,13 @@ class Advice:
 class _Counting(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.layers = {n: plan.layer for plan, nodes in planned(module).values() for n in nodes if plan.scheme}
+        self.layers = {layer.node: layer for layer in quantized_layers(module)}
         self.rows: dict[str, collections.Counter[int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if (layer := self.layers.get(n)) is not None:
-            x = self.env[n.args[0]]  # type: ignore[index]
-            self.rows.setdefault(layer, collections.Counter())[x.numel() // x.shape[-1]] += 1
+            x = self.env[layer.arguments["q"]]
+            self.rows.setdefault(layer.name, collections.Counter())[x.numel() // x.shape[-1]] += 1
         return super().run_node(n)
 
 
@@ -89,21 +90,17 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     """Sites of one key: quantize and integer linear of the first of them, against F.linear on its weight."""
     sites = list(sites)
     plan, rows = sites[0].plan, sites[0].rows
-    assert plan.scheme is not None
-    stored = {name: get_tensor(module, f"{plan.layer}.{name}").to(device) for name in stored_names(plan)}
-    integers = numerics.unpack_int4(stored["weight"]) if plan.scheme.weight_bits == 4 else stored["weight"]
-    back = torch.argsort(stored["perm"]) if plan.outliers else slice(None)
-    x, bias = _inputs(plan, rows, stored, integers)
-    x, w = x[:, back], numerics.dequantize_weight(integers, stored["weight_scale"], plan.split)[:, back]
+    stored = LayerTensors.of(module, plan, device)
+    back = slice(None) if stored.perm is None else torch.argsort(stored.perm)
+    x, bias = _inputs(rows, stored)
+    x, w = x[:, back], stored.float_weight()
 
     def plain(dtype: torch.dtype) -> Built:
         args = x.to(dtype), w.to(dtype), bias.to(dtype)
         return Built(lambda: F.linear(*args), "F.linear")
 
     def quantized() -> Built:
-        if "input_scale" in stored:
-            return _static(plan, x.bfloat16(), stored, integers)
-        return _per_token(plan, x.bfloat16(), stored, integers)
+        return (_per_token if plan.quantization.per_token else _static)(x.bfloat16(), stored)
 
     bounds = LEAST_SQNR["model"]
     contestants = (
@@ -112,61 +109,55 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
         Contestant(OURS, quantized, bounds["int8"], "int8", "bfloat16", ours=True),
     )
     facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
-    name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.scheme.detail}, {len(plan.outliers)} outliers"
+    name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.quantization.detail}, {len(plan.outliers)} outliers"
     return Case(name, lambda: x.double() @ w.double().T + bias.double(), contestants, facts=facts)
 
 
-def _inputs(plan: LayerPlan, rows: int, stored: Mapping[str, Tensor], integers: Tensor) -> tuple[Tensor, Tensor]:
+def _inputs(rows: int, stored: LayerTensors) -> tuple[Tensor, Tensor]:
     """Inputs float32 [rows, K] in the order of the integers that use their whole range, and the bias."""
-    assert plan.scheme is not None
-    offset, generator = stored["offset"], torch.Generator().manual_seed(0)
-    if "input_scale" not in stored:
+    plan, offset, generator = stored.plan, stored.offset, torch.Generator().manual_seed(0)
+    scale, zero = stored.input_scale, stored.input_zero_point
+    if scale is None or zero is None:
         return torch.randn(rows, plan.in_features, generator=generator, dtype=torch.float32).to(offset.device), offset
-    low, high = numerics.integer_range(plan.scheme.input_bits)
+    low, high = numerics.integer_range(plan.quantization.input_bits)
     q = torch.randint(low, high + 1, (rows, plan.in_features), generator=generator).to(offset.device)
-    scale, zero = stored["input_scale"], stored["input_zero_point"]
-    folded = numerics.fold_offset(None, integers, stored["weight_scale"], scale, zero, plan.split)
-    return numerics.dequantize_input(q, scale, zero, plan.split), offset - folded
+    return numerics.dequantize_input(q, scale, zero, plan.split), stored.bias().float()
 
 
-def _static(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: Tensor) -> Built:
-    assert plan.scheme is not None
-    weight = _laid_out(plan, stored, integers)
-    first = stored.get("perm"), stored["input_scale"], stored["input_zero_point"], plan.split, plan.scheme.input_bits
-    rest = stored["input_scale"], stored["offset"], plan.split, plan.scheme.weight_bits, torch.bfloat16
+def _static(x: Tensor, stored: LayerTensors) -> Built:
+    plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
+    first = stored.perm, stored.input_scale, stored.input_zero_point, plan.split, scheme.input_bits
+    rest = stored.input_scale, stored.offset, plan.split, scheme.weight_bits, torch.bfloat16
 
     def call() -> Tensor:
         q = kernels.quantize_act(x, *first)
-        return kernels.dual_scale_linear(q, weight, stored["weight_scale"], *rest)
+        return kernels.dual_scale_linear(q, weight, stored.weight_scale, *rest)
 
     return Built(call, kernels.used("dual_scale_linear", str(x.device), weight))
 
 
-def _per_token(plan: LayerPlan, x: Tensor, stored: Mapping[str, Tensor], integers: Tensor) -> Built:
-    scheme = plan.scheme
-    assert scheme is not None
-    order, split, bits = stored.get("perm"), plan.split, scheme.weight_bits
-    weight = _laid_out(plan, stored, integers)
-    rest = weight, stored["weight_scale"], stored["offset"], split, bits, torch.bfloat16
+def _per_token(x: Tensor, stored: LayerTensors) -> Built:
+    plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
+    rest = weight, stored.weight_scale, stored.offset, plan.split, scheme.weight_bits, torch.bfloat16
 
     def call() -> Tensor:
-        q, scale = kernels.quantize_per_token(x, order, split, scheme.input_bits)
+        q, scale = kernels.quantize_per_token(x, stored.perm, plan.split, scheme.input_bits)
         return kernels.dual_scale_linear_per_token(q, scale, *rest)
 
     return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device), weight))
 
 
-def _laid_out(plan: LayerPlan, stored: Mapping[str, Tensor], integers: Tensor) -> Tensor:
+def _laid_out(stored: LayerTensors) -> Tensor:
     """The weight as the kernels of its device read it."""
-    return pack_panels(integers, plan.split) if native.ready() and not integers.is_cuda else stored["weight"]
+    here = native.ready() and not stored.weight.is_cuda
+    return pack_panels(stored.integers(), stored.plan.split) if here else stored.weight
 
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:
     """One case for all layers of the same shape, split and rows, in graph order."""
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites_of(module, rollout):
-        assert site.plan.scheme is not None
-        groups.setdefault((*site.key, site.plan.scheme.detail), []).append(site)
+        groups.setdefault((*site.key, site.plan.quantization.detail), []).append(site)
     return [layer_case(module, sites, device) for sites in groups.values()]
 
 

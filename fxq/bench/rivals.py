@@ -15,6 +15,7 @@ from fxq.bench import onnx_rivals
 from fxq.bench.contest import BF16, FP32, Built, Contestant
 from fxq.bench.floats import compiled, eager, no_bfloat16, onednn
 from fxq.bench.problems import Problem
+from fxq.dtypes import dtype_name
 from fxq.kernels.gemm.op import int_mm
 
 
@@ -49,7 +50,7 @@ class Rival:
             lambda: self.build(problem, threads),
             bounds[self.arithmetic],
             self.arithmetic,
-            str(self.dtype).removeprefix("torch."),
+            dtype_name(self.dtype),
             self.needs,
             obstacle=self.obstacle(),
         )

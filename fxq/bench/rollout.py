@@ -16,6 +16,7 @@ from fxq.bench.contest import BASELINES, Built, Case, Contestant
 from fxq.bench.floats import no_bfloat16, onednn_model
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.calibration.rollout import Draws, Rollout, current_call
+from fxq.dtypes import dtype_name
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 
@@ -107,7 +108,7 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
 
     def floats(name: str, kernel: str) -> Contestant:
         dtype = torch.float32 if name.startswith("fp32") else torch.bfloat16
-        text = str(dtype).removeprefix("torch.")
+        text = dtype_name(dtype)
         obstacle = no_bfloat16() if (kernel, dtype) == (ONEDNN, torch.bfloat16) else ""
         return Contestant(name, lambda: plain(dtype, kernel), bounds[text], text, text, obstacle=obstacle)
 

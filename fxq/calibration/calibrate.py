@@ -19,6 +19,7 @@ from fxq.calibration.rollout import Rollout, current_call
 from fxq.core.interpret import SparingInterpreter
 from fxq.core.ir import LayerStatistics, QuantGraph, plan_of
 from fxq.core.signature import call_rules, flatten_call, rules_of
+from fxq.runtime.messages import first_line
 from fxq.runtime.workers import Workers
 
 NO_BATCH = (
@@ -212,9 +213,9 @@ def _drive_batches(
         except Exception as error:
             shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in batch.args]
             shapes += [f"{k}={tuple(v.shape) if isinstance(v, Tensor) else v}" for k, v in batch.kwargs.items()]
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CalibrationError(
-                f"calibration batch {collector.batch} does not fit the captured model: {reason}. Its inputs: {shapes}"
+                f"calibration batch {collector.batch} does not fit the captured model: {first_line(error)}. "
+                f"Its inputs: {shapes}"
             ) from error
         if on_progress:
             on_progress(count, length)

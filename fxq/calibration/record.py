@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.rollout import current_call
-from fxq.core.dtypes import DTYPES
+from fxq.dtypes import DTYPES
 from fxq.runtime.reading import parse_json, read_header
 
 _FORMAT = "fxq calls 1"

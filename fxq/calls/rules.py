@@ -13,6 +13,7 @@ from torch.fx._pytree import tree_flatten_spec
 from torch.utils import _pytree as pytree
 
 from fxq.calls.conditions import ConditionError, Expression, check_conditions, evaluator, holds, shown_inputs, text
+from fxq.dtypes import DTYPES, dtype_name
 
 Sizes = list[list[int | None] | dict[str, Any] | None]
 """Per flat input its shape with None for dynamic dimensions, ``{"value": v}`` for a constant, ``{"type": t}`` for a
@@ -28,11 +29,6 @@ _KINDS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 class InputError(ValueError):
     """A call whose arguments do not fit the captured graph."""
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Torch's name of a dtype, without ``torch.``."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +58,7 @@ class CallRules:
         size, dtype = self.sizes[i], self.dtypes[i]
         if not isinstance(size, list):
             return None
-        expected = None if dtype is None else getattr(torch, dtype)
+        expected = None if dtype is None else DTYPES[dtype]
         return len(size), tuple((d, s) for d, s in enumerate(size) if s is not None), expected
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallRules:
@@ -189,7 +185,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype))
+    return value is None or (isinstance(value, str) and value in DTYPES)
 
 
 def constant_entry(value: Any) -> dict[str, Any] | None:

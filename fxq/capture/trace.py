@@ -26,6 +26,7 @@ from fxq.core.ir import QuantGraph, Stage, get_tensor, module_path
 from fxq.core.places import DataAccesses, place_of, quoted_place
 from fxq.core.signature import call_rules, flatten_call
 from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.messages import first_line
 from fxq.runtime.offload import absent_weights
 
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
@@ -122,7 +123,7 @@ def _export(
 
 def _briefly(error: BaseException) -> str:
     """First line of an error and the place in the model's code where it arose."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    line = first_line(error).rstrip(".")
     return f"{line}, at {found}" if (found := place_of(error)) else line
 
 

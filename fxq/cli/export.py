@@ -1,39 +1,33 @@
-"""Commands that bring a bundle to other runtimes and that check one; :mod:`fxq.cli` registers them."""
+"""Commands that bring a bundle to other runtimes and that check one."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Annotated, Any, Literal
 
-import torch
 import typer
-from rich.console import Console
 
 from fxq import cpu, plugins
+from fxq.cli.common import JsonOption, emit_json
+from fxq.dtypes import DTYPES
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle
 from fxq.models.diffusers_folder import load_folder
 from fxq.runtime.reading import ReadError, read_json
-from fxq.runtime.streams import emit, stdout_console
+from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file, writable_folder
 
 SHIPPED_TARGETS = (*OTHER_TARGETS, *TARGETS)
 """What ``--target`` takes beside the names of plug-ins."""
 
 BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
-
-
-def _console() -> Console:
-    return stdout_console()
 
 
 def _print(result: Any, as_json: bool) -> None:
     if as_json:
-        emit(json.dumps(result.to_json(), indent=1))
+        emit_json(result.to_json())
     else:
-        _console().print(result)
+        stdout_console().print(result)
 
 
 def export(
@@ -74,7 +68,7 @@ def export(
     if target == "diffusers":
         _export_diffusers(bundle, source, out, as_json)
         return
-    dtype = None if float_dtype == "keep" else getattr(torch, float_dtype)
+    dtype = None if float_dtype == "keep" else DTYPES[float_dtype]
     options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
     _print(export_bundle(bundle, target, out, options), as_json)
 
@@ -92,9 +86,9 @@ def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_
     anywhere = cpu.saturates() if vnni is None else not vnni
     cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
     if as_json:
-        emit(json.dumps({"file": str(file), "cpus": cpus}))
+        emit_json({"file": str(file), "cpus": cpus})
     else:
-        _console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
+        stdout_console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
 
 
 def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:
@@ -102,9 +96,11 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
         raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
     folder = save_diffusers(bundle, load_folder(source), out)
     if as_json:
-        emit(json.dumps({"folder": str(folder), "reader": "fxq.integrations.diffusers.register()"}))
+        emit_json({"folder": str(folder), "reader": "fxq.integrations.diffusers.register()"})
     else:
-        _console().print(f"{folder}: for from_pretrained, after fxq.integrations.diffusers.register()", highlight=False)
+        stdout_console().print(
+            f"{folder}: for from_pretrained, after fxq.integrations.diffusers.register()", highlight=False
+        )
 
 
 def _read_config(path: pathlib.Path | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from fxq import plugins
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.lab import tiny_rollout
-from fxq.models.families import DTYPES, FAMILIES, SHIPPED_MODELS, Family, read_settings, with_settings
+from fxq.models.families import FAMILIES, FLOATS, SHIPPED_MODELS, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan
 from fxq.models.prompts import Prompts, load_function, load_prompts
 from fxq.models.self_forcing import SelfForcingRollout
@@ -158,9 +158,9 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         AdapterError: for any other name.
     """
-    if name not in DTYPES:
-        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in FLOATS:
+        raise AdapterError(f"dtype {name!r}: expected one of {', '.join(FLOATS)}")
+    return FLOATS[name]
 
 
 def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driven: bool = True) -> SelfForcingRollout:

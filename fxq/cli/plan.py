@@ -1,32 +1,21 @@
-"""Commands that say what to expect before anything is quantized; :mod:`fxq.cli` registers them."""
+"""Commands that say what to expect before anything is quantized."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from fxq.cli.common import JsonOption, emit_json
 from fxq.planning.doctor import diagnose
 from fxq.planning.gpus import GIB, PlanningError, find_gpu
 from fxq.planning.plan import make_plan
 from fxq.planning.report import plan_to_json
 from fxq.planning.tables import plan_tables
 from fxq.planning.workloads import SPATIAL_STRIDE, Workload, find_workload
-from fxq.runtime.streams import emit, stdout_console
-
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
-
-
-def _emit(data: Any) -> None:
-    emit(json.dumps(data, indent=1))
-
-
-def _console() -> Console:
-    return stdout_console(highlight=False)
+from fxq.runtime.streams import stdout_console
 
 
 def plan(
@@ -56,10 +45,10 @@ def plan(
     except PlanningError as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
-        _emit(plan_to_json(result))
+        emit_json(plan_to_json(result))
         return
     for part in plan_tables(result):
-        _console().print(part)
+        stdout_console(highlight=False).print(part)
 
 
 def _workload(model: str, chosen: dict[str, Any], window: int | None) -> Workload:
@@ -80,8 +69,8 @@ def doctor(as_json: JsonOption = False) -> None:
     """Show what this machine can do and check every operator on it. Exit code 1 when one is wrong."""
     diagnosis = diagnose()
     if as_json:
-        _emit(diagnosis.to_json())
+        emit_json(diagnosis.to_json())
     else:
-        _console().print(diagnosis)
+        stdout_console(highlight=False).print(diagnosis)
     if not diagnosis.ok:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""Commands that quantize a model or look at what that would do; :mod:`fxq.cli` registers them."""
+"""Commands that quantize a model or look at what that would do."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import pathlib
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fxq.capture.trace import trace
+from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe
+from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
 from fxq.core.summary import summary
-from fxq.export import load, read_manifest, save
+from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
 from fxq.job import Job
 from fxq.passes import detect_outliers
@@ -43,21 +44,9 @@ RecipeOption = Annotated[
     typer.Option("--recipe", "-r", help="Preset (w8a8, w4a8, w4a6, w8a8-dynamic, w4a8-dynamic) or recipe file."),
 ]
 VideosOption = Annotated[int, typer.Option("--videos", "-n", min=1, help="Videos to drive.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of prompts and noise.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of tables.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 IterationsOption = Annotated[
     int | None, typer.Option(min=1, help="Reconstruction iterations; the recipe's by default.")
 ]
-
-
-def _console() -> Console:
-    """stdout; as wide as tables need where it is not a terminal."""
-    return stdout_console()
-
-
-def _emit(data: Any) -> None:
-    emit(json.dumps(data, indent=1))
 
 
 def _recipe(name: str, iterations: int | None) -> Recipe:
@@ -115,12 +104,12 @@ def quantize(
         return
     result = summary(module)
     if as_json:
-        _emit(json.loads(result.to_json()) | metrics)
+        emit_json(json.loads(result.to_json()) | metrics)
         return
-    _console().print(result)
+    stdout_console().print(result)
     for decibels in metrics.values():
-        _console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
-    _console().print(f"bundle: {out}", highlight=False)
+        stdout_console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
+    stdout_console().print(f"bundle: {out}", highlight=False)
 
 
 @with_model_files
@@ -137,7 +126,7 @@ def inspect(
         return
     rows = _planned_rows(target, files, recipe)
     if as_json:
-        _emit(rows)
+        emit_json(rows)
         return
     table = Table(title=f"{target} under {recipe}")
     for name in ("layer", "bits", "shape", "above", "outliers", "median", "threshold", "largest", "note"):
@@ -151,20 +140,21 @@ def inspect(
         table.add_row(
             row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers, row["reason"], style=style
         )
-    _console().print(table)
+    stdout_console().print(table)
 
 
 def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
-    manifest, result = read_manifest(path), summary(load(path))
+    module = load(path)
+    result, facts = summary(module), Facts.of(module)
     if as_json:
         emit(result.to_json())
         return
-    facts = manifest.facts
-    _console().print(result)
-    data = facts["calibration_hash"][:16] or "none, input scales are measured at run time"
-    _console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False, markup=False)
-    if alpha := facts.get("sensitivity"):
-        _console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
+    stdout_console().print(result)
+    data = facts.calibration_hash[:16] or "none, input scales are measured at run time"
+    stdout_console().print(f"recipe {facts.recipe['name']}, calibration {data}", highlight=False, markup=False)
+    if facts.sensitivity:
+        shown = " ".join(f"{a:.3f}" for a in facts.sensitivity)
+        stdout_console().print(f"chunk sensitivity {shown}", highlight=False)
 
 
 def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str, Any]]:
@@ -216,7 +206,7 @@ def sensitivity(
         return
     alpha = result.alpha.tolist()
     if as_json:
-        _emit({"alpha": alpha, "mse": result.mse.tolist(), "videos": len(result.mse), "recipe": recipe})
+        emit_json({"alpha": alpha, "mse": result.mse.tolist(), "videos": len(result.mse), "recipe": recipe})
         return
     table = Table(title=f"chunk sensitivity of {model} under {recipe}, {len(result.mse)} videos")
     table.add_column("chunk", justify="right")
@@ -226,4 +216,4 @@ def sensitivity(
     for i, a in enumerate(alpha):
         published = f"{PUBLISHED_SENSITIVITY[i]:.4f}" if len(alpha) == len(PUBLISHED_SENSITIVITY) else "-"
         table.add_row(str(i), f"{a:.4f}", published, "#" * round(60 * a))
-    _console().print(table)
+    stdout_console().print(table)

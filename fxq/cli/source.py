@@ -25,6 +25,7 @@ from fxq.models.diffusers_folder import load_folder
 from fxq.models.families import SHIPPED_MODELS
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
+from fxq.runtime.messages import first_line
 from fxq.runtime.streams import stderr_console
 
 
@@ -169,7 +170,7 @@ def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: p
         )
         lines, missing = estimate.lines(), -estimate.disk_free
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        lines = [f"no estimate: the model does not run on shapes alone ({str(error).strip().splitlines()[0]})"]
+        lines = [f"no estimate: the model does not run on shapes alone ({first_line(error)})"]
     for line in [] if quiet else lines:
         stderr_console().print(line, markup=False, soft_wrap=True)
     if missing > 0:

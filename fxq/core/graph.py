@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,35 @@ from fxq.core.ir import get_tensor, plan_of
 
 _LINEAR = torch.ops.aten.linear.default
 _CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+
+
+def argument_names(target: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of an operator's arguments, in its schema's order."""
+    return tuple(argument.name for argument in target._schema.arguments)  # type: ignore[attr-defined]
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """Arguments of an operator's call by name, in its schema's order, defaults filled in."""
+    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((a.name for a in declared), node.args, strict=False))
+    return {a.name: a.default_value for a in declared} | given | dict(node.kwargs)
+
+
+def in_order(target: Callable[..., Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Arguments for an operator's call by position; names that it does not have are left out.
+
+    Raises:
+        KeyError: naming an argument that is not among them.
+    """
+    return tuple(named[name] for name in argument_names(target))
+
+
+def set_arguments(node: fx.Node, **named: Any) -> None:
+    """Replace arguments of an operator's call by name; the others stay as they are given."""
+    assert callable(node.target)
+    names = argument_names(node.target)[: len(node.args)]
+    node.args = tuple(named.pop(name, given) for name, given in zip(names, node.args, strict=True))
+    node.kwargs = {**node.kwargs, **named}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +75,12 @@ def linear_sites(module: fx.GraphModule) -> Iterator[LinearSite]:
     for node in module.graph.nodes:
         if node.op != "call_function" or node.target != _LINEAR:
             continue
-        weight = _parameter_name(node.args[1])
-        bias_argument = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-        bias = _parameter_name(bias_argument)
-        if bias_argument is not None and bias is None:
+        named = arguments(node)
+        weight, bias = _parameter_name(named["weight"]), _parameter_name(named["bias"])
+        if named["bias"] is not None and bias is None:
             weight = None
         layer = node.name if weight is None else weight.removesuffix(".weight")
         yield LinearSite(node, layer, weight, bias)
-
-
-def product_of(node: fx.Node) -> fx.Node:
-    """The integer product behind the node that carries a quantized layer's plan: itself, or what it is a part of."""
-    while node.target in (operator.getitem, torch.ops.aten.split_with_sizes.default):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
 
 
 def sharing_conflicts(module: fx.GraphModule, names: tuple[str, ...]) -> dict[str, str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from fxq.calls.captured import CapturedModule, inherit_notes, notes_of
-from fxq.core.config import Scheme
+from fxq.core.method import LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
 
 _KEY = "fxq"
@@ -55,6 +54,17 @@ class LayerPlan:
         """Number of normal input channels."""
         return self.in_features - len(self.outliers)
 
+    @property
+    def quantization(self) -> Scheme:
+        """The scheme of a layer that is quantized.
+
+        Raises:
+            ValueError: when the layer is kept in model dtype.
+        """
+        if self.scheme is None:
+            raise ValueError(f"layer {self.layer} is kept in model dtype: {self.reason or 'no scheme is planned'}")
+        return self.scheme
+
     def to_json(self) -> dict[str, Any]:
         """JSON form; what lies on the node. Static schemes keep the form they had before ``per_token`` existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
@@ -84,20 +94,30 @@ def stored_names(plan: LayerPlan) -> tuple[str, ...]:
 
     ``perm`` only with outliers, ``input_scale`` and ``input_zero_point`` only when inputs are not scaled per token.
     """
-    per_token = plan.scheme is not None and plan.scheme.per_token
-    absent = {"input_scale", "input_zero_point"} if per_token else set()
+    absent = {"input_scale", "input_zero_point"} if plan.quantization.per_token else set()
     return tuple(name for name in LAYER_TENSORS if name not in absent | (set() if plan.outliers else {"perm"}))
+
+
+class _PlanNote(dict[str, Any]):
+    """A plan in JSON form, as exporters of torch carry and write it, with the plan itself: it is parsed once."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        super().__init__(plan.to_json())
+        self.plan = plan
 
 
 def plan_of(node: fx.Node) -> LayerPlan | None:
     """The node's plan, or None."""
-    data = (node.meta.get("custom") or {}).get(_KEY)
-    return None if data is None else LayerPlan.from_json(data)
+    note = (node.meta.get("custom") or {}).get(_KEY)
+    if note is not None and not isinstance(note, _PlanNote):
+        set_plan(node, LayerPlan.from_json(note))
+        return plan_of(node)
+    return None if note is None else note.plan
 
 
 def set_plan(node: fx.Node, plan: LayerPlan) -> None:
     """Write or replace the node's plan."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: plan.to_json()}
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _KEY: _PlanNote(plan)}
 
 
 def clear_plan(node: fx.Node) -> None:
@@ -153,24 +173,23 @@ def planned(module: fx.GraphModule) -> dict[str, tuple[LayerPlan, list[fx.Node]]
     return found
 
 
-def facts_of(module: fx.GraphModule) -> dict[str, Any]:
-    """JSON facts of a quantized module: recipe, sensitivity, calibration hash, environment."""
-    facts = getattr(module, "meta", {}).get(_KEY)
-    if facts is None:
-        raise ValueError(
-            f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts"
-        )
-    return dict(facts)
+class ModuleNote(Protocol):
+    """What is noted on a module as a whole; :class:`fxq.core.facts.Facts` are."""
+
+    @property
+    def stage(self) -> Stage:
+        """Of the module's graph."""
 
 
-def has_facts(module: torch.nn.Module) -> bool:
-    """Whether fxq made the module: it carries facts."""
-    return isinstance(module, fx.GraphModule) and _KEY in notes_of(module)
+def module_note(module: fx.GraphModule) -> ModuleNote | None:
+    """What fxq noted on the module, or None."""
+    note: ModuleNote | None = notes_of(module).get(_KEY)
+    return note
 
 
-def set_facts(module: fx.GraphModule, facts: dict[str, Any]) -> None:
-    """Attach facts to a quantized module, in the form that JSON gives back."""
-    module.meta[_KEY] = json.loads(json.dumps(facts))
+def set_module_note(module: fx.GraphModule, note: ModuleNote) -> None:
+    """Note something on the module, in the place of what was noted before."""
+    module.meta[_KEY] = note
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -188,20 +207,6 @@ class LayerStatistics:
     chunks: Tensor
     seen: int
     weights: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerUpdate:
-    """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
-
-    ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
-    int32 [G]; both None where the scheme measures input scales per token.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    input_scale: Tensor | None = None
-    input_zero_point: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -223,6 +228,12 @@ class QuantGraph:
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     _layers: frozenset[str] = dataclasses.field(default=frozenset(), init=False, repr=False)
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> QuantGraph:
+        """The graph of a module that fxq made, at its stage; of any other, a TRACED one."""
+        note = module_note(module)
+        return cls(module, Stage.TRACED if note is None else note.stage)
 
     def remark(self, layer: str, text: str) -> None:
         """Add a sentence about a layer for the report.

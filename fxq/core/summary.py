@@ -12,8 +12,10 @@ from rich.text import Text
 from torch import fx
 
 from fxq import kernels
-from fxq.core.graph import linear_sites, product_of
-from fxq.core.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.core.facts import Facts, Texts
+from fxq.core.graph import linear_sites
+from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
+from fxq.core.layer import QuantizedLayer
 from fxq.core.products import OtherProduct, other_products
 from fxq.kernels.gemm import op as gemm
 
@@ -44,10 +46,14 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs."""
+    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs.
+
+    ``facts`` are the module's :class:`~fxq.core.facts.Facts` in JSON form, ``notes`` what is said of modules.
+    """
 
     rows: tuple[LayerRow, ...]
     facts: dict[str, Any]
+    notes: Texts = dataclasses.field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[LayerRow, ...]:
@@ -113,7 +119,7 @@ class Summary:
     def _notes(self) -> str:
         """Each sentence about modules once, with the modules it is said of."""
         places: dict[str, list[str]] = {}
-        for place, texts in self.facts.get("notes", {}).items():
+        for place, texts in self.notes.items():
             for text in dict.fromkeys(texts):
                 places.setdefault(text, []).append(place)
         return "\n".join(
@@ -128,20 +134,19 @@ class Summary:
         return capture.get()
 
 
-def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[str, list[str]]) -> LayerRow:
-    quantized = plan.scheme is not None
-    product = product_of(node) if quantized else None
+def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: Texts) -> LayerRow:
+    layer = None if plan.scheme is None else QuantizedLayer.of(node)
     return LayerRow(
         layer=plan.layer,
-        quantized=quantized,
+        quantized=layer is not None,
         reason=plan.reason,
         bits=plan.scheme.detail if plan.scheme else "-",
         shape=(plan.out_features, plan.in_features),
         outliers=len(plan.outliers),
         output_sqnr=plan.output_sqnr,
-        bytes=0 if product is None else _stored_bytes(module, plan, product),
+        bytes=0 if layer is None else _stored_bytes(module, layer),
         bf16_bytes=2 * plan.out_features * (plan.in_features + 1),
-        kernel="" if product is None else _kernel(module, product),
+        kernel="" if layer is None else _kernel(module, layer),
         remarks=tuple(remarks.get(plan.layer, ())),
     )
 
@@ -151,19 +156,17 @@ def _other(product: OtherProduct) -> LayerRow:
     return LayerRow(product.layer, False, reason, "-", product.shape, 0, None, 0, 2 * product.size, "")
 
 
-def _kernel(module: fx.GraphModule, product: fx.Node) -> str:
-    read = next(node for node in product.all_input_nodes if node.op == "get_attr")  # the weight, for every product
-    weight = get_tensor(module, str(read.target))
-    return kernels.used(str(product.target).removeprefix("fxq."), weight.device.type, weight)
+def _kernel(module: fx.GraphModule, layer: QuantizedLayer) -> str:
+    weight = get_tensor(module, str(layer.weight.target))
+    return kernels.used(str(layer.product.target).removeprefix("fxq."), weight.device.type, weight)
 
 
-def _stored_bytes(module: fx.GraphModule, plan: LayerPlan, product: fx.Node) -> int:
+def _stored_bytes(module: fx.GraphModule, layer: QuantizedLayer) -> int:
     """Bytes of what the layer reads; of a product that several layers share, the part of its rows."""
-    reads = (node for node in product.args[1:5] if isinstance(node, fx.Node) and node.op == "get_attr")
-    operands = [get_tensor(module, str(node.target)) for node in reads]
-    joint = sum(t.numel() * t.element_size() for t in operands) * plan.out_features // max(1, len(operands[-1]))
+    operands, rows = layer.operands(module), layer.plan.out_features
+    joint = sum(t.numel() * t.element_size() for t in operands.values()) * rows // max(1, len(operands["offset"]))
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    own = [buffers.get(f"{plan.layer}.{name}") for name in ("perm", "input_zero_point")]
+    own = [buffers.get(f"{layer.name}.{name}") for name in ("perm", "input_zero_point")]
     return joint + sum(t.numel() * t.element_size() for t in own if t is not None)
 
 
@@ -173,14 +176,13 @@ def summary(module: fx.GraphModule) -> Summary:
     Raises:
         ValueError: when the module carries no fxq facts.
     """
-    facts = facts_of(module)
-    remarks = facts.get("remarks", {})
-    rows = [_row(module, plan, nodes[0], remarks) for plan, nodes in planned(module).values()]
+    facts = Facts.of(module)
+    rows = [_row(module, plan, nodes[0], facts.remarks) for plan, nodes in planned(module).values()]
     known = {row.layer for row in rows}
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
             rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
     rows += [_other(product) for product in other_products(module) if product.layer not in known]
-    for layer in facts.get("never_called", []):
+    for layer in facts.never_called:
         rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
-    return Summary(tuple(rows), facts)
+    return Summary(tuple(rows), facts.to_json(), facts.notes)

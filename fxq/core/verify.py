@@ -12,13 +12,8 @@ from torch import fx
 from fxq import kernels
 from fxq.core.aliasing import read_around_writes, told
 from fxq.core.graph import linear_sites, unused_tensors
-from fxq.core.ir import LayerPlan, QuantGraph, Stage, example_value, get_tensor, plan_of, planned
-
-_STORED = {
-    kernels.dual_scale_linear.definition: ("weight", "weight_scale", "offset", "input_scale"),
-    kernels.dual_scale_linear_per_token.definition: ("weight", "weight_scale", "offset"),
-}
-"""Product of a quantized layer -> its arguments that are stored tensors."""
+from fxq.core.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, planned
+from fxq.core.layer import FROZEN_PRODUCTS, LayerError, Operators, QuantizedLayer, quantized_layers
 
 
 class RuleError(RuntimeError):
@@ -84,8 +79,7 @@ def call_sites_of_one_weight_agree(graph: QuantGraph) -> Iterator[str]:
 def every_planned_layer_was_seen(graph: QuantGraph) -> Iterator[str]:
     """A layer that is to be quantized has calibration rows (or already its integers), or needs none."""
     for layer, plan in graph.quantized_plans.items():
-        per_token = plan.scheme is not None and plan.scheme.per_token
-        if not per_token and layer not in graph.statistics and layer not in graph.updates:
+        if not plan.quantization.per_token and layer not in graph.statistics and layer not in graph.updates:
             yield f"{layer}: planned, but calibration has no rows of it"
 
 
@@ -102,45 +96,40 @@ def no_planned_linear_is_left(graph: QuantGraph) -> Iterator[str]:
 def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
     """Weights are int8 or packed uint8 of the planned shape, scales float32 and finite."""
     for layer, (plan, nodes) in planned(graph.module).items():
-        if (scheme := plan.scheme) is None:
-            continue
-        wanted = kernels.dual_scale_linear_per_token if scheme.per_token else kernels.dual_scale_linear
-        for node in nodes:
-            if node.target not in _STORED:
+        for node in nodes if plan.scheme is not None else ():
+            if node.target not in FROZEN_PRODUCTS:
                 yield f"{layer}: the plan lies on {node.target}"
-            elif node.target != wanted.definition:
-                yield f"{layer}: its product is {node.target}, the plan says {scheme.detail}"
+            elif node.target != Operators.of(plan.quantization).product.definition:
+                yield f"{layer}: its product is {node.target}, the plan says {plan.quantization.detail}"
             else:
-                yield from (f"{layer}: {line}" for line in _misfits(graph.module, plan, node))
+                yield from (f"{layer}: {line}" for line in _misfits(graph.module, QuantizedLayer.of(node)))
 
 
-def _misfits(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> Iterator[str]:
+def _misfits(module: fx.GraphModule, layer: QuantizedLayer) -> Iterator[str]:
     """What is wrong with a product of a planned layer."""
-    named = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    reads = [named.get(name) for name in _STORED[node.target]]  # type: ignore[index]
-    if len(named) != 8 or not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in reads):
-        yield f"{node.name} does not read stored tensors in the operator's order"
-        return
+    plan = layer.plan
     try:
-        tensors = [get_tensor(module, str(n.target)) for n in reads]  # type: ignore[union-attr]
+        tensors, split, packed = layer.operands(module), layer.split, layer.bits == 4
+    except LayerError as error:
+        yield str(error)
+        return
     except AttributeError as error:
         yield f"a tensor is missing: {error}"
         return
-    stored, scale, *others = tensors
-    packed = named["bits"] == 4
+    stored = tensors.pop("weight")
     width = plan.in_features // 2 if packed else plan.in_features
     if tuple(stored.shape) != (plan.out_features, width):
         yield f"weight {tuple(stored.shape)}, expected {(plan.out_features, width)}"
     if stored.dtype != (torch.uint8 if packed else torch.int8):
         yield f"weight dtype {stored.dtype}"
     groups = 2 if plan.outliers else 1
-    shapes = [tuple(t.shape) for t in (scale, *others[1:])]
+    shapes = [tuple(tensors[name].shape) for name in ("weight_scale", "input_scale") if name in tensors]
     if shapes != [(groups, plan.out_features), (groups,)][: len(shapes)]:
         yield f"scales {' and '.join(map(str, shapes))}, expected {groups} groups"
-    if not all(bool(t.isfinite().all()) for t in (scale, *others)):
+    if not all(bool(t.isfinite().all()) for t in tensors.values()):
         yield "a scale or offset is not finite"
-    if named["split"] != plan.split:
-        yield f"split {named['split']}, the plan says {plan.split}"
+    if split != plan.split:
+        yield f"split {split}, the plan says {plan.split}"
 
 
 @rule(Stage.FROZEN)
@@ -153,11 +142,9 @@ def no_unused_tensor_is_left(graph: QuantGraph) -> Iterator[str]:
 @rule(Stage.FROZEN, until=Stage.FUSED)
 def four_bit_weights_are_packed(graph: QuantGraph) -> Iterator[str]:
     """A 4-bit layer stores half a byte per weight."""
-    for layer, (plan, nodes) in planned(graph.module).items():
-        if plan.scheme is not None and plan.scheme.weight_bits == 4:
-            for node in nodes:
-                if node.args[6] != 4:
-                    yield f"{layer}: 4-bit weights in {node.args[6]}-bit storage"
+    for layer in quantized_layers(graph.module):
+        if layer.scheme.weight_bits == 4 and layer.bits != 4:
+            yield f"{layer.name}: 4-bit weights in {layer.bits}-bit storage"
 
 
 @rule(Stage.FUSED)

@@ -165,7 +165,7 @@ class QuantizedLinear(nn.Module):
 
     def codes(self) -> Tensor:
         """int8 [N, K], channels in ``[normal | outlier]`` order."""
-        return numerics.unpack_int4(self.integers) if self.weight_bits <= 4 else self.integers
+        return numerics.unpacked(self.integers, self.weight_bits)
 
     def deviation(self, weight: Tensor) -> float:
         """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
@@ -187,11 +187,10 @@ class QuantizedLinear(nn.Module):
 
     def float_bias(self) -> Tensor:
         """The bias float64 [N] that is in the offset, up to the offset's rounding."""
-        offset = self.offset.double()
         if self.input_scale is None or self.input_zero_point is None:
-            return offset
+            return self.offset.double()
         scales = self.weight_scale, self.input_scale, self.input_zero_point
-        return offset - numerics.fold_offset(None, self.codes(), *scales, self.split).double()
+        return numerics.unfolded_bias(self.offset, self.codes(), *scales, self.split)
 
     def has_values_of(self, bias: Tensor | None) -> bool:
         """Whether a float bias [N] (None: zeros) is the one that is in the offset, but for rounding to its dtype."""

@@ -7,7 +7,6 @@ linears change.
 from __future__ import annotations
 
 import copy
-import operator
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
@@ -15,9 +14,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxq import kernels
 from fxq.core.config import plain_layer
-from fxq.core.ir import facts_of, get_tensor, plan_of, planned, stored_names
+from fxq.core.facts import Facts
+from fxq.core.ir import planned
+from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer
 from fxq.export import load
 from fxq.integrations.names import NamesError, Renaming, renaming, weights_of
 from fxq.integrations.quantized_linear import QuantizedLinear
@@ -31,7 +31,6 @@ __all__ = ["ApplyError", "Bundle", "QuantizedLinear", "apply", "check_weight", "
 Bundle = str | os.PathLike[str] | fx.GraphModule
 """A bundle's folder, or a module made by :func:`fxq.quantize` or :func:`fxq.load`."""
 
-_PRODUCTS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
 MAX_DEVIATION = 1.0  # steps: nearest rounding deviates by 0.29 on average, learned rounding by less than 1
 
 
@@ -44,11 +43,11 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
     """
     module = bundle if isinstance(bundle, fx.GraphModule) else load(bundle)
     try:
-        facts = facts_of(module)
+        facts = Facts.of(module)
     except ValueError as error:
         raise ApplyError(f"{error}; give the folder or the module that fxq.quantize made") from None
     layers: dict[str, QuantizedLinear] = {}
-    kept = set(facts.get("never_called", ()))
+    kept = set(facts.never_called)
     for name, (plan, nodes) in planned(module).items():
         if plan.scheme is None:
             kept.add(name)
@@ -60,20 +59,19 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
 
 
 def _layer(module: fx.GraphModule, name: str, node: fx.Node) -> QuantizedLinear:
-    plan = plan_of(node)
-    if plan is None or node.target not in _PRODUCTS:
-        raise ApplyError(
-            f"layer {name} is {node.target}, expected fxq::dual_scale_linear: an optimized module fits its own graph "
-            "only; give the module it was made from"
-        )
-    q, split, weight_bits = node.args[0], node.args[5], node.args[6]
-    assert isinstance(q, fx.Node) and isinstance(split, int) and isinstance(weight_bits, int)
-    quantize = q.args[0] if q.target is operator.getitem else q
-    assert isinstance(quantize, fx.Node)
-    input_bits = quantize.args[-1]
-    assert isinstance(input_bits, int)
-    tensors = {n: get_tensor(module, f"{name}.{n}") for n in stored_names(plan)}
-    return QuantizedLinear(plan, split, input_bits, weight_bits, tensors)
+    try:
+        layer = QuantizedLayer.of(node)
+        if layer.frozen:
+            tensors = LayerTensors.of(module, layer.plan).by_name()
+            return QuantizedLinear(layer.plan, layer.split, layer.input_bits, layer.bits, tensors)
+    except LayerError as error:
+        cause: LayerError | None = error
+    else:
+        cause = None
+    raise ApplyError(
+        f"layer {name} is {node.target}, expected fxq::dual_scale_linear: an optimized module fits its own graph "
+        "only; give the module it was made from"
+    ) from cause
 
 
 def match(model: nn.Module, layers: Mapping[str, QuantizedLinear], kept: set[str]) -> dict[str, nn.Parameter]:

@@ -7,7 +7,6 @@ inputs too, chosen at every call by the identity of the float weight that is pas
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from fxq.integrations.dynamo_graph import (
     source_name,
 )
 from fxq.integrations.swap import Bundle, check_weight, read_layers
+from fxq.runtime.messages import did_you_mean
 
 RECIPE = "fxq.recipe"
 
@@ -128,8 +128,7 @@ def _parse(options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     known = [RECIPE, *torch._inductor.list_options()]
     for name in given:
         if name.replace("-", "_") not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {RECIPE!r} and the options of inductor"
+            hint = did_you_mean(name, known, 0.6) or f"it knows {RECIPE!r} and the options of inductor"
             raise BackendError(f"backend fxq has no option {name!r}; {hint}")
     if recipe is None:
         raise BackendError(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxq.models.archives import check_archive, check_loaded
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, TensorHeader, read_header, read_json, regular_file
 
 KEYS = ("generator_ema", "generator", "model")
@@ -80,7 +81,7 @@ def _read_pickled(path: pathlib.Path) -> Any:
         check_loaded(found, path)
         return found
     except (ReadError, MemoryError) as error:
-        raise CheckpointError(f"{path} is refused: {_first_line(error)}. Save only the state dict") from error
+        raise CheckpointError(f"{path} is refused: {_first_sentence(error)}. Save only the state dict") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"the object {found[1]}" if found else "more than tensors (or is damaged)"
@@ -94,12 +95,12 @@ def _read_pickled(path: pathlib.Path) -> Any:
         elif "mmap can only be used" in str(error):
             reason = "it is no zip-format torch file; save it again with torch.save, or download it again"
         else:
-            reason = f"it is truncated or damaged ({_first_line(error)}); download or copy it again"
+            reason = f"it is truncated or damaged ({_first_sentence(error)}); download or copy it again"
         raise CheckpointError(f"{path} cannot be read: {reason}. It has {path.stat().st_size} bytes") from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].split(". ")[0][:160] if str(error).strip() else type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    return first_line(error).split(". ")[0][:160]
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -130,8 +131,8 @@ def _read_safetensors(path: pathlib.Path, folder: pathlib.Path | None = None) ->
     except (ReadError, OSError) as error:
         size = f". It has {path.stat().st_size} bytes" if path.is_file() else ""
         raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)}{size} and is truncated or no safetensors file; download or "
-            "copy it again"
+            f"{path} cannot be read: {_first_sentence(error)}{size} and is truncated or no safetensors file; download "
+            "or copy it again"
         ) from error
 
 

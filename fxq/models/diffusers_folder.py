@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import pathlib
 import threading
 from collections import Counter
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxq.models.checkpoints import CheckpointError, compact, read_raw
+from fxq.runtime.messages import close_names
 from fxq.runtime.reading import ReadError, read_json
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"
@@ -103,8 +103,8 @@ def _find_class(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
     name = config["_class_name"]
     cls = getattr(diffusers, name, None) if name in dir(diffusers) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
-        close = difflib.get_close_matches(name, [n for n in dir(diffusers) if n.endswith("Model")], n=3)
-        hint = f"; close names: {', '.join(close)}" if close else ""
+        close = close_names(name, [n for n in dir(diffusers) if n.endswith("Model")], 0.6)
+        hint = f"; {close}" if close else ""
         raise CheckpointError(
             f"{folder}: {name} is no model class of diffusers {diffusers.__version__}{hint}. Install the version that "
             f"wrote the folder ({config.get('_diffusers_version', 'not stated')})"

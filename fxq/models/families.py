@@ -8,15 +8,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from fxq.cache.policy import CachePolicy
+from fxq.dtypes import DTYPES
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import KEYS, CheckpointError
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
 from fxq.runtime.reading import ReadError, read_json
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {name: DTYPES[name] for name in ("float32", "bfloat16", "float16")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ _FRAMEWISE = SamplerConfig(frames_per_chunk=1)
 _FIRST = (1000.0, 750.0, 500.0, 250.0)
 _TWO_STEP = SamplerConfig(frames_per_chunk=1, steps=(1000, 500), first_chunk_steps=_FIRST)
 _ONE_STEP = SamplerConfig(frames_per_chunk=1, steps=(1000,), first_chunk_steps=_FIRST)
-_KREA = SamplerConfig(steps=(1000, 750, 500, 250, 0), window=6)
+_KREA = SamplerConfig(steps=(1000, 750, 500, 250, 0), cache=CachePolicy(window=6))
 _CAUSAL_FORCING = "huggingface.co/zhuhz22/Causal-Forcing"
 FAMILIES: Mapping[str, Family] = {
     family.name: family
@@ -71,7 +71,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             name="longlive",
             source="LongLive v1: longlive_base.pt with lora.pt",
-            sampler=SamplerConfig(window=12, sink=3),
+            sampler=SamplerConfig(cache=CachePolicy(window=12, sink=3)),
             frames=120,
             keys=("generator", "generator_ema", "model"),
             lora=True,
@@ -93,9 +93,8 @@ _SAMPLER_SETTINGS = {
     "warp_denoising_step": "warp",
     "num_frame_per_block": "frames_per_chunk",
     "context_noise": "context_noise",
-    "local_attn_size": "window",
-    "sink_size": "sink",
 }
+_CACHE_SETTINGS = {"local_attn_size": "window", "sink_size": "sink"}
 _CONFIG_SETTINGS = {field.name for field in dataclasses.fields(CausalWanConfig)}
 _IGNORED = {"window_size", "num_train_timestep", "num_output_frames"}
 
@@ -115,9 +114,9 @@ def with_settings(family: Family, settings: Mapping[str, Any]) -> Family:
     if (kind := public.pop("model_type", "t2v")) != "t2v":
         raise CheckpointError(f"model_type {kind!r}: only text-to-video causal Wan models are supported, 't2v'")
     shift = public.pop("timestep_shift", None)
-    unknown = sorted(public.keys() - _CONFIG_SETTINGS - _SAMPLER_SETTINGS.keys() - _IGNORED)
+    unknown = sorted(public.keys() - _CONFIG_SETTINGS - _SAMPLER_SETTINGS.keys() - _CACHE_SETTINGS.keys() - _IGNORED)
     if unknown:
-        known = ", ".join(sorted({*_CONFIG_SETTINGS, *_SAMPLER_SETTINGS, "timestep_shift"}))
+        known = ", ".join(sorted({*_CONFIG_SETTINGS, *_SAMPLER_SETTINGS, *_CACHE_SETTINGS, "timestep_shift"}))
         raise CheckpointError(f"unknown settings {', '.join(unknown)}; known are {known}")
     sizes = {key: value for key, value in public.items() if key in _CONFIG_SETTINGS}
     for key in sizes.keys() - {"patch_size", "eps"}:
@@ -127,6 +126,8 @@ def with_settings(family: Family, settings: Mapping[str, Any]) -> Family:
     try:
         if shift is not None:
             loop["schedule"] = FlowSchedule(shift=float(shift))
+        kept = {_CACHE_SETTINGS[key]: value for key, value in public.items() if key in _CACHE_SETTINGS}
+        loop["cache"] = dataclasses.replace(family.sampler.cache, **kept)
         config = dataclasses.replace(family.config, **sizes)
         return dataclasses.replace(family, config=config, sampler=dataclasses.replace(family.sampler, **loop))
     except (TypeError, ValueError, ZeroDivisionError) as error:

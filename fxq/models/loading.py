@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.checkpoints import CheckpointError, compact, read_tensors
-from fxq.models.families import DTYPES, FAMILIES, Family
+from fxq.models.families import FAMILIES, FLOATS, Family
 from fxq.models.lora import Update, check_updates, read_lora
 
 _PIECE = 1 << 29
@@ -88,9 +88,9 @@ def _changed(
 
 
 def _main_dtype(tensors: Mapping[str, Tensor], path: pathlib.Path) -> torch.dtype:
-    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPES.values()]:
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()]:
         raise CheckpointError(
-            f"{path}: {compact(strange)} is {tensors[strange[0]].dtype}, expected {', '.join(DTYPES)}; a file that is "
+            f"{path}: {compact(strange)} is {tensors[strange[0]].dtype}, expected {', '.join(FLOATS)}; a file that is "
             "quantized already cannot be quantized again"
         )
     counts: Counter[torch.dtype] = Counter()

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fxq.models.checkpoints import CheckpointError
+from fxq.runtime.messages import first_line
 from fxq.runtime.reading import parse_json, read_json
 
 CONFIG = "adapter_config.json"
@@ -128,7 +129,7 @@ def read_settings(path: pathlib.Path, alpha: float | None = None) -> LoraSetting
         try:
             data = read_json(config, path.parent)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{source} is not valid JSON: {_line(error)}; copy it again") from error
+            raise CheckpointError(f"{source} is not valid JSON: {first_line(error, 160)}; copy it again") from error
     else:
         source, data = f"{path}, {_HEADER}", _from_header(path)
         if data is None:
@@ -155,7 +156,7 @@ def _from_header(path: pathlib.Path) -> Any:
             text = (file.metadata() or {}).get(_HEADER)
         data = None if text is None else parse_json(text)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {_HEADER} in its header is not valid JSON: {_line(error)}") from error
+        raise CheckpointError(f"{path}: {_HEADER} in its header is not valid JSON: {first_line(error, 160)}") from error
     if isinstance(data, dict):
         for component in _COMPONENTS:
             if own := {k.removeprefix(component): v for k, v in data.items() if k.startswith(component)}:
@@ -211,7 +212,3 @@ def _flag(source: str, name: str, value: Any) -> bool:
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{source}: {name} is {value!r}, expected true or false")
     return bool(value)
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0][:160] if str(error) else type(error).__name__

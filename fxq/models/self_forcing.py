@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from fxq.cache.policy import CachePolicy
+from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
-from fxq.models.causal_wan import CausalWan, rope_tables
+from fxq.models.causal_wan import CausalWan, WanRotary, rope_tables
 from fxq.models.schedule import FlowSchedule
 
 
@@ -25,8 +27,7 @@ class SamplerConfig:
     """The few-step loop: what is sampled, in which chunks and steps, with which cache policy.
 
     ``steps`` are nominal (1000, 750, ...) and warped onto the shifted grid unless ``warp`` is off;
-    ``first_chunk_steps`` replaces them in the first generated chunk. ``window`` is the attention span in frames
-    (-1: everything so far), of which ``sink`` frames from the start are never evicted.
+    ``first_chunk_steps`` replaces them in the first generated chunk.
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -34,8 +35,7 @@ class SamplerConfig:
     warp: bool = True
     frames_per_chunk: int = 3
     context_noise: float = 0.0
-    window: int = -1
-    sink: int = 0
+    cache: CachePolicy = dataclasses.field(default_factory=CachePolicy)
     schedule: FlowSchedule = FlowSchedule()
 
     def __post_init__(self) -> None:
@@ -46,11 +46,7 @@ class SamplerConfig:
             object.__setattr__(self, "schedule", FlowSchedule(**self.schedule))
         if not self.steps:
             raise ValueError("steps is empty: a chunk needs at least one denoising step")
-        if self.window != -1 and self.window < self.sink + self.frames_per_chunk:
-            raise ValueError(
-                f"window of {self.window} frames cannot hold {self.sink} sink frames and a chunk of "
-                f"{self.frames_per_chunk}; use -1 or at least {self.sink + self.frames_per_chunk}"
-            )
+        self.cache.check(self.frames_per_chunk)
 
     def timesteps(self, first: bool) -> tuple[float, ...]:
         """Timesteps of a chunk; ``first`` for the first generated one."""
@@ -58,12 +54,15 @@ class SamplerConfig:
         return self.schedule.warp(steps) if self.warp else tuple(float(s) for s in steps)
 
 
+Prefix = tuple[list[Tensor], list[Tensor]]
+"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SelfForcingState(State):
-    """Caches per layer: ``keys``/``values`` [B, P, heads, head_dim], ``cross_k``/``cross_v`` [B, L, ...]."""
+    """``cache`` of the frames so far; per layer ``cross_k``/``cross_v`` [B, L, heads, head_dim] of the prompt."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    cache: Cache
     cross_k: tuple[Tensor, ...]
     cross_v: tuple[Tensor, ...]
     calls: int
@@ -80,6 +79,7 @@ class SelfForcingRollout(Rollout):
         batches: (condition, draws) pairs.
         sampler: the loop's settings.
         any_size: capture a graph for frames of any height and width, on small ones; else for those of the draws.
+        cache_tables: what the codecs of the cache learned from calibration, see :func:`fxq.cache.choose.cache_tables`.
     """
 
     def __init__(
@@ -89,11 +89,13 @@ class SelfForcingRollout(Rollout):
         sampler: SamplerConfig | None = None,
         *,
         any_size: bool = False,
+        cache_tables: Memories | None = None,
     ) -> None:
         super().__init__(model, batches)
         self.model = model
         self.sampler = sampler or SamplerConfig()
         self.any_size = any_size
+        self.cache_tables = cache_tables
 
     def _given(self, condition: Condition) -> int:
         latent = condition.get("initial_latent")
@@ -110,7 +112,11 @@ class SelfForcingRollout(Rollout):
         return frames // size
 
     def begin(self, condition: Condition, draws: Draws) -> SelfForcingState:
-        """Empty caches."""
+        """An empty cache.
+
+        Raises:
+            ValueError: when the prompt's embedding or the cache policy does not fit the model.
+        """
         config, batch = self.model.config, draws.batch
         prompt = condition["prompt_embeds"]
         if prompt.ndim != 3 or prompt.shape[0] != batch or prompt.shape[2] != config.text_dim:
@@ -123,7 +129,16 @@ class SelfForcingRollout(Rollout):
         empty = weight.new_zeros(batch, 0, config.num_heads, config.head_dim)
         none = (empty,) * config.num_layers
         latents = weight.new_zeros(batch, 0, *draws.shape[1:])
-        return SelfForcingState(condition, draws, 0, latents, none, none, none, none, 0)
+        _, rows, columns = config.patch_size
+        rotary = WanRotary(config.head_dim, draws.shape[2] // rows, draws.shape[3] // columns)
+        layout = Layout(rotary.tokens, self.sampler.frames_per_chunk)
+        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self.cache_tables)
+        return SelfForcingState(condition, draws, 0, latents, cache, none, none, 0)
+
+    def fork(self, state: State) -> SelfForcingState:
+        """An independent continuation; the state's cache is then never written over."""
+        state = cast(SelfForcingState, state)
+        return dataclasses.replace(state, cache=state.cache.fork())
 
     def advance(self, state: State, on_call: OnCall | None = None) -> SelfForcingState:
         """One chunk: denoising calls, then the context call; a given chunk is one context-like call."""
@@ -132,10 +147,11 @@ class SelfForcingRollout(Rollout):
         size, unit = sampler.frames_per_chunk, state.next_unit
         given = self._given(state.condition) // size
         lo, hi = unit * size, (unit + 1) * size
-        state = self._evict(state)
+        state = dataclasses.replace(state, cache=state.cache.evict())
+        prefix = state.cache.prefix()
         if unit < given:
             latents = state.condition["initial_latent"][:, lo:hi].to(weight.device, weight.dtype)
-            state = self._write(state, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
+            state = self._write(state, prefix, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
         else:
             first = unit == given
             offset = (unit - given) * size
@@ -143,7 +159,7 @@ class SelfForcingRollout(Rollout):
             timesteps = sampler.timesteps(first)
             for step, timestep in enumerate(timesteps):
                 span = Span(unit, step, (lo, hi), timestep)
-                output, state, _ = self._call(state, x, "denoise", span, on_call)
+                output, state, _ = self._call(state, prefix, x, "denoise", span, on_call)
                 t = torch.full(x.shape[:2], timestep, dtype=torch.float32, device=x.device)
                 latents = sampler.schedule.x0(x, output, t)
                 if step + 1 < len(timesteps):
@@ -151,31 +167,12 @@ class SelfForcingRollout(Rollout):
                     following = torch.full(x.shape[:2], timesteps[step + 1], dtype=torch.float32, device=x.device)
                     x = sampler.schedule.renoise(latents, noise, following)
             span = Span(unit, len(timesteps), (lo, hi), sampler.context_noise)
-            state = self._write(state, latents, "context", span, on_call)
+            state = self._write(state, prefix, latents, "context", span, on_call)
         return dataclasses.replace(state, next_unit=unit + 1, latents=torch.cat((state.latents, latents), dim=1))
 
-    def _tokens_per_frame(self, state: State) -> int:
-        _, ph, pw = self.model.config.patch_size
-        return (state.draws.shape[2] // ph) * (state.draws.shape[3] // pw)
-
-    def _evict(self, state: SelfForcingState) -> SelfForcingState:
-        """Drop the oldest non-sink tokens so that the next chunk fits the window."""
-        if self.sampler.window == -1:
-            return state
-        tokens = self._tokens_per_frame(state)
-        sink = self.sampler.sink * tokens
-        excess = state.keys[0].shape[1] + (self.sampler.frames_per_chunk - self.sampler.window) * tokens
-        if excess <= 0:
-            return state
-
-        def keep(cache: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(torch.cat((c[:, :sink], c[:, sink + excess :]), dim=1) for c in cache)
-
-        return dataclasses.replace(state, keys=keep(state.keys), values=keep(state.values))
-
     def _call(
-        self, state: SelfForcingState, x: Tensor, kind: Kind, span: Span, on_call: OnCall | None
-    ) -> tuple[Tensor, SelfForcingState, tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        self, state: SelfForcingState, prefix: Prefix, x: Tensor, kind: Kind, span: Span, on_call: OnCall | None
+    ) -> tuple[Tensor, SelfForcingState, Prefix]:
         config, weight = self.model.config, self.model.patch_embedding.weight
         prompt = state.condition["prompt_embeds"].to(weight.device, weight.dtype)
         if state.calls:
@@ -185,30 +182,25 @@ class SelfForcingRollout(Rollout):
         _, ph, pw = config.patch_size
         cos, sin = rope_tables(config.head_dim, x.shape[1], x.shape[3] // ph, x.shape[4] // pw, span.frames[0])
         output, k, v, cross_k, cross_v = self.call(
-            Call(state.calls, kind, (span,), self._tokens_per_frame(state)),
+            Call(state.calls, kind, (span,), state.cache.layout.tokens),
             x,
             torch.full(x.shape[:2], span.timestep, dtype=torch.float32, device=x.device),
             prompt,
             list(state.cross_k),
             list(state.cross_v),
-            list(state.keys),
-            list(state.values),
+            *prefix,
             cos.to(x.device),
             sin.to(x.device),
             on_call=on_call,
         )
         after = dataclasses.replace(state, cross_k=tuple(cross_k), cross_v=tuple(cross_v), calls=state.calls + 1)
-        return output, after, (tuple(k), tuple(v))
+        return output, after, (list(k), list(v))
 
     def _write(
-        self, state: SelfForcingState, latents: Tensor, kind: Kind, span: Span, on_call: OnCall | None
+        self, state: SelfForcingState, prefix: Prefix, latents: Tensor, kind: Kind, span: Span, on_call: OnCall | None
     ) -> SelfForcingState:
-        _, state, (new_k, new_v) = self._call(state, latents, kind, span, on_call)
-
-        def append(cache: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(torch.cat(pair, dim=1) for pair in zip(cache, new, strict=True))
-
-        return dataclasses.replace(state, keys=append(state.keys, new_k), values=append(state.values, new_v))
+        _, state, new = self._call(state, prefix, latents, kind, span, on_call)
+        return dataclasses.replace(state, cache=state.cache.append(*new).commit())
 
     def example_call(self) -> tuple[tuple[Any, ...], Any]:
         """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic.

@@ -7,26 +7,23 @@ and their channels). Operators that tell places along an axis apart, or are not 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
-from fxq import kernels
+from fxq.core.graph import arguments
 from fxq.core.ir import plan_of
+from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, PER_TOKEN, quantize_of
 from fxq.parallel.plan import ParallelError
 from fxq.passes.match.axis_groups import Axis, AxisBuilder, AxisGroups
 from fxq.passes.match.axis_rules import pointwise, visit
-from fxq.passes.match.patterns import ATEN, LINEAR, QUANTIZE, arguments, is_call, value_of
+from fxq.passes.match.patterns import ATEN, is_call, value_of
 
 Owner = fx.Node | str
 """A node's value, or a stored tensor by name."""
 
-_PER_TOKEN = kernels.quantize_per_token.definition
-_LINEAR_PER_TOKEN = kernels.dual_scale_linear_per_token.definition
-INTEGER_LINEARS = (LINEAR, _LINEAR_PER_TOKEN)
-LINEARS = (*INTEGER_LINEARS, ATEN.linear.default)
+LINEARS = (*FROZEN_PRODUCTS, ATEN.linear.default)
 
 
 _ATTENTION = ATEN.scaled_dot_product_attention.default
@@ -69,14 +66,17 @@ class _Builder(AxisBuilder):
 
 def _quantize(builder: AxisBuilder, node: fx.Node) -> None:
     """``fxq::quantize_per_token``: the integers' channels have an order of their own."""
-    for axis, target in zip(builder.axes(node.args[0])[:-1], builder.axes(node)[:-1], strict=True):
+    x = arguments(node)["x"]
+    for axis, target in zip(builder.axes(x)[:-1], builder.axes(node)[:-1], strict=True):
         builder.tie(axis, target)
 
 
 def _linear(builder: AxisBuilder, node: fx.Node) -> None:
     """``fxq::dual_scale_linear_per_token``."""
-    q, scale, weight, weight_scale, offset = (builder.axes(value) for value in node.args[:5])
-    out = builder.axes(node)
+    named, out = arguments(node), builder.axes(node)
+    q, scale, weight, weight_scale, offset = (
+        builder.axes(named[name]) for name in ("q", "input_scale", "weight", "weight_scale", "offset")
+    )
     builder.tie(weight[0], weight_scale[1], offset[0], out[-1])
     for axes in zip(q[:-1], scale[:-1], out[:-1], strict=True):
         builder.tie(*axes)
@@ -86,8 +86,8 @@ def _linear(builder: AxisBuilder, node: fx.Node) -> None:
 _RULES: dict[Any, Callable[[AxisBuilder, fx.Node], None]] = {
     ATEN.empty_like.default: pointwise,
     ATEN.copy_.default: pointwise,
-    _PER_TOKEN: _quantize,
-    _LINEAR_PER_TOKEN: _linear,
+    PER_TOKEN.quantize.definition: _quantize,
+    PER_TOKEN.product.definition: _linear,
 }
 
 
@@ -216,7 +216,7 @@ def check_readers(module: fx.GraphModule, splits: Splits, rows: Mapping[fx.Node,
     for node in module.graph.nodes:
         if not is_call(node, *LINEARS):
             continue
-        x = quantize_of(node).all_input_nodes[0] if is_call(node, *INTEGER_LINEARS) else node.all_input_nodes[0]
+        x = arguments(quantize_before(node))["x"] if is_call(node, *FROZEN_PRODUCTS) else node.all_input_nodes[0]
         split = splits[x] if x in splits and splits[x].dim == len(value_of(x).shape) - 1 else None
         if split is not None and node not in rows:
             name = plan.layer if (plan := plan_of(node)) is not None else node.name
@@ -230,14 +230,14 @@ def check_readers(module: fx.GraphModule, splits: Splits, rows: Mapping[fx.Node,
             )
 
 
-def quantize_of(linear: fx.Node) -> fx.Node:
+def quantize_before(linear: fx.Node) -> fx.Node:
     """The node that makes the integers of an integer linear's input.
 
     Raises:
         ParallelError: when it is no quantize operator.
     """
-    node = linear.all_input_nodes[0]
-    node = node.all_input_nodes[0] if is_call(node, operator.getitem) else node
-    if not is_call(node, QUANTIZE, _PER_TOKEN):
-        raise ParallelError(f"{linear.name}: its input is made by {node.target}; give a module that is not optimized")
+    node = quantize_of(linear)
+    if not is_call(node, *FROZEN_QUANTIZES):
+        made = "no operator" if node is None else node.target
+        raise ParallelError(f"{linear.name}: its input is made by {made}; give a module that is not optimized")
     return node

@@ -145,7 +145,7 @@ class _Weight:
 
     @property
     def packed(self) -> bool:
-        return self.plan.scheme is not None and self.plan.scheme.weight_bits == 4
+        return self.plan.quantization.weight_bits == 4
 
     def read(self, low: int, high: int) -> Tensor:
         """int8 [N, high - low]."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from typing import Literal, get_args
 
 from fxq.core.config import Rule
+from fxq.runtime.messages import close_names
 
 How = Literal["column", "row", "replicate"]
 """``column`` splits the outputs of a linear, ``row`` its inputs, ``replicate`` leaves all of it on every rank."""
@@ -58,8 +58,7 @@ class ShardPlan:
         for rule in self.rules:
             if rule.optional or any(rule.matches(name) for name in names):
                 continue
-            close = difflib.get_close_matches(rule.pattern.removeprefix("re:"), names, n=3, cutoff=0.3)
-            hint = f"close names: {', '.join(close)}" if close else f"the model has {len(names)} linears"
+            hint = close_names(rule.pattern, names) or f"the model has {len(names)} linears"
             raise ParallelError(f"shard plan: pattern {rule.pattern!r} matches no layer; {hint}")
 
 

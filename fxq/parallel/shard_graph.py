@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxq.core.graph import drop_unread_attributes
+from fxq.core.graph import arguments, drop_unread_attributes, set_arguments
 from fxq.core.ir import (
     LayerPlan,
     QuantGraph,
@@ -23,14 +23,15 @@ from fxq.core.ir import (
     set_plan,
     stored_names,
 )
+from fxq.core.layer import FROZEN_PRODUCTS, measured_pair
 from fxq.core.pipeline import Rewrite
 from fxq.export.inputs import InputEntry, input_entries, record_values
-from fxq.parallel.axes import INTEGER_LINEARS, Splits, check_mixing, check_readers, find_splits, joins, quantize_of
+from fxq.parallel.axes import Splits, check_mixing, check_readers, find_splits, joins, quantize_before
 from fxq.parallel.groups import Place
 from fxq.parallel.layers import LayerShard, Sliceable, bounds, shard_column, shard_row
 from fxq.parallel.plan import ParallelError, ShardPlan
 from fxq.passes.match.edits import erase_unread, insert
-from fxq.passes.match.patterns import ATEN, arguments, is_call
+from fxq.passes.match.patterns import ATEN, is_call
 
 _C10D = torch.ops._c10d_functional
 _MEANS = (ATEN.mean.dim, ATEN.sum.dim_IntList)
@@ -141,11 +142,11 @@ class ShardGraph(Rewrite):
         """A row layer on the rank's inputs, summed over ranks in float32."""
         dtype = example_value(node).dtype
         bias = None
-        if is_call(node, *INTEGER_LINEARS):
+        if is_call(node, *FROZEN_PRODUCTS):
             _narrow(node, shard)
         else:
-            x, weight, *rest = node.args
-            node.args, node.kwargs, bias = (x, weight), {}, (*rest, node.kwargs.get("bias"))[0]
+            bias = arguments(node)["bias"]
+            set_arguments(node, bias=None)
             node = node if dtype == torch.float32 else _follow(node, ATEN.to.dtype, (node, torch.float32))
         total = self._all_reduce(node)
         if dtype != torch.float32:
@@ -210,12 +211,12 @@ def _resize(node: fx.Node, dim: int, size: int) -> None:
     place = dim - start
     if 0 <= place < len(sizes) and isinstance(sizes[place], int) and sizes[place] != -1:
         sizes[place] //= size
-        node.update_arg(2 if is_call(node, ATEN.unflatten.int) else 1, sizes)
+        set_arguments(node, **{next(n for n in ("sizes", "size", "shape") if n in named): sizes})
 
 
 def _narrow(node: fx.Node, shard: LayerShard) -> None:
     """A quantized row layer on the rank's channels, with a float32 result."""
-    old, split = quantize_of(node), shard.plan.split
+    old, split = quantize_before(node), shard.plan.split
     named = arguments(old) | {"split": split}
     if shard.filled:
         perm = _read(f"{shard.plan.layer}.perm", old)
@@ -225,10 +226,10 @@ def _narrow(node: fx.Node, shard: LayerShard) -> None:
     elif "perm" not in shard.tensors:
         named["perm"] = None
     new = insert(old, old, old.target, tuple(named.values()), example_value(old))  # type: ignore[arg-type]
-    sources = node.args[:2] if is_call(node.args[0], operator.getitem) else node.args[:1]
-    parts = [new] if sources == (old,) else [insert(old, old, operator.getitem, (new, i), None) for i in range(2)]
-    node.args = (*parts, *node.args[len(parts) : 5], split, node.args[6], torch.float32)
-    erase_unread(*sources)  # type: ignore[arg-type]
+    before, measured = arguments(node), [name for name, read in arguments(node).items() if measured_pair(read)]
+    parts = {name: insert(old, old, operator.getitem, (new, i), None) for i, name in enumerate(measured)}
+    set_arguments(node, **({"q": new} | parts), split=split, dtype=torch.float32)
+    erase_unread(*(before[name] for name in measured or ("q",)))
 
 
 def _read(name: str, before: fx.Node) -> fx.Node:

@@ -17,16 +17,17 @@ from torch.utils import _pytree as pytree
 from fxq import kernels, plugins
 from fxq.export.interop import OTHER_TARGETS, TARGETS
 from fxq.kernels import native
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.op import IN_FLOAT, in_float_note, plain_weight
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import Arguments, Op
-from fxq.kernels.operands import Operands
 from fxq.models.families import SHIPPED_MODELS
 from fxq.planning.environment import Environment, read_environment
 from fxq.planning.gains import OLDEST_FP8, OLDEST_INT8, arch_name, cpu_gain, gpu_gain, no_gpu, no_triton
 from fxq.plugins import Plugin
 from fxq.recipes import METHODS
+from fxq.runtime.messages import kind_and_line
 
 RARE = 0.01
 """Share of integers that may differ by one where they follow a float computation."""
@@ -210,8 +211,7 @@ def _check(op: Op, device: str, kernel: str, samples: list[Arguments], note: str
         try:
             got = [tensor.cpu() for tensor in pytree.tree_leaves(op(*moved))]
         except Exception as error:  # whatever a compiler or a driver raises is the finding
-            first = (str(error).splitlines() or [""])[0]
-            return Check(op.name, device, kernel, "failed", None, f"{type(error).__name__}: {first}")
+            return Check(op.name, device, kernel, "failed", None, kind_and_line(error))
         for one, wanted in zip(got, want, strict=True):
             if fault := disagreement(op, one, wanted):
                 return Check(op.name, device, kernel, "wrong", None, fault)

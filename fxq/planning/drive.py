@@ -115,7 +115,7 @@ def _self_forcing(rollout: SelfForcingRollout) -> Drive:
         tokens=batch * tokens,
         call_bytes=(2 * prefix + 2 * tokens) * per_token + text + block,
         kept_bytes=prefix * per_token,
-        assumptions=() if sampler.window != -1 else ("the whole video stays in the cache",),
+        assumptions=() if sampler.cache.window != -1 else ("the whole video stays in the cache",),
     )
 
 
@@ -129,7 +129,7 @@ def _units(rollout: SelfForcingRollout) -> Iterator[_Unit]:
     text = sum(m.in_features * m.out_features for name, m in _named_linears(rollout.model)) - linears
     for unit in range(rollout.units(condition, draws)):
         calls = 1 if unit < given else 1 + len(sampler.timesteps(unit == given))
-        kept = unit * size if sampler.window == -1 else min(unit * size, sampler.window - size)
+        kept = unit * size if sampler.cache.window == -1 else min(unit * size, sampler.cache.window - size)
         prefix = kept * tokens // size
         products = 4 * tokens * (prefix + tokens + config.text_len) * config.dim * config.num_layers
         once = 2 * config.text_len * text if unit == 0 else 0

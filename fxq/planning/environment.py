@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import pathlib
 import platform
 import shlex
 import shutil
@@ -87,7 +86,7 @@ def read_environment() -> Environment:
         cuda=torch.version.cuda or "",
         driver=_first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
         devices=_devices(),
-        cpu=_cpu_name(),
+        cpu=cpu.name() or platform.machine(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         instructions=tuple(name for name in NEEDS if name not in lacking),
@@ -123,15 +122,6 @@ def _first_line(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else ""
-
-
-def _cpu_name() -> str:
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import pathlib
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.families import FAMILIES, Family
 from fxq.planning.gpus import PlanningError
+from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import ReadError, read_json
 
 TEMPORAL_STRIDE = 4  # video frames per latent frame of the Wan VAE
@@ -95,8 +95,8 @@ def of_family(family: Family) -> Workload:
         latent=family.latent[1:],
         frames_per_chunk=loop.frames_per_chunk,
         steps=len(loop.steps),
-        window=loop.window,
-        sink=loop.sink,
+        window=loop.cache.window,
+        sink=loop.cache.sink,
     )
 
 
@@ -122,8 +122,8 @@ def find_workload(model: str) -> Workload:
     if path.suffix == ".json":
         return read_workload(path)
     names = [workload.name for workload in WORKLOADS]
-    close = difflib.get_close_matches(model.lower(), names, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    close = did_you_mean(model.lower(), names)
+    hint = f"; {close}" if close else "."
     raise PlanningError(
         f"unknown model {model!r}{hint} There are: {', '.join(names)}, or the path of a causal Wan config.json"
     )

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch.distributed
 
+from fxq.runtime.messages import kind_and_line
+
 TIMEOUT = "FXQ_RANK_TIMEOUT"
 """Environment variable: seconds after which a rank without a sign of life counts as lost."""
 DEFAULT_SECONDS = 90.0
@@ -39,12 +41,6 @@ def patience(seconds: float | None = None) -> float:
     if not 0 < found < float("inf"):
         raise WorkerError(f"{TIMEOUT}={text!r}: expected a positive number of seconds, such as 90")
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """Kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +156,7 @@ class Watch:
                 if reasons[rank]:
                     return f"rank {rank} of {self.size} {reasons[rank]}"
             if self._broken is not None:
-                return f"{self.keeper}, where the ranks meet, is gone ({first_line(self._broken)})"
+                return f"{self.keeper}, where the ranks meet, is gone ({kind_and_line(self._broken)})"
             return ""
 
     def _reason(self, rank: int) -> str:
@@ -244,7 +240,7 @@ class Watch:
     def end(self, error: BaseException | None = None) -> None:
         """Say goodbye, with the error that ends this rank's part, if any, and stop watching."""
         with self._changed:
-            failed = "" if error is None else first_line(error)
+            failed = "" if error is None else kind_and_line(error)
             self._own = dataclasses.replace(self._own, left=True, failed=failed)
         self._wake.set()
         answers = self._broken is None and time.monotonic() - self._looked < min(5.0, self.seconds)

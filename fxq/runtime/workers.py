@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fxq.runtime.differences import differences
-from fxq.runtime.ranks import TIMEOUT, Watch, WorkerError, connection_of_its_own, first_line, patience, prefixed
+from fxq.runtime.messages import kind_and_line
+from fxq.runtime.ranks import TIMEOUT, Watch, WorkerError, connection_of_its_own, patience, prefixed
 from fxq.runtime.streams import warn
 
 __all__ = ["WorkerError", "Workers", "launched", "let_go_of_default_group"]
@@ -226,9 +227,9 @@ class Workers:
             if self.watch is not None and reason:
                 raise self.watch.error(reason) from error
             raise WorkerError(
-                f"rank {self.rank} of {self.size} lost another rank ({first_line(error)}). The job ends on all ranks; "
-                "the first error of another rank says why. Run the same command again: with a checkpoint directory "
-                "finished layers are kept"
+                f"rank {self.rank} of {self.size} lost another rank ({kind_and_line(error)}). The job ends on all "
+                "ranks; the first error of another rank says why. Run the same command again: with a checkpoint "
+                "directory finished layers are kept"
             ) from error
 
 
@@ -282,7 +283,7 @@ def _meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> 
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"rank {rank} of {size} cannot reach {_keeper()} at {host}:{port} within {seconds:g} s "
-            f"({first_line(error)}). Start all ranks; {TIMEOUT} sets the seconds that they are waited for"
+            f"({kind_and_line(error)}). Start all ranks; {TIMEOUT} sets the seconds that they are waited for"
         ) from error
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return prefixed(store, f"/worker/attempt_{restart}") if agent else store
@@ -324,7 +325,7 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
             place = prefixed(store, "fxq/group")
             dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_LONGEST_STEP)
         except (RuntimeError, ValueError) as error:
-            raise WorkerError(f"the ranks of torchrun cannot find each other: {first_line(error)}") from error
+            raise WorkerError(f"the ranks of torchrun cannot find each other: {kind_and_line(error)}") from error
         before, _job = _job, watch
         try:
             yield dataclasses.replace(Workers.of(dist.group.WORLD), watch=watch)

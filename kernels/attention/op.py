@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxq.kernels import native
-from fxq.kernels.op import Arguments, declare
+from fxq.kernels.arguments import Attention
+from fxq.kernels.op import declare
 from fxq.kernels.quantize.op import FLOATS
 
 
-def _supports(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> str:
+def _supports(a: Attention) -> str:
+    q, k, v = a
     if q.ndim != 4 or q.dtype not in FLOATS:
         return f"q is {q.dtype} {tuple(q.shape)}: expected float32, bfloat16 or float16 [B, S, heads, head_dim]"
     if not k or len(k) != len(v):
@@ -29,14 +31,14 @@ def _supports(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> str:
     return ""
 
 
-def _fake(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
-    batch, rows, heads, size = q.shape
-    return q.new_empty((batch, rows, heads * size))
+def _fake(a: Attention) -> Tensor:
+    batch, rows, heads, size = a.q.shape
+    return a.q.new_empty((batch, rows, heads * size))
 
 
-def _samples() -> Sequence[Arguments]:
+def _samples() -> Sequence[Attention]:
     random = torch.Generator().manual_seed(5)
-    cases: list[Arguments] = []
+    cases: list[Attention] = []
     for rows, lengths, heads, size, dtype in (
         (6, (9,), 2, 16, torch.float32),
         (37, (150, 37), 2, 64, torch.bfloat16),
@@ -49,26 +51,15 @@ def _samples() -> Sequence[Arguments]:
 
         keys = [normal(length, heads, size) for length in lengths]
         values = [normal(length, heads, size) for length in lengths]
-        cases.append((normal(rows, heads, size), keys, values))
+        cases.append(Attention(normal(rows, heads, size), keys, values))
     return cases
 
 
-@declare(
-    "attention(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
-    fake=_fake,
-    samples=_samples,
-    supports=_supports,
-    max_error=2**-6,
-)
-def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+@declare(Attention, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+def attention(a: Attention) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v in order, no mask.
 
     What is not finite in a query shows in its row, in a key or a value in all rows as in torch.softmax.
-
-    Args:
-        q: float32, bfloat16 or float16 [B, S, heads, head_dim].
-        k: pieces [B, L_i, heads, head_dim] of q's dtype; a piece may be empty.
-        v: as ``k``.
 
     Returns:
         [B, S, heads * head_dim] in q's dtype, contiguous.
@@ -76,6 +67,7 @@ def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
+    q, k, v = a
     keys, values = (torch.cat(list(pieces), dim=1).transpose(1, 2) for pieces in (k, v))
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values).transpose(1, 2)
     if q.is_cpu:
@@ -100,9 +92,8 @@ def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 @attention.on("cpu", native.or_else("sdpa"))
-def attention_cpu(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+def attention_cpu(a: Attention) -> Tensor:
     """Native kernel for bfloat16, else scaled_dot_product_attention."""
-    if q.dtype == torch.bfloat16 and native.ready():
-        batch, rows, heads, size = q.shape
-        return native.attention(q, k, v, q.new_empty((batch, rows, heads * size)))
-    return attention.reference(q, k, v)
+    if a.q.dtype == torch.bfloat16 and native.ready():
+        return native.attention(a, _fake(a))
+    return attention.compute(a)

@@ -7,65 +7,37 @@ fused layer rounds once where separate nodes in a 16-bit model round three times
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
+from fxq.kernels.arguments import DualScaleLinearAdd, DualScaleLinearQuantize, QuantizeAct
 from fxq.kernels.gemm import triton as gemm_triton
-from fxq.kernels.gemm.op import ON_CPU, OUTPUTS, cpu_matmul, exact_matmul, in_chunks, sample_operands, unfit
+from fxq.kernels.gemm.activations import ACTIVATIONS
+from fxq.kernels.gemm.op import CHUNK, ON_CPU, OUTPUTS, cpu_matmul, exact_matmul, in_chunks, sample_operands, unfit
 from fxq.kernels.jit import HAS_TRITON
-from fxq.kernels.op import Arguments, declare
-from fxq.kernels.operands import Operands
-from fxq.kernels.quantize.op import round_rows
-
-ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+from fxq.kernels.op import declare
+from fxq.kernels.quantize.op import launch as launch_quantize
+from fxq.kernels.quantize.op import round_rows, unfit_groups
 
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """One of ``ACTIVATIONS`` on float32."""
-    if activation == "none":
-        return x
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _quantize_supports(*arguments: Any) -> str:
-    operands = Operands(*arguments[:7])
-    activation, out_scale, out_zero_point, out_split, out_bits = arguments[7:]
-    if reason := unfit(operands):
+def _quantize_supports(a: DualScaleLinearQuantize) -> str:
+    if reason := unfit(a.operands):
         return reason
-    if activation not in ACTIVATIONS:
-        return f"activation = {activation!r}: expected one of {', '.join(ACTIVATIONS)}"
-    if not 2 <= out_bits <= 8:
-        return f"out_bits = {out_bits}: expected 2..8"
-    if not 0 < out_split <= operands.outputs:
-        return f"out_split = {out_split}: expected 1..{operands.outputs}, the number of normal channels of the result"
-    groups = 1 if out_split == operands.outputs else 2
-    for name, tensor, dtype in (
-        ("out_scale", out_scale, torch.float32),
-        ("out_zero_point", out_zero_point, torch.int32),
-    ):
-        if tensor.dtype != dtype or tensor.shape != (groups,):
-            form = f"{dtype} ({groups},) for out_split = {out_split}"
-            return f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {form}"
-    return ""
+    if a.activation not in ACTIVATIONS:
+        return f"activation = {a.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
+    return unfit_groups(a.operands.outputs, a.quantization, prefix="out_")
 
 
-def _quantize_fake(*arguments: Any) -> Tensor:
-    return _integers(Operands(*arguments[:7]))
+def _quantize_fake(a: DualScaleLinearQuantize) -> Tensor:
+    return a.operands.empty(torch.int8)
 
 
-def _integers(operands: Operands) -> Tensor:
-    """An unfilled int8 result."""
-    return operands.q.new_empty((*operands.q.shape[:-1], operands.outputs))
-
-
-def _quantize_samples() -> Sequence[Arguments]:
+def _quantize_samples() -> Sequence[DualScaleLinearQuantize]:
     random = torch.Generator().manual_seed(1)
-    cases: list[Arguments] = []
+    cases: list[DualScaleLinearQuantize] = []
     for shape, outputs, split, bits, activation, out_split, out_bits, panels in (
         ((5, 96), 40, 96, 8, "gelu_tanh", 32, 8, False),
         ((2, 9, 160), 65, 128, 8, "gelu", 65, 8, True),
@@ -77,52 +49,22 @@ def _quantize_samples() -> Sequence[Arguments]:
         scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.1 + 0.02
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
         operands = sample_operands(shape, outputs, split, bits, random, panels)
-        cases.append((*operands, activation, scale, zero_point, out_split, out_bits))
+        cases.append(DualScaleLinearQuantize(operands, activation, scale, zero_point, out_split, out_bits))
     return cases
 
 
 @declare(
-    "dual_scale_linear_quantize(Tensor q, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor offset,"
-    " int split, int bits, str activation, Tensor out_scale, Tensor out_zero_point, int out_split, int out_bits)"
-    " -> Tensor",
+    DualScaleLinearQuantize,
     fake=_quantize_fake,
     samples=_quantize_samples,
     supports=_quantize_supports,
     max_error=2**-6,
 )
-def dual_scale_linear_quantize(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    activation: str,
-    out_scale: Tensor,
-    out_zero_point: Tensor,
-    out_split: int,
-    out_bits: int,
-) -> Tensor:
+def dual_scale_linear_quantize(a: DualScaleLinearQuantize) -> Tensor:
     """Linear, activation and the quantization that the next layer would do, without a float tensor in between.
 
-    The rows of the weight are in the next layer's ``[normal | outlier]`` channel order. A row that is not finite before
-    the quantization is marked as :func:`fxq.numerics.quantize_input` does. Kernels may differ from the
-    reference by one integer where the value lies within their float error of a rounding boundary.
-
-    Args:
-        q: as all up to ``bits``, see :func:`fxq.kernels.gemm.op.dual_scale_linear`.
-        weight: as there.
-        weight_scale: as there.
-        input_scale: as there.
-        offset: as there.
-        split: as there.
-        bits: as there.
-        activation: "none", "gelu" or "gelu_tanh", in float32.
-        out_scale: float32 [G], positive; G = 2 when ``out_split < N``, else 1.
-        out_zero_point: int32 [G].
-        out_split: normal channels among the N outputs.
-        out_bits: 2..8, width of the result's integers.
+    A row that is not finite before the quantization is marked as :func:`fxq.numerics.quantize_input` does. Kernels may
+    differ from the reference by one integer where the value lies within their float error of a rounding boundary.
 
     Returns:
         int8 [..., N], contiguous.
@@ -130,28 +72,40 @@ def dual_scale_linear_quantize(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    values = activate(in_chunks(exact_matmul, operands, torch.float32), activation)
-    return numerics.quantize_input(values, out_scale, out_zero_point, out_split, out_bits).contiguous()
+    values = ACTIVATIONS[a.activation].reference(in_chunks(exact_matmul, a.operands, torch.float32))
+    return numerics.quantize_input(values, *a.quantization[1:]).contiguous()
 
 
 @dual_scale_linear_quantize.on("cpu", ON_CPU)
-def linear_quantize_cpu(*arguments: Any) -> Tensor:
+def linear_quantize_cpu(a: DualScaleLinearQuantize) -> Tensor:
     """Native kernel for panels, else chunk by chunk, so that no [M, N] float tensor is made."""
-    operands = Operands(*arguments[:7])
-    activation, scale, zero_point, split, bits = arguments[7:]
-    if operands.weight.ndim == 4 and native.ready():
-        return native.linear_quantize(operands, activation, scale, zero_point, split, bits, _integers(operands))
+    if a.operands.weight.ndim == 4 and native.ready():
+        known = native.activation_code(a.activation) >= 0
+        return native.linear_quantize(a, _quantize_fake(a)) if known else _native_then_torch(a)
 
     def finish(values: Tensor, rows: slice) -> Tensor:
-        return round_rows(activate(values, activation), scale, zero_point, split, bits)
+        return _finished(values, a)
 
-    return in_chunks(cpu_matmul, operands, torch.int8, finish)
+    return in_chunks(cpu_matmul, a.operands, torch.int8, finish)
 
 
-def _add_supports(*arguments: Any) -> str:
-    operands = Operands(*arguments[:7])
-    residual, gate = arguments[7:]
+def _finished(values: Tensor, a: DualScaleLinearQuantize) -> Tensor:
+    """The integers, in float32, of a product's float32 [M, N], which may be overwritten."""
+    return round_rows(ACTIVATIONS[a.activation].reference(values), a.quantization)
+
+
+def _native_then_torch(a: DualScaleLinearQuantize) -> Tensor:
+    """The native product of panels, chunk by chunk, with an activation that only torch has."""
+    rows, out = a.operands.q.reshape(-1, a.operands.width), _quantize_fake(a)
+    flat, step = out.view(rows.shape[0], a.operands.outputs), max(1, CHUNK // max(1, a.operands.outputs))
+    for chunk, integers in zip(rows.split(step), flat.split(step), strict=True):
+        part = a.operands._replace(q=chunk)
+        integers.copy_(_finished(native.linear(part, part.empty(torch.float32)), a))
+    return out
+
+
+def _add_supports(a: DualScaleLinearAdd) -> str:
+    operands, residual, gate = a
     q = operands.q
     if reason := unfit(operands):
         return reason
@@ -170,13 +124,13 @@ def _add_supports(*arguments: Any) -> str:
     return ""
 
 
-def _add_fake(*arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[7], memory_format=torch.contiguous_format)
+def _add_fake(a: DualScaleLinearAdd) -> Tensor:
+    return torch.empty_like(a.residual, memory_format=torch.contiguous_format)
 
 
-def _add_samples() -> Sequence[Arguments]:
+def _add_samples() -> Sequence[DualScaleLinearAdd]:
     random = torch.Generator().manual_seed(2)
-    cases: list[Arguments] = []
+    cases: list[DualScaleLinearAdd] = []
     for shape, outputs, split, bits, dtype, frames, panels in (
         ((1, 6, 96), 40, 96, 8, torch.float32, 3, False),
         ((2, 14, 160), 65, 128, 8, torch.bfloat16, 2, True),
@@ -188,41 +142,14 @@ def _add_samples() -> Sequence[Arguments]:
         gate = (
             torch.randn(shape[0], frames, outputs, generator=random, dtype=torch.float32).to(dtype) if frames else None
         )
-        cases.append((*sample_operands(shape, outputs, split, bits, random, panels), residual, gate))
+        operands = sample_operands(shape, outputs, split, bits, random, panels)
+        cases.append(DualScaleLinearAdd(operands, residual, gate))
     return cases
 
 
-@declare(
-    "dual_scale_linear_add(Tensor q, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor offset, int split,"
-    " int bits, Tensor residual, Tensor? gate) -> Tensor",
-    fake=_add_fake,
-    samples=_add_samples,
-    supports=_add_supports,
-    max_error=2**-7,
-)
-def dual_scale_linear_add(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    residual: Tensor,
-    gate: Tensor | None,
-) -> Tensor:
+@declare(DualScaleLinearAdd, fake=_add_fake, samples=_add_samples, supports=_add_supports, max_error=2**-7)
+def dual_scale_linear_add(a: DualScaleLinearAdd) -> Tensor:
     """``residual + gate * linear(q)``, summed in float32.
-
-    Args:
-        q: int8 [B, S, K]; all up to ``bits`` as in :func:`fxq.kernels.gemm.op.dual_scale_linear`.
-        weight: as there.
-        weight_scale: as there.
-        input_scale: as there.
-        offset: as there.
-        split: as there.
-        bits: as there.
-        residual: float32, bfloat16 or float16 [B, S, N].
-        gate: float [B, F, N] or None for 1; row s of S takes frame ``s // (S / F)``.
 
     Returns:
         [B, S, N] in the residual's dtype, contiguous.
@@ -230,29 +157,27 @@ def dual_scale_linear_add(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    values = in_chunks(exact_matmul, operands, torch.float32)
-    if gate is not None:
-        frames = gate.shape[1]
-        values = (values.unflatten(1, (frames, q.shape[1] // frames)) * gate.float().unsqueeze(2)).flatten(1, 2)
-    return (residual.float() + values).to(residual.dtype).contiguous()
+    values = in_chunks(exact_matmul, a.operands, torch.float32)
+    if a.gate is not None:
+        frames = a.gate.shape[1]
+        values = values.unflatten(1, (frames, values.shape[1] // frames))
+        values = (values * a.gate.float().unsqueeze(2)).flatten(1, 2)
+    return (a.residual.float() + values).to(a.residual.dtype).contiguous()
 
 
 @dual_scale_linear_add.on("cpu", ON_CPU)
-def linear_add_cpu(*arguments: Any) -> Tensor:
+def linear_add_cpu(a: DualScaleLinearAdd) -> Tensor:
     """Native kernel for panels, else chunk by chunk."""
-    operands = Operands(*arguments[:7])
-    residual, gate = arguments[7:]
-    q = operands.q
+    operands, residual, gate = a
     if operands.weight.ndim == 4 and residual.dtype != torch.float16 and native.ready():
-        return native.linear_add(operands, residual, gate, _add_fake(*arguments))
+        return native.linear_add(a, _add_fake(a))
     rest = residual.reshape(-1, operands.outputs)
-    tokens = 1 if gate is None else q.shape[1] // gate.shape[1]
+    tokens = 1 if gate is None else residual.shape[1] // gate.shape[1]
     gates = None if gate is None else gate.reshape(-1, operands.outputs).float()
 
     def finish(values: Tensor, rows: slice) -> Tensor:
         if gates is not None:
-            frame = torch.arange(rows.start, rows.stop, device=q.device) // max(1, tokens)
+            frame = torch.arange(rows.start, rows.stop, device=gates.device) // max(1, tokens)
             values = values * gates[frame]
         return rest[rows].float() + values
 
@@ -262,14 +187,16 @@ def linear_add_cpu(*arguments: Any) -> Tensor:
 if HAS_TRITON:
 
     @dual_scale_linear_quantize.on("cuda", "triton")
-    def linear_quantize_cuda(*arguments: Any) -> Tensor:
-        """Launch on the device that holds q."""
-        operands = Operands(*arguments[:7])
-        epilogue = gemm_triton.Quantize(*arguments[7:])
-        return gemm_triton.launch_tiled(*operands[:6], out=_integers(operands), epilogue=epilogue)
+    def linear_quantize_cuda(a: DualScaleLinearQuantize) -> Tensor:
+        """Launch on the device that holds q; twice where the activation between is torch's alone."""
+        activation = ACTIVATIONS[a.activation]
+        if activation.triton is not None:
+            return gemm_triton.launch_tiled(a.operands, _quantize_fake(a), gemm_triton.quantizing(a))
+        values = activation.reference(gemm_triton.launch_tiled(a.operands, a.operands.empty(torch.float32)))
+        with torch.cuda.device(values.device):
+            return launch_quantize(QuantizeAct(values, a.quantization))
 
     @dual_scale_linear_add.on("cuda", "triton")
-    def linear_add_cuda(*arguments: Any) -> Tensor:
+    def linear_add_cuda(a: DualScaleLinearAdd) -> Tensor:
         """Launch on the device that holds q."""
-        epilogue = gemm_triton.Add(*arguments[7:])
-        return gemm_triton.launch_tiled(*Operands(*arguments[:7])[:6], out=_add_fake(*arguments), epilogue=epilogue)
+        return gemm_triton.launch_tiled(a.operands, _add_fake(a), gemm_triton.adding(a))

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fxq import cpu, numerics
 from fxq.kernels import native
+from fxq.kernels.arguments import DualScaleLinear, Operands
 from fxq.kernels.gemm import triton as gemm_triton
 from fxq.kernels.gemm.panels import pack_panels, panel_shape, unpack_panels
 from fxq.kernels.jit import HAS_TRITON
-from fxq.kernels.op import Arguments, declare
-from fxq.kernels.operands import Operands
+from fxq.kernels.op import declare
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1 << 22  # int32 accumulators per pass on a CPU: more leave the cache, fewer repack the weight too often
@@ -155,32 +155,14 @@ def in_float_note() -> str:
     return f"{cpu.lacks()}: integers are multiplied in float32, which is exact and slower than the float model"
 
 
-def _supports(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> str:
-    if dtype not in OUTPUTS:
-        return f"dtype = {dtype}: expected float32, bfloat16 or float16"
-    return unfit(Operands(q, weight, weight_scale, input_scale, offset, split, bits))
+def _supports(a: DualScaleLinear) -> str:
+    if a.dtype not in OUTPUTS:
+        return f"dtype = {a.dtype}: expected float32, bfloat16 or float16"
+    return unfit(a.operands)
 
 
-def _fake(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], offset.shape[0]), dtype=dtype)
+def _fake(a: DualScaleLinear) -> Tensor:
+    return a.operands.empty(a.dtype)
 
 
 def sample_operands(
@@ -211,43 +193,19 @@ SAMPLE_CASES: tuple[tuple[tuple[int, ...], int, int, int, torch.dtype], ...] = (
 """Shape of the input, outputs, split, bits and result dtype of samples."""
 
 
-def _samples() -> Sequence[Arguments]:
+def _samples() -> Sequence[DualScaleLinear]:
     random = torch.Generator().manual_seed(0)
-    return [(*sample_operands(shape, n, split, bits, random), dtype) for shape, n, split, bits, dtype in SAMPLE_CASES]
+    return [
+        DualScaleLinear(sample_operands(shape, outputs, split, bits, random), dtype)
+        for shape, outputs, split, bits, dtype in SAMPLE_CASES
+    ]
 
 
-@declare(
-    "dual_scale_linear(Tensor q, Tensor weight, Tensor weight_scale, Tensor input_scale, Tensor offset, int split,"
-    " int bits, ScalarType dtype) -> Tensor",
-    fake=_fake,
-    samples=_samples,
-    supports=_supports,
-    max_error=2**-8,
-)
-def dual_scale_linear(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@declare(DualScaleLinear, fake=_fake, samples=_samples, supports=_supports, max_error=2**-8)
+def dual_scale_linear(a: DualScaleLinear) -> Tensor:
     """Linear layer on integers, ``sum_g s_x[g] s_w[g, n] sum_k q w + offset[n]``, as numerics.dual_scale_matmul.
 
     Rows that :func:`fxq.numerics.poison` has marked as not finite are NaN.
-
-    Args:
-        q: int8 [..., K] in ``[normal | outlier]`` order.
-        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
-            int8 panels of :func:`fxq.kernels.gemm.panels.pack_panels` for any bits.
-        weight_scale: float32 [G, N], positive; G = 2 when ``split < K``, else 1.
-        input_scale: float32 [G], positive.
-        offset: float32 [N] of :func:`fxq.numerics.fold_offset`.
-        split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is packed.
-        bits: width of the weights.
-        dtype: of the result: float32, bfloat16 or float16.
 
     Returns:
         ``dtype`` [..., N], contiguous.
@@ -255,39 +213,20 @@ def dual_scale_linear(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    return in_chunks(exact_matmul, Operands(q, weight, weight_scale, input_scale, offset, split, bits), dtype)
+    return in_chunks(exact_matmul, a.operands, a.dtype)
 
 
 @dual_scale_linear.on("cpu", ON_CPU)
-def linear_cpu(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def linear_cpu(a: DualScaleLinear) -> Tensor:
     """Native kernel for panels, else :func:`cpu_matmul`; packed weights are unpacked on every call, a few per cent."""
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    if weight.ndim == 4 and dtype != torch.float16 and native.ready():
-        return native.linear(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))
-    return in_chunks(cpu_matmul, operands, dtype)
+    if a.operands.weight.ndim == 4 and a.dtype != torch.float16 and native.ready():
+        return native.linear(a.operands, _fake(a))
+    return in_chunks(cpu_matmul, a.operands, a.dtype)
 
 
 if HAS_TRITON:
 
     @dual_scale_linear.on("cuda", "triton")
-    def linear_cuda(
-        q: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        input_scale: Tensor,
-        offset: Tensor,
-        split: int,
-        bits: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def linear_cuda(a: DualScaleLinear) -> Tensor:
         """Launch on the device that holds q, with the tiles of its architecture."""
-        return gemm_triton.launch_chosen(q, weight, weight_scale, input_scale, offset, split, bits, dtype)
+        return gemm_triton.launch_tiled(a.operands, _fake(a))

@@ -7,26 +7,23 @@ normal and of its outlier channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
+from fxq.kernels.arguments import DualScaleLinearPerToken, Operands, QuantizePerToken
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.gemm import triton_per_token as per_token_triton
 from fxq.kernels.jit import HAS_TRITON
-from fxq.kernels.op import Arguments, declare
-from fxq.kernels.operands import Operands
+from fxq.kernels.op import declare
 from fxq.kernels.quantize import triton_per_token as per_token_rows
 from fxq.kernels.quantize.op import CHUNK, FLOATS
 
-Quantized: TypeAlias = Any
-"""``tuple[Tensor, Tensor]``: integers and scales. An :class:`~fxq.kernels.op.Op` is typed for one tensor."""
 
-
-def _unfit_quantize(x: Tensor, perm: Tensor | None, split: int, bits: int) -> str:
+def _unfit_quantize(a: QuantizePerToken) -> str:
+    x, perm, split, bits = a
     if x.ndim < 1 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [..., K]; cast it first"
     if not 2 <= bits <= 8:
@@ -43,18 +40,14 @@ def _groups(width: int, split: int) -> int:
     return 1 if split == width else 2
 
 
-def _empty(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    scale = x.new_empty((*x.shape[:-1], _groups(x.shape[-1], split)), dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.int8), scale
+def _empty(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
+    scale = a.x.new_empty((*a.x.shape[:-1], _groups(a.x.shape[-1], a.split)), dtype=torch.float32)
+    return a.x.new_empty(a.x.shape, dtype=torch.int8), scale
 
 
-def _fake_quantize(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
-    return _empty(x, split)
-
-
-def _quantize_samples() -> Sequence[Arguments]:
+def _quantize_samples() -> Sequence[QuantizePerToken]:
     random = torch.Generator().manual_seed(0)
-    cases: list[Arguments] = []
+    cases: list[QuantizePerToken] = []
     for shape, split, bits, dtype, gather in (
         ((5, 96), 96, 8, torch.float32, False),
         ((2, 7, 96), 64, 8, torch.bfloat16, True),
@@ -67,27 +60,16 @@ def _quantize_samples() -> Sequence[Arguments]:
         if x.ndim > 1:
             x[..., :1, :] = 0
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
-        cases.append((x, perm, split, bits))
+        cases.append(QuantizePerToken(x, perm, split, bits))
     return cases
 
 
-@declare(
-    "quantize_per_token(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",
-    fake=_fake_quantize,
-    samples=_quantize_samples,
-    supports=_unfit_quantize,
-)
-def quantize_per_token(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
+@declare(QuantizePerToken, fake=_empty, samples=_quantize_samples, supports=_unfit_quantize, results=("q", "scale"))
+def quantize_per_token(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """Symmetric quantization of activations with one scale per token, or with one per token and channel group.
 
     Every implementation returns the same integers and scales as :func:`fxq.numerics.quantize_per_token`: what is not
     finite has the scale NaN.
-
-    Args:
-        x: float32, bfloat16 or float16 [..., K].
-        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
-        split: number of normal channels, 1..K.
-        bits: 2..8.
 
     Returns:
         int8 [..., K] and the scales float32 [..., G], contiguous; G = 2 when ``split < K``, else 1.
@@ -95,16 +77,17 @@ def quantize_per_token(x: Tensor, perm: Tensor | None, split: int, bits: int) ->
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    q, scale = numerics.quantize_per_token(x if perm is None else x.index_select(-1, perm), split, bits)
+    q, scale = numerics.quantize_per_token(a.x if a.perm is None else a.x.index_select(-1, a.perm), a.split, a.bits)
     return q.contiguous(), scale.contiguous()
 
 
 @quantize_per_token.on("cpu", native.or_else("eager"))
-def quantize_chunks(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
+def quantize_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """Native kernel, else the reference's float operations in its order, in place on chunks of rows."""
-    q, scale = _empty(x, split)
+    q, scale = _empty(a)
+    x, perm, split, bits = a
     if x.dtype != torch.float16 and native.ready():
-        return native.quantize_per_token(x, perm, split, bits, numerics.LEAST_MAGNITUDE, q, scale)
+        return native.quantize_per_token(a, numerics.LEAST_MAGNITUDE, q, scale)
     width, high = x.shape[-1], numerics.integer_range(bits)[1]
     rows = x.reshape(-1, width)
     flat_q, flat_scale = q.view(-1, width), scale.view(-1, scale.shape[-1])
@@ -134,86 +117,46 @@ def _round_rows(values: Tensor, high: int) -> Tensor:
     return scale
 
 
-def _unfit_linear(
-    q: Tensor,
-    input_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> str:
-    if dtype not in gemm.OUTPUTS:
-        return f"dtype = {dtype}: expected float32, bfloat16 or float16"
-    groups = weight_scale.shape[0] if weight_scale.ndim else 0
-    one_row = weight_scale.new_empty(groups, dtype=torch.float32)
-    if reason := gemm.unfit(Operands(q, weight, weight_scale, one_row, offset, split, bits)):
+def _unfit_linear(a: DualScaleLinearPerToken) -> str:
+    if a.dtype not in gemm.OUTPUTS:
+        return f"dtype = {a.dtype}: expected float32, bfloat16 or float16"
+    groups = a.weight_scale.shape[0] if a.weight_scale.ndim else 0
+    one_row = a.weight_scale.new_empty(groups, dtype=torch.float32)
+    if reason := gemm.unfit(a.operands._replace(input_scale=one_row)):
         return reason
-    wanted = (*q.shape[:-1], groups)
-    if input_scale.dtype != torch.float32 or input_scale.shape != wanted:
-        return f"input_scale is {input_scale.dtype} {tuple(input_scale.shape)}: expected float32 {tuple(wanted)}"
+    wanted = (*a.q.shape[:-1], groups)
+    if a.input_scale.dtype != torch.float32 or a.input_scale.shape != wanted:
+        return f"input_scale is {a.input_scale.dtype} {tuple(a.input_scale.shape)}: expected float32 {tuple(wanted)}"
     return ""
 
 
-def _fake_linear(
-    q: Tensor,
-    input_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    offset: Tensor,
+def _fake_linear(a: DualScaleLinearPerToken) -> Tensor:
+    return a.operands.empty(a.dtype)
+
+
+def sample_arguments(
+    shape: tuple[int, ...],
+    outputs: int,
     split: int,
     bits: int,
     dtype: torch.dtype,
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], offset.shape[0]), dtype=dtype)
-
-
-def sample_operands(
-    shape: tuple[int, ...], outputs: int, split: int, bits: int, random: torch.Generator, panels: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
-    """Random arguments of :func:`dual_scale_linear_per_token` but for the dtype, for tests and samples."""
-    static = gemm.sample_operands(shape, outputs, split, bits, random, panels)
+    random: torch.Generator,
+    panels: bool = False,
+) -> DualScaleLinearPerToken:
+    """Random arguments of :func:`dual_scale_linear_per_token`, for tests and samples."""
+    q, weight, weight_scale, _, offset, *_ = gemm.sample_operands(shape, outputs, split, bits, random, panels)
     scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random, dtype=torch.float32) * 0.05 + 0.005
-    return static.q, scale, static.weight, static.weight_scale, static.offset, split, bits
+    return DualScaleLinearPerToken(q, scale, weight, weight_scale, offset, split, bits, dtype)
 
 
-def _linear_samples() -> Sequence[Arguments]:
+def _linear_samples() -> Sequence[DualScaleLinearPerToken]:
     random = torch.Generator().manual_seed(0)
-    cases = gemm.SAMPLE_CASES
-    return [(*sample_operands(shape, n, split, bits, random), dtype) for shape, n, split, bits, dtype in cases]
+    return [sample_arguments(*case, random) for case in gemm.SAMPLE_CASES]
 
 
-@declare(
-    "dual_scale_linear_per_token(Tensor q, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor offset,"
-    " int split, int bits, ScalarType dtype) -> Tensor",
-    fake=_fake_linear,
-    samples=_linear_samples,
-    supports=_unfit_linear,
-    max_error=2**-8,
-)
-def dual_scale_linear_per_token(
-    q: Tensor,
-    input_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
+@declare(DualScaleLinearPerToken, fake=_fake_linear, samples=_linear_samples, supports=_unfit_linear, max_error=2**-8)
+def dual_scale_linear_per_token(a: DualScaleLinearPerToken) -> Tensor:
     """Linear layer on integers with scales per token, as :func:`fxq.numerics.per_token_matmul`.
-
-    Args:
-        q: int8 [..., K] in ``[normal | outlier]`` order.
-        input_scale: float32 [..., G], positive, of :func:`quantize_per_token`.
-        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
-            int8 panels of :func:`fxq.kernels.gemm.panels.pack_panels` for any bits.
-        weight_scale: float32 [G, N], positive; G = 2 when ``split < K``, else 1.
-        offset: float32 [N], the bias.
-        split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is packed.
-        bits: width of the weights.
-        dtype: of the result: float32, bfloat16 or float16.
 
     Returns:
         ``dtype`` [..., N], contiguous.
@@ -221,26 +164,15 @@ def dual_scale_linear_per_token(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    return _in_chunks(gemm.exact_matmul, operands, dtype)
+    return _in_chunks(gemm.exact_matmul, a.operands, a.dtype)
 
 
 @dual_scale_linear_per_token.on("cpu", gemm.ON_CPU)
-def linear_chunks(
-    q: Tensor,
-    input_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def linear_chunks(a: DualScaleLinearPerToken) -> Tensor:
     """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
-    operands = Operands(q, weight, weight_scale, input_scale, offset, split, bits)
-    if weight.ndim == 4 and dtype != torch.float16 and native.ready():
-        return native.linear_per_token(operands, q.new_empty((*q.shape[:-1], operands.outputs), dtype=dtype))
-    return _in_chunks(gemm.cpu_matmul, operands, dtype)
+    if a.weight.ndim == 4 and a.dtype != torch.float16 and native.ready():
+        return native.linear_per_token(a.operands, _fake_linear(a))
+    return _in_chunks(gemm.cpu_matmul, a.operands, a.dtype)
 
 
 def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, dtype: torch.dtype) -> Tensor:
@@ -262,21 +194,12 @@ def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, d
 if HAS_TRITON:
 
     @quantize_per_token.on("cuda", "triton")
-    def quantize_cuda(x: Tensor, perm: Tensor | None, split: int, bits: int) -> Quantized:
+    def quantize_cuda(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
         """Launch on the device that holds x."""
-        with torch.cuda.device(x.device):
-            return per_token_rows.quantize(x, perm, split, bits)
+        with torch.cuda.device(a.x.device):
+            return per_token_rows.quantize(a)
 
     @dual_scale_linear_per_token.on("cuda", "triton")
-    def linear_cuda(
-        q: Tensor,
-        input_scale: Tensor,
-        weight: Tensor,
-        weight_scale: Tensor,
-        offset: Tensor,
-        split: int,
-        bits: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def linear_cuda(a: DualScaleLinearPerToken) -> Tensor:
         """Launch on the device that holds q, with the tiles of its architecture."""
-        return per_token_triton.linear_tiled(q, input_scale, weight, weight_scale, offset, split, dtype)
+        return per_token_triton.linear_tiled(a.operands, _fake_linear(a))

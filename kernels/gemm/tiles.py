@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fxq.kernels.gemm.activations import ACTIVATIONS
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -67,10 +69,6 @@ _LOAD_COST = 32
 """Multiply-adds per row and channel of the tile that take as long as loading one byte of an operand."""
 
 
-SPILLING = frozenset({(120, "gelu")})
-"""(Architecture, operation) whose kernel spills with the largest tile, packed weights included."""
-
-
 def candidates(arch: int, operation: str = "store") -> tuple[Tiles, ...]:
     """The tiles whose kernels compile for ``sm_{arch}`` without spills.
 
@@ -81,7 +79,8 @@ def candidates(arch: int, operation: str = "store") -> tuple[Tiles, ...]:
     """
     if operation == "per_token_dual":
         return TWO_SUMS
-    return TABLE[1:] if (arch, operation) in SPILLING else TABLE
+    activation = ACTIVATIONS.get(operation)
+    return TABLE[1:] if activation is not None and arch in activation.spills else TABLE
 
 
 def choose(m: int, n: int, k: int, arch: int, *, packed: bool = False, operation: str = "store") -> Tiles:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels.arguments import DualScaleLinearAdd, DualScaleLinearQuantize, Operands
+from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.kernels.gemm.tiles import Tiles, choose
 from fxq.kernels.gemm.triton_kernel import linear_kernel
 from fxq.kernels.jit import triton
@@ -15,167 +17,107 @@ from fxq.kernels.rows import flat_rows
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
-    """The product is stored as it is."""
+class Epilogue:
+    """What follows the product inside the kernel.
 
-    kind = "store"
+    Attributes:
+        operation: what :func:`fxq.kernels.gemm.tiles.candidates` asks for.
+        arguments: the kernel's own for it.
+    """
 
-    @property
-    def operation(self) -> str:
-        """What :func:`fxq.kernels.gemm.tiles.candidates` asks for."""
-        return self.kind
-
-    def arguments(self, outputs: int) -> dict[str, object]:
-        """Kernel arguments of a product with so many output channels."""
-        pointers = dict.fromkeys(("out_scale_ptr", "out_zero_ptr", "residual_ptr", "gate_ptr"))
-        sizes = dict.fromkeys(("out_split", "residual_stride", "gate_stride", "frame_rows"), 0)
-        flags = {"ACTIVATION": "none", "OUT_DUAL": False, "LOW": 0, "HIGH": 0, "GATED": False}
-        return {**pointers, **sizes, **flags, "EPILOGUE": self.kind}
+    operation: str
+    arguments: dict[str, object]
 
 
-@dataclass(frozen=True, eq=False)
-class Quantize(Store):
-    """Activation and the quantization of the next layer; see dual_scale_linear_quantize."""
-
-    activation: str
-    scale: Tensor
-    zero_point: Tensor
-    split: int
-    bits: int
-    kind = "quantize"
-
-    @property
-    def operation(self) -> str:
-        """As there."""
-        return self.activation
-
-    def arguments(self, outputs: int) -> dict[str, object]:
-        """As there."""
-        low, high = numerics.integer_range(self.bits)
-        return super().arguments(outputs) | {
-            "out_scale_ptr": self.scale.contiguous(),
-            "out_zero_ptr": self.zero_point.contiguous(),
-            "out_split": self.split,
-            "ACTIVATION": self.activation,
-            "OUT_DUAL": self.split < outputs,
-            "LOW": low,
-            "HIGH": high,
-        }
+STORE = Epilogue(
+    "store",
+    {
+        **dict.fromkeys(("out_scale_ptr", "out_zero_ptr", "residual_ptr", "gate_ptr", "ACTIVATION")),
+        **dict.fromkeys(("out_split", "residual_stride", "gate_stride", "frame_rows"), 0),
+        **{"EPILOGUE": "store", "OUT_DUAL": False, "LOW": 0, "HIGH": 0, "GATED": False},
+    },
+)
+"""The product is stored as it is; the other epilogues replace some of these."""
 
 
-@dataclass(frozen=True, eq=False)
-class Add(Store):
-    """``residual + gate * y``; see dual_scale_linear_add."""
-
-    residual: Tensor
-    gate: Tensor | None
-    kind = "add"
-
-    def arguments(self, outputs: int) -> dict[str, object]:
-        """As there."""
-        residual = flat_rows(self.residual)
-        arguments = {"residual_ptr": residual, "residual_stride": residual.stride(0)}
-        if self.gate is not None:
-            gate = flat_rows(self.gate)
-            arguments |= {"gate_ptr": gate, "gate_stride": gate.stride(0), "GATED": True}
-            arguments |= {"frame_rows": max(1, residual.shape[0] // gate.shape[0])}
-        return super().arguments(outputs) | arguments
+def quantizing(a: DualScaleLinearQuantize) -> Epilogue:
+    """Activation and the quantization of the next layer."""
+    low, high = numerics.integer_range(a.out_bits)
+    own = {
+        "EPILOGUE": "quantize",
+        "out_scale_ptr": a.out_scale.contiguous(),
+        "out_zero_ptr": a.out_zero_point.contiguous(),
+        "out_split": a.out_split,
+        "ACTIVATION": ACTIVATIONS[a.activation].triton,
+        "OUT_DUAL": a.out_split < a.operands.outputs,
+        "LOW": low,
+        "HIGH": high,
+    }
+    return Epilogue(a.activation, STORE.arguments | own)
 
 
-def launch(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    out: Tensor,
-    *,
-    tiles: Tiles,
-    epilogue: Store | None = None,
-) -> Tensor:
+def adding(a: DualScaleLinearAdd) -> Epilogue:
+    """Gate and residual."""
+    residual = flat_rows(a.residual)
+    own: dict[str, object] = {
+        "EPILOGUE": "add",
+        "residual_ptr": residual,
+        "residual_stride": residual.stride(0),
+    }
+    if a.gate is not None:
+        gate = flat_rows(a.gate)
+        own |= {"gate_ptr": gate, "gate_stride": gate.stride(0), "GATED": True}
+        own |= {"frame_rows": max(1, residual.shape[0] // gate.shape[0])}
+    return Epilogue("add", STORE.arguments | own)
+
+
+def launch(a: Operands, out: Tensor, *, tiles: Tiles, epilogue: Epilogue = STORE) -> Tensor:
     """Run the Triton kernel on the current device.
 
     Args:
-        q: as all up to ``split``, see :func:`fxq.kernels.gemm.op.dual_scale_linear`, or for float8
-            :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`.
-        weight: as there.
-        weight_scale: as there.
-        input_scale: as there.
-        offset: as there.
-        split: as there.
+        a: of the product, int8 or float8.
         out: contiguous [..., N], filled and returned.
         tiles: of the programs.
-        epilogue: what follows the product; :class:`Store` by default.
+        epilogue: what follows the product.
 
     Raises:
         ValueError: when the weight is laid out for the CPU kernel.
     """
-    if weight.ndim != 2:
+    if a.weight.ndim != 2:
         raise ValueError(
-            f"weight is {tuple(weight.shape)}, panels for the CPU kernel: expected [N, K] on {q.device.type};"
+            f"weight is {tuple(a.weight.shape)}, panels for the CPU kernel: expected [N, K] on {a.q.device.type};"
             " lay the weights out on the device that runs them"
         )
-    width, outputs = q.shape[-1], weight.shape[0]
-    rows = flat_rows(q)
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    rows = flat_rows(a.q)
+    weight = a.weight if a.weight.stride(1) == 1 else a.weight.contiguous()
     if out.numel():
-        packed = weight.dtype == torch.uint8
-        grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(outputs, tiles.block_n),)
+        grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(a.outputs, tiles.block_n),)
         linear_kernel[grid](
             rows,
             weight,
-            weight_scale.contiguous(),
-            input_scale.contiguous(),
-            offset.contiguous(),
+            a.weight_scale.contiguous(),
+            a.input_scale.contiguous(),
+            a.offset.contiguous(),
             out,
             M=rows.shape[0],
-            N=outputs,
+            N=a.outputs,
             q_stride=rows.stride(0),
             w_stride=weight.stride(0),
             w_width=weight.shape[1],
-            w_split=split // 2 if packed else split,
-            DUAL=split < width,
-            PACKED=packed,
-            PTX=q.is_cuda,
+            w_split=a.split // 2 if a.packed else a.split,
+            DUAL=a.split < a.width,
+            PACKED=a.packed,
+            PTX=rows.is_cuda,
             **tiles.constants(),
-            **(epilogue or Store()).arguments(outputs),
+            **epilogue.arguments,
         )
     return out
 
 
-def launch_tiled(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    out: Tensor,
-    epilogue: Store | None = None,
-) -> Tensor:
+def launch_tiled(a: Operands, out: Tensor, epilogue: Epilogue = STORE) -> Tensor:
     """:func:`launch` on the device that holds q, with the tiles of its architecture."""
-    epilogue = epilogue or Store()
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(a.q.device):
         major, minor = torch.cuda.get_device_capability()
-        rows = out.numel() // max(1, out.shape[-1])
-        packed = weight.dtype == torch.uint8
-        tiles = choose(
-            rows, out.shape[-1], q.shape[-1], 10 * major + minor, packed=packed, operation=epilogue.operation
-        )
-        return launch(q, weight, weight_scale, input_scale, offset, split, out, tiles=tiles, epilogue=epilogue)
-
-
-def launch_chosen(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    bits: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """:func:`launch_tiled` into a new tensor of this dtype; the weight's own dtype says whether it is packed."""
-    out = q.new_empty((*q.shape[:-1], offset.shape[0]), dtype=dtype)
-    return launch_tiled(q, weight, weight_scale, input_scale, offset, split, out)
+        rows = out.numel() // max(1, a.outputs)
+        tiles = choose(rows, a.outputs, a.width, 10 * major + minor, packed=a.packed, operation=epilogue.operation)
+        return launch(a, out, tiles=tiles, epilogue=epilogue)

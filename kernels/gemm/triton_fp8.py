@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxq.kernels.gemm.triton import launch_tiled
+from fxq.kernels.arguments import QuantizeFp8
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
 
@@ -33,16 +33,19 @@ def quantize_fp8_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     if GATHER:
+        # Beyond K it repeats channel 0, which is not stored.
         x = tl.gather(x, tl.load(perm_ptr + columns, mask=inside, other=0), 0)
+    # float8 units per unit of x, a scalar or [BLOCK]; rounded to nearest as the reference's reciprocal.
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
+    # 448 is the largest finite e4m3. The clamp hides NaN and infinity: they are put back as bits below.
     scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
     bits = scaled.to(q_ptr.dtype.element_ty).to(tl.uint8, bitcast=True)
-    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0
-    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # NaN
+    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0  # 0 * x is 0 or NaN
+    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # S.1111.111, e4m3's NaN
     tl.store(q_ptr + row * K + columns, bits.to(q_ptr.dtype.element_ty, bitcast=True), mask=inside)
 
 
@@ -54,12 +57,13 @@ def check_device() -> None:
         raise ValueError(f"{torch.cuda.get_device_name()} is {name}: float8 needs sm_89; quantize to int8 instead")
 
 
-def launch(x: Tensor, perm: Tensor | None, scale: Tensor, split: int, *, out: Tensor | None = None) -> Tensor:
+def launch(a: QuantizeFp8, *, out: Tensor | None = None) -> Tensor:
     """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.fp8.quantize_fp8`.
 
     Raises:
         ValueError: when a row is wider than ``MAX_WIDTH``.
     """
+    x, perm, scale, split = a
     width = x.shape[-1]
     if width > MAX_WIDTH:
         raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}")
@@ -81,17 +85,3 @@ def launch(x: Tensor, perm: Tensor | None, scale: Tensor, split: int, *, out: Te
             num_warps=warps_of(block),
         )
     return q
-
-
-def launch_linear(
-    q: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    input_scale: Tensor,
-    offset: Tensor,
-    split: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """See :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`."""
-    out = torch.empty((*q.shape[:-1], offset.shape[0]), dtype=dtype, device=q.device)
-    return launch_tiled(q, weight, weight_scale, input_scale, offset, split, out)

@@ -9,17 +9,29 @@ Nothing here checks arguments or falls back: operators do.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxq.kernels.arguments import (
+    Attention,
+    DualScaleLinearAdd,
+    DualScaleLinearQuantize,
+    NormQuantize,
+    Operands,
+    Quantization,
+    QuantizeAct,
+    QuantizePerToken,
+    RmsNormRope,
+)
 from fxq.kernels.native.build import library
-from fxq.kernels.operands import Operands
 
 __all__ = [
+    "activation_code",
     "attention",
     "linear",
     "linear_add",
@@ -37,7 +49,6 @@ __all__ = [
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
 _STORES = {torch.float32: 0, torch.bfloat16: 1}
 _QUANTIZE, _ADD = 2, {torch.float32: 3, torch.bfloat16: 4}
-_ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def ready() -> bool:
@@ -48,6 +59,13 @@ def ready() -> bool:
 def why_not() -> str:
     """Why they cannot, or ""."""
     return library()[1]
+
+
+@functools.cache
+def activation_code(name: str) -> int:
+    """What the library calls an activation of ``linear_quantize`` by, less than 0 where it has none of that name."""
+    loaded = library()[0]
+    return -1 if loaded is None else int(loaded.fxq_activation(name.encode()))
 
 
 def or_else(name: str) -> Callable[[], str]:
@@ -144,30 +162,32 @@ def linear_per_token(operands: Operands, out: Tensor) -> Tensor:
     return _run_linear(operands, out, _STORES[out.dtype], per_token=True)
 
 
-def linear_quantize(
-    operands: Operands, activation: str, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
-) -> Tensor:
-    """``out`` int8 [..., N]; see :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_quantize`."""
-    scale, zero_point = scale.contiguous(), zero_point.contiguous()
+def linear_quantize(a: DualScaleLinearQuantize, out: Tensor) -> Tensor:
+    """``out`` int8 [..., N] of panels, where :func:`activation_code` is not negative.
+
+    See :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_quantize`.
+    """
+    scale, zero_point = a.out_scale.contiguous(), a.out_zero_point.contiguous()
     return _run_linear(
-        operands,
+        a.operands,
         out,
         _QUANTIZE,
         out_scale=scale.data_ptr(),
         out_zero_point=zero_point.data_ptr(),
-        out_split=split,
-        out_bits=bits,
-        activation=_ACTIVATIONS[activation],
+        out_split=a.out_split,
+        out_bits=a.out_bits,
+        activation=activation_code(a.activation),
     )
 
 
-def linear_add(operands: Operands, residual: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
+def linear_add(a: DualScaleLinearAdd, out: Tensor) -> Tensor:
     """``out`` [B, S, N] in the residual's dtype; see :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_add`."""
+    residual, gate = a.residual, a.gate
     rest = _rows(residual)
     gates = None if gate is None else (gate.float() if gate.dtype == torch.float16 else gate).contiguous()
     tokens = 1 if gates is None else residual.shape[1] // gates.shape[1]
     return _run_linear(
-        operands,
+        a.operands,
         out,
         _ADD[residual.dtype],
         residual=rest.data_ptr(),
@@ -178,11 +198,10 @@ def linear_add(operands: Operands, residual: Tensor, gate: Tensor | None, out: T
     )
 
 
-def _run_rows(x: Tensor, norm: Any, perm: Tensor | None, scale: Tensor, zero_point: Tensor, *rest: Any) -> Tensor:
-    split, bits, out = rest
+def _quantize_rows(x: Tensor, norm: Any, a: Quantization, out: Tensor) -> Tensor:
     rows = _rows(x)
-    kept = [None if t is None else t.contiguous() for t in (perm, scale, zero_point)]
-    quantization = _Quantization(*(_address(t) for t in kept), x.shape[-1], split, bits)
+    kept = [None if t is None else t.contiguous() for t in (a.perm, a.scale, a.zero_point)]
+    quantization = _Quantization(*(_address(t) for t in kept), x.shape[-1], a.split, a.bits)
     _call("fxq_quantize_rows", _rows_call(rows, out), norm, quantization)
     return out
 
@@ -192,52 +211,34 @@ def _rows_call(rows: Tensor, out: Tensor) -> Any:
     return _Rows(rows.data_ptr(), out.data_ptr(), *rows.shape, rows.stride(0), is_bfloat16, torch.get_num_threads())
 
 
-def quantize_act(
-    x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int, out: Tensor
-) -> Tensor:
+def quantize_act(a: QuantizeAct, out: Tensor) -> Tensor:
     """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.op.quantize_act`."""
-    return _run_rows(x, None, perm, scale, zero_point, split, bits, out)
+    return _quantize_rows(a.x, None, a.quantization, out)
 
 
-def quantize_per_token(
-    x: Tensor, perm: Tensor | None, split: int, bits: int, least: float, out: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
+def quantize_per_token(a: QuantizePerToken, least: float, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``out`` int8 [..., K] and ``scale`` [..., G] of float32 or bfloat16 x; see :mod:`fxq.kernels.gemm.per_token`."""
+    x, perm, split, bits = a
     rows, order = _rows(x), None if perm is None else perm.contiguous()
     quantization = _Quantization(_address(order), None, None, x.shape[-1], split, bits)
     _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least))
     return out, scale
 
 
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-    out: Tensor,
-) -> Tensor:
+def norm_quantize(a: NormQuantize, out: Tensor) -> Tensor:
     """``out`` int8 [B, S, K] of float32 or bfloat16 x; see :func:`fxq.kernels.norm.op.norm_quantize`."""
-    affine = [None if t is None else t.float().contiguous() for t in (weight, bias)]
-    frames = [None if t is None else t.to(x.dtype).contiguous() for t in (gain, shift)]
-    tokens = 1 if gain is None else x.shape[1] // gain.shape[1]
-    norm = _Norm(*(_address(t) for t in (*affine, *frames)), max(1, tokens), eps)
-    return _run_rows(x, norm, perm, scale, zero_point, split, bits, out)
+    affine = [None if t is None else t.float().contiguous() for t in (a.weight, a.bias)]
+    frames = [None if t is None else t.to(a.x.dtype).contiguous() for t in (a.gain, a.shift)]
+    tokens = 1 if a.gain is None else a.x.shape[1] // a.gain.shape[1]
+    norm = _Norm(*(_address(t) for t in (*affine, *frames)), max(1, tokens), a.eps)
+    return _quantize_rows(a.x, norm, a.quantization, out)
 
 
-def rms_norm_rope(
-    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int, out: Tensor
-) -> Tensor:
+def rms_norm_rope(a: RmsNormRope, out: Tensor) -> Tensor:
     """``out`` [B, S, heads, head_dim] of float32 or bfloat16 x; see :func:`fxq.kernels.rope.op.rms_norm_rope`."""
-    rows = _rows(x)
-    kept = [None if t is None else t.float().contiguous() for t in (weight, cos, sin)]
-    rotary = _Rotary(*(_address(t) for t in kept), max(1, x.shape[1]), heads, x.shape[2] // heads, eps)
+    rows = _rows(a.x)
+    kept = [None if t is None else t.float().contiguous() for t in (a.weight, a.cos, a.sin)]
+    rotary = _Rotary(*(_address(t) for t in kept), max(1, a.x.shape[1]), a.heads, a.x.shape[2] // a.heads, a.eps)
     _call("fxq_rotate_rows", _rows_call(rows, out), rotary)
     return out
 
@@ -246,13 +247,13 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def attention(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], out: Tensor) -> Tensor:
+def attention(a: Attention, out: Tensor) -> Tensor:
     """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.op.attention`."""
-    q = _unit_stride(q)
-    keys, values = [_unit_stride(t) for t in k], [_unit_stride(t) for t in v]
+    q = _unit_stride(a.q)
+    keys, values = [_unit_stride(t) for t in a.k], [_unit_stride(t) for t in a.v]
     pieces = [
-        _Piece(a.data_ptr(), b.data_ptr(), a.shape[1], *a.stride()[:3], *b.stride()[:3])
-        for a, b in zip(keys, values, strict=True)
+        _Piece(one.data_ptr(), two.data_ptr(), one.shape[1], *one.stride()[:3], *two.stride()[:3])
+        for one, two in zip(keys, values, strict=True)
     ]
     array = (_Piece * len(pieces))(*pieces)
     call = _Attention(

@@ -10,7 +10,6 @@ using namespace fxq;
 namespace {
 
 enum Store { FLOAT32, BFLOAT16, QUANTIZE, ADD_FLOAT32, ADD_BFLOAT16 };
-enum Activation { NONE, GELU, GELU_TANH };
 
 constexpr long CHUNK_ROWS = 384;
 constexpr double PRODUCT_WORK = 1 << 23;  // multiply-adds a thread
@@ -66,6 +65,21 @@ inline __m512 gelu_tanh(__m512 x) {
   return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(_mm512_set1_ps(1.0f), e)));
 }
 
+// The activations, one function each of the name that fxq/kernels/gemm/activations.py gives it.
+#define ACTIVATIONS(EACH) EACH(gelu) EACH(gelu_tanh)
+
+#define CODE(name) name##_code,
+enum Activation { none_code, ACTIVATIONS(CODE) ACTIVATION_COUNT };
+#undef CODE
+
+inline __m512 activate(int32_t activation, __m512 y) {
+#define APPLY(name) \
+  if (activation == name##_code) y = name(y);
+  ACTIVATIONS(APPLY)
+#undef APPLY
+  return y;
+}
+
 struct Tile {
   long row, column;
   int rows;
@@ -91,8 +105,7 @@ inline __m512 add_residual(const Linear& p, __m512 y, long row, long column, __m
 // Integers of columns that may straddle the border between the consumer's groups. `broken` gets the lanes of what is
 // not finite.
 inline __m128i requantize(const Linear& p, const Group& first, const Group& second, __m512 y, long column, __mmask16& broken) {
-  if (p.activation == GELU) y = gelu(y);
-  if (p.activation == GELU_TANH) y = gelu_tanh(y);
+  y = activate(p.activation, y);
   broken |= _mm512_fpclass_ps_mask(y, 0x99);  // NaN of both kinds, infinity of both signs
   if (column + 16 <= p.out_split) return first.quantize(y);
   if (column >= p.out_split) return second.quantize(y);
@@ -250,6 +263,17 @@ void choose(const Linear& p) {
 extern "C" int fxq_linear(const Linear* p) {
   if (p->rows > 0 && p->outputs > 0) with_threads(p->threads, [&] { choose(*p); });
   return 0;
+}
+
+// What Linear::activation holds for a name, or -1 where there is no such function here.
+extern "C" int fxq_activation(const char* name) {
+#define NAME(name) , #name
+  const char* const names[] = {"none" ACTIVATIONS(NAME)};
+#undef NAME
+  for (int code = 0; code < ACTIVATION_COUNT; code++) {
+    if (std::strcmp(names[code], name) == 0) return code;
+  }
+  return -1;
 }
 
 extern "C" int fxq_after_fork() {

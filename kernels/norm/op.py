@@ -7,27 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxq import numerics
 from fxq.kernels import native
+from fxq.kernels.arguments import NormQuantize, Quantization, QuantizeAct
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.norm import triton as norm_triton
-from fxq.kernels.op import Arguments, declare
-from fxq.kernels.quantize.op import FLOATS, quantize_act, unfit_groups
+from fxq.kernels.op import declare
+from fxq.kernels.quantize.op import FLOATS, quantize_act, quantize_chunks, unfit_groups
 
 
-def _supports(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-) -> str:
+def _supports(a: NormQuantize) -> str:
+    x, weight, bias, gain, shift, _, quantization = a
     if x.ndim != 3 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [B, S, K]"
     batch, rows, width = x.shape
@@ -45,28 +34,16 @@ def _supports(
             return f"{name} has {frames.shape[1]} frames: the {rows} rows do not split into them"
     if gain is not None and shift is not None and gain.shape != shift.shape:
         return f"gain is {tuple(gain.shape)}, shift {tuple(shift.shape)}: expected the same shape"
-    return unfit_groups(width, perm, scale, zero_point, split, bits)
+    return unfit_groups(width, quantization)
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
+def _fake(a: NormQuantize) -> Tensor:
+    return a.x.new_empty(a.x.shape, dtype=torch.int8)
 
 
-def _samples() -> Sequence[Arguments]:
+def _samples() -> Sequence[NormQuantize]:
     random = torch.Generator().manual_seed(3)
-    cases: list[Arguments] = []
+    cases: list[NormQuantize] = []
     for shape, frames, affine, split, bits, dtype, gather in (
         ((1, 6, 96), 3, False, 96, 8, torch.float32, False),
         ((2, 10, 160), 2, False, 128, 8, torch.bfloat16, True),
@@ -81,62 +58,32 @@ def _samples() -> Sequence[Arguments]:
             return torch.randn(*size, generator=random, dtype=torch.float32).to(dtype)
 
         cases.append(
-            (
+            NormQuantize(
                 normal(*shape),
                 normal(width) if affine else None,
                 normal(width) if affine else None,
                 normal(batch, frames, width) if frames else None,
                 normal(batch, frames, width) if frames else None,
                 1e-6,
-                torch.randperm(width, generator=random).to(torch.int32) if gather else None,
-                torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.02,
-                torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32),
-                split,
-                bits,
+                Quantization(
+                    torch.randperm(width, generator=random).to(torch.int32) if gather else None,
+                    torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.02,
+                    torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32),
+                    split,
+                    bits,
+                ),
             )
         )
     return cases
 
 
-@declare(
-    "norm_quantize(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, float eps, Tensor? perm,"
-    " Tensor scale, Tensor zero_point, int split, int bits) -> Tensor",
-    fake=_fake,
-    samples=_samples,
-    supports=_supports,
-    max_error=2**-6,
-)
-def norm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-) -> Tensor:
+@declare(NormQuantize, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+def norm_quantize(a: NormQuantize) -> Tensor:
     """``quantize_act(layer_norm(x) * (1 + gain) + shift)``, in float32 up to the store.
 
     A row counts as not finite where what is quantized is not, or where its variance overflows. Kernels may differ from
     the reference by one integer where the value lies within their float error of a rounding
     boundary.
-
-    Args:
-        x: float32, bfloat16 or float16 [B, S, K], normalised over K.
-        weight: float [K] or None for 1, the norm's own scale.
-        bias: float [K] or None for 0.
-        gain: float [B, F, K] or None for 0, the modulation's scale; row s of S takes frame ``s // (S / F)``.
-        shift: float [B, F, K], None with ``gain``.
-        eps: of the norm, positive.
-        perm: as for :func:`fxq.kernels.quantize.op.quantize_act`, and so on.
-        scale: as there.
-        zero_point: as there.
-        split: as there.
-        bits: as there.
 
     Returns:
         int8 [B, S, K], contiguous.
@@ -144,19 +91,18 @@ def norm_quantize(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    values = _layer_norm(x, weight, bias, eps)
-    if gain is not None and shift is not None:
-        frames = gain.shape[1]
-        values = values.unflatten(1, (frames, x.shape[1] // frames))
-        values = (values * (1 + gain.float()).unsqueeze(2) + shift.float().unsqueeze(2)).flatten(1, 2)
-    ordered = values if perm is None else values.index_select(-1, perm)
-    return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
+    values = _layer_norm(a)
+    if a.gain is not None and a.shift is not None:
+        frames = a.gain.shape[1]
+        values = values.unflatten(1, (frames, a.x.shape[1] // frames))
+        values = (values * (1 + a.gain.float()).unsqueeze(2) + a.shift.float().unsqueeze(2)).flatten(1, 2)
+    return quantize_act.compute(QuantizeAct(values, a.quantization))
 
 
-def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _layer_norm(a: NormQuantize) -> Tensor:
     """Float32 norm of x; NaN in rows whose variance overflows, which torch takes for zeros."""
-    affine = [None if t is None else t.float() for t in (weight, bias)]
-    values, _, inverse = torch.native_layer_norm(x.float(), (x.shape[-1],), affine[0], affine[1], eps)
+    weight, bias = (None if t is None else t.float() for t in (a.weight, a.bias))
+    values, _, inverse = torch.native_layer_norm(a.x.float(), (a.x.shape[-1],), weight, bias, a.eps)
     overflown = ~(inverse > 0)
     if overflown.is_cpu and not bool(overflown.any()):
         return values
@@ -164,46 +110,21 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 
 @norm_quantize.on("cpu", native.or_else("eager"))
-def norm_quantize_cpu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    eps: float,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-) -> Tensor:
+def norm_quantize_cpu(a: NormQuantize) -> Tensor:
     """Native kernel, else the norm in eager and the quantization in chunks."""
-    if x.dtype != torch.float16 and native.ready():
-        out = x.new_empty(x.shape, dtype=torch.int8)
-        return native.norm_quantize(x, weight, bias, gain, shift, eps, perm, scale, zero_point, split, bits, out)
-    values = _layer_norm(x, weight, bias, eps)
-    if gain is not None and shift is not None:
-        framed = values.unflatten(1, (gain.shape[1], x.shape[1] // gain.shape[1]))
-        framed.mul_((1 + gain.float()).unsqueeze(2)).add_(shift.float().unsqueeze(2))
-    return quantize_act(values, perm, scale, zero_point, split, bits)
+    if a.x.dtype != torch.float16 and native.ready():
+        return native.norm_quantize(a, _fake(a))
+    values = _layer_norm(a)
+    if a.gain is not None and a.shift is not None:
+        framed = values.unflatten(1, (a.gain.shape[1], a.x.shape[1] // a.gain.shape[1]))
+        framed.mul_((1 + a.gain.float()).unsqueeze(2)).add_(a.shift.float().unsqueeze(2))
+    return quantize_chunks(QuantizeAct(values, a.quantization))
 
 
 if HAS_TRITON:
 
     @norm_quantize.on("cuda", "triton")
-    def norm_quantize_cuda(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        gain: Tensor | None,
-        shift: Tensor | None,
-        eps: float,
-        perm: Tensor | None,
-        scale: Tensor,
-        zero_point: Tensor,
-        split: int,
-        bits: int,
-    ) -> Tensor:
+    def norm_quantize_cuda(a: NormQuantize) -> Tensor:
         """Launch on the device that holds x."""
-        with torch.cuda.device(x.device):
-            return norm_triton.launch(x, weight, bias, gain, shift, eps, perm, scale, zero_point, split, bits)
+        with torch.cuda.device(a.x.device):
+            return norm_triton.launch(a)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
+from fxq.kernels.arguments import Quantization, QuantizeAct
 from fxq.kernels.device import poison, to_int8
 from fxq.kernels.jit import HAS_TRITON, Block, Pointer, Scalar, constexpr, jit, tl, triton
-from fxq.kernels.op import Arguments, declare
+from fxq.kernels.op import declare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (8, 256)
@@ -20,38 +21,40 @@ BLOCKS = (8, 256)
 CHUNK = 1 << 20  # elements per pass on a CPU: the temporaries stay in the cache and out of the page allocator
 
 
-def unfit_groups(width: int, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> str:
-    """Why the quantization of ``width`` channels is not well formed, or ""."""
+def unfit_groups(width: int, a: Quantization, *, prefix: str = "") -> str:
+    """Why the quantization of ``width`` channels is not well formed, or ""; arguments are named with the prefix."""
+    perm, scale, zero_point, split, bits = a
     if not 2 <= bits <= 8:
-        return f"bits = {bits}: expected 2..8"
+        return f"{prefix}bits = {bits}: expected 2..8"
     if not 0 < split <= width:
-        return f"split = {split}: expected 1..{width}, the number of normal channels of x"
+        what = "the result" if prefix else "x"
+        return f"{prefix}split = {split}: expected 1..{width}, the number of normal channels of {what}"
     groups = 1 if split == width else 2
     if scale.dtype != torch.float32 or scale.shape != (groups,):
-        return f"scale is {scale.dtype} {tuple(scale.shape)}: expected float32 ({groups},) for split = {split}"
+        form = f"float32 ({groups},) for {prefix}split = {split}"
+        return f"{prefix}scale is {scale.dtype} {tuple(scale.shape)}: expected {form}"
     if zero_point.dtype != torch.int32 or zero_point.shape != (groups,):
-        return (
-            f"zero_point is {zero_point.dtype} {tuple(zero_point.shape)}: expected int32 ({groups},)"
-            f" for split = {split}"
-        )
+        form = f"int32 ({groups},) for {prefix}split = {split}"
+        return f"{prefix}zero_point is {zero_point.dtype} {tuple(zero_point.shape)}: expected {form}"
     if perm is not None and (perm.dtype != torch.int32 or perm.shape != (width,)):
         return f"perm is {perm.dtype} {tuple(perm.shape)}: expected int32 ({width},), or None to keep the order"
     return ""
 
 
-def _supports(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> str:
+def _supports(a: QuantizeAct) -> str:
+    x = a.x
     if x.ndim < 1 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [..., K]; cast it first"
-    return unfit_groups(x.shape[-1], perm, scale, zero_point, split, bits)
+    return unfit_groups(x.shape[-1], a.quantization)
 
 
-def _fake(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.int8)
+def _fake(a: QuantizeAct) -> Tensor:
+    return a.x.new_empty(a.x.shape, dtype=torch.int8)
 
 
-def _samples() -> Sequence[Arguments]:
+def _samples() -> Sequence[QuantizeAct]:
     random = torch.Generator().manual_seed(0)
-    cases: list[Arguments] = []
+    cases: list[QuantizeAct] = []
     for shape, split, bits, dtype, gather in (
         ((5, 96), 96, 8, torch.float32, False),
         ((2, 7, 96), 64, 8, torch.bfloat16, True),
@@ -65,29 +68,16 @@ def _samples() -> Sequence[Arguments]:
         perm = torch.randperm(shape[-1], generator=random).to(torch.int32) if gather else None
         scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
         zero_point = torch.randint(-20, 20, (groups,), generator=random, dtype=torch.int32)
-        cases.append((x, perm, scale, zero_point, split, bits))
+        cases.append(QuantizeAct(x, Quantization(perm, scale, zero_point, split, bits)))
     return cases
 
 
-@declare(
-    "quantize_act(Tensor x, Tensor? perm, Tensor scale, Tensor zero_point, int split, int bits) -> Tensor",
-    fake=_fake,
-    samples=_samples,
-    supports=_supports,
-)
-def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+@declare(QuantizeAct, fake=_fake, samples=_samples, supports=_supports)
+def quantize_act(a: QuantizeAct) -> Tensor:
     """Static asymmetric quantization of activations with one scale, or with one per channel group.
 
     Every implementation returns the same integers as :func:`fxq.numerics.quantize_input`. Rows that are not finite
     carry the mark of :func:`fxq.numerics.poison`.
-
-    Args:
-        x: float32, bfloat16 or float16 [..., K].
-        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
-        scale: float32 [G], positive; G = 2 when ``split < K`` (Q-ARVD, arXiv 2605.21072), else 1.
-        zero_point: int32 [G], less than 2**21 in absolute value.
-        split: number of normal channels, 1..K.
-        bits: 2..8.
 
     Returns:
         int8 [..., K], contiguous.
@@ -95,16 +85,17 @@ def quantize_act(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tens
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    ordered = x if perm is None else x.index_select(-1, perm)
+    perm, scale, zero_point, split, bits = a.quantization
+    ordered = a.x if perm is None else a.x.index_select(-1, perm)
     return numerics.quantize_input(ordered, scale, zero_point, split, bits).contiguous()
 
 
 @quantize_act.on("cpu", native.or_else("eager"))
-def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
+def quantize_chunks(a: QuantizeAct) -> Tensor:
     """Native kernel, else the reference in chunks of rows, in place; all are bit-equal."""
+    x, perm = a.x, a.quantization.perm
     if x.dtype != torch.float16 and native.ready():
-        out = x.new_empty(x.shape, dtype=torch.int8)
-        return native.quantize_act(x, perm, scale, zero_point, split, bits, out)
+        return native.quantize_act(a, _fake(a))
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     q = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
@@ -118,12 +109,16 @@ def quantize_chunks(x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: T
             values.copy_(chunk)
         else:
             torch.index_select(buffer[: len(chunk)].copy_(chunk), 1, perm, out=values)
-        q[start : start + step] = round_rows(values, scale, zero_point, split, bits)
+        q[start : start + step] = round_rows(values, a.quantization)
     return q.reshape(x.shape)
 
 
-def round_rows(values: Tensor, scale: Tensor, zero_point: Tensor, split: int, bits: int) -> Tensor:
-    """:func:`fxq.numerics.quantize_input` of float32 [M, K] in place, on a CPU; returns the integers in float32."""
+def round_rows(values: Tensor, a: Quantization) -> Tensor:
+    """:func:`fxq.numerics.quantize_input` of float32 [M, K] in place, on a CPU; returns the integers in float32.
+
+    The channels are in the order of the result already.
+    """
+    _, scale, zero_point, split, bits = a
     low, high = numerics.integer_range(bits)
     inverse, broken = scale.reciprocal(), broken_rows(values)
     for g, part in enumerate(numerics.group_slices(values.shape[1], split)):
@@ -153,7 +148,7 @@ def broken_rows(values: Tensor) -> Tensor | None:
 def _load_tile(
     x_rows: Pointer, perm_ptr: Pointer, columns: Block, in_rows: Block, K: Scalar, GATHER: constexpr
 ) -> Block:
-    """Float32 of the rows at these channels of the result."""
+    """Float32 [BLOCK_M, BLOCK_K] of the rows at these channels of the result; 0, which is finite, outside of x."""
     inside = columns < K
     source = tl.load(perm_ptr + columns, mask=inside, other=0) if GATHER else columns
     return tl.load(x_rows[:, None] + source[None, :], mask=in_rows[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -164,7 +159,8 @@ def _round_tile(
     x: Block, columns: Block, scale_ptr: Pointer, zero_ptr: Pointer, SPLIT: Scalar,
     LOW: constexpr, HIGH: constexpr, DUAL: constexpr,
 ) -> Block:  # fmt: skip
-    """int8 of float32 at these channels."""
+    """int8 [BLOCK_M, BLOCK_K] of float32 at these channels."""
+    # Integers per unit of x, a scalar or [1, BLOCK_K]; rounded to nearest as the reference's reciprocal.
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     zero = tl.load(zero_ptr)
     if DUAL:
@@ -200,8 +196,9 @@ def quantize_kernel(
     x_rows = x_ptr + rows.to(tl.int64) * x_stride
     q_rows = q_ptr + rows.to(tl.int64) * K
     first = tl.arange(0, BLOCK_K)
-    watch = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)  # 0 * x is 0 or NaN
+    watch = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)  # 0 * x is 0 or NaN, and NaN stays in a sum
     blocks = tl.cdiv(K, BLOCK_K)
+    # From the last block to the second: int8 has no NaN, and the mark that stands for it lies in the first block.
     for i in range(1, blocks):
         columns = (blocks - i) * BLOCK_K + first
         x = _load_tile(x_rows, perm_ptr, columns, in_rows, K, GATHER)
@@ -212,24 +209,15 @@ def quantize_kernel(
     watch += x * 0.0 + tl.div_rn(1.0, tl.load(scale_ptr)) * 0.0
     if DUAL:
         watch += tl.div_rn(1.0, tl.load(scale_ptr + 1)) * 0.0
-    broken = tl.max((watch != watch).to(tl.int32), 1) == 1
+    broken = tl.max((watch != watch).to(tl.int32), 1) == 1  # [BLOCK_M]
     q = _round_tile(x, first, scale_ptr, zero_ptr, SPLIT, LOW, HIGH, DUAL)
     q = poison(q, first[None, :], broken[:, None], K)
     tl.store(q_rows[:, None] + first[None, :], q, mask=in_rows[:, None] & (first < K)[None, :])
 
 
-def launch(
-    x: Tensor,
-    perm: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor,
-    split: int,
-    bits: int,
-    *,
-    blocks: tuple[int, int] = BLOCKS,
-    out: Tensor | None = None,
-) -> Tensor:
+def launch(a: QuantizeAct, *, blocks: tuple[int, int] = BLOCKS, out: Tensor | None = None) -> Tensor:
     """Run the Triton kernel on the current device; ``out`` int8 [M, K] is allocated when it is not given."""
+    x, (perm, scale, zero_point, split, bits) = a
     low, high = numerics.integer_range(bits)
     width = x.shape[-1]
     rows = x.reshape(-1, width)
@@ -260,9 +248,7 @@ def launch(
 if HAS_TRITON:
 
     @quantize_act.on("cuda", "triton")
-    def quantize_cuda(
-        x: Tensor, perm: Tensor | None, scale: Tensor, zero_point: Tensor, split: int, bits: int
-    ) -> Tensor:
+    def quantize_cuda(a: QuantizeAct) -> Tensor:
         """Launch on the device that holds x."""
-        with torch.cuda.device(x.device):
-            return launch(x, perm, scale, zero_point, split, bits)
+        with torch.cuda.device(a.x.device):
+            return launch(a)

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from fxq.kernels import native
+from fxq.kernels.arguments import RmsNormRope
 from fxq.kernels.jit import HAS_TRITON
-from fxq.kernels.op import Arguments, declare
+from fxq.kernels.op import declare
 from fxq.kernels.quantize.op import FLOATS
 from fxq.kernels.rope import triton as rope_triton
 
 
-def _supports(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int) -> str:
+def _supports(a: RmsNormRope) -> str:
+    x, weight, _, cos, sin, heads = a
     if x.ndim != 3 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [B, S, heads * head_dim]"
     _, rows, width = x.shape
@@ -31,14 +33,14 @@ def _supports(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, 
     return ""
 
 
-def _fake(x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int) -> Tensor:
-    batch, rows, width = x.shape
-    return x.new_empty((batch, rows, heads, width // heads))
+def _fake(a: RmsNormRope) -> Tensor:
+    batch, rows, width = a.x.shape
+    return a.x.new_empty((batch, rows, a.heads, width // a.heads))
 
 
-def _samples() -> Sequence[Arguments]:
+def _samples() -> Sequence[RmsNormRope]:
     random = torch.Generator().manual_seed(4)
-    cases: list[Arguments] = []
+    cases: list[RmsNormRope] = []
     for shape, heads, norm, rotate, dtype in (
         ((1, 6, 96), 4, True, True, torch.float32),
         ((2, 10, 160), 2, True, True, torch.bfloat16),
@@ -50,31 +52,16 @@ def _samples() -> Sequence[Arguments]:
         angle = torch.rand(rows, width // heads // 2, generator=random, dtype=torch.float32) * 6
         x = torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         weight = torch.randn(width, generator=random, dtype=torch.float32).to(dtype) if norm else None
-        cases.append((x, weight, 1e-6, angle.cos() if rotate else None, angle.sin() if rotate else None, heads))
+        cos, sin = (angle.cos(), angle.sin()) if rotate else (None, None)
+        cases.append(RmsNormRope(x, weight, 1e-6, cos, sin, heads))
     return cases
 
 
-@declare(
-    "rms_norm_rope(Tensor x, Tensor? weight, float eps, Tensor? cos, Tensor? sin, int heads) -> Tensor",
-    fake=_fake,
-    samples=_samples,
-    supports=_supports,
-    max_error=2**-6,
-)
-def rms_norm_rope(
-    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
-) -> Tensor:
+@declare(RmsNormRope, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+def rms_norm_rope(a: RmsNormRope) -> Tensor:
     """Root-mean-square norm over all channels, then rotation of neighbouring channel pairs of each head.
 
     A row whose squares overflow float32 is NaN, not zero.
-
-    Args:
-        x: float32, bfloat16 or float16 [B, S, heads * head_dim].
-        weight: float [heads * head_dim], the norm's scale, or None for no norm.
-        eps: of the norm.
-        cos: float32 [S, head_dim / 2], or None for no rotation.
-        sin: as ``cos``.
-        heads: number of heads.
 
     Returns:
         [B, S, heads, head_dim] in x's dtype, contiguous.
@@ -82,6 +69,7 @@ def rms_norm_rope(
     Raises:
         ValueError: on a wrong dtype or shape.
     """
+    x, weight, eps, cos, sin, heads = a
     h = x.float()
     if weight is not None:
         mean = h.pow(2).mean(-1, keepdim=True)
@@ -96,22 +84,17 @@ def rms_norm_rope(
 
 
 @rms_norm_rope.on("cpu", native.or_else("eager"))
-def rms_norm_rope_cpu(
-    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
-) -> Tensor:
+def rms_norm_rope_cpu(a: RmsNormRope) -> Tensor:
     """Native kernel, else the same operations in eager, whose sums must not depend on x's strides."""
-    if x.dtype != torch.float16 and native.ready():
-        out = x.new_empty((*x.shape[:2], heads, x.shape[2] // heads))
-        return native.rms_norm_rope(x, weight, eps, cos, sin, heads, out)
-    return rms_norm_rope.reference(x.contiguous(), weight, eps, cos, sin, heads)
+    if a.x.dtype != torch.float16 and native.ready():
+        return native.rms_norm_rope(a, _fake(a))
+    return rms_norm_rope.compute(a._replace(x=a.x.contiguous()))
 
 
 if HAS_TRITON:
 
     @rms_norm_rope.on("cuda", "triton")
-    def rms_norm_rope_cuda(
-        x: Tensor, weight: Tensor | None, eps: float, cos: Tensor | None, sin: Tensor | None, heads: int
-    ) -> Tensor:
+    def rms_norm_rope_cuda(a: RmsNormRope) -> Tensor:
         """Launch on the device that holds x."""
-        with torch.cuda.device(x.device):
-            return rope_triton.launch(x, weight, eps, cos, sin, heads)
+        with torch.cuda.device(a.x.device):
+            return rope_triton.launch(a)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxq import kernels
-from fxq.core.graph import drop_unread_attributes, unused_tensors
-from fxq.core.ir import QuantGraph, Stage, drop_tensor, example_value, get_tensor, inherit_meta, plan_of, put_tensor
+from fxq.core.graph import arguments, drop_unread_attributes, set_arguments, unused_tensors
+from fxq.core.ir import QuantGraph, Stage, drop_tensor, example_value, get_tensor, inherit_meta, put_tensor
+from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Rewrite
 from fxq.passes.match.axis_groups import Axis, AxisGroups
 from fxq.passes.match.axis_rules import axis_groups
@@ -40,16 +40,16 @@ class FoldPermutations(Rewrite):
         groups = axis_groups(module)
         folded = 0
         for node in list(module.graph.nodes):
-            if node.target != _QUANTIZE or node.args[1] is None:
+            if node.target != _QUANTIZE or arguments(node)["perm"] is None:
                 continue
             orders = _orders(module, groups, node)
             if isinstance(orders, str):
-                for layer in layers_of(node):
+                for layer in layers_reading(node):
                     graph.remark(layer, f"its quantize gathers channels: {orders}")
                 continue
             readers = _readers(groups, orders)
             for reader, _ in readers:
-                for layer in layers_of(reader):
+                for layer in layers_reading(reader):
                     graph.remark(layer, f"channel order folded into {', '.join(_stored(groups, orders))}")
             apply_orders(module, groups, orders)
             folded += len(readers)
@@ -61,7 +61,7 @@ class FoldPermutations(Rewrite):
 
 def _orders(module: fx.GraphModule, groups: AxisGroups, node: fx.Node) -> dict[int, Tensor] | str:
     """The new order of every group when the channels of a quantize node come in its order, or why they cannot."""
-    x, perm = node.args[0], _perm(module, node)
+    x, perm = arguments(node)["x"], _perm(module, node)
     assert isinstance(x, fx.Node) and perm is not None
     channels = _channels(x, module)
     if channels is None:
@@ -73,7 +73,7 @@ def _orders(module: fx.GraphModule, groups: AxisGroups, node: fx.Node) -> dict[i
     for reader, order in _readers(groups, orders):
         wanted = _perm(module, reader)
         if wanted is None or not torch.equal(wanted, order):
-            others += layers_of(reader)
+            others += layers_reading(reader)
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         return f"the order of its input is shared by {', '.join(others[:3])}{more}"
@@ -89,7 +89,7 @@ def _channels(x: fx.Node, module: fx.GraphModule) -> Axis | None:
 
 
 def _perm(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
-    perm = node.args[1]
+    perm = arguments(node)["perm"]
     return get_tensor(module, str(perm.target)).long().cpu() if isinstance(perm, fx.Node) else None
 
 
@@ -101,19 +101,6 @@ def _readers(groups: AxisGroups, orders: dict[int, Tensor]) -> list[tuple[fx.Nod
 def _stored(groups: AxisGroups, orders: dict[int, Tensor]) -> list[str]:
     names = (name.rpartition(".")[0] for group in orders for name, _, _ in groups.stored(group))
     return list(dict.fromkeys(names))
-
-
-def layers_of(node: fx.Node) -> list[str]:
-    """Layers that read a quantize node, also as parts of one GEMM."""
-    return list(_plans(node, 3))
-
-
-def _plans(node: fx.Node, depth: int) -> Iterator[str]:
-    for user in node.users if depth else ():
-        if (plan := plan_of(user)) is not None:
-            yield plan.layer
-        else:
-            yield from _plans(user, depth - 1)
 
 
 def apply_orders(module: fx.GraphModule, groups: AxisGroups, orders: dict[int, Tensor]) -> None:
@@ -137,15 +124,14 @@ def apply_orders(module: fx.GraphModule, groups: AxisGroups, orders: dict[int, T
 
 
 def _set_perm(module: fx.GraphModule, node: fx.Node, perm: Tensor) -> None:
-    old = node.args[1]
+    old, scale = (arguments(node)[name] for name in ("perm", "scale"))
     if torch.equal(perm, torch.arange(len(perm))):
-        node.update_arg(1, None)
+        set_arguments(node, perm=None)
         return
-    scale = node.args[2]
     assert isinstance(scale, fx.Node)
     name = f"{str(scale.target).rpartition('.')[0]}.{node.name}_perm"
     put_tensor(module, name, perm.to(torch.int32).to(get_tensor(module, str(scale.target)).device))
     with module.graph.inserting_before(node):
         read = module.graph.get_attr(name)
     inherit_meta(read, old if isinstance(old, fx.Node) else node, None)
-    node.update_arg(1, read)
+    set_arguments(node, perm=read)

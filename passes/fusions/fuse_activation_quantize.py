@@ -8,18 +8,22 @@ from typing import ClassVar
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments, in_order
 from fxq.core.ir import QuantGraph, Stage, example_value, plan_of
+from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Rewrite
+from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.patterns import ATEN, LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
+from fxq.passes.match.patterns import LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseActivationQuantize(Rewrite):
-    """A linear, GELU or nothing, and the ``quantize_act`` of the result become ``fxq::dual_scale_linear_quantize``.
+    """A linear, an activation or none, and its result's ``quantize_act`` become ``fxq::dual_scale_linear_quantize``.
 
-    The quantization must be the only reader and must keep the channel order: folded permutations do. The value stays in
-    float32 up to the integers, so a 16-bit model rounds less than it did. The plan moves to the fused node.
+    The activations are those of :data:`fxq.kernels.gemm.activations.ACTIVATIONS`. The quantization must be the only
+    reader and must keep the channel order: folded permutations do. The value stays in float32 up to the integers, so a
+    16-bit model rounds less than it did. The plan moves to the fused node.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -36,13 +40,14 @@ class FuseActivationQuantize(Rewrite):
             quantizes = [node for node, _ in patterns.readers(result) if is_call(node, QUANTIZE)]
             if plan is None or not quantizes:
                 continue
-            what = "the next quantize" if activation == "none" else "gelu and the next quantize"
+            what = "the next quantize" if result is linear else f"{_shown(result)} and the next quantize"
             try:
                 _fuse(graph, linear, activation, result)
             except Unfit as reason:
                 graph.remark(plan.layer, f"{what} not in its epilogue: {reason}")
                 continue
-            graph.remark(plan.layer, f"{what} in its epilogue")
+            eager = ACTIVATIONS[activation].eager_on(example_value(linear).device.type)
+            graph.remark(plan.layer, f"{what} in its epilogue{eager and '; '}{eager}")
             count += 1
         return count
 
@@ -50,17 +55,25 @@ class FuseActivationQuantize(Rewrite):
 def _activation(linear: fx.Node) -> tuple[str, fx.Node]:
     """Name of the activation after a linear, and the node that holds its result."""
     for reader, _ in patterns.readers(linear):
-        if is_call(reader, ATEN.gelu.default):
-            return "gelu_tanh" if patterns.arguments(reader)["approximate"] == "tanh" else "gelu", reader
+        for name, activation in ACTIVATIONS.items():
+            values = activation.calls.get(reader.target)
+            if values is not None and values.items() <= arguments(reader).items():
+                return name, reader
     return "none", linear
+
+
+def _shown(activation: fx.Node) -> str:
+    """As "gelu" of the call of an activation."""
+    return str(activation.target).split(".")[-2]
 
 
 def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) -> None:
     quantize, *others = (node for node, _ in patterns.readers(result))
     if others:
         raise Unfit(f"its result is read by {quantize.name} and {', '.join(node.name for node in others)}")
-    if quantize.args[1] is not None:
-        layers = ", ".join(patterns.layers_reading(quantize))
+    wanted = arguments(quantize)
+    if wanted["perm"] is not None:
+        layers = ", ".join(layers_reading(quantize))
         raise Unfit(f"FoldPermutations did not fold the channel order of {layers}")
     if not same(shape_of(quantize), shape_of(linear)):
         raise Unfit(
@@ -68,9 +81,10 @@ def _fuse(graph: QuantGraph, linear: fx.Node, activation: str, result: fx.Node) 
         )
     operands = linear.all_input_nodes
     edits.check_private(edits.between([quantize], operands), [quantize], operands)
-    args = (*linear.args[:7], activation, *quantize.args[2:])
-    edits.check_fits(graph, kernels.dual_scale_linear_quantize, args)
     target = kernels.dual_scale_linear_quantize.definition
+    out = {f"out_{name}": wanted[name] for name in ("scale", "zero_point", "split", "bits")}
+    args = in_order(target, arguments(linear) | {"activation": activation} | out)
+    edits.check_fits(graph, kernels.dual_scale_linear_quantize, args)
     fused = edits.insert(quantize, linear, target, args, example_value(quantize))
     quantize.replace_all_uses_with(fused)
     edits.move_plan(linear, fused)

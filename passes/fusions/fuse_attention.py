@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, Stage, module_path
+from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Rewrite
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, QUANTIZE, Unfit, is_call, same, shape_of, value_of
@@ -51,14 +53,14 @@ def _name(node: fx.Node) -> str:
     for user in node.users:
         tail = list(patterns.ahead(user, patterns.FREE))[-1] if is_call(user, *_SWAPS) else node
         for reader, _ in patterns.readers(tail):
-            if is_call(reader, QUANTIZE) and (layers := patterns.layers_reading(reader)):
+            if is_call(reader, QUANTIZE) and (layers := layers_reading(reader)):
                 return layers[0]
     return module_path(node) or "attention"
 
 
 def _fuse(graph: QuantGraph, node: fx.Node) -> int:
     """Replace one attention; returns the number of pieces."""
-    named = patterns.arguments(node)
+    named = arguments(node)
     q, k, v = (_untransposed(named[name], name) for name in ("query", "key", "value"))
     _check_plain(named, shape_of(q), shape_of(k), shape_of(v))
     result = _result(node, shape_of(q))
@@ -100,8 +102,9 @@ def _swapped(node: fx.Node) -> bool:
     if not is_call(node, *_SWAPS) or value_of(node).ndim != 4:
         return False
     if node.target == ATEN.permute.default:
-        return [axis % 4 for axis in patterns.arguments(node)["dims"]] == [0, 2, 1, 3]
-    return {axis % 4 for axis in node.args[1:3] if isinstance(axis, int)} == {1, 2}
+        return [axis % 4 for axis in arguments(node)["dims"]] == [0, 2, 1, 3]
+    named = arguments(node)
+    return {named["dim0"] % 4, named["dim1"] % 4} == {1, 2}
 
 
 def _untransposed(node: fx.Node, name: str) -> fx.Node:
@@ -128,7 +131,7 @@ def _pieces(node: fx.Node, operand: fx.Node) -> list[fx.Node]:
     inner = edits.between([operand], [node]) | {operand}
     if not is_call(node, ATEN.cat.default) or any(user not in inner for user in node.users):
         return []
-    named = patterns.arguments(node)
+    named = arguments(node)
     return list(named["tensors"]) if named["dim"] in (1, -3) else []
 
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments, in_order
 from fxq.core.ir import QuantGraph, Stage, example_value
+from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Rewrite
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, FREE, QUANTIZE, Unfit, exact_source, is_call, same, shape_of
@@ -37,7 +39,7 @@ class FuseNormQuantize(Rewrite):
         count = 0
         for norm in patterns.calls(graph, ATEN.layer_norm.default):
             behind = _quantizations(norm)
-            layers = [layer for node in behind for layer in patterns.layers_reading(node)]
+            layers = [layer for node in behind for layer in layers_reading(node)]
             if not behind:
                 continue
             try:
@@ -77,7 +79,7 @@ class _Modulation:
 
 def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
     """Fuse a norm with all that read it."""
-    named = patterns.arguments(norm)
+    named = arguments(norm)
     if len(named["normalized_shape"]) != 1:
         raise Unfit(f"it is over {len(named['normalized_shape'])} dimensions")
     x = exact_source(named["input"])
@@ -93,18 +95,20 @@ def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
     if modulation is not None:
         made = (modulation.gain, modulation.shift)
         vectors = [edits.frame_vector(vector, modulation.frames, min(quantizes)) for vector in made]
-    arguments = [x, *(None if n is None else exact_source(n) for n in affine), *vectors, named["eps"]]
+    weight, bias = (None if n is None else exact_source(n) for n in affine)
+    normed = {"x": x, "weight": weight, "bias": bias, "gain": vectors[0], "shift": vectors[1], "eps": named["eps"]}
     try:
         for quantize in quantizes:
-            _replace(graph, quantize, arguments)
+            _replace(graph, quantize, normed)
     finally:
         edits.erase_unread(*(vector for vector in vectors if vector is not None))
 
 
-def _replace(graph: QuantGraph, quantize: fx.Node, arguments: list[Any]) -> None:
-    args = (*arguments, *quantize.args[1:])
+def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, Any]) -> None:
+    target = kernels.norm_quantize.definition
+    args = in_order(target, arguments(quantize) | normed)
     edits.check_fits(graph, kernels.norm_quantize, args)
-    fused = edits.insert(quantize, quantize, kernels.norm_quantize.definition, args, example_value(quantize))
+    fused = edits.insert(quantize, quantize, target, args, example_value(quantize))
     quantize.replace_all_uses_with(fused)
     edits.erase_unread(quantize)
 
@@ -132,7 +136,7 @@ def _modulation(norm: fx.Node, tokens: tuple[Any, ...]) -> tuple[_Modulation | N
 def _less_one(factor: fx.Node) -> fx.Node:
     """``gain`` of ``1 + gain``."""
     total = patterns.source(factor, patterns.CASTS)
-    if is_call(total, ATEN.add.Tensor) and not total.kwargs and total.args[1] == 1:
+    if is_call(total, ATEN.add.Tensor) and not total.kwargs and patterns.terms(total)[1] == 1:
         return exact_source(total.all_input_nodes[0])
     raise Unfit("its gain is not of the form 1 + gain")
 

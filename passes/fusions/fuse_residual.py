@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments, in_order
 from fxq.core.ir import QuantGraph, Stage, plan_of
 from fxq.core.pipeline import Rewrite
 from fxq.passes.match import edits, patterns
@@ -78,13 +79,13 @@ def _fuse(graph: QuantGraph, linear: fx.Node, found: _Sum) -> None:
     inputs = [*linear.all_input_nodes, residual, *([] if found.factor is None else [found.factor])]
     edits.check_private(edits.between([result], inputs), [result], inputs)
     gate = _gate(found, rows, result)
-    args = (*linear.args[:7], residual, gate)
+    target = kernels.dual_scale_linear_add.definition
+    args = in_order(target, arguments(linear) | {"residual": residual, "gate": gate})
     try:
         edits.check_fits(graph, kernels.dual_scale_linear_add, args)
     except Unfit:
         edits.erase_unread(*([] if gate is None else [gate]))
         raise
-    target = kernels.dual_scale_linear_add.definition
     fused = edits.insert(result, linear, target, args, value_of(result))
     result.replace_all_uses_with(fused)
     edits.move_plan(linear, fused)

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from fxq import kernels
 from fxq.core import aliasing
-from fxq.core.graph import drop_unread_attributes, unused_tensors
+from fxq.core.graph import arguments, drop_unread_attributes, in_order, unused_tensors
 from fxq.core.ir import (
-    LayerPlan,
     QuantGraph,
     Stage,
     clear_plan,
@@ -23,18 +21,14 @@ from fxq.core.ir import (
     example_value,
     get_tensor,
     inherit_meta,
-    plan_of,
     put_tensor,
     set_plan,
 )
+from fxq.core.layer import FROZEN_QUANTIZES, QuantizedLayer, measured_pair, quantized_layers
 from fxq.core.pipeline import Rewrite
 from fxq.passes.match import edits
 from fxq.passes.match.blocks import block_of
-from fxq.passes.match.patterns import arguments
 
-_PER_TOKEN = kernels.quantize_per_token.definition
-_QUANTIZES = (kernels.quantize_act.definition, _PER_TOKEN)
-_LINEARS = (kernels.dual_scale_linear.definition, kernels.dual_scale_linear_per_token.definition)
 _STACKED = {"weight": 0, "weight_scale": 1, "offset": 0}
 """Tensors of a linear that lie one after the other in a joint one, and along which dimension."""
 _ATEN = torch.ops.aten
@@ -63,12 +57,14 @@ class MergeLinears(Rewrite):
         """Returns the number of quantize nodes and linears that another one took over."""
         module = graph.module
         count = unify_quantizes(module)
+        # Counted before anything is merged: a tensor with a second reader must stay as it is.
         readers: Counter[str] = Counter()
         for tensor in module.graph.find_nodes(op="get_attr"):
             readers[str(tensor.target)] += len(tensor.users)
-        for linears in _neighbours(module):
-            obstacles = {node: _obstacle(readers, node) for node in linears}
+        for layers in _neighbours(module):
+            obstacles = {layer: _obstacle(readers, layer) for layer in layers}
             groups = _groups(module, obstacles)
+            # Remarks first: merging erases the nodes whose layers they name.
             for group in groups:
                 _remark(graph, group, obstacles)
             for group in groups:
@@ -89,21 +85,18 @@ def unify_quantizes(module: fx.GraphModule) -> int:
     seen: dict[Any, fx.Node] = {}
     count = 0
     for node in list(module.graph.nodes):
+        # What is written in place from here on has other contents than the nodes above have quantized.
         if written := set(edits.written(node)):
             seen = {key: first for key, first in seen.items() if edits.owner(first.all_input_nodes[0]) not in written}
-        if node.target in _QUANTIZES or _measured(node) is not None:
-            key = (node.target, node.args[0], *(_bytes(module, argument) for argument in node.args[1:]))
+        if node.target in FROZEN_QUANTIZES or measured_pair(node) is not None:
+            source, *others = node.args
+            key = (node.target, source, *(_bytes(module, argument) for argument in others))
+            # The integers and scales of a measured quantize follow it: they unify too, and count once.
             if (first := seen.setdefault(key, node)) is not node:
                 node.replace_all_uses_with(first)
                 module.graph.erase_node(node)
-                count += node.target in _QUANTIZES
+                count += node.target in FROZEN_QUANTIZES
     return count
-
-
-def _measured(node: fx.Node) -> fx.Node | None:
-    """The ``quantize_per_token`` whose integers or scales a node takes, or None."""
-    pair = node.args[0] if node.target is operator.getitem else None
-    return pair if isinstance(pair, fx.Node) and pair.target == _PER_TOKEN else None
 
 
 def _bytes(module: fx.GraphModule, argument: Any) -> Any:
@@ -122,73 +115,75 @@ def _views(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield from _views(user)
 
 
-def _neighbours(module: fx.GraphModule) -> Iterator[list[fx.Node]]:
-    """Planned linears of one block on one input, in graph order, where there are two or more."""
-    found: dict[tuple[Any, str], list[fx.Node]] = {}
-    for node in module.graph.nodes:
-        if node.target in _LINEARS and (plan := plan_of(node)) is not None:
-            q = _measured(node.args[0]) or node.args[0]
-            source = q.args[0] if q.target in _QUANTIZES else q
-            found.setdefault((source, block_of(plan.layer)), []).append(node)
-    yield from (linears for linears in found.values() if len(linears) > 1)
+def _neighbours(module: fx.GraphModule) -> Iterator[list[QuantizedLayer]]:
+    """Layers of one block on one input, in graph order, where there are two or more."""
+    found: dict[tuple[Any, str], list[QuantizedLayer]] = {}
+    for layer in quantized_layers(module):
+        if layer.frozen and (source := layer.quantize) is not None:
+            # Neighbours share what lies above their quantize.
+            if source.target in FROZEN_QUANTIZES:
+                source = arguments(source)["x"]
+            found.setdefault((source, block_of(layer.name)), []).append(layer)
+    yield from (layers for layers in found.values() if len(layers) > 1)
 
 
-def _groups(module: fx.GraphModule, obstacles: dict[fx.Node, str]) -> list[list[fx.Node]]:
-    """The linears, those together that become one GEMM."""
-    groups: dict[Any, list[fx.Node]] = {}
-    for node, obstacle in obstacles.items():
-        named = arguments(node)
+def _groups(module: fx.GraphModule, obstacles: dict[QuantizedLayer, str]) -> list[list[QuantizedLayer]]:
+    """The layers, those together that become one GEMM."""
+    groups: dict[Any, list[QuantizedLayer]] = {}
+    for layer, obstacle in obstacles.items():
+        named = layer.arguments
         alike = (named[name] for name in ("q", "split", "bits", "dtype"))
-        key = node if obstacle else (node.target, *alike, _bytes(module, named["input_scale"]))
-        groups.setdefault(key, []).append(node)
+        # A layer with an obstacle stays alone; the others must be one operator with equal arguments on one input.
+        key = layer if obstacle else (layer.product.target, *alike, _bytes(module, named["input_scale"]))
+        groups.setdefault(key, []).append(layer)
     return list(groups.values())
 
 
-def _obstacle(readers: Counter[str], node: fx.Node) -> str:
-    """Why the linear's rows cannot lie in a joint weight, or ""."""
-    if any(readers[str(arguments(node)[name].target)] > 1 for name in _STACKED):
+def _obstacle(readers: Counter[str], layer: QuantizedLayer) -> str:
+    """Why the layer's rows cannot lie in a joint weight, or ""."""
+    node = layer.node
+    # Its rows move into the joint tensor, and the other reader would need the old one as well.
+    if any(readers[str(layer.arguments[name].target)] > 1 for name in _STACKED):
         return "its weight is used at several places"
+    # Strides and offsets in absolute numbers are those of a tensor of its own, not of a part of a joint one.
     if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
         return "as_strided reads its result"
+    # A reshape of a part may be a copy where a view of a whole was none: the write would be lost.
     if any(source is not node and source in aliasing.written(user) for user, source in _views(node)):
         return "a view of its result is written in place"
     return ""
 
 
-def _remark(graph: QuantGraph, group: list[fx.Node], obstacles: dict[fx.Node, str]) -> None:
-    for node in group:
-        layer = _plan(node).layer
+def _remark(graph: QuantGraph, group: list[QuantizedLayer], obstacles: dict[QuantizedLayer, str]) -> None:
+    for layer in group:
+        # Merged: name the others. Alone: why, for every neighbour, alike reasons together.
         if len(group) > 1:
-            others = [_plan(n).layer for n in group if n is not node]
-            graph.remark(layer, f"one GEMM with {', '.join(others)}")
+            others = [other.name for other in group if other is not layer]
+            graph.remark(layer.name, f"one GEMM with {', '.join(others)}")
             continue
         reasons: dict[str, str] = {}
         for other in obstacles:
-            if other is not node:
-                reasons[_plan(other).layer] = obstacles[node] or _difference(node, other, obstacles[other])
+            if other is not layer:
+                reasons[other.name] = obstacles[layer] or _difference(layer, other, obstacles[other])
         for reason in dict.fromkeys(reasons.values()):
             others = [name for name, why in reasons.items() if why == reason]
-            graph.remark(layer, f"not one GEMM with {', '.join(others)}: {reason}")
+            graph.remark(layer.name, f"not one GEMM with {', '.join(others)}: {reason}")
 
 
-def _difference(node: fx.Node, other: fx.Node, obstacle: str) -> str:
+def _difference(layer: QuantizedLayer, other: QuantizedLayer, obstacle: str) -> str:
+    # The neighbour cannot join anything; else the two are apart by their integers, or by how they are multiplied.
     if obstacle:
         return f"there {obstacle}"
-    if node.args[0] is not other.args[0]:
+    if layer.arguments["q"] is not other.arguments["q"]:
         return "the quantized inputs differ in scales or outliers, or by a write in between"
     return "bits or dtype differ"
-
-
-def _plan(node: fx.Node) -> LayerPlan:
-    plan = plan_of(node)
-    assert plan is not None
-    return plan
 
 
 def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
     """A free name for layers stored together: ``a.b.q`` and ``a.b.k`` give ``a.b.q_k``."""
     paths = [layer.split(".") for layer in layers]
     shared = 0
+    # The last part of a path is never shared: it is what tells the layers apart.
     while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
         shared += 1
     name = ".".join([*paths[0][:shared], "_".join("_".join(path[shared:]) for path in paths)])
@@ -198,23 +193,22 @@ def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
     return name
 
 
-def _merge(module: fx.GraphModule, group: list[fx.Node]) -> None:
+def _merge(module: fx.GraphModule, group: list[QuantizedLayer]) -> None:
     """Replace the linears by one at the first of them, whose tensors hold their rows one below the other."""
-    first, plans, values = group[0], [_plan(node) for node in group], [example_value(node) for node in group]
-    name, target = joint_name(module, [plan.layer for plan in plans]), first.target
-    named = arguments(first)
-    sizes = [plan.out_features for plan in plans]
+    first, values = group[0].product, [example_value(layer.node) for layer in group]
+    name, target = joint_name(module, [layer.name for layer in group]), group[0].operator
+    sizes = [layer.plan.out_features for layer in group]
     value = None if values[0] is None else values[0].new_empty((*values[0].shape[:-1], sum(sizes)))
     graph = module.graph
 
     def stack(leaf: str, dim: int) -> fx.Node:
-        tensors = [_read(module, arguments(node)[leaf]) for node in group]
+        tensors = [layer.operands(module)[leaf].detach() for layer in group]
         put_tensor(module, f"{name}.{leaf}", torch.cat(tensors, dim))
         return graph.get_attr(f"{name}.{leaf}")
 
     with graph.inserting_before(first):
         stacked = {leaf: stack(leaf, dim) for leaf, dim in _STACKED.items()}
-        joint = graph.call_function(target, tuple((named | stacked).values()))  # type: ignore[arg-type]
+        joint = graph.call_function(target, in_order(target, arguments(first) | stacked))
         split = graph.call_function(_ATEN.split_with_sizes.default, (joint, sizes, -1))
         parts = [graph.call_function(operator.getitem, (split, i)) for i in range(len(group))]
     pieces = [None] * len(group) if value is None else value.split(sizes, -1)
@@ -222,24 +216,23 @@ def _merge(module: fx.GraphModule, group: list[fx.Node]) -> None:
         inherit_meta(node, first, None)
     inherit_meta(joint, first, value)
     inherit_meta(split, first, None if value is None else list(pieces))
-    for old, part, piece, plan in zip(group, parts, pieces, plans, strict=True):
+    for layer, part, piece in zip(group, parts, pieces, strict=True):
+        old = layer.node
         inherit_meta(part, old, piece)
-        set_plan(part, plan)
+        set_plan(part, layer.plan)
         clear_plan(old)
         old.replace_all_uses_with(part)
         graph.erase_node(old)
         _allow_strides(graph, part)
 
 
-def _read(module: fx.GraphModule, node: Any) -> Tensor:
-    return get_tensor(module, str(node.target)).detach()
-
-
 def _allow_strides(graph: fx.Graph, part: fx.Node) -> None:
     """Let readers of a part, which is not dense any more, do what they did."""
     for user, source in list(_views(part)):
+        # A view needs a stride that a part may not have; a reshape takes one where there is one.
         if user.target in _VIEWS:
             user.target = _ATEN.reshape.default
+        # A caller that keeps the part would keep the joint result alive.
         elif user.op == "output":
             with graph.inserting_before(user):
                 copy = graph.call_function(_ATEN.clone.default, (source,))

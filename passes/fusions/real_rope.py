@@ -90,7 +90,8 @@ def _replay(steps: list[fx.Node], start: fx.Node, before: fx.Node) -> fx.Node:
     for step in steps:
         value = value_of(start).new_empty(shape_of(step))
         assert callable(step.target)
-        node = edits.insert(before, step, step.target, (node, *step.args[1:]), value)
+        _, *rest = step.args
+        node = edits.insert(before, step, step.target, (node, *rest), value)
         node.kwargs = step.kwargs
     return node
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxq import kernels
+from fxq.core.graph import arguments
 from fxq.core.ir import example_value
 from fxq.passes.match.axis_groups import Axis, AxisBuilder, AxisGroups, known
 
@@ -70,18 +71,15 @@ def pointwise(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _align(b: AxisBuilder, axes: Sequence[Axis], out: Sequence[Axis]) -> None:
+    # From the right, as broadcasting does; an axis of length 1 is repeated and says nothing about the other's order.
     for axis, target in zip(reversed(axes), reversed(out), strict=False):
         if not known(b.size[axis] == 1):
             b.tie(axis, target)
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _reduce(b: AxisBuilder, node: fx.Node) -> None:
     axes, out = b.axes(node.args[0]), b.axes(node)
-    dims = _argument(node, 1, "dim") or list(range(len(axes)))
+    dims = arguments(node)["dim"] or list(range(len(axes)))
     gone = {dim % len(axes) for dim in ([dims] if isinstance(dims, int) else dims)}
     kept = [axis for axis in axes if axis.dim not in gone]
     left = [axis for axis in out if axis.dim not in gone] if len(out) == len(axes) else out
@@ -90,10 +88,11 @@ def _reduce(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _linear(b: AxisBuilder, node: fx.Node) -> None:
-    x, weight, out = b.axes(node.args[0]), b.axes(node.args[1]), b.axes(node)
-    _align(b, x[:-1], out[:-1])
+    named, out = arguments(node), b.axes(node)
+    x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
+    _align(b, x[:-1], out[:-1])  # x [..., K], weight [N, K], bias [N], out [..., N]
     b.tie(x[-1], weight[1])
-    b.tie(weight[0], out[-1], *b.axes(_argument(node, 2, "bias")))
+    b.tie(weight[0], out[-1], *bias)
 
 
 def _joint_sizes(node: Any) -> list[int]:
@@ -101,17 +100,20 @@ def _joint_sizes(node: Any) -> list[int]:
     if not isinstance(node, fx.Node) or node.target != kernels.dual_scale_linear.definition or len(node.users) != 1:
         return []
     (reader,) = node.users
-    if reader.target != _ATEN.split_with_sizes.default or reader.args[2:] != (-1,):
+    if reader.target != _ATEN.split_with_sizes.default or arguments(reader)["dim"] != -1:
         return []
-    return list(reader.args[1])  # type: ignore[arg-type]
+    return list(arguments(reader)["split_sizes"])
 
 
 def _integer_linear(b: AxisBuilder, node: fx.Node) -> None:
-    q, out = b.axes(node.args[0]), b.axes(node)
+    named, out = arguments(node), b.axes(node)
+    q, weight, scale, offset = (b.axes(named[name]) for name in ("q", "weight", "weight_scale", "offset"))
+    # q [..., K], weight [N, K] or packed or in panels, weight_scale [G, N], input_scale [G], offset [N], out [..., N].
+    # K stays as its quantize ordered it, ``[normal | outlier]``: split and packed bytes go by it.
     _align(b, q[:-1], out[:-1])
-    weight, scale, offset = (b.axes(tensor) for tensor in (node.args[1], node.args[2], node.args[4]))
-    b.pin([q[-1], *weight[1:], scale[0], *b.axes(node.args[3])], _depends(node))
+    b.pin([q[-1], *weight[1:], scale[0], *b.axes(named["input_scale"])], _depends(node))
     rows = [weight[0], scale[1], offset[0]]
+    # A joint GEMM: every layer's rows may change their order among themselves.
     start = 0
     for size in _joint_sizes(node):
         parts = [axis._replace(start=start) for axis in rows]
@@ -123,11 +125,12 @@ def _integer_linear(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _split(b: AxisBuilder, node: fx.Node) -> None:
-    x, out, dim = b.axes(node.args[0]), b.axes(node), _argument(node, 2, "dim", 0)
+    x, out, dim = b.axes(node.args[0]), b.axes(node), arguments(node)["dim"]
     dim %= len(x)
     for axis, target in zip(x, out, strict=True):
         if axis.dim != dim:
             b.tie(axis, target)
+    # Where the parts are those of a joint GEMM, _integer_linear and _getitem tie them one by one.
     if not _joint_sizes(node.args[0]):
         b.pin([x[dim], out[dim]], _depends(node))
 
@@ -135,47 +138,53 @@ def _split(b: AxisBuilder, node: fx.Node) -> None:
 def _getitem(b: AxisBuilder, node: fx.Node) -> None:
     source, index = node.args
     whole, out = b.axes(source), b.axes(node)
+    # The first of several results stands for all of them; nothing is known of one with other dimensions.
     if len(whole) != len(out):
         return unknown(b, node)
     joint = source.args[0] if isinstance(source, fx.Node) and source.args else None
     if sizes := _joint_sizes(joint):
-        weight = b.axes(joint.args[1])[0]  # type: ignore[union-attr]
+        weight = b.axes(arguments(joint)["weight"])[0]  # type: ignore[arg-type]
         b.tie(weight._replace(start=sum(sizes[: int(index)])), out.pop())  # type: ignore[arg-type]
     for axis, target in zip(whole, out, strict=False):
         b.tie(axis, target)
 
 
 def _quantize(b: AxisBuilder, node: fx.Node) -> None:
-    x, out = b.axes(node.args[0]), b.axes(node)
+    x, out = b.axes(arguments(node)["x"]), b.axes(node)
     _align(b, x[:-1], out[:-1])
+    # x [..., K]: the gather inside takes any order of x, so what it gives is pinned and what it reads is free.
     b.reads.append((x[-1], node))
     for tensor in (node, *node.all_input_nodes[1:]):
         b.pin(b.axes(tensor)[-1:], _depends(node))
 
 
 def _attention(b: AxisBuilder, node: fx.Node) -> None:
-    q, k, v = (b.axes(value) for value in node.args[:3])
-    out = b.axes(node)
+    named, out = arguments(node), b.axes(node)
+    q, k, v = (b.axes(named[name]) for name in ("query", "key", "value"))
     if not len(q) == len(k) == len(v) == len(out):
         return unknown(b, node)
+    # q [..., S, D], k [..., L, D], v [..., L, V], out [..., S, V]: sums over D and over L do not mind their order.
     b.tie(q[-1], k[-1])
     b.tie(v[-1], out[-1])
     b.tie(q[-2], out[-2])
     b.tie(k[-2], v[-2])
     for axes in (q, k, v):
         _align(b, axes[:-2], out[:-2])
+        # Lengths that differ: several heads of q share one of k, by position.
         if any(not known(b.size[a] == b.size[o]) for a, o in zip(axes[:-2], out[:-2], strict=True)):
             b.pin([*axes[:-2], *out[:-2]], _depends(node))
-    if (mask := _argument(node, 3, "attn_mask")) is not None:
+    if (mask := named["attn_mask"]) is not None:
         _align(b, b.axes(mask), [*out[:-2], q[-2], k[-2]])
-    if _argument(node, 5, "is_causal", False):
+    if named["is_causal"]:  # compares positions
         b.pin([q[-2], k[-2]], _depends(node))
 
 
 def _pieces(b: AxisBuilder, node: fx.Node) -> None:
     """``fxq::attention``: keys and values in pieces, heads joined in the result."""
-    q, out = b.axes(node.args[0]), b.axes(node)
-    keys, values = ([b.axes(piece) for piece in node.args[i]] for i in (1, 2))  # type: ignore[union-attr]
+    named, out = arguments(node), b.axes(node)
+    q = b.axes(named["q"])
+    keys, values = ([b.axes(piece) for piece in named[name]] for name in ("k", "v"))
+    # q [B, S, H, D], k and v [B, L_i, H, D], out [B, S, H * D]. Pieces share all but their length.
     b.tie(q[0], out[0])
     b.tie(q[1], out[1])
     for k, v in zip(keys, values, strict=True):
@@ -189,26 +198,31 @@ def _pieces(b: AxisBuilder, node: fx.Node) -> None:
 
 def _rotate(b: AxisBuilder, node: fx.Node) -> None:
     """``fxq::rms_norm_rope``: a norm over all channels, then pairs of channels of each head."""
-    x, out, cos = b.axes(node.args[0]), b.axes(node), _argument(node, 3, "cos")
+    named, out = arguments(node), b.axes(node)
+    x, cos = b.axes(named["x"]), named["cos"]
+    # x [B, S, H * D], weight [H * D], cos and sin [S, D / 2], out [B, S, H, D]
     _align(b, x[:2], out[:2])
-    _align(b, b.axes(node.args[1]), x)
+    _align(b, b.axes(named["weight"]), x)
     b.product(x[2], out[2:], node)
+    # Tables pair a position with a row of theirs, and neighbouring channels with each other.
     if cos is not None:
-        b.pin([x[1], out[3], *b.axes(cos), *b.axes(node.args[4])], _depends(node))
+        b.pin([x[1], out[3], *b.axes(cos), *b.axes(named["sin"])], _depends(node))
 
 
 def _convolution(b: AxisBuilder, node: fx.Node) -> None:
-    x, weight, out = b.axes(node.args[0]), b.axes(node.args[1]), b.axes(node)
-    if len(x) != len(weight) or _argument(node, 6, "groups", 1) != 1:
+    named, out = arguments(node), b.axes(node)
+    x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
+    if len(x) != len(weight) or named["groups"] != 1:
         return unknown(b, node)
+    # x [B, C, ...], weight [O, C, ...], bias [O], out [B, O, ...]; B and O are free, the rest stays as it is.
     b.tie(x[0], out[0])
-    b.tie(weight[0], out[1], *b.axes(_argument(node, 2, "bias")))
+    b.tie(weight[0], out[1], *bias)
     b.pin([*x[1:], *weight[1:], *out[2:]], _depends(node))
 
 
 def _transpose(b: AxisBuilder, node: fx.Node) -> None:
-    x, out = b.axes(node.args[0]), b.axes(node)
-    first, second = (int(d) % len(x) for d in node.args[1:3])  # type: ignore[arg-type]
+    named, x, out = arguments(node), b.axes(node.args[0]), b.axes(node)
+    first, second = (named[name] % len(x) for name in ("dim0", "dim1"))
     order = list(range(len(x)))
     order[first], order[second] = second, first
     for target, dim in zip(out, order, strict=True):
@@ -217,13 +231,13 @@ def _transpose(b: AxisBuilder, node: fx.Node) -> None:
 
 def _permute(b: AxisBuilder, node: fx.Node) -> None:
     x, out = b.axes(node.args[0]), b.axes(node)
-    for target, dim in zip(out, _argument(node, 1, "dims"), strict=True):
+    for target, dim in zip(out, arguments(node)["dims"], strict=True):
         b.tie(x[dim], target)
 
 
 def _drop(b: AxisBuilder, node: fx.Node) -> None:
     """``select`` and ``unbind``: one dimension less, whose places are told apart."""
-    x, out, dim = b.axes(node.args[0]), b.axes(node), _argument(node, 1, "dim", 0)
+    x, out, dim = b.axes(node.args[0]), b.axes(node), arguments(node)["dim"]
     gone = x.pop(dim)
     for axis, target in zip(x, out, strict=True):
         b.tie(axis, target)
@@ -231,10 +245,11 @@ def _drop(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _slice(b: AxisBuilder, node: fx.Node) -> None:
-    dim = _argument(node, 1, "dim", 0)
+    dim = arguments(node)["dim"]
     for axis, target in zip(b.axes(node.args[0]), b.axes(node), strict=True):
         whole = known(b.size[axis] == b.size[target])
-        if axis.dim != dim % len(b.shape(node)) or (whole and _argument(node, 4, "step", 1) == 1):
+        # A slice of everything is no slice; any other one takes places by number.
+        if axis.dim != dim % len(b.shape(node)) or (whole and arguments(node)["step"] == 1):
             b.tie(axis, target)
         else:
             b.pin([axis, target], _depends(node))
@@ -242,12 +257,12 @@ def _slice(b: AxisBuilder, node: fx.Node) -> None:
 
 def _join(b: AxisBuilder, node: fx.Node) -> None:
     """``cat`` and ``stack``."""
-    out, dim = b.axes(node), _argument(node, 1, "dim", 0)
+    out, dim = b.axes(node), arguments(node)["dim"]
     dim %= len(out)
     b.pin([out[dim]], _depends(node))
     for value in node.args[0]:  # type: ignore[union-attr]
         axes = b.axes(value)
-        if len(axes) == len(out):
+        if len(axes) == len(out):  # ``cat``: ``stack`` adds the axis it joins along
             b.pin([axes[dim]], _depends(node))
             axes.pop(dim)
         for axis, target in zip(axes, [*out[:dim], *out[dim + 1 :]], strict=True):
@@ -258,6 +273,7 @@ def _reshape(b: AxisBuilder, node: fx.Node) -> None:
     """Any reshape: runs of dimensions with equal products, as far as the sizes tell."""
     old = [axis for axis in b.axes(node.args[0]) if not known(b.size[axis] == 1)]
     new = [axis for axis in b.axes(node) if not known(b.size[axis] == 1)]
+    # (2, 3, 4) -> (6, 4) is the runs 2, 3 | 6 and 4 | 4; (2, 6) -> (4, 3) mixes axes and is pinned from there on.
     while old and new:
         run = _matching(b, old, new)
         if run is None or (run[0] > 1 and run[1] > 1):
@@ -290,8 +306,9 @@ def _like_first(b: AxisBuilder, node: fx.Node) -> None:
 def _normal(b: AxisBuilder, node: fx.Node) -> None:
     """A norm: the affine tensors lie along the last dimensions."""
     _like_first(b, node)
-    for value in node.args[2:]:
-        _align(b, b.axes(value), b.axes(node))
+    named = arguments(node)
+    for name in ("weight", "bias"):
+        _align(b, b.axes(named.get(name)), b.axes(node))
 
 
 Rule = Callable[[AxisBuilder, fx.Node], None]

@@ -8,9 +8,10 @@ from typing import Any
 from torch import fx
 
 from fxq.core import aliasing
+from fxq.core.graph import arguments
 from fxq.core.ir import LayerPlan, QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, plan_of, set_plan
 from fxq.kernels.op import Op
-from fxq.passes.match.patterns import ATEN, CASTS, Unfit, arguments, calls, is_call, same, shape_of, value_of
+from fxq.passes.match.patterns import ATEN, CASTS, Unfit, calls, is_call, same, shape_of, value_of
 
 
 def tidy(graph: QuantGraph) -> None:

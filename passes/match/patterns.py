@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxq import kernels
-from fxq.core.ir import QuantGraph, example_value, plan_of
+from fxq.core.graph import arguments
+from fxq.core.ir import QuantGraph, example_value
 from fxq.kernels.quantize.op import FLOATS
 
 ATEN = torch.ops.aten
@@ -58,13 +59,6 @@ def calls(graph: QuantGraph, *targets: Any) -> list[fx.Node]:
     return [node for node in graph.module.graph.nodes if is_call(node, *targets)]
 
 
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments of an operator's call by name, defaults filled in."""
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((a.name for a in declared), node.args, strict=False))
-    return {a.name: a.default_value for a in declared} | given | dict(node.kwargs)
-
-
 def value_of(node: fx.Node) -> Tensor:
     """The recorded tensor value.
 
@@ -92,9 +86,15 @@ def shown(sizes: Sequence[Any]) -> str:
     return f"[{', '.join(map(str, sizes))}]"
 
 
+def terms(node: fx.Node) -> tuple[Any, Any]:
+    """Both operands of a binary operator, tensors or numbers."""
+    named = arguments(node)
+    return named["self"], named["other"]
+
+
 def operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Both orders of the operands of a binary operator on two tensors; none for a scaled sum."""
-    a, b = node.args[:2]
+    a, b = terms(node)
     if isinstance(a, fx.Node) and isinstance(b, fx.Node) and node.kwargs.get("alpha", 1) == 1:
         yield from ((a, b), (b, a))
 
@@ -165,15 +165,3 @@ def frames_of(vector: fx.Node, rows: fx.Node, tokens: Sequence[Any]) -> tuple[An
             return batch, count, width
     forms = " or ".join(shown((batch, count, *(1 for _ in inner[1:]), width)) for count in counts)
     raise Unfit(f"{vector.name} is {shown(found)}: expected {forms}")
-
-
-def layers_reading(quantize: fx.Node) -> list[str]:
-    """Layers whose input a ``quantize_act`` makes; several where linears were merged."""
-    queue, layers = list(quantize.users), []
-    while queue:
-        node = queue.pop(0)
-        if (plan := plan_of(node)) is not None:
-            layers.append(plan.layer)
-        elif is_call(node, LINEAR, ATEN.split_with_sizes.default):
-            queue += node.users
-    return layers

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from fxq.core.graph import arguments
 from fxq.passes.match import patterns
 from fxq.passes.match.patterns import ATEN, CASTS, exact_source, is_call, shape_of
 
@@ -46,7 +47,7 @@ class Rotation:
 def norm_of(node: fx.Node) -> Norm | None:
     """The root-mean-square norm that ends at a node."""
     if is_call(node, ATEN.rms_norm.default):
-        named = patterns.arguments(node)
+        named = arguments(node)
         weight = named["weight"] and exact_source(named["weight"])
         return Norm(exact_source(named["input"]), weight, named["eps"])
     if not is_call(node, ATEN.mul.Tensor):
@@ -64,21 +65,22 @@ def _inverse_rms(node: fx.Node, x: fx.Node) -> float | None:
     """``eps`` when a node is ``rsqrt(mean(x ** 2) + eps)`` over the last axis."""
     if not is_call(node, ATEN.rsqrt.default) or not is_call(total := node.args[0], ATEN.add.Tensor):
         return None
-    mean, eps = total.args[:2]
+    mean, eps = patterns.terms(total)
     if not is_call(mean, ATEN.mean.dim) or not isinstance(eps, float):
         return None
-    named = patterns.arguments(mean)
+    named = arguments(mean)
     square = named["self"]
     if named["dim"] not in ([-1], [len(shape_of(square)) - 1]) or not named["keepdim"]:
         return None
-    squared = is_call(square, ATEN.square.default) or (is_call(square, ATEN.pow.Tensor_Scalar) and square.args[1] == 2)
+    squared = is_call(square, ATEN.square.default)
+    squared = squared or (is_call(square, ATEN.pow.Tensor_Scalar) and arguments(square)["exponent"] == 2)
     return eps if squared and exact_source(square.all_input_nodes[0]) is x else None
 
 
 def rotation_of(maker: fx.Node) -> Rotation | None:
     """The rotation that a new tensor holds: a stack of halves, or halves written into its slices."""
     if maker.target == ATEN.stack.default:
-        named = patterns.arguments(maker)
+        named = arguments(maker)
         tensors = named["tensors"]
         if len(tensors) != 2 or named["dim"] not in (-1, len(shape_of(maker)) - 1):
             return None
@@ -100,7 +102,7 @@ def _interleaved(node: fx.Node, shape: tuple[Any, ...]) -> int | None:
     """0 or 1 when a node is the slice of every other channel from there to the end."""
     if not is_call(node, ATEN.slice.Tensor):
         return None
-    named = patterns.arguments(node)
+    named = arguments(node)
     start, end = named["start"] or 0, named["end"]
     last = named["dim"] in (-1, len(shape) - 1) and named["step"] == 2
     return start if last and start in (0, 1) and (end is None or end >= shape[-1]) else None
@@ -125,18 +127,18 @@ _Half = tuple[fx.Node, int]
 
 def _factors(total: fx.Node) -> list[tuple[_Half, fx.Node]]:
     """(half, factor) of the products that a node adds or subtracts, in order."""
-    products = [term for term in total.args[:2] if is_call(term, ATEN.mul.Tensor)]
+    products = [term for term in patterns.terms(total) if is_call(term, ATEN.mul.Tensor)]
     return [(half, factor) for term in products for x, factor in patterns.operands(term) if (half := _half(x))]
 
 
 def _half(node: fx.Node) -> _Half | None:
     """What a node is a half of, along a last axis of two."""
     if is_call(node, ATEN.select.int):
-        named = patterns.arguments(node)
+        named = arguments(node)
         pairs, axis, index = named["self"], named["dim"], named["index"]
     elif is_call(node, operator.getitem) and is_call(split := node.args[0], ATEN.unbind.int):
-        named = patterns.arguments(split)
-        pairs, axis, index = named["self"], named["dim"], node.args[1]
+        named, (_, index) = arguments(split), node.args
+        pairs, axis = named["self"], named["dim"]
     else:
         return None
     shape = shape_of(pairs)

@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from fxq import numerics
 from fxq.core.config import Scheme
-from fxq.core.ir import LayerPlan, QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, plan_of, set_plan
-from fxq.passes.match.patterns import arguments
+from fxq.core.graph import arguments
+from fxq.core.ir import QuantGraph, clear_plan, example_value, get_tensor, inherit_meta, set_plan
+from fxq.core.layer import QuantizedLayer
 
 ATEN, QDQ = torch.ops.aten, torch.ops.quantized_decomposed
 BYTE = 128
@@ -29,6 +30,11 @@ def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 weights as a sum of two that have 7 bits each: no pair of their products with bytes exceeds 16 bits."""
     low = weight >> 1
     return low, weight - low
+
+
+_OF_A_GROUP = ("weight", "weight_scale", "weight_rest")
+LOWERED_TENSORS = (*_OF_A_GROUP, *(f"outlier_{name}" for name in _OF_A_GROUP), "offset", "outliers", "normal")
+"""What a lowered layer may store under its name."""
 
 
 class Part(NamedTuple):
@@ -72,36 +78,33 @@ def parts_of(weight: Tensor, weight_scale: Tensor, perm: Tensor | None, split: i
 
 
 class Layer(ABC):
-    """The rewrite of one product ``node`` whose input is made by ``quantize``."""
+    """The rewrite of one layer of a frozen graph, whose input is made by ``quantize``."""
 
     def __init__(
         self,
         graph: QuantGraph,
-        plan: LayerPlan,
-        node: fx.Node,
+        layer: QuantizedLayer,
         quantize: fx.Node,
         stored: dict[str, Tensor],
         in_halves: bool = False,
     ) -> None:
-        self.graph, self.plan, self.node, self.stored = graph, plan, node, stored
-        self.in_halves = in_halves and plan.scheme is not None and may_saturate(plan.scheme)
-        self.quantize, self.linear = arguments(quantize), arguments(node)
+        self.graph, self.layer, self.node, self.stored = graph, layer, layer.node, stored
+        self.in_halves = in_halves and may_saturate(layer.scheme)
+        self.quantize = arguments(quantize)
         self.x: fx.Node = self.quantize["x"]
         self.input_bits: int = self.quantize["bits"]
         # Activations are carried as uint8, because CPU kernels multiply uint8 by int8, and no larger than they must be.
         self.shift = 1 << (self.input_bits - 1)
-        self.x_value, self.value = example_value(self.x), example_value(node)
+        self.x_value, self.value = example_value(self.x), example_value(self.node)
 
     def _tensor(self, node: object) -> Tensor:
         assert isinstance(node, fx.Node)
         return get_tensor(self.graph.module, str(node.target))
 
     def _parts(self) -> list[Part]:
-        integers, perm = self._tensor(self.linear["weight"]), self.quantize["perm"]
-        if self.linear["bits"] == 4:
-            integers = numerics.unpack_int4(integers)
+        integers, perm = self.layer.integers(self.graph.module), self.quantize["perm"]
         order = None if perm is None else self._tensor(perm)
-        return parts_of(integers, self._tensor(self.linear["weight_scale"]), order, self.linear["split"])
+        return parts_of(integers, self._tensor(self.layer.weight_scale), order, self.layer.split)
 
     def _call(self, target: torch._ops.OpOverload, args: tuple[object, ...], value: Tensor | None) -> fx.Node:
         node = self.graph.module.graph.call_function(target, args)  # type: ignore[arg-type]
@@ -109,7 +112,7 @@ class Layer(ABC):
         return node
 
     def _get(self, name: str, tensor: Tensor) -> fx.Node:
-        full = f"{self.plan.layer}.{name}"
+        full = f"{self.layer.name}.{name}"
         self.stored[full] = tensor
         node = self.graph.module.graph.create_node("get_attr", full)
         inherit_meta(
@@ -122,8 +125,7 @@ class Layer(ABC):
 
     def replace(self) -> None:
         """Put the new nodes in front of the old product and erase it."""
-        offset, dtype = self.linear["offset"], self.linear["dtype"]
-        outputs = self.plan.out_features
+        offset, dtype, outputs = self.layer.offset, self.layer.dtype, self.layer.plan.out_features
         total_value = self._like(self.value, outputs, torch.float32)
         with self.graph.module.graph.inserting_before(self.node):
             x = self._float(self.x)
@@ -136,9 +138,7 @@ class Layer(ABC):
         self._hand_over(total)
 
     def _hand_over(self, new: fx.Node) -> None:
-        plan = plan_of(self.node)
-        assert plan is not None
-        set_plan(new, plan)
+        set_plan(new, self.layer.plan)
         clear_plan(self.node)
         self.node.replace_all_uses_with(new)
         self.graph.module.graph.erase_node(self.node)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import Tensor
 
-from fxq import kernels
-from fxq.core.graph import drop_unread_attributes, product_of, unused_tensors
-from fxq.core.ir import LayerPlan, QuantGraph, Stage, drop_tensor, planned, put_tensor
+from fxq.core.graph import drop_unread_attributes, unused_tensors
+from fxq.core.ir import QuantGraph, Stage, drop_tensor, put_tensor
+from fxq.core.layer import FROZEN_QUANTIZES, LayerError, measured_pair, quantized_layers
 from fxq.core.pipeline import Rewrite
-from fxq.kernels.op import NAMESPACE
-from fxq.passes.qdq.qdq_layers import Layer, PerTokenLayer, StaticLayer
-
-LINEAR, QUANTIZE = kernels.dual_scale_linear.definition, kernels.quantize_act.definition
-LINEAR_PER_TOKEN, PER_TOKEN = kernels.dual_scale_linear_per_token.definition, kernels.quantize_per_token.definition
-_QUANTIZES = (QUANTIZE, PER_TOKEN)
+from fxq.passes.qdq.qdq_layers import PerTokenLayer, StaticLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,39 +46,25 @@ class ToQdq(Rewrite):
         """Returns the number of products replaced."""
         stored: dict[str, Tensor] = {}
         count = 0
-        for layer, (plan, nodes) in planned(graph.module).items():
-            for node in nodes if plan.scheme is not None else []:
-                product = product_of(node)
-                if not str(product.target).startswith(f"{NAMESPACE}."):
-                    continue  # lowered before
-                rewrite = self._rewrite(graph, plan, node, stored) if product is node else None
-                if rewrite is None:
-                    graph.remark(layer, f"not lowered: {product.target} does not read a quantize of its own")
-                    continue
-                rewrite.replace()
-                graph.remark(layer, "lowered to quantize, dequantize and matmul")
-                count += 1
+        for layer in list(quantized_layers(graph.module)):
+            try:
+                quantize = layer.own_quantize
+            except LayerError:
+                reason = f"{layer.product.target} does not read a quantize of its own"
+                graph.remark(layer.name, f"not lowered: {reason}")
+                continue
+            made = PerTokenLayer if layer.per_token else StaticLayer
+            made(graph, layer, quantize, stored, self.in_halves).replace()
+            graph.remark(layer.name, "lowered to quantize, dequantize and matmul")
+            count += 1
         self._clean(graph, stored)
         return count
 
-    def _rewrite(self, graph: QuantGraph, plan: LayerPlan, node: fx.Node, stored: dict[str, Tensor]) -> Layer | None:
-        """The rewrite of a product that reads a quantize of its own; None for any other node."""
-        q = node.args[0]
-        if not isinstance(q, fx.Node):
-            return None
-        if node.target == LINEAR and q.target == QUANTIZE:
-            return StaticLayer(graph, plan, node, q, stored, self.in_halves)
-        pair = q.args[0] if q.target == operator.getitem else None
-        if node.target == LINEAR_PER_TOKEN and isinstance(pair, fx.Node) and pair.target == PER_TOKEN:
-            return PerTokenLayer(graph, plan, node, pair, stored, self.in_halves)
-        return None
-
     def _clean(self, graph: QuantGraph, stored: dict[str, Tensor]) -> None:
         module = graph.module
-        for target in (operator.getitem, *_QUANTIZES):
-            for node in reversed(module.graph.find_nodes(op="call_function", target=target)):
-                if not node.users and (target in _QUANTIZES or node.args[0].target == PER_TOKEN):
-                    module.graph.erase_node(node)
+        for node in reversed(list(module.graph.nodes)):
+            if not node.users and (node.target in FROZEN_QUANTIZES or measured_pair(node) is not None):
+                module.graph.erase_node(node)
         drop_unread_attributes(module.graph)
         for name, tensor in stored.items():
             put_tensor(module, name, tensor)

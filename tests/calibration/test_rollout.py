@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Call, Draws, current_call
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
@@ -67,7 +68,9 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert both.noise.shape == (2, *SHAPE)
 
 
-@pytest.mark.parametrize("sampler", [None, SamplerConfig(steps=(1000, 500), frames_per_chunk=2, window=4, sink=1)])
+@pytest.mark.parametrize(
+    "sampler", [None, SamplerConfig(steps=(1000, 500), frames_per_chunk=2, cache=CachePolicy(window=4, sink=1))]
+)
 @pytest.mark.parametrize("chunk", [0, 1, 2])
 def test_a_fork_equals_the_full_run_bit_by_bit(chunk, sampler):
     rollout = toy(sampler=sampler)
@@ -95,7 +98,7 @@ def test_a_fork_equals_the_full_run_bit_by_bit(chunk, sampler):
     assert torch.equal(forked.latents, state.latents)
     assert not torch.equal(forked.latents, plain)
     assert torch.equal(forked.latents[:, : 2 * chunk], plain[:, : 2 * chunk])
-    assert all(torch.equal(a, b) for a, b in zip(forked.keys, state.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(forked.cache.prefix()[0], state.cache.prefix()[0], strict=True))
 
 
 def test_calls_are_published_in_order_with_a_context_call_per_chunk():
@@ -137,7 +140,7 @@ def test_using_restores_the_denoiser_after_an_error():
 
 
 def test_an_exported_denoiser_runs_every_call_of_the_rollout():
-    rollout = toy(sampler=SamplerConfig(steps=(1000, 500), frames_per_chunk=2, window=4, sink=1))
+    rollout = toy(sampler=SamplerConfig(steps=(1000, 500), frames_per_chunk=2, cache=CachePolicy(window=4, sink=1)))
     args, dynamic_shapes = rollout.example_call()
     exported = torch.export.export(rollout.denoiser, args, dynamic_shapes=dynamic_shapes).module()
     condition, draws = rollout.batches[0]

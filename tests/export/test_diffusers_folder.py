@@ -282,12 +282,17 @@ def tie(model):
     model.blocks[0].attn1.to_v.weight = model.blocks[0].attn1.to_k.weight
 
 
+def beside(model):
+    model.blocks[0].attn1.to_q.register_buffer("extra", torch.ones(1))
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (other_values, r"attn1\.to_q: the model's weight is .* steps from the integers"),
         (other_shape, r"ffn\.net\.2 is \(96, 64\), the model's weight \(96, 32\)"),
         (other_class, r"attn2\.to_q is no nn\.Linear of the model"),
+        (beside, r"attn1\.to_q has a tensor extra beside weight and bias"),
         (tie, r"attn1\.to_v\.weight and .*attn1\.to_k\.weight are one parameter"),
     ],
 )

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq import cpu, numerics
+from fxq.cache.policy import CachePolicy
 from fxq.core.ir import get_tensor, inherit_meta
 from fxq.export.capture import ExportError
 from fxq.export.onnx import check_onnx, export_onnx, output_names
@@ -439,7 +440,9 @@ def test_the_example_generates_the_video_of_fxq_without_torch(tmp_path):
 def test_the_runtime_of_the_example_follows_every_cache_policy(tmp_path, window, sink, prediction):
     rollout = wan_rollout(frames=10)
     schedule = dataclasses.replace(rollout.sampler.schedule, prediction=prediction)
-    rollout.sampler = dataclasses.replace(rollout.sampler, window=window, sink=sink, schedule=schedule)
+    rollout.sampler = dataclasses.replace(
+        rollout.sampler, cache=CachePolicy(window=window, sink=sink), schedule=schedule
+    )
     rollout.sampler = dataclasses.replace(rollout.sampler, first_chunk_steps=(1000, 250), context_noise=10.0)
     q = fxq.quantize(rollout.denoiser, rollout, recipe(8), progress=False)
     path = export_onnx(q, tmp_path / "wan.onnx", metadata=runtime_facts(rollout))

@@ -14,39 +14,45 @@ SOURCE = '''
 """silu(gate) * value and the quantization of the product as one operator, and the fusion that finds them."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from fxq import kernels
+from fxq.core.layer import layers_reading
+from fxq.kernels.arguments import Quantization
 from fxq.kernels.op import declare
 from fxq.passes import Rewrite, Stage
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, QUANTIZE, Unfit, is_call
 
 
-def _supports(gate, value, perm, scale, zero_point, split, bits):
-    if gate.shape != value.shape:
-        return f"gate has shape {tuple(gate.shape)}: expected {tuple(value.shape)}"
-    return kernels.quantize_act.supports(value, perm, scale, zero_point, split, bits)
+class SwigluQuantize(NamedTuple):
+    gate: torch.Tensor
+    value: torch.Tensor
+    quantization: Quantization
+
+
+def _supports(a):
+    if a.gate.shape != a.value.shape:
+        return f"gate has shape {tuple(a.gate.shape)}: expected {tuple(a.value.shape)}"
+    return kernels.quantize_act.supports(a.value, *a.quantization)
 
 
 def _samples():
     scales = torch.tensor([0.02]), torch.tensor([3], dtype=torch.int32)
-    return [(torch.randn(5, 40), torch.randn(5, 40), None, *scales, 40, 8)]
+    return [SwigluQuantize(torch.randn(5, 40), torch.randn(5, 40), Quantization(None, *scales, 40, 8))]
 
 
 @declare(
-    "swiglu_quantize(Tensor gate, Tensor value, Tensor? perm, Tensor scale, Tensor zero_point, int split, int bits)"
-    " -> Tensor",
-    fake=lambda gate, value, *rest: torch.empty_like(value, dtype=torch.int8),
+    SwigluQuantize,
+    fake=lambda a: torch.empty_like(a.value, dtype=torch.int8),
     samples=_samples,
     supports=_supports,
 )
-def swiglu_quantize(gate, value, perm, scale, zero_point, split, bits):
+def swiglu_quantize(a):
     """int8 [..., K] of ``silu(gate) * value``, both [..., K]."""
-    product = torch.nn.functional.silu(gate) * value
-    return kernels.quantize_act.reference(product, perm, scale, zero_point, split, bits)
+    return kernels.quantize_act.reference(torch.nn.functional.silu(a.gate) * a.value, *a.quantization)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class FuseSwiGLU(Rewrite):
         fused = edits.insert(quantize, quantize, swiglu_quantize.definition, args, value)
         quantize.replace_all_uses_with(fused)
         edits.erase_unread(quantize)
-        for layer in patterns.layers_reading(fused):
+        for layer in layers_reading(fused):
             graph.remark(layer, "its input is gated and quantized in one")
         return True
 '''

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxq
+from fxq.cache.policy import CachePolicy
 from fxq.integrations import content
 from fxq.integrations import torch_compile as backend
 from fxq.integrations.binding import BackendError, bind
@@ -488,7 +489,7 @@ def compile_parts(model, chosen):
 @pytest.mark.parametrize("parts", ["whole", "blocks"])
 def test_with_inductor_a_windowed_rollout_is_compiled_in_its_first_window_only(parts):
     rollout = wan_rollout(frames=18)
-    rollout.sampler = dataclasses.replace(rollout.sampler, window=6)
+    rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))
     model = rollout.denoiser
     quantized = fxq.quantize(model, rollout, PLAIN, progress=False)
     chosen = bind(model, quantized)
@@ -503,7 +504,7 @@ def test_with_inductor_a_windowed_rollout_is_compiled_in_its_first_window_only(p
 @pytest.mark.slow
 def test_with_inductor_blocks_of_the_tiny_model_compile_once():
     rollout, _ = tiny_rollout(load_tiny(), 1, seed=1, unseen=False)
-    rollout.sampler = dataclasses.replace(rollout.sampler, window=6)
+    rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))
     model = rollout.denoiser
     quantized = fxq.quantize(model, rollout, PLAIN, progress=False)
     chosen = bind(model, quantized)

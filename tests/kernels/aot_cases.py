@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxq.kernels.gemm import gluon as gluon_gemm
+from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
-from fxq.kernels.gemm.triton import Store
+from fxq.kernels.gemm.triton import STORE
 from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel
 from fxq.kernels.gemm.triton_kernel import linear_kernel
 from fxq.kernels.gemm.triton_per_token import linear_per_token_kernel
@@ -54,16 +55,18 @@ STORED = {
     "w4": {"w_ptr": "*u8"},
     "fp8": dict.fromkeys(("q_ptr", "w_ptr"), "*fp8e4nv"),
 }
+FUNCTIONS = [name for name, a in ACTIVATIONS.items() if name != "none" and a.triton is not None]
 EPILOGUES: dict[str, dict[str, object]] = {
     "store": {},
-    "gelu": {"EPILOGUE": "quantize", "ACTIVATION": "gelu", "OUT_DUAL": True, **INT8},
-    "gelu_tanh": {"EPILOGUE": "quantize", "ACTIVATION": "gelu_tanh", "OUT_DUAL": True, **INT8},
+    **{
+        name: {"EPILOGUE": "quantize", "ACTIVATION": ACTIVATIONS[name].triton, "OUT_DUAL": True, **INT8}
+        for name in FUNCTIONS
+    },
     "add": {"EPILOGUE": "add", "GATED": True},
 }
 PASSED = {
     "store": (),
-    "gelu": ("out_scale_ptr", "out_zero_ptr", "out_split"),
-    "gelu_tanh": ("out_scale_ptr", "out_zero_ptr", "out_split"),
+    **dict.fromkeys(FUNCTIONS, ("out_scale_ptr", "out_zero_ptr", "out_split")),
     "add": ("residual_ptr", "gate_ptr", "residual_stride", "gate_stride", "frame_rows"),
 }
 
@@ -71,9 +74,7 @@ PASSED = {
 def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool = True) -> Case:
     """A case of the GEMM; weight is "w8", "w4" or "fp8". It is compiled where a launch may choose these tiles."""
     types = LINEAR_TYPES | STORED[weight] | ({"y_ptr": "*i8"} if "ACTIVATION" in EPILOGUES[epilogue] else {})
-    constants = (
-        Store().arguments(1) | tiles.constants() | EPILOGUES[epilogue] | {"DUAL": dual, "PACKED": weight == "w4"}
-    )
+    constants = STORE.arguments | tiles.constants() | EPILOGUES[epilogue] | {"DUAL": dual, "PACKED": weight == "w4"}
     for name in ("num_warps", "num_stages", *PASSED[epilogue]):
         del constants[name]
     plain = replace(tiles, swapped=False)
@@ -161,18 +162,19 @@ def linears() -> dict[str, Case]:
         size, swapped = label(tiles), replace(tiles, swapped=True)
         cases[f"linear-w8-store-{size}"] = linear(tiles)
         cases[f"linear-w4-store-{size}"] = linear(swapped, "w4")
-        cases[f"linear-w8-gelu_tanh-{size}"] = linear(tiles, epilogue="gelu_tanh")
         cases[f"linear-per-token-w8-single-{size}"] = linear_per_token(tiles, dual=False)
         cases[f"linear-per-token-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
         if i < 2:
             cases[f"linear-w8-single-{size}"] = linear(tiles, dual=False)
-            cases[f"linear-w4-gelu_tanh-{size}"] = linear(swapped, "w4", "gelu_tanh")
-        if i == 0:
-            cases[f"linear-w4-gelu-{size}"] = linear(swapped, "w4", "gelu")
+        for name in FUNCTIONS:
+            # The usual activation with every tile, the others where there is least room beside the sums.
+            if name == "gelu_tanh" or i < 3:
+                cases[f"linear-w8-{name}-{size}"] = linear(tiles, epilogue=name)
+            if i < (2 if name == "gelu_tanh" else 1):
+                cases[f"linear-w4-{name}-{size}"] = linear(swapped, "w4", name)
         if i < 3:
-            cases[f"linear-w8-gelu-{size}"] = linear(tiles, epilogue="gelu")
             cases[f"linear-w8-add-{size}"] = linear(tiles, epilogue="add")
             cases[f"linear-w4-add-{size}"] = linear(swapped, "w4", "add")
     for tiles in TWO_SUMS:

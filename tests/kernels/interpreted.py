@@ -9,9 +9,22 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels.arguments import (
+    DualScaleLinearAdd,
+    DualScaleLinearFp8,
+    DualScaleLinearQuantize,
+    NormQuantize,
+    Operands,
+    Quantization,
+    QuantizeAct,
+    QuantizeFp8,
+    QuantizePerToken,
+    RmsNormRope,
+)
 from fxq.kernels.gemm import (
     fp8,
     per_token,
@@ -25,9 +38,11 @@ from fxq.kernels.gemm import (
 from fxq.kernels.gemm import (
     triton_per_token as per_token_triton,
 )
+from fxq.kernels.gemm.activations import Activation, add
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 from fxq.kernels.gemm.tiles import Tiles
+from fxq.kernels.jit import Block, jit, tl
 from fxq.kernels.norm import triton as norm_triton
 from fxq.kernels.norm.op import norm_quantize
 from fxq.kernels.quantize import triton_per_token as per_token_rows
@@ -94,7 +109,7 @@ def linear(
     assert not exact or bool((expected.abs() < 2**24).all())
     y = torch.full((m, n), float("nan"))
     stored = numerics.pack_int4(w) if bits <= 4 else w
-    gemm_triton.launch(q, stored, weight_scale, input_scale, offset, split, y, tiles=tiles)
+    gemm_triton.launch(Operands(q, stored, weight_scale, input_scale, offset, split, bits), y, tiles=tiles)
     allowed = torch.zeros(n) if exact else 2**-22 * magnitude + (0.5 * unit[0] if groups == 2 else 0)
     close(y.double(), expected, allowed)
 
@@ -109,7 +124,7 @@ def rescale_of_large_integers() -> None:
     expected = 9.0 * torch.tensor([[127 * 127 * 63 + 127 * 126, 127 * 127 * 64]]) + torch.tensor(127.0 * 127 * 127)
     y = torch.full((1, 2), float("nan"))
     tiles = Tiles(16, 16, 64, warps=4, stages=2)
-    gemm_triton.launch(q, w, scale, torch.ones(2), torch.zeros(2), 128, y, tiles=tiles)
+    gemm_triton.launch(Operands(q, w, scale, torch.ones(2), torch.zeros(2), 128, 8), y, tiles=tiles)
     assert 2**23 < expected.max() < 2**24
     assert torch.equal(y, expected), (y, expected)
 
@@ -118,7 +133,7 @@ def panels_are_refused() -> None:
     """Weights of the CPU kernel are named."""
     operands = sample_operands((3, 64), 40, 64, 8, generator(), panels=True)
     try:
-        gemm_triton.launch(*operands[:6], torch.empty(3, 40), tiles=TILES)
+        gemm_triton.launch(operands, torch.empty(3, 40), tiles=TILES)
     except ValueError as error:
         assert "panels for the CPU kernel: expected [N, K] on cpu; lay the weights out" in str(error), error
     else:
@@ -142,13 +157,32 @@ def linear_quantize(
     deviation = float(dual_scale_linear.reference(*operands, F32).std())
     scale = torch.tensor([0.02, 0.05][:groups]) * deviation * 2 ** (8 - out_bits)
     zero_point = torch.tensor([-9, 3][:groups], dtype=torch.int32)
-    tail = (activation, scale, zero_point, out_split, out_bits)
-    want = dual_scale_linear_quantize.reference(*operands, *tail)
+    arguments = DualScaleLinearQuantize(operands, activation, scale, zero_point, out_split, out_bits)
+    want = dual_scale_linear_quantize.compute(arguments)
     assert want.unique().numel() > 2**out_bits // 3
     out = torch.full((m, n), 99, dtype=torch.int8)
     tiles = replace(tiles, swapped=bits <= 4)
-    epilogue = gemm_triton.Quantize(*tail)
-    same_integers(gemm_triton.launch(*operands[:6], out, tiles=tiles, epilogue=epilogue), want)
+    epilogue = gemm_triton.quantizing(arguments)
+    same_integers(gemm_triton.launch(operands, out, tiles=tiles, epilogue=epilogue), want)
+
+
+@jit
+def _hardswish(x: Block) -> Block:
+    return x * tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) / 6.0
+
+
+def linear_quantize_by_an_activation_from_outside() -> None:
+    """The kernel is compiled with its function."""
+    add(Activation("hardswish", F.hardswish, _hardswish))
+    linear_quantize(37, 70, 160, 128, 8, "hardswish", 41)
+
+
+def linear_quantize_without_rows() -> None:
+    """No program runs."""
+    operands = sample_operands((0, 64), 5, 64, 8, generator())
+    arguments = DualScaleLinearQuantize(operands, "gelu", torch.ones(1), torch.zeros(1, dtype=torch.int32), 5, 8)
+    out = operands.empty(torch.int8)
+    assert gemm_triton.launch(operands, out, tiles=TILES, epilogue=gemm_triton.quantizing(arguments)) is out
 
 
 def linear_add(
@@ -158,10 +192,11 @@ def linear_add(
     operands = sample_operands(shape, n, split, bits, generator())
     residual = noise(*shape[:2], n).to(dtype)
     gate = noise(shape[0], frames, 6, n)[:, :, 2].to(dtype) if frames else None
-    want = dual_scale_linear_add.reference(*operands, residual, gate)
+    arguments = DualScaleLinearAdd(operands, residual, gate)
+    want = dual_scale_linear_add.compute(arguments)
     out = torch.full(want.shape, float("nan"), dtype=dtype)
     tiles = replace(tiles, swapped=bits <= 4)
-    gemm_triton.launch(*operands[:6], out, tiles=tiles, epilogue=gemm_triton.Add(residual, gate))
+    gemm_triton.launch(operands, out, tiles=tiles, epilogue=gemm_triton.adding(arguments))
     rounding = 0.5 * float((operands.input_scale[0] * operands.weight_scale[0]).max()) * 9
     close(out, want, (2**-7 if dtype == BF16 else 2**-20) * want.abs().double() + rounding)
 
@@ -173,7 +208,8 @@ def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, b
     scales, zeros = torch.tensor(scale), torch.tensor(zero_point, dtype=torch.int32)
     expected = numerics.quantize_input(x[..., order], scales, zeros, split, bits)
     q = torch.full((x.numel() // x.shape[-1], x.shape[-1]), 99, dtype=torch.int8)
-    result = launch_quantize(x, perm if gather else None, scales, zeros, split, bits, blocks=(4, 64), out=q)
+    arguments = QuantizeAct(x, Quantization(perm if gather else None, scales, zeros, split, bits))
+    result = launch_quantize(arguments, blocks=(4, 64), out=q)
     assert result.shape == x.shape
     assert torch.equal(result, expected), f"{int((result != expected).sum())} of {x.numel()} integers differ"
 
@@ -186,21 +222,23 @@ def norm(
     modulation = torch.randn(batch, max(1, frames), 6, width, generator=generator()).to(dtype)
     gain, shift = (modulation[:, :, 1], modulation[:, :, 0]) if frames else (None, None)
     groups = 1 if split == width else 2
-    arguments = (
+    arguments = NormQuantize(
         (noise(batch, shape[1], width + 16)[..., :width] + 0.7).to(dtype),
         torch.randn(width, generator=generator()).to(dtype) if "w" in affine else None,
         torch.randn(width, generator=generator()) if "b" in affine else None,
         gain,
         shift,
         1e-6,
-        torch.randperm(width, generator=generator()).to(torch.int32) if gather else None,
-        torch.tensor([0.03, 0.011][:groups]),
-        torch.tensor([-11, 4][:groups], dtype=torch.int32),
-        split,
-        bits,
+        Quantization(
+            torch.randperm(width, generator=generator()).to(torch.int32) if gather else None,
+            torch.tensor([0.03, 0.011][:groups]),
+            torch.tensor([-11, 4][:groups], dtype=torch.int32),
+            split,
+            bits,
+        ),
     )
     out = torch.full(shape, 99, dtype=torch.int8)
-    same_integers(norm_triton.launch(*arguments, out=out), norm_quantize.reference(*arguments))
+    same_integers(norm_triton.launch(arguments, out=out), norm_quantize.compute(arguments))
 
 
 def rope(shape: tuple[int, int, int], heads: int, dtype: torch.dtype, norm: bool, rotate: bool, merged: bool) -> None:
@@ -210,10 +248,11 @@ def rope(shape: tuple[int, int, int], heads: int, dtype: torch.dtype, norm: bool
     x = noise(batch, positions, 3 * width).to(dtype)
     x = x[..., width : 2 * width] if merged else x[..., :width].contiguous()
     weight = torch.randn(width, generator=generator()).to(dtype) if norm else None
-    arguments = (x, weight, 1e-6, angle.cos() if rotate else None, angle.sin() if rotate else None, heads)
-    want = rms_norm_rope.reference(*arguments)
+    cos, sin = (angle.cos(), angle.sin()) if rotate else (None, None)
+    arguments = RmsNormRope(x, weight, 1e-6, cos, sin, heads)
+    want = rms_norm_rope.compute(arguments)
     out = torch.full(want.shape, float("nan"), dtype=dtype)
-    close(rope_triton.launch(*arguments, out=out), want, (2**-7 if dtype == BF16 else 2**-20) * 8)
+    close(rope_triton.launch(arguments, out=out), want, (2**-7 if dtype == BF16 else 2**-20) * 8)
 
 
 def quantize_fp8(shape: tuple[int, ...], scale: list[float], split: int, dtype: torch.dtype, gather: bool) -> None:
@@ -226,8 +265,9 @@ def quantize_fp8(shape: tuple[int, ...], scale: list[float], split: int, dtype: 
     per_channel = scales[(torch.arange(width) >= split).long()]
     x = torch.empty(shape).index_copy(-1, perm.long(), held * per_channel) if gather else held * per_channel
     x = x.to(dtype)
-    want = fp8.quantize_fp8.reference(x, perm if gather else None, scales, split)
-    got = fp8_triton.launch(x, perm if gather else None, scales, split, out=torch.zeros(shape, dtype=fp8.FP8))
+    arguments = QuantizeFp8(x, perm if gather else None, scales, split)
+    want = fp8.quantize_fp8.compute(arguments)
+    got = fp8_triton.launch(arguments, out=torch.zeros(shape, dtype=fp8.FP8))
     assert got.dtype == want.dtype and bool((want.float().abs() == 448).any())
     close(got.float(), held.clamp(-448, 448), 0.0)
     close(want.float(), held.clamp(-448, 448), 0.0)
@@ -239,9 +279,9 @@ def linear_fp8(m: int, n: int, k: int, split: int) -> None:
     q, w = (noise(rows, k).mul(40).clamp(-448, 448).to(fp8.FP8) for rows in (m, n))
     weight_scale = torch.rand(groups, n, generator=generator()) * 0.01 + 0.001
     input_scale, offset = torch.tensor([0.03, 0.2][:groups]), noise(n)
-    operands = (q, w, weight_scale, input_scale, offset, split)
-    y = gemm_triton.launch(*operands, torch.full((m, n), float("nan")), tiles=TILES)
-    want = fp8.dual_scale_linear_fp8.reference(*operands, torch.float32)
+    arguments = DualScaleLinearFp8(q, w, weight_scale, input_scale, offset, split, F32)
+    y = gemm_triton.launch(arguments.operands, torch.full((m, n), float("nan")), tiles=TILES)
+    want = fp8.dual_scale_linear_fp8.compute(arguments)
     close(y, want, 2**-18 * float(want.abs().max()))
 
 
@@ -249,7 +289,7 @@ def quantize_per_token(x: Tensor, split: int, bits: int, gather: bool, max_block
     """Bit-equal integers and scales; a narrow block reads a row in several steps."""
     width = x.shape[-1]
     perm = torch.randperm(width, generator=generator()).to(torch.int32) if gather else None
-    q, scale = per_token_rows.quantize(x, perm, split, bits, max_block=max_block)
+    q, scale = per_token_rows.quantize(QuantizePerToken(x, perm, split, bits), max_block=max_block)
     expected, scales = numerics.quantize_per_token(x if perm is None else x[..., perm], split, bits)
     assert q.shape == x.shape and torch.equal(q, expected), f"{int((q != expected).sum())} integers differ"
     assert scale.shape == scales.shape and torch.equal(scale, scales)
@@ -257,13 +297,14 @@ def quantize_per_token(x: Tensor, split: int, bits: int, gather: bool, max_block
 
 def linear_per_token(m: int, n: int, k: int, split: int, bits: int, exact: bool = False, tiles: Tiles = TILES) -> None:
     """Scales per row and group: exact for integer scales, else within the rounding of float32."""
-    q, scale, w, weight_scale, offset, _, _ = per_token.sample_operands((m, k), n, split, bits, generator())
+    sample = per_token.sample_arguments((m, k), n, split, bits, F32, generator())
+    q, scale, w, weight_scale, offset, *_ = sample
     if exact:
         scale = torch.randint(1, 4, scale.shape, generator=generator()).float()
         weight_scale = torch.randint(1, 4, weight_scale.shape, generator=generator()).float()
         offset = torch.randint(-1000, 1000, (n,), generator=generator()).float()
-    operands = (q, scale, w, weight_scale, offset, split)
-    got = per_token_triton.linear(*operands, torch.full((m, n), float("nan")), tiles=tiles)
+    operands = sample._replace(input_scale=scale, weight_scale=weight_scale, offset=offset).operands
+    got = per_token_triton.linear(operands, torch.full((m, n), float("nan")), tiles=tiles)
     plain = numerics.unpack_int4(w) if bits <= 4 else w
     want = numerics.per_token_matmul(q, scale, plain, weight_scale, offset, split)
     assert not exact or bool((want.abs() < 2**24).all())
@@ -297,12 +338,8 @@ CASES: dict[str, Callable[[], None]] = NOT_FINITE | {
     "linear-quantize-none-6-bits": lambda: linear_quantize(50, 39, 75, 50, 8, "none", 7, 6),
     "linear-quantize-w4-gelu_tanh": lambda: linear_quantize(19, 65, 128, 96, 4, "gelu_tanh", 33),
     "linear-quantize-wide": lambda: linear_quantize(9, 275, 96, 64, 8, "gelu", 141, tiles=WIDE),
-    "linear-quantize-no-rows": lambda: gemm_triton.launch(
-        *sample_operands((0, 64), 5, 64, 8, generator())[:6],
-        torch.empty(0, 5, dtype=torch.int8),
-        tiles=TILES,
-        epilogue=gemm_triton.Quantize("gelu", torch.ones(1), torch.zeros(1, dtype=torch.int32), 5, 8),
-    ),
+    "linear-quantize-hardswish": linear_quantize_by_an_activation_from_outside,
+    "linear-quantize-no-rows": linear_quantize_without_rows,
     "linear-add-gated-3-frames": lambda: linear_add((2, 21, 96), 45, 64, 8, 3, F32),
     "linear-add-gated-bf16": lambda: linear_add((1, 34, 131), 33, 131, 8, 2, BF16),
     "linear-add-without-gate": lambda: linear_add((2, 17, 75), 40, 50, 8, 0, F32),

@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels.arguments import (
+    DualScaleLinearAdd,
+    DualScaleLinearQuantize,
+    NormQuantize,
+    Operands,
+    Quantization,
+    QuantizeAct,
+    QuantizeFp8,
+    QuantizePerToken,
+    RmsNormRope,
+)
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import triton as gemm_triton
 from fxq.kernels.gemm import triton_fp8 as fp8_triton
@@ -63,7 +74,7 @@ def quantize(width: int, split: int, bits: int, gather: bool, dtype: torch.dtype
     tail = (torch.tensor([0.03, 0.2][:groups]), torch.tensor([4, -9][:groups]).int(), split, bits)
     want = numerics.quantize_input(x if perm is None else x[:, perm], *tail)
     q = torch.full((9, width), 99, dtype=torch.int8)
-    same(launch_quantize(x, perm, *tail, blocks=(4, 32), out=q), want, broken(9))
+    same(launch_quantize(QuantizeAct(x, Quantization(perm, *tail)), blocks=(4, 32), out=q), want, broken(9))
 
 
 def quantize_with_a_broken_scale() -> None:
@@ -71,14 +82,15 @@ def quantize_with_a_broken_scale() -> None:
     tail = (torch.tensor([0.1, float("nan")]), torch.zeros(2).int(), 64, 8)
     q = torch.zeros(5, 70, dtype=torch.int8)
     x = torch.randn(5, 70, generator=generator())
-    same(launch_quantize(x, None, *tail, out=q), numerics.quantize_input(x, *tail), torch.ones(5, dtype=torch.bool))
+    got = launch_quantize(QuantizeAct(x, Quantization(None, *tail)), out=q)
+    same(got, numerics.quantize_input(x, *tail), torch.ones(5, dtype=torch.bool))
 
 
 def narrow_rows_are_not_marked() -> None:
     """As in the reference."""
     x = torch.full((3, 15), float("inf"))
     tail = (torch.ones(1), torch.zeros(1).int(), 15, 8)
-    q = launch_quantize(x, None, *tail, out=torch.zeros(3, 15, dtype=torch.int8))
+    q = launch_quantize(QuantizeAct(x, Quantization(None, *tail)), out=torch.zeros(3, 15, dtype=torch.int8))
     assert torch.equal(q, numerics.quantize_input(x, *tail)) and q.unique().tolist() == [127]
 
 
@@ -94,19 +106,19 @@ def norm(gather: bool, modulated: bool) -> None:
         marked[8] = True
     perm = torch.randperm(70, generator=generator()).int() if gather else None
     frames = (gain, shift) if modulated else (None, None)
-    tail = (torch.tensor([0.02, 0.04]), torch.tensor([3, -5]).int(), 50, 8)
-    arguments = (x, None, None, *frames, 1e-6, perm, *tail)
-    got = norm_triton.launch(*arguments, out=torch.full((3, 3, 70), 99, dtype=torch.int8))
+    quantization = Quantization(perm, torch.tensor([0.02, 0.04]), torch.tensor([3, -5]).int(), 50, 8)
+    arguments = NormQuantize(x, None, None, *frames, 1e-6, quantization)
+    got = norm_triton.launch(arguments, out=torch.full((3, 3, 70), 99, dtype=torch.int8))
     assert torch.equal(numerics.poisoned(got).flatten(), marked)
-    assert torch.equal(numerics.poisoned(norm_quantize.reference(*arguments)).flatten(), marked)
+    assert torch.equal(numerics.poisoned(norm_quantize.compute(arguments)).flatten(), marked)
 
 
 def rope() -> None:
     """Not finite, and squares that overflow."""
     x = rows(1, 9, 70)
     x[0, 0] = 1e30
-    arguments = (x, torch.ones(70), 1e-6, None, None, 5)
-    for y in (rope_triton.launch(*arguments, out=torch.zeros(1, 9, 5, 14)), rms_norm_rope.reference(*arguments)):
+    arguments = RmsNormRope(x, torch.ones(70), 1e-6, None, None, 5)
+    for y in (rope_triton.launch(arguments, out=torch.zeros(1, 9, 5, 14)), rms_norm_rope.compute(arguments)):
         shown = ~y.isfinite().flatten(2).all(2)[0]
         assert shown.tolist() == [True, True, False, False, True, False, False, True, False]
 
@@ -115,16 +127,16 @@ def per_token(width: int, split: int, gather: bool, max_block: int = 4096) -> No
     """Bit-equal integers, and scales but for NaN."""
     x = rows(9, width)
     perm = torch.randperm(width, generator=generator()).int() if gather else None
-    q, scale = per_token_rows.quantize(x, perm, split, 8, max_block=max_block)
+    q, scale = per_token_rows.quantize(QuantizePerToken(x, perm, split, 8), max_block=max_block)
     want, scales = numerics.quantize_per_token(x if perm is None else x[:, perm], split, 8)
     assert torch.equal(scale.isnan().any(1), broken(9))
     assert torch.equal(scale.nan_to_num(7.0), scales.nan_to_num(7.0)) and torch.equal(q, want)
-    _, weight, weight_scale, _, offset, _, _ = sample_operands((9, width), 40, split, 8, generator())
-    y = per_token_triton.linear(q, scale, weight, weight_scale, offset, split, torch.zeros(9, 40), tiles=TILES)
+    operands = sample_operands((9, width), 40, split, 8, generator())._replace(q=q, input_scale=scale)
+    y = per_token_triton.linear(operands, torch.zeros(9, 40), tiles=TILES)
     assert torch.equal(~y.isfinite().all(1), broken(9)) and torch.equal(~y.isfinite().any(1), broken(9))
 
 
-def marked_operands(bits: int, width: int = 96, outputs: int = 75, split: int = 64) -> tuple:
+def marked_operands(bits: int, width: int = 96, outputs: int = 75, split: int = 64) -> tuple[Operands, Tensor]:
     """Operands of a product of 37 rows, of which two are marked."""
     operands = sample_operands((37, width), outputs, split, bits, generator())
     marked = torch.zeros(37, dtype=torch.bool)
@@ -136,9 +148,10 @@ def linear(bits: int, epilogue: str, tiles: Tiles = TILES, width: int = 96) -> N
     """Rows of NaN; the others as without a mark."""
     operands, marked = marked_operands(bits, width)
     tiles = replace(tiles, swapped=bits <= 4)
-    after = gemm_triton.Add(torch.ones(1, 37, 75), torch.zeros(1, 37, 75)) if epilogue == "add" else None
+    added = DualScaleLinearAdd(operands, torch.ones(1, 37, 75), torch.zeros(1, 37, 75))
+    after = gemm_triton.adding(added) if epilogue == "add" else gemm_triton.STORE
     shape = (1, 37, 75) if epilogue == "add" else (37, 75)
-    y = gemm_triton.launch(*operands[:6], torch.zeros(shape), tiles=tiles, epilogue=after).reshape(37, 75)
+    y = gemm_triton.launch(operands, torch.zeros(shape), tiles=tiles, epilogue=after).reshape(37, 75)
     assert torch.equal(y.isnan().all(1), marked) and torch.equal(y.isnan().any(1), marked)
     if epilogue == "store":
         want = dual_scale_linear.reference(*operands, torch.float32)
@@ -152,11 +165,12 @@ def linear_quantize(bits: int, tiles: Tiles = TILES, bad_column: int | None = No
     if bad_column is not None:
         operands.offset[bad_column] = float("nan")
         marked = torch.ones(37, dtype=torch.bool)
-    tail = ("gelu_tanh", torch.tensor([0.3, 0.7]), torch.tensor([3, -9]).int(), 50, 8)
+    scale, zero_point = torch.tensor([0.3, 0.7]), torch.tensor([3, -9]).int()
+    arguments = DualScaleLinearQuantize(operands, "gelu_tanh", scale, zero_point, 50, 8)
     tiles = replace(tiles, swapped=bits <= 4)
     out = torch.full((37, 75), 99, dtype=torch.int8)
-    got = gemm_triton.launch(*operands[:6], out, tiles=tiles, epilogue=gemm_triton.Quantize(*tail))
-    want = dual_scale_linear_quantize.reference(*operands, *tail)
+    got = gemm_triton.launch(operands, out, tiles=tiles, epilogue=gemm_triton.quantizing(arguments))
+    want = dual_scale_linear_quantize.compute(arguments)
     assert torch.equal(numerics.poisoned(got), marked) and torch.equal(numerics.poisoned(want), marked)
     if bad_column is None:
         assert torch.equal(got[marked], want[marked])
@@ -166,9 +180,9 @@ def linear_quantize(bits: int, tiles: Tiles = TILES, bad_column: int | None = No
 def quantize_fp8() -> None:
     """NaN in its own place, infinities too."""
     x = rows(9, 70)
-    scale = torch.tensor([0.01])
-    want = fp8.quantize_fp8.reference(x, None, scale, 70)
-    got = fp8_triton.launch(x, None, scale, 70, out=torch.zeros(9, 70, dtype=fp8.FP8))
+    arguments = QuantizeFp8(x, None, torch.tensor([0.01]), 70)
+    want = fp8.quantize_fp8.compute(arguments)
+    got = fp8_triton.launch(arguments, out=torch.zeros(9, 70, dtype=fp8.FP8))
     assert torch.equal(got.float().isnan(), ~x.isfinite()) and torch.equal(want.float().isnan(), ~x.isfinite())
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.kernels import OPS
+from fxq.kernels import OPS, dual_scale_linear_quantize
 from fxq.kernels.gemm import gluon as gluon_gemm
+from fxq.kernels.gemm.activations import ACTIVATIONS, Activation
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.op import Op
@@ -82,6 +83,16 @@ def test_a_launch_binds_and_compiles(op, launched):
     check(op, op.samples()[0], launched)
 
 
+@pytest.mark.parametrize("launched", [90], indirect=True)
+def test_an_activation_without_a_triton_function_lies_between_two_launches(launched, monkeypatch):
+    monkeypatch.setitem(ACTIVATIONS, "relu", Activation("relu", torch.relu))
+    operands = sample_operands((5, 128), 40, 128, 8, torch.Generator().manual_seed(0))
+    tail = ("relu", torch.ones(1), torch.zeros(1, dtype=torch.int32), 40, 8)
+    got = dual_scale_linear_quantize.definition.redispatch(ON_CUDA, *operands, *tail)
+    assert launched == ["linear_kernel", "quantize_kernel"] and got.shape == (5, 40) and got.dtype == torch.int8
+    assert ACTIVATIONS["relu"].eager_on("cuda") == "the Triton kernels have no relu: torch computes it"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launched", [80, 90, 120], indirect=True)
 @pytest.mark.parametrize(
@@ -106,5 +117,5 @@ def test_float8_needs_a_gpu_that_has_it(op, launched):
 @pytest.mark.parametrize("split", [96, 128])
 def test_the_gluon_launch_binds_and_compiles(split, tiles, launched):
     operands = sample_operands((5, 128), 40, split, 8, torch.Generator().manual_seed(0))
-    assert gluon_gemm.launch_gluon(*operands[:6], torch.bfloat16, tiles).shape == (5, 40)
+    assert gluon_gemm.launch_gluon(operands, torch.bfloat16, tiles).shape == (5, 40)
     assert launched == ["gluon_kernel"]

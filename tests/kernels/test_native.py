@@ -77,7 +77,7 @@ def test_linear_equals_the_reference(shape, outputs, split, dtype, threads):
 @pytest.mark.parametrize(("shape", "outputs", "split"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_per_token_equals_the_reference(shape, outputs, split, dtype, threads):
-    arguments = (*per_token.sample_operands(shape, outputs, split, 8, random(1), panels=True), dtype)
+    arguments = per_token.sample_arguments(shape, outputs, split, 8, dtype, random(1), panels=True)
     got, want = dual_scale_linear_per_token(*arguments), dual_scale_linear_per_token.reference(*arguments)
     assert torch.equal(got, want) and got.dtype == dtype
 

@@ -41,7 +41,7 @@ def replay(path: pathlib.Path) -> dict[str, float]:
     with rollout.using(running):
         for _ in range(rollout.units(condition, draws)):
             state = rollout.advance(state, lambda call, out: recorded.append(Recorded(call, *pending.pop(), out[0])))
-            after_unit.append(state)
+            after_unit.append(rollout.fork(state))
 
     _compare_call_list(golden, recorded)
     compared = [*_schedule(sampler), *_calls(sampler, recorded), *_caches(golden, recorded, after_unit)]
@@ -80,7 +80,7 @@ def _caches(golden: Golden, recorded: list[Recorded], after_unit: list):
             if unit >= len(after_unit):
                 raise GoldenError(f"{golden.path}: {name} is of a chunk that no call names, {len(after_unit)} ran")
             state = after_unit[unit]
-            yield name, (state.keys if match[3] == "k" else state.values)[int(match[2])]
+            yield name, state.cache.prefix()[match[3] != "k"][int(match[2])]
         elif match := re.fullmatch(r"cross\.(\d+)\.([kv])", name):
             state = after_unit[-1]
             yield name, (state.cross_k if match[2] == "k" else state.cross_v)[int(match[1])]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.schedule import FlowSchedule
@@ -169,8 +170,7 @@ class Golden:
             warp=warp,
             frames_per_chunk=chunk,
             context_noise=float(self.setting("context_noise", default=0)),
-            window=window,
-            sink=sink,
+            cache=CachePolicy(window=window, sink=sink),
             schedule=FlowSchedule(shift=self.setting("shift", "timestep_shift", default=5.0)),
         )
 

@@ -491,7 +491,7 @@ def test_families_sample_as_published():
     assert two.timesteps(True) == one.timesteps(True) == chunk_wise
     assert (len(two.timesteps(False)), len(one.timesteps(False))) == (2, 1)
     assert FAMILIES["causal-forcing-framewise"].sampler.frames_per_chunk == 1
-    assert (FAMILIES["longlive"].sampler.window, FAMILIES["longlive"].sampler.sink) == (12, 3)
+    assert (FAMILIES["longlive"].sampler.cache.window, FAMILIES["longlive"].sampler.cache.sink) == (12, 3)
     assert all(family.frames % family.sampler.frames_per_chunk == 0 for family in FAMILIES.values())
 
 
@@ -517,7 +517,7 @@ def test_a_config_file_gives_sizes_and_loop(tmp_path):
     assert settings == read_settings(tmp_path) == read_settings(tmp_path / "config.json")
     family = with_settings(FAMILIES["causal-wan"], settings)
     assert family.config == CONFIG
-    assert (family.sampler.window, family.sampler.sink, family.sampler.steps) == (6, 1, (1000, 500))
+    assert (family.sampler.cache.window, family.sampler.cache.sink, family.sampler.steps) == (6, 1, (1000, 500))
     assert family.sampler.schedule.shift == 8.0
 
 

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxq.cache.policy import CachePolicy
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
 
@@ -76,7 +77,10 @@ def test_the_first_chunk_may_have_steps_of_its_own():
     ("settings", "message"),
     [
         ({"steps": ()}, "steps is empty"),
-        ({"window": 5, "sink": 3}, "window of 5 frames cannot hold 3 sink frames and a chunk of 3; .* at least 6"),
+        (
+            {"cache": CachePolicy(window=5, sink=3)},
+            "window of 5 frames cannot hold 3 sink frames and a chunk of 3; .* at least 6",
+        ),
     ],
 )
 def test_impossible_sampler_settings_are_refused(settings, message):

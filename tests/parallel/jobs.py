@@ -14,7 +14,7 @@ def video(rollout, module):
         state = rollout.begin(*rollout.batches[0])
         for _ in range(rollout.units(*rollout.batches[0])):
             state = rollout.advance(state)
-    return {"latents": state.latents, "keys": list(state.keys), "values": list(state.values)}
+    return {"latents": state.latents, "keys": state.cache.prefix()[0], "values": state.cache.prefix()[1]}
 
 
 def from_bundle(folder, optimized):

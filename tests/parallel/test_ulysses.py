@@ -72,5 +72,5 @@ def test_a_local_rollout_starts_with_the_caches_of_a_rank_and_leaves_the_other_a
     rollout = wan()
     local = local_rollout(rollout, 2)
     state = local.begin(*local.batches[0])
-    assert [tuple(cache.shape) for cache in state.keys] == [(2, 0, 1, 48)]
-    assert rollout.model.config.num_heads == 2 and rollout.begin(*rollout.batches[0]).keys[0].shape[2] == 2
+    assert [tuple(cache.shape) for cache in state.cache.prefix()[0]] == [(2, 0, 1, 48)]
+    assert rollout.model.config.num_heads == 2 and rollout.begin(*rollout.batches[0]).cache.prefix()[0][0].shape[2] == 2

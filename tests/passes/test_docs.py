@@ -1,16 +1,20 @@
 import pathlib
 import re
 
+import torch
+
 import fxq
+from fxq.kernels.gemm.activations import ACTIVATIONS
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
 
 def test_the_code_of_the_page_on_passes_runs(capsys):
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "passes.md").read_text(), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     names = {"__name__": "docs_passes"}
     exec(compile("\n".join(blocks), str(DOCS / "passes.md"), "exec"), names)
+    assert ACTIVATIONS.pop("relu").reference is torch.relu
     assert "2 linears quantized, 0 kept" in capsys.readouterr().out
     plain = fxq.Recipe(
         name="plain", rules=names["recipe"].rules, methods=names["recipe"].methods[:1], weighting="uniform"

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import chunk_sensitivity
 from fxq.models.causal_wan import CausalWanConfig
@@ -48,7 +49,7 @@ def test_a_batch_is_counted_without_running_the_model():
 @pytest.mark.parametrize("window", [-1, 4])
 def test_a_self_forcing_rollout_is_counted_to_the_operation(frames, window):
     rollout = wan_rollout(frames=frames)
-    sampler = dataclasses.replace(rollout.sampler, window=window)
+    sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=window))
     rollout = SelfForcingRollout(rollout.model, rollout.batches, sampler)
     calls = []
     with FlopCounterMode(display=False) as counter:

@@ -29,7 +29,7 @@ def test_self_forcing_is_the_shipped_sampler():
     workload, sampler = find_workload("self-forcing"), SamplerConfig()
     assert workload.config == CausalWanConfig.wan_1_3b()
     assert (workload.steps, workload.frames_per_chunk) == (len(sampler.steps), sampler.frames_per_chunk)
-    assert (workload.window, workload.sink) == (sampler.window, sampler.sink)
+    assert (workload.window, workload.sink) == (sampler.cache.window, sampler.cache.sink)
     assert (workload.tokens_per_frame, workload.chunk_tokens, workload.calls) == (1560, 4680, 5)
 
 
@@ -40,8 +40,8 @@ def test_planning_and_calibration_take_one_loop_per_model(workload):
     assert workload.steps == len(loop.timesteps(first=False))
     assert (workload.frames_per_chunk, workload.window, workload.sink) == (
         loop.frames_per_chunk,
-        loop.window,
-        loop.sink,
+        loop.cache.window,
+        loop.cache.sink,
     )
 
 

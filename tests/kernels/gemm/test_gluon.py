@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.gluon import HAS_GLUON, TABLE, launch_gluon
 from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 
@@ -23,8 +24,8 @@ def test_the_gpu_kernel_agrees_with_the_reference(sizes, tiles):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper device")
     arguments = operands(*sizes)
-    moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments[:6]]
-    got = launch_gluon(*moved, torch.float32, tiles).cpu()
+    moved = Operands(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments))
+    got = launch_gluon(moved, torch.float32, tiles).cpu()
     want = dual_scale_linear.reference(*arguments, torch.float32)
     unit = float((arguments.input_scale[0] * arguments.weight_scale[0]).max())
     assert float((got - want).abs().max()) <= 0.5 * unit + 1e-5 * float(want.abs().max())
@@ -40,19 +41,19 @@ def test_the_gpu_kernel_agrees_with_the_reference(sizes, tiles):
 )
 def test_sizes_that_the_loads_cannot_take_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        launch_gluon(*operands(*sizes)[:6], torch.float32)
+        launch_gluon(operands(*sizes), torch.float32)
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton has no Gluon")
 def test_packed_weights_are_refused():
     random = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match=r"weight is torch.uint8 \(8, 48\): expected int8 \[N, K\]"):
-        launch_gluon(*sample_operands((4, 96), 8, 64, 4, random)[:6], torch.float32)
+        launch_gluon(sample_operands((4, 96), 8, 64, 4, random), torch.float32)
 
 
 @pytest.mark.skipif(not HAS_GLUON, reason="this Triton has no Gluon")
 def test_no_rows_give_an_empty_result():
-    assert launch_gluon(*operands(0, 8, 96, 64)[:6], torch.bfloat16).shape == (0, 8)
+    assert launch_gluon(operands(0, 8, 96, 64), torch.bfloat16).shape == (0, 8)
 
 
 @pytest.mark.parametrize("missing", ["triton", "triton.experimental.gluon"])
@@ -60,9 +61,11 @@ def test_the_module_imports_without_gluon_and_says_so(missing):
     code = f"""
 import sys; sys.modules["{missing}"] = None
 import torch, fxq.kernels.gemm.fp8
+from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.gluon import launch_gluon
 x = torch.zeros(1, 16, dtype=torch.int8)
-try: launch_gluon(x, x, torch.ones(1, 1), torch.ones(1), torch.ones(1), 16, torch.float32)
+operands = Operands(x, x, torch.ones(1, 1), torch.ones(1), torch.ones(1), 16, 8)
+try: launch_gluon(operands, torch.float32)
 except ValueError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxq.core.ir import planned
+from fxq.kernels import native
+from fxq.kernels.gemm.activations import ACTIVATIONS, Activation, add
 from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
 from tests.passes.fusions.fusing import count, error, frozen, fused
 from tests.toys import rows
@@ -38,6 +40,10 @@ class Feed(nn.Module):
                 return self.down(F.gelu(y).flatten(0, 1))
             case "silu":
                 return self.down(F.silu(y))
+            case "leaky":
+                return self.down(F.leaky_relu(y, 0.1))
+            case "leakier":
+                return self.down(F.leaky_relu(y, 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -80,6 +86,28 @@ def test_an_activation_that_has_no_fused_form_stays():
     x = rows(2, 15, 48)
     graph = fused(frozen(Feed("silu"), (x,)), FuseActivationQuantize())
     assert count(graph, "aten.silu") == 1 and graph.log[0][1] == 0
+
+
+@pytest.fixture
+def leaky():
+    calls = {torch.ops.aten.leaky_relu.default: {"negative_slope": 0.1}}
+    yield add(Activation("leaky", lambda x: F.leaky_relu(x, 0.1), calls=calls))
+    del ACTIVATIONS["leaky"]
+
+
+def test_an_activation_from_outside_is_fused_and_said_to_be_computed_by_torch(leaky):
+    x = rows(2, 15, 48)
+    q = frozen(Feed("leaky"), (x,))
+    graph = fused(q, FuseActivationQuantize())
+    (node,) = (n for n in graph.module.graph.nodes if "linear_quantize" in str(n.target))
+    assert node.args[7] == "leaky" and error(graph, q, x) < 1e-5
+    eager = "; the native kernels have no leaky: torch computes it" if native.ready() else ""
+    assert graph.remarks == {"up": [f"leaky_relu and the next quantize in its epilogue{eager}"]}
+
+
+def test_a_call_with_other_values_is_another_activation(leaky):
+    graph = fused(frozen(Feed("leakier"), (rows(2, 15, 48),)), FuseActivationQuantize())
+    assert count(graph, "aten.leaky_relu") == 1 and graph.log[0][1] == 0
 
 
 def test_an_order_of_channels_that_was_not_folded_stays_with_the_reason():

@@ -30,3 +30,9 @@ DTYPES: dict[str, torch.dtype] = {
         torch.bool,
     )
 }
+"""Dtypes by torch's name, without ``torch.``."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name of a dtype, without ``torch.``."""
+    return str(dtype).removeprefix("torch.")

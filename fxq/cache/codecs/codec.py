@@ -1,0 +1,85 @@
+"""What a codec is: settings, the fields it stores, how a span of keys or values becomes them and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fxq.cache.codecs.record import Field, Record, Shape
+
+Kind = Literal["keys", "values"]
+
+
+Memory = Mapping[str, Tensor]
+"""What a codec carries from one span of a video to the next, [B, ...] each; empty before the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(ABC):
+    """A way to store keys or values; a frozen dataclass of its settings, one file each.
+
+    Keys come before their rotary embedding: a rotation mixes channels that have little to do with each other and
+    changes from token to token.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def fields(self, shape: Shape, kind: Kind) -> tuple[Field, ...]:
+        """What is stored, for keys or values of a layer.
+
+        Raises:
+            ValueError: when the settings do not fit the shape, with what would.
+        """
+
+    @abstractmethod
+    def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
+        """Store one span.
+
+        The result of a video does not depend on the others of its batch, on the process's random state or on how
+        often it is computed.
+
+        Args:
+            x: float [B, T, heads, head_dim], one span.
+            kind: keys (not rotated) or values.
+            memory: what the previous span's call returned; empty for the first.
+            seed: of the codec's own generator, such as the layer's number.
+        """
+
+    @abstractmethod
+    def decode(self, record: Record, kind: Kind) -> Tensor:
+        """float32 [B, T, heads, head_dim] of all spans of a record."""
+
+    def bits_per_element(self, shape: Shape, kind: Kind, spans: int = 1) -> float:
+        """Stored bits per element of a video of so many spans; every stored byte counts."""
+        fields = self.fields(shape, kind)
+        total = sum(field.nbytes(spans * shape.span, spans) for field in fields)
+        return 8 * total / (spans * shape.elements)
+
+
+def shape_of(x: Tensor) -> Shape:
+    """The shape of a span [B, T, heads, head_dim].
+
+    Raises:
+        ValueError: when x is not of that form, or holds what is not finite: no codec can bring it back.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"a span is {x.dtype} {tuple(x.shape)}: expected float [B, tokens, heads, head_dim]")
+    if not bool(x.isfinite().all()):
+        raise ValueError("a span of the cache holds NaN or infinity; the video that it belongs to is lost already")
+    return Shape(x.shape[2], x.shape[3], x.shape[1])
+
+
+def per_video(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack what was computed for each video alone."""
+    return {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]} if tensors else {}
+
+
+def of_video(memory: Memory, index: int) -> dict[str, Tensor]:
+    """One video's part of a memory."""
+    return {name: tensor[index] for name, tensor in memory.items()}

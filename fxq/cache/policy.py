@@ -1,0 +1,99 @@
+"""What a rollout keeps of its past: how much of it, at which positions, and in which form."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from fxq.cache.codecs.codec import Codec, Kind
+
+Positions = Literal["absolute", "relative"]
+
+Codecs = Codec | tuple[Codec | None, ...] | None
+"""One codec for every layer, one for each, or none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """What is kept, and how.
+
+    Args:
+        window: attention span in frames, the chunk that is made included; -1: everything so far.
+        sink: frames from the start that are never evicted and stay exact.
+        positions: of cached keys. ``absolute``: where a frame is in the video. ``relative``: sink frames move along, so
+            that they lie right before the window; no distance is then larger than the window, however long the video.
+        keys: how keys are stored once they are ``recent`` chunks old, in every layer or layer by layer; None: as they
+            are.
+        values: as ``keys``, for values.
+        span: chunks that are encoded together, once.
+        recent: newest chunks that always stay exact.
+        layers: those whose cache is encoded; None: all.
+
+    Raises:
+        ValueError: when the settings exclude each other, with what would do.
+    """
+
+    window: int = -1
+    sink: int = 0
+    positions: Positions = "absolute"
+    keys: Codecs = None
+    values: Codecs = None
+    span: int = 8
+    recent: int = 1
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("absolute", "relative"):
+            raise ValueError(f"positions = {self.positions!r}: expected 'absolute' or 'relative'")
+        if self.window < -1 or self.sink < 0 or self.span < 1 or self.recent < 0:
+            raise ValueError(
+                f"window = {self.window}, sink = {self.sink}, span = {self.span}, recent = {self.recent}: expected "
+                "frames or -1, frames, 1 or more chunks, chunks"
+            )
+        if self.positions == "relative" and self.window == -1:
+            raise ValueError("positions = 'relative' needs a window: set it to the frames the model was trained on")
+
+    def codec(self, kind: Kind, layer: int) -> Codec | None:
+        """How a layer's keys or values are stored; None: as they are."""
+        chosen = self.keys if kind == "keys" else self.values
+        if self.layers is not None and layer not in self.layers:
+            return None
+        return chosen[layer] if isinstance(chosen, tuple) else chosen
+
+    @property
+    def packs(self) -> bool:
+        """Whether anything is encoded."""
+        return self.keys is not None or self.values is not None
+
+    def check_layers(self, layers: int) -> None:
+        """Refuse what a model of so many layers cannot follow.
+
+        Raises:
+            ValueError: naming the setting and what would do.
+        """
+        if wrong := [i for i in self.layers or () if not 0 <= i < layers]:
+            raise ValueError(f"cache layers {wrong}: the model has layers 0 to {layers - 1}")
+        for name, chosen in (("keys", self.keys), ("values", self.values)):
+            if isinstance(chosen, tuple) and len(chosen) != layers:
+                raise ValueError(f"{name} names {len(chosen)} codecs: expected one, or {layers}, one for each layer")
+
+    def check(self, chunk: int) -> None:
+        """Refuse what chunks of ``chunk`` frames cannot follow.
+
+        Raises:
+            ValueError: naming the setting and what would do.
+        """
+        if self.window == -1:
+            return
+        if self.window < self.sink + chunk:
+            raise ValueError(
+                f"window of {self.window} frames cannot hold {self.sink} sink frames and a chunk of {chunk}; use -1 or "
+                f"at least {self.sink + chunk}"
+            )
+        least = self.sink + (self.span + self.recent + 1) * chunk
+        if self.packs and self.window < least:
+            raise ValueError(
+                f"window of {self.window} frames never has {self.span} old chunks of {chunk} frames to encode beside "
+                f"{self.sink} sink frames, {self.recent} recent chunks and the new one; use a window of at least "
+                f"{least}, or a smaller span"
+            )

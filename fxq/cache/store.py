@@ -1,0 +1,276 @@
+"""The cache of a rollout: exact tokens, encoded spans, and what a call of the denoiser gets of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from fxq.cache.codecs.codec import Codec, Kind, Memory
+from fxq.cache.codecs.record import Record
+from fxq.cache.policy import CachePolicy
+from fxq.cache.tokens import Tokens, joined, rest_of
+
+
+class Rotary(Protocol):
+    """The rotary embedding of a model's keys."""
+
+    def __call__(self, x: Tensor, first_frame: int, inverse: bool = False) -> Tensor:
+        """Rotate keys [B, T, heads, head_dim] of whole frames that begin with ``first_frame``, or rotate them back."""
+
+
+Memories = tuple[Sequence[Memory], Sequence[Memory]]
+"""Per layer, what the codecs of keys and of values begin with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How tokens make frames and chunks: ``tokens`` a frame, ``chunk`` frames a chunk."""
+
+    tokens: int
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Keys or values of one layer, oldest first: sink, encoded spans, exact tokens.
+
+    Without a codec ``exact`` begins with the sink's tokens and ``sink`` is None. ``memory`` is the codec's.
+    """
+
+    codec: Codec | None
+    exact: Tokens
+    sink: Tokens | None = None
+    records: tuple[Record, ...] = ()
+    memory: Memory = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of all layers. Immutable: every change gives a new cache that shares what stays.
+
+    ``frames`` have come in, of which the sink's and those from ``first`` on are kept; ``packed`` frames from
+    ``first_packed`` on are encoded (a span goes when its last frame goes).
+    """
+
+    policy: CachePolicy
+    layout: Layout
+    rotary: Rotary
+    keys: tuple[Line, ...]
+    values: tuple[Line, ...]
+    origins: tuple[Tensor, ...] = ()
+    frames: int = 0
+    first: int = 0
+    first_packed: int = 0
+    packed: int = 0
+
+    @classmethod
+    def empty(
+        cls,
+        policy: CachePolicy,
+        layout: Layout,
+        rotary: Rotary,
+        like: Sequence[Tensor],
+        memories: Memories | None = None,
+    ) -> Cache:
+        """A cache without tokens.
+
+        Args:
+            policy: what is kept, and how.
+            layout: frames and chunks in tokens.
+            rotary: of the model's keys.
+            like: per layer, an empty tensor [B, 0, heads, head_dim].
+            memories: per layer, what the codecs of keys and of values begin with, where it lies with the model.
+
+        Raises:
+            ValueError: when the policy does not fit, with what would.
+        """
+        policy.check(layout.chunk)
+        policy.check_layers(len(like))
+
+        def lines(kind: Kind, given: Sequence[Memory] | None) -> tuple[Line, ...]:
+            found = []
+            for i, tensor in enumerate(like):
+                codec = policy.codec(kind, i)
+                sink = None if codec is None else Tokens.of(tensor)
+                found.append(Line(codec, Tokens.of(tensor), sink, (), dict(given[i]) if given and codec else {}))
+            return tuple(found)
+
+        keys, values = memories or (None, None)
+        return cls(policy, layout, rotary, lines("keys", keys), lines("values", values), first=policy.sink)
+
+    @property
+    def sink(self) -> int:
+        """Frames of the sink that have come in."""
+        return min(self.policy.sink, self.frames)
+
+    @property
+    def kept(self) -> int:
+        """Frames that the next chunk attends to."""
+        return self.sink + max(0, self.frames - self.first)
+
+    def fork(self) -> Cache:
+        """The same cache, which stays readable however this one is continued."""
+        for line in (*self.keys, *self.values):
+            line.exact.fork()
+            if line.sink is not None:
+                line.sink.fork()
+        return self
+
+    def append(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Cache:
+        """With one more chunk: per layer keys, rotated to their frames, and values [B, T, heads, head_dim]."""
+        split = max(0, self.policy.sink - self.frames) * self.layout.tokens
+
+        def grown(line: Line, new: Tensor) -> Line:
+            if line.sink is None or not split:
+                return dataclasses.replace(line, exact=line.exact.appended(new))
+            sink = line.sink.appended(new[:, :split])
+            return dataclasses.replace(line, sink=sink, exact=line.exact.appended(new[:, split:]))
+
+        origins = self.origins
+        if self.policy.positions == "relative" and split:
+            new = [self.rotary(k[:, :split], self.frames, inverse=True) for k in keys]
+            origins = tuple(joined([old, k]) for old, k in zip(origins, new, strict=True)) if origins else tuple(new)
+        return dataclasses.replace(
+            self,
+            keys=tuple(map(grown, self.keys, keys)),
+            values=tuple(map(grown, self.values, values)),
+            origins=origins,
+            frames=self.frames + keys[0].shape[1] // self.layout.tokens,
+        )
+
+    def evict(self) -> Cache:
+        """Without the oldest frames that the window has no room for beside the next chunk."""
+        excess = 0 if self.policy.window == -1 else self.kept + self.layout.chunk - self.policy.window
+        if excess <= 0:
+            return self
+        first, per_frame = self.first + excess, self.layout.tokens
+        span = self.policy.span * self.layout.chunk
+        gone = max(0, min(first - self.first_packed, self.packed) // span)
+        first_exact = self.first_packed + self.packed
+        dropped = max(0, first - max(self.first, first_exact)) * per_frame
+
+        def shorter(line: Line, sink: Tensor | None) -> Line:
+            if line.codec is None:
+                lead = self.sink * per_frame
+                return dataclasses.replace(line, exact=line.exact.without(lead, lead + excess * per_frame, sink))
+            return dataclasses.replace(line, exact=line.exact.without(0, dropped), records=line.records[gone:])
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(shorter(line, self._sink_keys(i, first)) for i, line in enumerate(self.keys)),
+            values=tuple(shorter(line, None) for line in self.values),
+            first=first,
+            first_packed=self.first_packed + gone * span,
+            packed=self.packed - gone * span,
+        )
+
+    def _sink_keys(self, layer: int, first: int) -> Tensor | None:
+        """The sink's keys where they lie when the window begins with frame ``first``; None where they stay."""
+        if not self.origins:
+            return None
+        origin = self.origins[layer]
+        return self.rotary(origin, first - origin.shape[1] // self.layout.tokens)
+
+    def commit(self) -> Cache:
+        """With every whole span encoded that has grown old enough; each is encoded once."""
+        if not self.policy.packs:
+            return self
+        cache, span = self, self.policy.span * self.layout.chunk
+        while True:
+            begin = cache.first_packed + cache.packed if cache.packed else cache.first
+            if begin + span > cache.frames - cache.policy.recent * cache.layout.chunk:
+                return cache
+            cache = cache._with_span(begin, span)
+
+    def _with_span(self, begin: int, span: int) -> Cache:
+        count = span * self.layout.tokens
+
+        def encoded(line: Line, kind: Kind, seed: int) -> Line:
+            if line.codec is None:
+                return line
+            x = line.exact.tensor[:, :count]
+            if kind == "keys":
+                x = self.rotary(x, begin, inverse=True)
+            record, memory = line.codec.encode(x, kind, line.memory, seed)
+            exact = rest_of(line.exact, count)
+            return dataclasses.replace(line, exact=exact, records=(*line.records, record), memory=memory)
+
+        return dataclasses.replace(
+            self,
+            keys=tuple(encoded(line, "keys", i) for i, line in enumerate(self.keys)),
+            values=tuple(encoded(line, "values", i) for i, line in enumerate(self.values)),
+            first_packed=self.first_packed if self.packed else begin,
+            packed=self.packed + span,
+        )
+
+    def prefix(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What a call attends to besides its own tokens: per layer keys, rotated, and values [B, P, heads, head_dim].
+
+        Layers without encoded spans are views; others are decoded, all of them at once.
+        """
+        keys = [self._dense(line, "keys", i) for i, line in enumerate(self.keys)]
+        return keys, [self._dense(line, "values", i) for i, line in enumerate(self.values)]
+
+    def _dense(self, line: Line, kind: Kind, layer: int) -> Tensor:
+        if line.codec is None or line.sink is None:
+            return line.exact.tensor
+        sink, exact = line.sink.tensor, line.exact.tensor
+        if (
+            kind == "keys"
+            and self.first > self.policy.sink
+            and (moved := self._sink_keys(layer, self.first)) is not None
+        ):
+            sink = moved
+        pieces = [sink]
+        for i, record in enumerate(line.records):
+            x, frame = line.codec.decode(record, kind).to(exact.dtype), self.first_packed + i * self._span
+            pieces.append(self.rotary(x, frame) if kind == "keys" else x)
+        if pieces[1:] and (gone := self.first - self.first_packed) > 0:
+            pieces[1] = pieces[1][:, gone * self.layout.tokens :]
+        return joined([*pieces, exact])
+
+    def exact(self, kind: Kind, layer: int) -> Tensor:
+        """What a codec would get of the exact tokens: values, or keys before their rotation [B, T, heads, head_dim].
+
+        Raises:
+            ValueError: when the exact tokens do not begin with the video's first frame.
+        """
+        line = (self.keys if kind == "keys" else self.values)[layer]
+        if line.sink is not None or self.first > self.policy.sink:
+            raise ValueError("this cache was encoded or evicted: take one of a policy without codec and window")
+        x = line.exact.tensor
+        return self.rotary(x, 0, inverse=True) if kind == "keys" else x
+
+    @property
+    def _span(self) -> int:
+        return self.policy.span * self.layout.chunk
+
+    def nbytes(self, kind: Literal["exact", "packed", "all"] = "all") -> int:
+        """Bytes of all layers' keys and values: tokens as they are, encoded spans, or both."""
+        lines = (*self.keys, *self.values)
+        exact = sum(line.exact.nbytes + (0 if line.sink is None else line.sink.nbytes) for line in lines)
+        exact += sum(origin.numel() * origin.element_size() for origin in self.origins)
+        packed = sum(_nbytes(line.records) for line in lines)
+        return {"exact": exact, "packed": packed, "all": exact + packed}[kind]
+
+    @property
+    def moved(self) -> int:
+        """Bytes that were copied from one place to another since the cache was empty."""
+        return sum(line.exact.buffer.moved for line in (*self.keys, *self.values))
+
+
+def _nbytes(records: Sequence[Record]) -> int:
+    """Bytes of spans of one video batch; what is stored once a video counts once."""
+    seen: set[int] = set()
+    total = 0
+    for record in records:
+        for field in record.fields:
+            tensor = record.tensors[field.name]
+            if field.per == "model" or (field.per == "video" and id(tensor) in seen):
+                continue
+            seen.add(id(tensor))
+            total += tensor.numel() * tensor.element_size()
+    return total

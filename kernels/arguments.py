@@ -1,0 +1,281 @@
+"""What the operators take: one class each, from whose fields the schema, the checks and every kernel derive.
+
+An operator is called with the fields in their order; a field that is such a class itself stands for its own fields.
+N is the number of output channels, K of input channels. G is the number of channel groups: 2, ``[normal | outlier]``,
+when ``split`` is less than the channels, else 1. A scale is the value of one integer step, of the quantity named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Quantization(NamedTuple):
+    """Static quantization of K channels.
+
+    Attributes:
+        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
+        scale: float32 [G], positive (Q-ARVD, arXiv 2605.21072).
+        zero_point: int32 [G], less than 2**21 in absolute value.
+        split: number of normal channels, 1..K.
+        bits: 2..8.
+    """
+
+    perm: Tensor | None
+    scale: Tensor
+    zero_point: Tensor
+    split: int
+    bits: int
+
+
+class QuantizeAct(NamedTuple):
+    """Arguments of :func:`fxq.kernels.quantize.op.quantize_act`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [..., K].
+        quantization: of its channels.
+    """
+
+    x: Tensor
+    quantization: Quantization
+
+
+class QuantizePerToken(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.per_token.quantize_per_token`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [..., K].
+        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
+        split: number of normal channels, 1..K.
+        bits: 2..8.
+    """
+
+    x: Tensor
+    perm: Tensor | None
+    split: int
+    bits: int
+
+
+class QuantizeFp8(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.fp8.quantize_fp8`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [..., K].
+        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
+        scale: float32 [G], positive.
+        split: number of normal channels, 1..K.
+    """
+
+    x: Tensor
+    perm: Tensor | None
+    scale: Tensor
+    split: int
+
+
+class NormQuantize(NamedTuple):
+    """Arguments of :func:`fxq.kernels.norm.op.norm_quantize`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [B, S, K], normalised over K.
+        weight: float [K] or None for 1, the norm's own scale.
+        bias: float [K] or None for 0.
+        gain: float [B, F, K] or None for 0, the modulation's scale; row s of S takes frame ``s // (S / F)``.
+        shift: float [B, F, K], None with ``gain``.
+        eps: of the norm, positive.
+        quantization: of the result.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    eps: float
+    quantization: Quantization
+
+
+class RmsNormRope(NamedTuple):
+    """Arguments of :func:`fxq.kernels.rope.op.rms_norm_rope`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [B, S, heads * head_dim].
+        weight: float [heads * head_dim], the norm's scale, or None for no norm.
+        eps: of the norm.
+        cos: float32 [S, head_dim / 2], or None for no rotation.
+        sin: as ``cos``.
+        heads: number of heads.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    eps: float
+    cos: Tensor | None
+    sin: Tensor | None
+    heads: int
+
+
+class Attention(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.op.attention`.
+
+    Attributes:
+        q: float32, bfloat16 or float16 [B, S, heads, head_dim].
+        k: pieces [B, L_i, heads, head_dim] of q's dtype; a piece may be empty.
+        v: as ``k``.
+    """
+
+    q: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+
+
+class Operands(NamedTuple):
+    """What every linear multiplies.
+
+    Attributes:
+        q: int8 [..., K] in ``[normal | outlier]`` order.
+        weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
+            int8 panels of :func:`fxq.kernels.gemm.panels.pack_panels` for any bits.
+        weight_scale: float32 [G, N], positive.
+        input_scale: float32 [G], positive.
+        offset: float32 [N] of :func:`fxq.numerics.fold_offset`, in units of the result.
+        split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is packed.
+        bits: width of the weights.
+    """
+
+    q: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    offset: Tensor
+    split: int
+    bits: int
+
+    @property
+    def width(self) -> int:
+        """Input channels K."""
+        return self.q.shape[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Output channels N."""
+        return self.offset.shape[0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte of the weight holds two channels."""
+        return self.weight.dtype == torch.uint8
+
+    def empty(self, dtype: torch.dtype) -> Tensor:
+        """An unfilled result, [..., N]."""
+        return self.q.new_empty((*self.q.shape[:-1], self.outputs), dtype=dtype)
+
+
+class DualScaleLinear(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.op.dual_scale_linear`.
+
+    Attributes:
+        operands: of the product.
+        dtype: of the result: float32, bfloat16 or float16.
+    """
+
+    operands: Operands
+    dtype: torch.dtype
+
+
+class DualScaleLinearQuantize(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_quantize`.
+
+    Attributes:
+        operands: of the product; the rows of the weight are in the next layer's ``[normal | outlier]`` channel order.
+        activation: name in :data:`fxq.kernels.gemm.activations.ACTIVATIONS`, computed in float32.
+        out_scale: float32 [G], positive; G of the N outputs.
+        out_zero_point: int32 [G].
+        out_split: normal channels among the N outputs.
+        out_bits: 2..8, width of the result's integers.
+    """
+
+    operands: Operands
+    activation: str
+    out_scale: Tensor
+    out_zero_point: Tensor
+    out_split: int
+    out_bits: int
+
+    @property
+    def quantization(self) -> Quantization:
+        """Of the result."""
+        return Quantization(None, self.out_scale, self.out_zero_point, self.out_split, self.out_bits)
+
+
+class DualScaleLinearAdd(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_add`.
+
+    Attributes:
+        operands: of the product, q [B, S, K].
+        residual: float32, bfloat16 or float16 [B, S, N].
+        gate: float [B, F, N] or None for 1; row s of S takes frame ``s // (S / F)``.
+    """
+
+    operands: Operands
+    residual: Tensor
+    gate: Tensor | None
+
+
+class DualScaleLinearPerToken(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.per_token.dual_scale_linear_per_token`.
+
+    Attributes:
+        q: int8 [..., K] in ``[normal | outlier]`` order.
+        input_scale: float32 [..., G], positive, of :func:`fxq.kernels.gemm.per_token.quantize_per_token`.
+        weight: as in :class:`Operands`.
+        weight_scale: float32 [G, N], positive.
+        offset: float32 [N], the bias.
+        split: as in :class:`Operands`.
+        bits: width of the weights.
+        dtype: of the result: float32, bfloat16 or float16.
+    """
+
+    q: Tensor
+    input_scale: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    offset: Tensor
+    split: int
+    bits: int
+    dtype: torch.dtype
+
+    @property
+    def operands(self) -> Operands:
+        """Of the product, with the input scales [..., G]."""
+        return Operands(self.q, self.weight, self.weight_scale, self.input_scale, self.offset, self.split, self.bits)
+
+
+class DualScaleLinearFp8(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`.
+
+    Attributes:
+        q: float8_e4m3fn [..., K] in ``[normal | outlier]`` order.
+        weight: float8_e4m3fn [N, K].
+        weight_scale: float32 [G, N], positive.
+        input_scale: float32 [G], positive.
+        offset: float32 [N], the bias.
+        split: number of normal channels, 1..K.
+        dtype: of the result: float32, bfloat16 or float16.
+    """
+
+    q: Tensor
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor
+    offset: Tensor
+    split: int
+    dtype: torch.dtype
+
+    @property
+    def operands(self) -> Operands:
+        """Of the product; a weight has 8 bits."""
+        return Operands(self.q, self.weight, self.weight_scale, self.input_scale, self.offset, self.split, 8)

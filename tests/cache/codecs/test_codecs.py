@@ -1,0 +1,191 @@
+"""What every codec keeps: shapes, stored bytes, determinism, independence of its batch; and what each is good for."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from fxq.cache.codecs import CODECS, PRESETS, Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
+from fxq.cache.codecs.codec import Codec
+from fxq.cache.codecs.record import Shape, joined
+
+SHAPE = Shape(3, 32, 64)
+CASES: list[Codec] = [
+    Exact(),
+    Exact("float32"),
+    PerToken(2, 16),
+    PerToken(4, 32, asymmetric=True),
+    PerToken(8, 32, scale_dtype="bfloat16"),
+    PerChannel(2, 16),
+    PerChannel(4),
+    Kivi(group=16),
+    QuaRot(2),
+    QuaRot(4, asymmetric=False),
+    Float8(),
+    LowRank(3),
+    Prq(1, 16, block=32, iterations=4),
+    Prq(3, 8, 4, 16, asymmetric=True, iterations=3),
+    Klt(1.0),
+    Klt(0.5, rank=8),
+    Klt(2.5, joint=True),
+]
+
+
+def spans(batch=2, count=1, seed=0):
+    """Tokens with a large mean, channels of very different sizes and few directions, as keys have."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (batch, count * SHAPE.span, SHAPE.heads, 6)
+    directions = torch.randn(SHAPE.heads, 6, SHAPE.head_dim, generator=torch.Generator().manual_seed(1))
+    low = torch.einsum("bthr,hrd->bthd", torch.randn(shape, generator=random), directions)
+    noise = 0.1 * torch.randn(*shape[:3], SHAPE.head_dim, generator=random)
+    return low + noise + 8 * directions[0, 0]
+
+
+def decibels(x, y):
+    noise = float((x - y).double().square().sum())
+    return math.inf if not noise else 10 * math.log10(float(x.double().square().sum()) / noise)
+
+
+def test_every_codec_is_a_case_here():
+    assert {type(codec) for codec in CASES} == set(CODECS.values())
+    assert all(type(codec) in CODECS.values() for codec in PRESETS.values())
+
+
+@pytest.mark.parametrize("kind", ["keys", "values"])
+@pytest.mark.parametrize("codec", CASES, ids=repr)
+class TestEvery:
+    def test_tokens_come_back_in_shape_and_about_right(self, codec, kind):
+        x = spans()
+        record, _ = codec.encode(x, kind, {})
+        back = codec.decode(record, kind)
+        assert back.shape == x.shape and back.dtype == torch.float32
+        assert decibels(x, back) > 4
+
+    def test_every_stored_byte_is_counted(self, codec, kind):
+        record, _ = codec.encode(spans(), kind, {})
+        total = sum(t.numel() * t.element_size() for t in record.tensors.values())
+        assert record.nbytes == total
+        assert 8 * total / (2 * SHAPE.elements) == pytest.approx(codec.bits_per_element(SHAPE, kind), abs=1e-12)
+
+    def test_a_video_is_stored_alike_whatever_stands_beside_it_and_whenever(self, codec, kind):
+        x, other = spans(1), spans(2, seed=5)
+        alone, memory = codec.encode(x, kind, {})
+        torch.manual_seed(99)
+        before = torch.get_rng_state()
+        among, memories = codec.encode(torch.cat((other, x)), kind, {})
+        assert torch.equal(torch.get_rng_state(), before)
+        for name, tensor in alone.tensors.items():
+            assert torch.equal(among.tensors[name][2:].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert all(torch.equal(memories[name][2:], tensor) for name, tensor in memory.items())
+
+    def test_spans_decode_together_as_alone(self, codec, kind):
+        x = spans(2, 2)
+        first, memory = codec.encode(x[:, : SHAPE.span], kind, {})
+        second, _ = codec.encode(x[:, SHAPE.span :], kind, memory)
+        if codec.name == "klt":
+            assert second.tensors["basis"] is first.tensors["basis"]  # once a video
+        alone = torch.cat([codec.decode(record, kind) for record in (first, second)], dim=1)
+        if codec.name != "klt":  # its planes are padded to bytes span by span
+            assert torch.allclose(codec.decode(joined([first, second]), kind), alone, atol=1e-5)
+        assert decibels(x, alone) > 4
+
+    def test_what_is_not_finite_is_refused(self, codec, kind):
+        x = spans()
+        x[1, 3, 0, 5] = torch.nan
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            codec.encode(x, kind, {})
+
+
+def test_stages_and_bits_each_lower_the_error():
+    x = spans()
+
+    def quality(**settings):
+        codec = dataclasses.replace(Prq(1, 16, block=32, iterations=6), **settings)
+        return decibels(x, codec.decode(codec.encode(x, "keys", {})[0], "keys"))
+
+    assert quality() < quality(stages=2) < quality(stages=4)
+    assert quality() < quality(bits=4)
+
+
+def test_centroids_of_the_span_before_serve_the_next():
+    random = torch.Generator().manual_seed(3)
+    places = 20 * torch.randn(12, 3, 32, generator=random)
+    chosen = torch.randint(0, 12, (128,), generator=random)
+    x = (places[chosen] + torch.randn(128, 3, 32, generator=random)).unsqueeze(0)
+    codec = Prq(1, 12, block=32, iterations=20, warm_iterations=1)
+    _, memory = codec.encode(x[:, :64], "keys", {})
+    rest = x[:, 64:]
+
+    def quality(codec, memory):
+        return decibels(rest, codec.decode(codec.encode(rest, "keys", memory)[0], "keys"))
+
+    assert quality(codec, memory) > quality(dataclasses.replace(codec, iterations=1), {})
+    assert quality(codec, memory) >= quality(codec, {}) - 0.5
+
+
+def test_a_basis_beats_rounding_at_a_fraction_of_its_bits():
+    x = spans()
+    klt, rtn = Klt(1.0), PerToken(2, 16, asymmetric=True)
+    assert decibels(x, klt.decode(klt.encode(x, "keys", {})[0], "keys")) > 6 + decibels(
+        x, rtn.decode(rtn.encode(x, "keys", {})[0], "keys")
+    )
+
+
+def test_a_calibrated_basis_costs_a_video_nothing():
+    x = spans()
+    codec = Klt(1.0, fit="model")
+    memory = codec.fitted(spans(4, seed=0).flatten(0, 1))
+    record, _ = codec.encode(x, "keys", memory)
+    assert record.nbytes == 2 * codec.planes(SHAPE) * SHAPE.span // 8
+    assert decibels(x, codec.decode(record, "keys")) > 15
+    with pytest.raises(ValueError, match="has no basis"):
+        codec.encode(x, "keys", {})
+
+
+@pytest.mark.parametrize(
+    ("preset", "span", "ratio"), [("qvg", 37_440, 6.97), ("qvg_pro", 37_440, 5.02), ("qvg_int4", 37_440, 3.72)]
+)
+def test_presets_compress_as_published_at_their_span(preset, span, ratio):
+    """arXiv 2602.02958 and its repository: 12 heads of 128 channels, 24 frames of 1560 tokens."""
+    codec, shape = PRESETS[preset], Shape(12, 128, span)
+    assert 16 / codec.bits_per_element(shape, "keys") == pytest.approx(ratio, abs=0.02)
+    formula = codec.bits + 8 / codec.block + codec.stages * (8 / 128 + 256 * 16 / span)
+    assert codec.bits_per_element(shape, "values") == pytest.approx(formula, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("codec", "message"),
+    [
+        (PerToken(2, 48), "not whole blocks"),
+        (PerChannel(2, 48), "not whole groups of 48"),
+        (Prq(centroids=128), "128 centroids for spans of 64 tokens"),
+        (LowRank(40), "a head has 32 channels"),
+        (Klt(8.0, rank=4), "raise rank"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_what_would(codec, message):
+    with pytest.raises(ValueError, match=message):
+        codec.encode(spans(), "keys", {})
+
+
+def test_heads_without_a_hadamard_matrix_are_refused():
+    with pytest.raises(ValueError, match="power of two"):
+        QuaRot(block=4).fields(Shape(2, 12, 8), "keys")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Klt(0), "more than 0"),
+        (lambda: Klt(1, rank=-1), "rank = -1"),
+        (lambda: Klt(1, fit="once"), "expected 'video' or 'model'"),
+        (lambda: Prq(stages=0), "stages = 0"),
+        (lambda: Prq(bits=3), "stored are 2, 4 or 8"),
+        (lambda: PerChannel(group=-1), "group = -1"),
+        (lambda: LowRank(0), "rank = 0"),
+    ],
+)
+def test_impossible_settings_are_refused_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
