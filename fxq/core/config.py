@@ -8,6 +8,7 @@ import fnmatch
 import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -161,6 +162,7 @@ class Recipe:
     max_rows: int = 16384
     seed: int = 0
     share_inputs: bool = True
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # methods are checked here
 
     def __post_init__(self) -> None:
         if self.weighting not in list(Weighting):
