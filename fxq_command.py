@@ -31,6 +31,7 @@ COMMANDS = {
     "export": ("fxq.cli.export", "Write a bundle in the format of another runtime and say what that costs per layer."),
     "cache": ("fxq.cli.cache", "Compare codecs of the key-value cache on a model's own rollouts, and choose one per "
               "layer within --bits."),
+    "recipe": ("fxq.cli.recipe", "Show recipes: the presets, or what a recipe file comes to."),
     "plan": ("fxq.cli.plan", "Estimate from shapes alone what fits a GPU at which minute and how fast it may be. "
              "Nothing is loaded or run."),
     "doctor": ("fxq.cli.plan", "Show what this machine can do and check every operator on it. Exit code 1 when one is "
@@ -47,19 +48,23 @@ class _Commands(typer.core.TyperGroup):
     """A group that loads the command that was asked for, and none to list them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        name, command, rest = super().resolve_command(ctx, args)
-        return name, command if name is None else _command(name, load(name)), rest
+        name, given, rest = super().resolve_command(ctx, args)
+        return name, given if name is None else command(name), rest
 
 
-def load(name: str) -> Callable[..., None]:
-    """The function of a command."""
-    function: Callable[..., None] = getattr(importlib.import_module(COMMANDS[name][0]), name)
-    return function
+def load(name: str) -> Callable[..., None] | typer.Typer:
+    """The function of a command, or the group of several."""
+    loaded: Callable[..., None] | typer.Typer = getattr(importlib.import_module(COMMANDS[name][0]), name)
+    return loaded
 
 
-def _command(name: str, function: Callable[..., None]) -> Any:
+def command(name: str) -> Any:
+    """A command with its options, as click has it."""
+    loaded = load(name)
+    if isinstance(loaded, typer.Typer):
+        return typer.main.get_group(loaded)
     alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    alone.command(name)(function)
+    alone.command(name)(loaded)
     return typer.main.get_command(alone)
 
 

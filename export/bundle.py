@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
 import fxq.kernels  # noqa: F401 registers the operators a bundle's graph calls
-from fxq.core.ir import LayerPlan, QuantGraph, Stage, facts_of, planned, set_facts
+from fxq.core.facts import Facts
+from fxq.core.ir import LayerPlan, QuantGraph, planned
 from fxq.core.signature import guard_inputs
 from fxq.core.verify import RuleError, check
 from fxq.dtypes import dtype_name
@@ -97,10 +98,10 @@ def save(
     """
     out = pathlib.Path(path).absolute()
     try:
-        facts = facts_of(module)
-        if "remarks" in facts:
+        facts = Facts.of(module)
+        if facts.optimized:
             raise ValueError("it is optimized for this machine; save the module it was made from")
-        check(QuantGraph(module, Stage.FROZEN), "before save")
+        check(QuantGraph.of(module), "before save")
         graph = graph_to_json(module)
     except (ValueError, RuleError) as error:
         raise BundleError(f"cannot save {out}: {error}") from None
@@ -114,7 +115,7 @@ def save(
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fxq_version=__version__,
-            facts=facts,
+            facts=facts.to_json(),
             layers={layer: _layer_entry(plan, tensors) for layer, plan in plans.items()},
             tensors={n: TensorEntry(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in tensors.items()},
             files={name: sha256(folder / name) for name in (TENSORS, GRAPH)},
@@ -284,14 +285,15 @@ def read_graph(
     """
     try:
         module = graph_from_json(read_json(folder / GRAPH, folder), tensors, device)
-        set_facts(module, manifest.facts)
-        module = guard_inputs(module, manifest.facts)
+        facts = Facts.from_json(manifest.facts)
+        facts.attach(module)
+        module = guard_inputs(module)
         plans = {layer: plan for layer, (plan, _) in planned(module).items()}
         for plan in plans.values():
             check_plan(plan)
-        check(QuantGraph(module, Stage.FROZEN), "after load")
+        check(QuantGraph.of(module), "after load")
         check_stored(module, values=values)
-        rehearse(module, stand_ins(module, manifest.inputs, manifest.facts["inputs"]))
+        rehearse(module, stand_ins(module, manifest.inputs, facts.inputs))
     except (OSError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from error
     stated = {layer: (entry.plan, set(entry.tensors)) for layer, entry in manifest.layers.items()}

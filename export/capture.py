@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from fxq.core.ir import QuantGraph, Stage, example_value, facts_of, forget_origin, stored_names
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph, example_value, forget_origin, stored_names
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import input_sizes
 from fxq.core.verify import RuleError, check
@@ -50,9 +51,9 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
         ExportError: when the module was not made by fxq, or was optimized.
     """
     try:
-        if "remarks" in facts_of(module):
+        if Facts.of(module).optimized:
             raise ValueError("this module is optimized for its device; export the module it was made from")
-        graph = QuantGraph(module, Stage.FROZEN).fork()
+        graph = QuantGraph.of(module).fork()
         check(graph, "before export")
     except (ValueError, RuleError) as error:
         raise ExportError(str(error)) from None
@@ -147,11 +148,11 @@ def _compare_sizes(module: fx.GraphModule, program: ExportedProgram) -> None:
     own = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"}
     inputs = [node for node in program.graph.find_nodes(op="placeholder") if node.name in own]
     known = all(example_value(node) is not None for node in module.graph.find_nodes(op="placeholder"))
-    wanted = input_sizes(module) if known else facts_of(module)["inputs"]
+    wanted = input_sizes(module) if known else Facts.of(module).inputs
     for node, want in zip(inputs, wanted, strict=True):
         value = example_value(node)
-        sizes = value.shape if isinstance(value, Tensor) and want is not None else ()
-        fixed = [i for i, size in enumerate(sizes) if want[i] is None and not _varies(size)]
+        sizes = value.shape if isinstance(value, Tensor) and isinstance(want, list) else ()
+        fixed = [i for i, size in enumerate(sizes) if isinstance(want, list) and want[i] is None and not _varies(size)]
         if fixed:
             raise ExportError(
                 f"input {node.name}: dimension {fixed[0]} varies in the module and is fixed at {sizes[fixed[0]]} in "

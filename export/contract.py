@@ -15,6 +15,7 @@ from rich.text import Text
 from torch import Tensor, fx
 
 from fxq import kernels
+from fxq.core.facts import Facts
 from fxq.core.ir import LAYER_TENSORS, planned
 from fxq.core.layer import LayerError, LayerTensors, Operators, QuantizedLayer
 from fxq.export.bundle import TENSORS, Manifest, is_sealed, load, read_manifest, stated_seal
@@ -192,8 +193,9 @@ def _receipt(folder: pathlib.Path, manifest: Manifest) -> Check:
         receipt = read_receipt(folder / TENSORS)
     except BundleError as error:
         return Check("receipt", "skipped" if "carries no receipt" in str(error) else "failed", str(error))
+    facts = Facts.from_json(manifest.facts)
     for name in ("recipe", "calibration_hash", "environment"):
-        if getattr(receipt, name) != manifest.facts.get(name, getattr(receipt, name)):
+        if getattr(receipt, name) != getattr(facts, name):
             return Check("receipt", "failed", f"its {name} is not the manifest's; one of the two was altered")
     data = f"calibration {receipt.calibration_hash[:16]}" if receipt.calibration_hash else "no calibration data"
     detail = f"{receipt.recipe.get('name')}, {data}"

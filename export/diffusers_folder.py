@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 import fxq.numerics
 from fxq.core.config import RecipeError, Scheme
-from fxq.core.ir import LayerPlan, facts_of, get_tensor, module_path, planned, stored_names
+from fxq.core.facts import Facts
+from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
@@ -159,9 +160,9 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], 
     configuration = getattr(model, "to_json_string", None)
     if configuration is None:
         raise ValueError(f"the model is {type(model).__name__}, expected one of diffusers with a configuration")
-    facts, notes = facts_of(module), planned(module)
+    facts, notes = Facts.of(module), planned(module)
     plans = {layer: plan for layer, (plan, _) in notes.items()}
-    if "remarks" in facts:
+    if facts.optimized:
         raise ValueError("the module is optimized for this machine; give the one it was made from")
     _refuse_tied(model)
     linears = {name: child for name, child in model.named_modules() if type(child) is nn.Linear}
@@ -176,7 +177,7 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], 
         tensors |= {f"{layer}.{name}": tensor for name, tensor in stored.items()}
     tensors |= _float_tensors(module, model, entries)
     kept = {layer: plan.reason for layer, plan in plans.items() if plan.scheme is None}
-    kept |= {layer: "the captured call does not use it" for layer in facts.get("never_called", ())}
+    kept |= {layer: "the captured call does not use it" for layer in facts.never_called}
     receipt = make_receipt(__version__, facts, plans.values(), {})
     quantization = QuantizationConfig(layers=entries, kept=kept, receipt=receipt, fxq_version=__version__)
     config = json.loads(configuration()) | {"quantization_config": quantization.to_json()}

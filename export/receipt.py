@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan
 from fxq.export.files import BundleError
 from fxq.export.graph.strict import Name, SchemaError, Text, validated
@@ -40,9 +41,7 @@ class Receipt:
         return {HEADER_KEY: json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)}
 
 
-def make_receipt(
-    fxq_version: str, facts: Mapping[str, Any], plans: Iterable[LayerPlan], metrics: Mapping[str, Any]
-) -> Receipt:
+def make_receipt(fxq_version: str, facts: Facts, plans: Iterable[LayerPlan], metrics: Mapping[str, Any]) -> Receipt:
     """The receipt of a quantized module.
 
     Args:
@@ -69,10 +68,10 @@ def make_receipt(
     return Receipt(
         receipt_version=RECEIPT_VERSION,
         fxq_version=fxq_version,
-        recipe=dict(facts.get("recipe", {})),
-        calibration_hash=str(facts.get("calibration_hash", "")),
+        recipe=dict(facts.recipe),
+        calibration_hash=facts.calibration_hash,
         metrics=own | given,
-        environment=dict(facts.get("environment", {})),
+        environment=dict(facts.environment),
     )
 
 

@@ -9,14 +9,13 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fxq.calibration.calibrate import calibrate
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import Rollout
-from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity, chunk_weights
-from fxq.core.config import Recipe
+from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity
+from fxq.core.config import Recipe, Weighting
 from fxq.core.interpret import sparing_call
 from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import Pass, run_passes
@@ -101,19 +100,18 @@ class Job:
         Raises:
             CalibrationError: when the given sensitivity is of another number of chunks.
         """
-        weighting = self.recipe.weighting
+        weighting = self.recipe.chunk_weighting
         if isinstance(loader, Rollout):
             chunks = max(loader.units(c, d) for c, d in loader.batches)
-            if alpha is None and chunks > 1 and weighting not in ("uniform", "exponential"):
+            if alpha is None and chunks > 1 and weighting.needs_sensitivity:
                 alpha = self.measure(graph, loader, data).alpha
         else:
             chunks = 1 + max((int(s.chunks.max()) for s in graph.statistics.values()), default=0)
         if alpha is not None and len(alpha) < chunks:
             raise CalibrationError(f"sensitivity has {len(alpha)} chunks, the calibration data {chunks}")
-        if alpha is None and weighting != "exponential":
-            graph.chunk_weights = torch.ones(chunks, dtype=torch.float32, device="cpu")
-        else:
-            graph.chunk_weights = chunk_weights(alpha, chunks, weighting)
+        if alpha is None and weighting.needs_sensitivity:
+            weighting = Weighting.UNIFORM
+        graph.chunk_weights = weighting.of_chunks(alpha, chunks)
         return alpha
 
     def measure(self, graph: QuantGraph, rollout: Rollout, data: str) -> ChunkSensitivity:
@@ -149,7 +147,7 @@ class Job:
         recipe = self.recipe
         return ApplyMethods(
             recipe.methods[:1] if first_only else recipe.methods,
-            recipe.weighting,
+            recipe.chunk_weighting,
             recipe.seed,
             None if self.folder is None else Checkpoint(self.folder / "initial" if first_only else self.folder),
             None,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxq.calibration.rollout import Draws, Rollout
-from fxq.calibration.sensitivity import ChunkSensitivity, chunk_weights
+from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import trace
 from fxq.core.config import Recipe
 from fxq.core.ir import QuantGraph
@@ -105,11 +105,11 @@ class Lab:
     def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
         """A frozen model and the seconds its methods, rewrite and freeze took."""
         alpha = None
-        if recipe.weighting not in ("uniform", "exponential"):
+        if recipe.chunk_weighting.needs_sensitivity:
             alpha = self.sensitivity(bits).alpha
         chunks = max(self.calibration.units(c, d) for c, d in self.calibration.batches)
         graph = self._calibrated(recipe)
-        graph.chunk_weights = chunk_weights(alpha, chunks, recipe.weighting)
+        graph.chunk_weights = recipe.chunk_weighting.of_chunks(alpha, chunks)
         start = time.perf_counter()
         job = Job(recipe, self.bar, label=f"{recipe.name} ")
         job.choose_integers(graph)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from fxq.core.ir import QuantGraph, Stage, facts_of, set_facts
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph
 from fxq.core.pipeline import Pass, PassError, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes import FUSIONS, LayOutWeights
@@ -38,16 +39,14 @@ def optimize(module: fx.GraphModule, passes: Sequence[Pass] = FUSIONS) -> fx.Gra
         fxq.core.verify.RuleError: when a rule is broken after a pass; the message names both.
     """
     check_fusions(passes)
-    facts = facts_of(module)
-    if "remarks" in facts:
+    facts = Facts.of(module)
+    if facts.optimized:
         raise PassError("this module is optimized already; optimize the module it was made from")
-    graph = QuantGraph(module, Stage.FROZEN).fork()
+    graph = QuantGraph.of(module).fork()
     before = graph.plans
     for step in (*passes, LayOutWeights()):
         run_passes(graph, (step,))
         if lost := sorted(set(before) - set(graph.plans)):
             raise PassError(f"{step.name} lost the plans of {', '.join(lost[:4])}")
-    facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
-    facts |= {"remarks": graph.remarks, "notes": graph.notes}
-    set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts)
+    facts.after(graph).attach(graph.module)
+    return guard_inputs(graph.module)

@@ -22,7 +22,8 @@ from fxq.calibration.rollout import Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import TraceError, plain_model, trace
 from fxq.core.config import Recipe, RecipeError
-from fxq.core.ir import LayerPlan, QuantGraph, has_facts, set_facts
+from fxq.core.facts import Facts, has_facts
+from fxq.core.ir import LayerPlan, QuantGraph
 from fxq.core.pipeline import Pass
 from fxq.core.signature import batch_dynamic, call_rules, guard_inputs, rules_of
 from fxq.environment import environment
@@ -289,15 +290,18 @@ def finish(
     graph: QuantGraph, recipe: Recipe, calibration_hash: str, alpha: list[float] | None, never_called: list[str]
 ) -> fx.GraphModule:
     """Attach the facts that summaries and manifests show to a FROZEN graph's module and return it."""
-    facts: dict[str, Any] = {
-        "recipe": recipe_to_json(recipe),
-        "calibration_hash": calibration_hash,
-        "sensitivity": alpha,
-        "chunk_weights": graph.chunk_weights.tolist(),
-        "never_called": never_called,
-        **(rules_of(graph.module) or call_rules(graph.module)).to_json(),
-        "passes": [[name, touched] for name, touched, _ in graph.log],
-        "environment": environment(),
-    }
-    set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts)
+    rules = rules_of(graph.module) or call_rules(graph.module)
+    facts = Facts(
+        recipe=recipe_to_json(recipe),
+        calibration_hash=calibration_hash,
+        inputs=rules.sizes,
+        dtypes=rules.dtypes,
+        conditions=rules.conditions,
+        passes=(),
+        environment=environment(),
+        sensitivity=alpha,
+        chunk_weights=graph.chunk_weights.tolist(),
+        never_called=never_called,
+    )
+    facts.after(graph).attach(graph.module)
+    return guard_inputs(graph.module)

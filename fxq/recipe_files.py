@@ -1,9 +1,14 @@
-"""What a recipe file may ask for: work in proportion to the model, whoever wrote the file."""
+"""Recipe files as text: what one may ask for, work in proportion to the model whoever wrote it, and how one is written.
+
+Recipes themselves are made of them in :mod:`fxq.recipes`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -11,6 +16,8 @@ MAX_NUMBER = 10_000_000
 """Largest number of iterations, rows and the like."""
 MAX_DEPTH = 20
 MAX_PATTERN = 500
+MAX_BASES = 20
+"""Most files that one extends through others."""
 MAX_REPEATS = 6
 """Most parts of a regular expression that match texts of any length: each multiplies the time of a mismatch."""
 _SEED = "seed"
@@ -88,3 +95,43 @@ def _parts(content: Any) -> list[Any]:
     if isinstance(content, tuple | list):
         return [part for item in content for part in _parts(item)]
     return []
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """JSON values as TOML: plain keys first, then a ``[[key]]`` for each table of a list. What is None is left out.
+
+    Raises:
+        TypeError: when a value has no form in TOML.
+    """
+    tables = {key: value for key, value in data.items() if _is_tables(value)}
+    lines = list(_pairs({key: value for key, value in data.items() if key not in tables}))
+    for key, entries in tables.items():
+        for entry in entries:
+            lines += ["", f"[[{_key(key)}]]", *_pairs(entry)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"{_key(key)} = {_value(value)}" for key, value in table.items() if value is not None)
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(_pairs(value))} }}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    raise TypeError(f"{value!r} has no form in TOML")

@@ -12,16 +12,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from fxq import plugins
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from fxq.passes.methods import Method
+from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
-from fxq.recipe_files import MAX_RECIPE_BYTES, check_content
+from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-METHODS: dict[str, type[Any]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (
@@ -34,7 +34,7 @@ _KEPT = (
     ("*delta_embed*", "time embedding: tiny and sensitive"),
     ("proj_out*", "prediction head: tiny and sensitive"),
 )
-_ONCE = ("text_embedding*", "*cross_attn.k", "*cross_attn.v")
+_ONCE = ("*cross_attn.k", "*cross_attn.v")
 
 
 def wan_recipe(
@@ -47,11 +47,13 @@ def wan_recipe(
     """The default rules for Wan-like transformers around one scheme.
 
     Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
-    and values, which run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold
-    inside wrappers too (``wrapped`` of :class:`~fxq.core.config.Rule`).
+    and values, which run once per prompt, are quantized but not reconstructed, and the text embedding, which is in no
+    transformer block, has one scale (arXiv 2605.21072). These rules hold inside wrappers too (``wrapped`` of
+    :class:`~fxq.core.config.Rule`).
     """
     once = dataclasses.replace(scheme, reconstruct=False)
     rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
+    rules += (Rule("text_embedding*", dataclasses.replace(once, dual_scale=False), optional=True, wrapped=True),)
     rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
@@ -121,14 +123,18 @@ def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read a recipe file; see :func:`recipe_to_json` for its keys.
+    """Read a recipe file; docs/recipes.md lists its keys.
 
     Raises:
         RecipeError: naming the file and the key.
     """
-    path = pathlib.Path(path)
+    return _load(pathlib.Path(path), None, ())
+
+
+def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[pathlib.Path, ...]) -> Recipe:
+    """A recipe file that lies in ``folder``, if given, and that the files ``extending`` extend one after the other."""
     try:
-        content = read_bytes(path, limit=MAX_RECIPE_BYTES)
+        content = read_bytes(path, folder, MAX_RECIPE_BYTES)
         data = tomllib.loads(content.decode("utf-8")) if path.suffix.lower() == ".toml" else parse_json(content)
     except OSError as error:
         raise RecipeError(f"recipe file {path}: {error.strerror or error}") from error
@@ -136,7 +142,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(f"recipe file {path} is not valid {path.suffix[1:].upper()}: {error}") from error
     try:
         check_content(data)
-        return recipe_from_json(data)
+        return _recipe(data, (*extending, path))
     except ValueError as error:
         raise RecipeError(f"recipe file {path}: {error}") from error
 
@@ -148,15 +154,64 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
     return data
 
 
+def recipe_to_toml(recipe: Recipe) -> str:
+    """The text of a recipe file that :func:`load_recipe` reads back as an equal recipe; rules leave out defaults."""
+    data = recipe_to_json(recipe)
+    defaults = {f.name: f.default for f in dataclasses.fields(Rule) if f.default is not dataclasses.MISSING}
+    data["rules"] = [
+        {key: value for key, value in rule.items() if key not in defaults or value != defaults[key]}
+        for rule in data["rules"]
+    ]
+    return to_toml(data)
+
+
 def recipe_from_json(data: Any) -> Recipe:
     """Inverse of :func:`recipe_to_json`; ``rules`` may omit defaults, and a rule without ``scheme`` keeps layers.
 
+    With ``extends`` the data say only what is to be other than in a preset: single keys replace the preset's, so do
+    ``methods`` as a whole, and ``rules`` come before the preset's.
+
     Raises:
-        RecipeError: on unknown keys (naming close ones), wrong types or unknown methods.
+        RecipeError: on unknown keys (naming close ones), wrong types, unknown methods or an unknown preset.
     """
+    return _recipe(data, ())
+
+
+def _recipe(data: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
+    """:func:`recipe_from_json` of what the last of ``files`` says, which the ones before extend in turn."""
     if not isinstance(data, dict):
         raise RecipeError(f"a recipe is a table of keys, got {type(data).__name__}")
-    _refuse_unknown(data, Recipe, "recipe")
+    if "extends" in data:
+        data = dict(data)
+        base = _base(data.pop("extends"), files)
+        own = _parsed(data)
+        known = {field.name: getattr(base, field.name) for field in dataclasses.fields(Recipe)}
+        return _validated(Recipe, known | own | {"rules": (*own.get("rules", ()), *base.rules)}, "recipe")
+    return _validated(Recipe, {"rules": (), "methods": (), **_parsed(data)}, "recipe")
+
+
+def _base(name: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
+    """What ``extends`` names: a preset, or a recipe file beside the file that says so."""
+    if isinstance(name, str) and name.lower() in PRESETS:
+        return PRESETS[name.lower()]
+    if not isinstance(name, str) or not name.lower().endswith((".toml", ".json")):
+        raise RecipeError(
+            f"extends = {name!r}: expected a preset ({', '.join(PRESETS)}) or a recipe file beside this one"
+        )
+    if not files or pathlib.PurePath(name).name != name:
+        raise RecipeError(f"extends = {name!r}: a file is named by a recipe file in the same folder, without a path")
+    folder = files[-1].parent
+    path, seen = folder / name, [os.path.realpath(file) for file in files]
+    if len(files) > MAX_BASES:
+        raise RecipeError(f"extends = {name!r}: {len(files)} files extend one another, at most {MAX_BASES}")
+    if os.path.realpath(path) in seen:
+        raise RecipeError(f"extends goes in a circle: {' -> '.join(file.name for file in (*files, path))}")
+    return _load(path, folder, files)
+
+
+def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe with rules and methods as objects."""
+    _refuse_unknown(data, Recipe, "recipe", "extends")
     rules = []
     for i, entry in enumerate(_tables(data, "rules")):
         _refuse_unknown(entry, Rule, f"rules[{i}]")
@@ -171,8 +226,8 @@ def recipe_from_json(data: Any) -> Recipe:
         method = _method(options.pop("method", None), f"methods[{i}]")
         _refuse_unknown(options, method, f"methods[{i}]")
         methods.append(_validated(method, options, f"methods[{i}]"))
-    rest = {key: value for key, value in data.items() if key not in ("rules", "methods")}
-    return _validated(Recipe, {**rest, "rules": tuple(rules), "methods": tuple(methods)}, "recipe")
+    made = {"rules": tuple(rules), "methods": tuple(methods)}
+    return {key: made.get(key, value) for key, value in data.items()}
 
 
 def _method(name: Any, where: str) -> type[Any]:
@@ -197,10 +252,10 @@ def _tables(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return list(entries)
 
 
-def _refuse_unknown(entry: Any, cls: type[Any], where: str) -> None:
+def _refuse_unknown(entry: Any, cls: type[Any], where: str, *others: str) -> None:
     if not isinstance(entry, dict):
         raise RecipeError(f"{where}: expected a table of keys, got {type(entry).__name__}")
-    known = [field.name for field in dataclasses.fields(cls)]
+    known = [*(field.name for field in dataclasses.fields(cls)), *others]
     for key in entry:
         if key not in known:
             hint = did_you_mean(key, known, 0.5) or f"known: {', '.join(known)}"

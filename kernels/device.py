@@ -34,7 +34,9 @@ def poisoned(q_rows: Pointer, K: Scalar) -> Block:
     """Whether the int8 rows of K channels are marked."""
     columns = tl.arange(0, POISON_WIDTH)
     inside = columns < K
+    # [rows, POISON_WIDTH] bytes of the head of each row; a row narrower than the mark is compared as far as it goes.
     head = tl.load(q_rows[:, None] + columns[None, :], mask=inside[None, :], other=0)
+    # Marked where no channel differs: [rows].
     other = (head != poison_code(columns)[None, :]) & inside[None, :]
     return (tl.max(other.to(tl.int32), 1) == 0) & (K >= POISON_LEAST)
 

@@ -12,10 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from fxq.core.config import Weighting
 from fxq.core.graph import LinearSite, linear_sites
-from fxq.core.ir import LayerPlan, LayerStatistics, LayerUpdate, QuantGraph, Stage, planned, set_plan
+from fxq.core.ir import LayerPlan, LayerStatistics, QuantGraph, Stage, planned, set_plan
+from fxq.core.method import LayerProblem, LayerUpdate, Method
 from fxq.core.pipeline import Analysis
-from fxq.passes.methods import LayerProblem, Method, output_sqnr
+from fxq.passes.methods import output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.residency import Residency, trim
@@ -42,7 +44,7 @@ class ApplyMethods(Analysis):
     """
 
     methods: tuple[Method, ...]
-    weighting: str = "sensitivity"
+    weighting: Weighting = Weighting.SENSITIVITY
     seed: int = 0
     checkpoint: Checkpoint | None = None
     on_layer: Callable[[str, int, int], None] | None = None
@@ -136,9 +138,7 @@ class ApplyMethods(Analysis):
         stored = site.weight(graph.module)
         weight, device = stored.float()[:, order.to(stored.device)], stored.device
         statistics = graph.statistics.get(plan.layer) or _no_data(plan.in_features)
-        weights = graph.chunk_weights
-        if self.weighting == "single_scale_only" and plan.outliers:
-            weights = torch.ones_like(weights)
+        weights = self.weighting.in_layer(graph.chunk_weights, len(plan.outliers))
         chunk = statistics.chunks.clamp(max=len(weights) - 1)
         row_weights, counts, bias = weights[chunk].float(), statistics.weights, site.bias(graph.module)
         if counts is not None and len(counts):
@@ -177,7 +177,7 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
         problem.split,
         problem.seed,
         dataclasses.asdict(problem.scheme),
-        [[type(method).__name__, dataclasses.asdict(method)] for method in methods],  # type: ignore[call-overload]
+        [[type(method).__name__, dataclasses.asdict(method)] for method in methods],
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights)

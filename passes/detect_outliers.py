@@ -11,7 +11,7 @@ from torch import Tensor
 from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
-from fxq.core.units import unit_of
+from fxq.passes.methods.units import unit_of
 from fxq.runtime.residency import Residency
 
 
@@ -74,11 +74,6 @@ def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align:
     return OutlierChannels(count, indices, median * size, mad * size, threshold * size, norms * size, raw)
 
 
-def inside_block(layer: str) -> bool:
-    """Whether a layer lies inside a numbered block such as ``blocks.3.ffn.0``."""
-    return any(part.isdigit() for part in layer.split(".")[:-1])
-
-
 @dataclasses.dataclass(frozen=True)
 class DetectOutliers(Analysis):
     """Writes outlier channels, or why there are none, into the plan of every layer to be quantized."""
@@ -98,8 +93,6 @@ class DetectOutliers(Analysis):
             if site.layer not in found:
                 if not scheme.dual_scale:
                     found[site.layer] = (), "dual scale is off in the recipe"
-                elif not inside_block(site.layer):
-                    found[site.layer] = (), "outside the transformer blocks"
                 elif plan.in_features % scheme.align:
                     found[site.layer] = (), f"in_features {plan.in_features} is not a multiple of {scheme.align}"
                 else:

@@ -13,7 +13,6 @@ from fxq import kernels, numerics
 from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
 from fxq.core.ir import (
     LayerPlan,
-    LayerUpdate,
     QuantGraph,
     Stage,
     clear_plan,
@@ -23,6 +22,7 @@ from fxq.core.ir import (
     put_tensor,
     set_plan,
 )
+from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import Rewrite
 from fxq.passes.apply_methods import group_order
 from fxq.runtime.residency import give_back

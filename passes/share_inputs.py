@@ -14,7 +14,7 @@ from fxq.core.config import Scheme
 from fxq.core.graph import LinearSite, arguments, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
-from fxq.passes.detect_outliers import detect_outliers, inside_block
+from fxq.passes.detect_outliers import detect_outliers
 from fxq.passes.match.blocks import block_of
 from fxq.runtime.residency import Residency
 
@@ -65,7 +65,7 @@ class ShareInputs(Analysis):
 
 def _may_have_outliers(plan: LayerPlan) -> bool:
     scheme = plan.quantization
-    return scheme.dual_scale and inside_block(plan.layer) and plan.in_features % scheme.align == 0
+    return scheme.dual_scale and plan.in_features % scheme.align == 0
 
 
 def _common_outliers(weights: Sequence[Tensor], plan: LayerPlan) -> tuple[tuple[int, ...], str]:

@@ -5,10 +5,9 @@ import pathlib
 import re
 
 import pytest
-import typer.main
 
 import fxq
-from fxq.cli import app
+import fxq_command
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(file for room in ("fxq", "passes", "kernels", "export") for file in (ROOT / room).rglob("*.py"))
@@ -33,7 +32,7 @@ def texts(tree):
 
 TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 TEXTS = [text for name, tree in TREES.items() if not name.startswith("fxq/report/") for text in texts(tree)]
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS = {name: fxq_command.command(name) for name in fxq_command.COMMANDS}
 OPTIONS = {
     option
     for command in COMMANDS.values()

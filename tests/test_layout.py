@@ -23,7 +23,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 
 # From the ground up. What lies on a floor imports from its own floor and from those below.
 FLOORS = (
-    ("numerics", "version", "cpu", "plugins"),
+    ("numerics", "version", "cpu", "dtypes", "plugins"),
     ("kernels",),
     ("runtime", "calls", "core", "cache"),
     ("capture", "calibration"),

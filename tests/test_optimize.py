@@ -157,7 +157,7 @@ def test_every_layer_of_a_joint_product_says_why_the_native_kernel_is_not_its(ca
 
 def test_what_is_said_of_modules_without_a_layer_stands_below_the_rows():
     said = {f"blocks.{i}.rope": ["complex rotation in real float32"] * 2 for i in range(5)}
-    made = Summary((), {"notes": said | {"blocks.0.attn": ["attention fused"]}})
+    made = Summary((), {}, said | {"blocks.0.attn": ["attention fused"]})
     text = " ".join(str(made).split())
     assert "complex rotation in real float32: blocks.0.rope, blocks.1.rope, blocks.2.rope and 2 more" in text
     assert "attention fused: blocks.0.attn" in text

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import fxq
-from fxq.core.ir import facts_of, get_tensor
+from fxq.core.facts import Facts
+from fxq.core.ir import get_tensor
 from tests.calibration.test_calibrate import Keywords
 from tests.toys import LEARN, recipe, relative_error, rows, toy, wan_rollout
 
@@ -330,7 +331,7 @@ def test_one_chunk_has_nothing_to_be_compared_with(monkeypatch):
     monkeypatch.setattr("fxq.job.Job.measure", None)
     rollout = wan_rollout(frames=2)
     quantized = fxq.quantize(rollout.denoiser, rollout, recipe(weighting="sensitivity"), progress=False)
-    assert facts_of(quantized)["sensitivity"] is None and facts_of(quantized)["chunk_weights"] == [1.0]
+    assert Facts.of(quantized).sensitivity is None and Facts.of(quantized).chunk_weights == [1.0]
 
 
 class Wrapper(nn.Module):

@@ -1,12 +1,23 @@
 import dataclasses
 import json
+import pathlib
+import re
 
 import pytest
 
-from fxq.core.config import RecipeError, Scheme
+from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
-from fxq.recipes import PRESETS, get_recipe, load_recipe, minmax, recipe_from_json, recipe_to_json
+from fxq.recipes import (
+    METHODS,
+    PRESETS,
+    get_recipe,
+    load_recipe,
+    minmax,
+    recipe_from_json,
+    recipe_to_json,
+    recipe_to_toml,
+)
 
 TOML = """
 name = "mine"
@@ -57,6 +68,14 @@ def test_a_recipe_survives_json(name):
     recipe = PRESETS[name]
     assert recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe)))) == recipe
     assert recipe_from_json(recipe_to_json(minmax(recipe))) == minmax(recipe)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_recipe_written_as_toml_reads_back(name, tmp_path):
+    odd = Rule(r're:a\.\d+"|\x7f', None, 'quotes " and \\ and ümläute\n')
+    recipe = dataclasses.replace(PRESETS[name], rules=(odd, *PRESETS[name].rules), seed=2**62, weighting="uniform")
+    (tmp_path / "r.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert load_recipe(tmp_path / "r.toml") == recipe
 
 
 def test_toml_and_json_are_two_spellings_of_one_recipe(tmp_path):
@@ -189,3 +208,98 @@ def test_a_preset_decides_the_same_in_a_wrapper(name, prefix):
 def test_a_wrapped_rule_can_be_written_in_a_file(tmp_path):
     (tmp_path / "r.toml").write_text(TOML.replace("optional = true", "wrapped = true"))
     assert load_recipe(tmp_path / "r.toml").rule_for("model.head.head").reason == "tiny"
+
+
+EXTENDING = """
+extends = "w4a8"
+name = "mine"
+seed = 5
+
+[[rules]]
+pattern = "re:.*ffn.*"
+scheme = { weight_bits = 8 }
+"""
+
+
+def test_a_recipe_that_extends_a_preset_says_what_is_other(tmp_path):
+    (tmp_path / "r.toml").write_text(EXTENDING)
+    recipe, base = load_recipe(tmp_path / "r.toml"), PRESETS["w4a8"]
+    assert (recipe.name, recipe.seed, recipe.weighting) == ("mine", 5, base.weighting)
+    assert recipe.rules == (Rule("re:.*ffn.*", Scheme(weight_bits=8)), *base.rules) and recipe.methods == base.methods
+    bits = {name: recipe.rule_for(name).scheme for name in ("blocks.0.ffn.0", "blocks.0.self_attn.q", "head.head")}
+    assert [scheme and scheme.weight_bits for scheme in bits.values()] == [8, 4, None]
+    assert recipe_from_json({"extends": "W4A8"}) == base
+    (method,) = recipe_from_json({"extends": "w4a8", "methods": [{"method": "MinMax"}]}).methods
+    assert method == MinMax()
+
+
+def test_a_recipe_file_extends_another_one_beside_it(tmp_path):
+    (tmp_path / "base.json").write_text(json.dumps({"extends": "w8a8", "name": "base", "max_rows": 64}))
+    (tmp_path / "r.toml").write_text('extends = "base.json"\nname = "top"\n')
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert (recipe.name, recipe.max_rows, recipe.rules) == ("top", 64, PRESETS["w8a8"].rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w4a9", r"extends = 'w4a9': expected a preset \(w8a8, .*\) or a recipe file beside this one"),
+        (5, "extends = 5: expected a preset"),
+        ("../r.toml", "without a path"),
+        ("/etc/r.toml", "without a path"),
+        ("absent.toml", r"recipe file .*absent\.toml: No such file"),
+        ("link.toml", "link to a place outside its folder"),
+        ("r.json", r"extends goes in a circle: r\.json -> r\.json"),
+        ("other.json", r"extends goes in a circle: r\.json -> other\.json -> r\.json"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(tmp_path, name, message):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (tmp_path / "outside.toml").write_text('extends = "w8a8"')
+    (folder / "link.toml").symlink_to(tmp_path / "outside.toml")
+    (folder / "other.json").write_text(json.dumps({"extends": "r.json"}))
+    (folder / "r.json").write_text(json.dumps({"extends": name}))
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(folder / "r.json")
+    with pytest.raises(RecipeError, match="extends = "):
+        recipe_from_json({"extends": name})
+
+
+def test_a_long_chain_of_files_is_refused(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i}.json").write_text(json.dumps({"extends": f"{i + 1}.json" if i < 39 else "w8a8"}))
+    with pytest.raises(RecipeError, match=r"extends = .*: 21 files extend one another, at most 20"):
+        load_recipe(tmp_path / "0.json")
+    assert load_recipe(tmp_path / "30.json") == PRESETS["w8a8"]
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "recipes.md"
+
+
+def page_rows(heading):
+    """(key, type, default) of a table of the page, by its heading."""
+    text = PAGE.read_text().split(f"\n## {heading}", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| [^|]{10,} \|$", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("heading", "cls"), [("The recipe", Recipe), ("A rule", Rule), ("A scheme", Scheme), *METHODS.items()]
+)
+def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
+    rows = {key: default.strip() for key, _, default in page_rows(heading)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    assert set(rows) - {"extends", "method"} == set(fields)
+    for name, field in fields.items():
+        if field.default is dataclasses.MISSING or name == "scheme":
+            assert rows[name] == "-", name
+        else:
+            want = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert rows[name] == f"`{json.dumps(want)}`", name
+
+
+def test_the_recipe_on_the_page_loads(tmp_path):
+    (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "r.toml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.toml")
+    assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 2

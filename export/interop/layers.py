@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq import numerics
+from fxq.core.facts import Facts
 from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
 from fxq.core.layer import LayerTensors, QuantizedLayer
 from fxq.export.bundle import TENSORS, load, read_manifest
@@ -123,7 +124,7 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
     names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
     constants = tuple(sorted({name for name in names if _CONSTANT.fullmatch(name)}))
     floats = {name: get_tensor(module, name) for name in sorted(set(names) - own - set(constants))}
-    receipt = make_receipt(manifest.fxq_version, manifest.facts, (plan for plan, _ in plans.values()), {})
+    receipt = make_receipt(manifest.fxq_version, Facts.of(module), (plan for plan, _ in plans.values()), {})
     return StoredModel(
         layers=layers,
         kept=tuple(name for name, (plan, _) in plans.items() if plan.scheme is None),

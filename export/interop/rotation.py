@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxq.core.units import unit
+from fxq.passes.methods.units import unit
 
 GROUP = 16
 LEVELS = 16

@@ -52,7 +52,7 @@ class Choice:
 
 
 def rivals(head_dim: int, span: int) -> dict[str, Codec]:
-    """The codecs that a comparison begins with, with the settings that suit heads and spans of these sizes.
+    """The codecs that a comparison begins with, by short names, with settings that suit heads and spans of these sizes.
 
     Args:
         head_dim: channels of a head.
@@ -61,25 +61,25 @@ def rivals(head_dim: int, span: int) -> dict[str, Codec]:
     block, small = _divisor(head_dim, 64), _divisor(head_dim, 16)
     centroids = max(2, min(256, 2 ** int(math.log2(max(2, span / 16)))))
     found: dict[str, Codec] = {
-        "RTN 2b": PerToken(2, small, asymmetric=True, scale_dtype="bfloat16"),
-        "RTN 4b": PerToken(4, block, scale_dtype="bfloat16"),
-        "KIVI 2b": Kivi(2, 0, block),
-        "KIVI 4b": Kivi(4, 0, block),
-        "QVG": Prq(1, centroids, 2, block, scale_dtype="bfloat16"),
-        "QVG asymmetric": Prq(1, centroids, 2, block, asymmetric=True, scale_dtype="bfloat16"),
-        "QVG-Pro": Prq(4, centroids, 2, small, scale_dtype="bfloat16"),
-        "QVG INT4": Prq(1, centroids, 4, block, scale_dtype="bfloat16"),
-        "mean + rank 4": LowRank(min(4, head_dim), 2, block),
-        "KLT 0.5b": Klt(0.5),
-        "KLT 1b": Klt(1.0),
-        "KLT 2b": Klt(2.0),
-        "KLT 3b": Klt(3.0),
-        "FP8": Float8(),
-        "INT8": PerToken(8, block, scale_dtype="bfloat16"),
+        "rtn2": PerToken(2, small, asymmetric=True, scale_dtype="bfloat16"),
+        "rtn4": PerToken(4, block, scale_dtype="bfloat16"),
+        "kivi2": Kivi(2, 0, block),
+        "kivi4": Kivi(4, 0, block),
+        "qvg": Prq(1, centroids, 2, block, scale_dtype="bfloat16"),
+        "qvg_asymmetric": Prq(1, centroids, 2, block, asymmetric=True, scale_dtype="bfloat16"),
+        "qvg_pro": Prq(4, centroids, 2, small, scale_dtype="bfloat16"),
+        "qvg_int4": Prq(1, centroids, 4, block, scale_dtype="bfloat16"),
+        "low_rank": LowRank(min(4, head_dim), 2, block),
+        "klt0.5": Klt(0.5),
+        "klt1": Klt(1.0),
+        "klt2": Klt(2.0),
+        "klt3": Klt(3.0),
+        "fp8": Float8(),
+        "int8": PerToken(8, block, scale_dtype="bfloat16"),
     }
     if not head_dim & (head_dim - 1):
-        found["QuaRot 2b"] = QuaRot(2, block, scale_dtype="bfloat16")
-        found["QuaRot 4b"] = QuaRot(4, block, scale_dtype="bfloat16")
+        found["quarot2"] = QuaRot(2, block, scale_dtype="bfloat16")
+        found["quarot4"] = QuaRot(4, block, scale_dtype="bfloat16")
     return found
 
 

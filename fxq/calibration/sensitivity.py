@@ -95,22 +95,3 @@ def chunk_sensitivity(
     if not mean.any():
         mean = torch.ones_like(mean)
     return ChunkSensitivity(mean / mean.sum(), mse)
-
-
-def chunk_weights(alpha: Tensor | None, chunks: int, weighting: str) -> Tensor:
-    """Loss weight of each chunk, float32 [chunks] with mean 1.
-
-    Args:
-        alpha: measured sensitivities; needed by every weighting but ``uniform`` and ``exponential``.
-        chunks: number of chunks.
-        weighting: see :class:`fxq.Recipe`.
-    """
-    if weighting == "uniform":
-        raw = torch.ones(chunks, dtype=torch.float32, device="cpu")
-    elif weighting == "exponential":
-        raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)
-    else:
-        if alpha is None:
-            raise ValueError(f"weighting {weighting!r} needs measured sensitivities")
-        raw = alpha.flip(0) if weighting == "reversed" else alpha
-    return (raw / raw.mean()).float()

@@ -14,10 +14,11 @@ from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe
+from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
 from fxq.core.summary import summary
-from fxq.export import load, read_manifest, save
+from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
 from fxq.job import Job
 from fxq.passes import detect_outliers
@@ -143,16 +144,17 @@ def inspect(
 
 
 def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
-    manifest, result = read_manifest(path), summary(load(path))
+    module = load(path)
+    result, facts = summary(module), Facts.of(module)
     if as_json:
         emit(result.to_json())
         return
-    facts = manifest.facts
     stdout_console().print(result)
-    data = facts["calibration_hash"][:16] or "none, input scales are measured at run time"
-    stdout_console().print(f"recipe {facts['recipe']['name']}, calibration {data}", highlight=False, markup=False)
-    if alpha := facts.get("sensitivity"):
-        stdout_console().print("chunk sensitivity " + " ".join(f"{a:.3f}" for a in alpha), highlight=False)
+    data = facts.calibration_hash[:16] or "none, input scales are measured at run time"
+    stdout_console().print(f"recipe {facts.recipe['name']}, calibration {data}", highlight=False, markup=False)
+    if facts.sensitivity:
+        shown = " ".join(f"{a:.3f}" for a in facts.sensitivity)
+        stdout_console().print(f"chunk sensitivity {shown}", highlight=False)
 
 
 def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str, Any]]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import fnmatch
 import itertools
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxq.core.method import Method, RecipeError, Scheme, is_method
+
+__all__ = ["TOOL_NAMES", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
 
 from fxq.runtime.messages import close_names
 
@@ -15,51 +22,9 @@ TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be read or that does not fit the model."""
-
-
 def plain_layer(name: str) -> str:
     """A dotted name without the parts of :data:`TOOL_NAMES`, wherever they stand."""
     return ".".join(part for part in name.split(".") if part not in TOOL_NAMES)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How one linear is quantized.
-
-    ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
-    ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
-    (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer. With ``per_token`` the input
-    scales are measured per token at run time, symmetric: no input scale, zero point or calibration is needed.
-    """
-
-    weight_bits: int = 8
-    input_bits: int = 8
-    dual_scale: bool = True
-    tau: float = 3.5
-    alpha: float = 1.2
-    align: int = 32
-    reconstruct: bool = True
-    per_token: bool = False
-
-    def __post_init__(self) -> None:
-        if self.weight_bits not in (4, 8):
-            raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4 or 8")
-        if not 2 <= self.input_bits <= 8:
-            raise RecipeError(f"input_bits = {self.input_bits}: expected 2..8")
-        if self.align <= 0 or self.align % 32:
-            raise RecipeError(f"align = {self.align}: expected a positive multiple of 32, the packing block")
-
-    @property
-    def label(self) -> str:
-        """Short name such as W4A8; the same for static and per-token inputs."""
-        return f"W{self.weight_bits}A{self.input_bits}"
-
-    @property
-    def detail(self) -> str:
-        """The label, and how inputs are scaled where that is not static: "W4A8 per token"."""
-        return f"{self.label} per token" if self.per_token else self.label
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +45,9 @@ class Rule:
 
     @property
     def rank(self) -> int:
-        """Precedence of the pattern's kind: exact name 0, glob 1, regular expression 2."""
+        """Precedence of the pattern's kind: exact name 0, glob 1, regular expression 2, ``*`` for the rest 3."""
+        if self.pattern == "*":
+            return 3
         if self.pattern.startswith("re:"):
             return 2
         return 1 if any(c in self.pattern for c in "*?[") else 0
@@ -111,7 +78,48 @@ def _has_number(parts: Sequence[str]) -> bool:
     return any(part.isdecimal() for part in parts)
 
 
-WEIGHTINGS = ("sensitivity", "uniform", "exponential", "reversed", "single_scale_only")
+class Weighting(enum.StrEnum):
+    """Loss weight of a calibration row by its chunk.
+
+    ``SENSITIVITY`` measures it by forked rollouts, ``UNIFORM`` is 1, ``EXPONENTIAL`` is 2^-i, ``REVERSED`` is the
+    measured one backwards, and ``SINGLE_SCALE_ONLY`` is the measured one in single-scale layers and 1 elsewhere (the
+    released code of arXiv 2605.21072).
+    """
+
+    SENSITIVITY = "sensitivity"
+    UNIFORM = "uniform"
+    EXPONENTIAL = "exponential"
+    REVERSED = "reversed"
+    SINGLE_SCALE_ONLY = "single_scale_only"
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether the weights follow from measured sensitivities."""
+        return self not in (Weighting.UNIFORM, Weighting.EXPONENTIAL)
+
+    def of_chunks(self, alpha: Tensor | None, chunks: int) -> Tensor:
+        """Loss weight of each chunk, float32 [chunks] with mean 1.
+
+        Args:
+            alpha: measured sensitivities, float [chunks]; read where they are needed.
+            chunks: number of chunks.
+
+        Raises:
+            ValueError: when sensitivities are needed and not given.
+        """
+        if self is Weighting.UNIFORM:
+            raw = torch.ones(chunks, dtype=torch.float32, device="cpu")
+        elif self is Weighting.EXPONENTIAL:
+            raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)
+        else:
+            if alpha is None:
+                raise ValueError(f"weighting {self.value!r} needs measured sensitivities")
+            raw = alpha.flip(0) if self is Weighting.REVERSED else alpha
+        return (raw / raw.mean()).float()
+
+    def in_layer(self, weights: Tensor, outliers: int) -> Tensor:
+        """The weights of chunks, float32 [chunks], in a layer with a number of outlier channels."""
+        return torch.ones_like(weights) if self is Weighting.SINGLE_SCALE_ONLY and outliers else weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +128,11 @@ class Recipe:
 
     Args:
         name: shown in reports.
-        rules: tried by kind (exact name, glob, ``re:``), then in order; the first match decides.
+        rules: tried by kind (exact name, glob, ``re:``, and ``*`` for what is left), then in order; the first match
+            decides.
         methods: applied in order to each layer; see :mod:`fxq.passes.methods`.
-        weighting: loss weight of a calibration row by its chunk. ``sensitivity`` measures it by forked rollouts,
-            ``uniform`` is 1, ``exponential`` is 2^-i, ``reversed`` is the measured one backwards, and
-            ``single_scale_only`` is the measured one in single-scale layers and 1 elsewhere (the released code of
-            arXiv 2605.21072).
+        weighting: loss weight of a calibration row by its chunk, the name of a
+            :class:`Weighting`.
         rows_per_call: calibration rows kept per layer and denoiser call, beside those that are rare for their size.
         max_rows: calibration rows kept per layer.
         seed: of every random choice.
@@ -135,21 +142,21 @@ class Recipe:
 
     name: str
     rules: tuple[Rule, ...]
-    methods: tuple[Any, ...]
-    weighting: str = "sensitivity"
+    methods: tuple[Method, ...]
+    weighting: str = Weighting.SENSITIVITY.value
     rows_per_call: int = 256
     max_rows: int = 16384
     seed: int = 0
     share_inputs: bool = True
 
     def __post_init__(self) -> None:
-        if self.weighting not in WEIGHTINGS:
-            raise RecipeError(f"weighting {self.weighting!r}: expected one of {', '.join(WEIGHTINGS)}")
+        if self.weighting not in list(Weighting):
+            raise RecipeError(f"weighting {self.weighting!r}: expected one of {', '.join(Weighting)}")
         for name in ("rows_per_call", "max_rows"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} = {getattr(self, name)}: expected at least 1")
         for method in self.methods:
-            if isinstance(method, type) or not dataclasses.is_dataclass(method) or not hasattr(method, "apply"):
+            if not is_method(method):
                 raise RecipeError(
                     f"method {method!r}: expected an instance of a dataclass with apply(problem, update), "
                     "as RangeSearch()"
@@ -164,6 +171,11 @@ class Recipe:
                     re.compile(rule.pattern[3:])
                 except re.error as error:
                     raise RecipeError(f"pattern {rule.pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def chunk_weighting(self) -> Weighting:
+        """How chunks are weighed."""
+        return Weighting(self.weighting)
 
     def rule_for(self, layer: str, roots: Collection[str] = ()) -> Rule | None:
         """The rule that decides about ``layer``, or None; ``roots`` as in :meth:`Rule.matches`."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from fxq.calls.captured import CapturedModule, inherit_notes, notes_of
-from fxq.core.config import Scheme
+from fxq.core.method import LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
 
 _KEY = "fxq"
@@ -174,24 +173,23 @@ def planned(module: fx.GraphModule) -> dict[str, tuple[LayerPlan, list[fx.Node]]
     return found
 
 
-def facts_of(module: fx.GraphModule) -> dict[str, Any]:
-    """JSON facts of a quantized module: recipe, sensitivity, calibration hash, environment."""
-    facts = getattr(module, "meta", {}).get(_KEY)
-    if facts is None:
-        raise ValueError(
-            f"this {type(module).__name__} was not made by fxq.quantize or fxq.load; it carries no fxq facts"
-        )
-    return dict(facts)
+class ModuleNote(Protocol):
+    """What is noted on a module as a whole; :class:`fxq.core.facts.Facts` are."""
+
+    @property
+    def stage(self) -> Stage:
+        """Of the module's graph."""
 
 
-def has_facts(module: torch.nn.Module) -> bool:
-    """Whether fxq made the module: it carries facts."""
-    return isinstance(module, fx.GraphModule) and _KEY in notes_of(module)
+def module_note(module: fx.GraphModule) -> ModuleNote | None:
+    """What fxq noted on the module, or None."""
+    note: ModuleNote | None = notes_of(module).get(_KEY)
+    return note
 
 
-def set_facts(module: fx.GraphModule, facts: dict[str, Any]) -> None:
-    """Attach facts to a quantized module, in the form that JSON gives back."""
-    module.meta[_KEY] = json.loads(json.dumps(facts))
+def set_module_note(module: fx.GraphModule, note: ModuleNote) -> None:
+    """Note something on the module, in the place of what was noted before."""
+    module.meta[_KEY] = note
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -209,20 +207,6 @@ class LayerStatistics:
     chunks: Tensor
     seen: int
     weights: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerUpdate:
-    """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
-
-    ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
-    int32 [G]; both None where the scheme measures input scales per token.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    input_scale: Tensor | None = None
-    input_zero_point: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -244,6 +228,12 @@ class QuantGraph:
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     _layers: frozenset[str] = dataclasses.field(default=frozenset(), init=False, repr=False)
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> QuantGraph:
+        """The graph of a module that fxq made, at its stage; of any other, a TRACED one."""
+        note = module_note(module)
+        return cls(module, Stage.TRACED if note is None else note.stage)
 
     def remark(self, layer: str, text: str) -> None:
         """Add a sentence about a layer for the report.

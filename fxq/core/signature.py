@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from fxq.calls.captured import CapturedModule, convention, guard_calls, rules_of
 from fxq.calls.conditions import Expression
 from fxq.calls.rules import CallRules, InputError, Sizes, bind, constant_entry, flatten
+from fxq.core.facts import Facts
 from fxq.core.ir import example_value
 from fxq.dtypes import dtype_name
 
@@ -58,21 +59,20 @@ def call_rules(module: fx.GraphModule, conditions: Sequence[Expression] = ()) ->
     return CallRules(tuple(n.name for n in nodes), input_sizes(module), tuple(dtypes), tuple(conditions))
 
 
-def guard_inputs(module: fx.GraphModule, facts: Mapping[str, Any]) -> CapturedModule:
+def guard_inputs(module: fx.GraphModule) -> CapturedModule:
     """Make ``module`` refuse other calls than it was captured for: a graph would compute nonsense silently.
 
     Args:
-        module: the graph.
-        facts: its facts, with ``inputs`` and, since they are stated, ``dtypes`` and ``conditions``.
+        module: the graph, with its facts.
 
     Returns:
         The module, or one that shares its graph and tensors where it was a plain GraphModule.
 
     Raises:
-        ValueError: when the facts do not describe the graph's inputs.
+        ValueError: when it has no facts, or they do not describe the graph's inputs.
     """
     names = [node.name for node in module.graph.find_nodes(op="placeholder")]
-    return guard_calls(module, CallRules.from_json(facts, names))
+    return guard_calls(module, Facts.of(module).call_rules(names))
 
 
 def batch_dynamic(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -12,8 +12,9 @@ from rich.text import Text
 from torch import fx
 
 from fxq import kernels
+from fxq.core.facts import Facts, Texts
 from fxq.core.graph import linear_sites
-from fxq.core.ir import LayerPlan, facts_of, get_tensor, plan_of, planned
+from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
 from fxq.core.products import OtherProduct, other_products
 from fxq.kernels.gemm import op as gemm
@@ -45,10 +46,14 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs."""
+    """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs.
+
+    ``facts`` are the module's :class:`~fxq.core.facts.Facts` in JSON form, ``notes`` what is said of modules.
+    """
 
     rows: tuple[LayerRow, ...]
     facts: dict[str, Any]
+    notes: Texts = dataclasses.field(default_factory=dict)
 
     @property
     def quantized(self) -> tuple[LayerRow, ...]:
@@ -114,7 +119,7 @@ class Summary:
     def _notes(self) -> str:
         """Each sentence about modules once, with the modules it is said of."""
         places: dict[str, list[str]] = {}
-        for place, texts in self.facts.get("notes", {}).items():
+        for place, texts in self.notes.items():
             for text in dict.fromkeys(texts):
                 places.setdefault(text, []).append(place)
         return "\n".join(
@@ -129,7 +134,7 @@ class Summary:
         return capture.get()
 
 
-def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: dict[str, list[str]]) -> LayerRow:
+def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: Texts) -> LayerRow:
     layer = None if plan.scheme is None else QuantizedLayer.of(node)
     return LayerRow(
         layer=plan.layer,
@@ -171,14 +176,13 @@ def summary(module: fx.GraphModule) -> Summary:
     Raises:
         ValueError: when the module carries no fxq facts.
     """
-    facts = facts_of(module)
-    remarks = facts.get("remarks", {})
-    rows = [_row(module, plan, nodes[0], remarks) for plan, nodes in planned(module).values()]
+    facts = Facts.of(module)
+    rows = [_row(module, plan, nodes[0], facts.remarks) for plan, nodes in planned(module).values()]
     known = {row.layer for row in rows}
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
             rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))
     rows += [_other(product) for product in other_products(module) if product.layer not in known]
-    for layer in facts.get("never_called", []):
+    for layer in facts.never_called:
         rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
-    return Summary(tuple(rows), facts)
+    return Summary(tuple(rows), facts.to_json(), facts.notes)

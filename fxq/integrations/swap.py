@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxq.core.config import plain_layer
-from fxq.core.ir import facts_of, planned
+from fxq.core.facts import Facts
+from fxq.core.ir import planned
 from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer
 from fxq.export import load
 from fxq.integrations.names import NamesError, Renaming, renaming, weights_of
@@ -42,11 +43,11 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
     """
     module = bundle if isinstance(bundle, fx.GraphModule) else load(bundle)
     try:
-        facts = facts_of(module)
+        facts = Facts.of(module)
     except ValueError as error:
         raise ApplyError(f"{error}; give the folder or the module that fxq.quantize made") from None
     layers: dict[str, QuantizedLinear] = {}
-    kept = set(facts.get("never_called", ()))
+    kept = set(facts.never_called)
     for name, (plan, nodes) in planned(module).items():
         if plan.scheme is None:
             kept.add(name)

@@ -90,12 +90,15 @@ def render(conditions: Tensor, generator: torch.Generator, frames: int = FRAMES)
         (torch.zeros(batch, dtype=torch.int64), 2 * torch.randint(2, (batch,), generator=generator)), dim=1
     )
     start = conditions[:, 5:7] * CELL + offset
+    # [B, frames, 2] in pixels (y, x) of the sprite's upper left corner; the world is a torus
     position = (start[:, None] + velocity(conditions)[:, None] * torch.arange(frames)[None, :, None]) % SIZE
     axis = torch.arange(SIZE)
+    # [B, frames, SIZE]: which row and column of the template each row and column of the picture shows
     rows = (axis - position[..., :1]) % SIZE
     columns = (axis - position[..., 1:]) % SIZE
-    shape = _TEMPLATES[conditions[:, 0]]
+    shape = _TEMPLATES[conditions[:, 0]]  # [B, SIZE, SIZE]
     index = torch.arange(batch)[:, None, None, None]
+    # [B, frames, 1, SIZE, SIZE], 1 where the sprite is; colour and background broadcast to the three channels
     mask = shape[index, rows[..., :, None], columns[..., None, :]].unsqueeze(2)
     colour = COLOURS[conditions[:, 1]][:, None, :, None, None]
     background = BACKGROUNDS[conditions[:, 4]][:, None, None]
@@ -127,28 +130,34 @@ def score(videos: Tensor, conditions: Tensor) -> Scores:
     ``sum over its pixels of (x - b)^2 - (x - c)^2``; the best saving over the whole video names shape and
     colour, per-frame maxima of the winner give the track.
     """
-    x = (videos.clamp(-1, 1) + 1) / 2
+    x = (videos.clamp(-1, 1) + 1) / 2  # [B, F, 3, SIZE, SIZE] in 0..1
     batch, frames = x.shape[:2]
     background = BACKGROUNDS[conditions[:, 4]][:, None, None]
+    # Correlation with a template at every position is a product of spectra: [shapes, SIZE, SIZE / 2 + 1].
     spectra = torch.fft.rfft2(_TEMPLATES).conj()
     saving = []
     for colour in COLOURS:
+        # [B, F, SIZE, SIZE]: squared error that a pixel saves by having the sprite's colour instead of the ground's
         gain = ((x - background).square() - (x - colour[None, None, :, None, None]).square()).sum(2)
         spectrum = torch.fft.rfft2(gain)
         saving.append(torch.fft.irfft2(spectrum.unsqueeze(2) * spectra, s=(SIZE, SIZE)))
     maps = torch.stack(saving, dim=3)  # [B, F, shape, colour, y, x]
+    # Best position of each frame, summed over frames: [B, shapes * colours].
     total = maps.flatten(4).amax(-1).sum(1).flatten(1)
     best = total.argmax(1)
     shape, colour_index = best // len(COLOURS), best % len(COLOURS)
+    # [B, F, SIZE, SIZE] of the shape and colour that were read; its peaks are the track [B, F, 2].
     winner = maps[torch.arange(batch), :, shape, colour_index]
     peak = winner.flatten(2).argmax(-1)
     track = torch.stack((peak // SIZE, peak % SIZE), dim=-1)
     wanted = velocity(conditions)
+    # Differences on the torus; [B], the share of frame steps that are the asked velocity to the pixel.
     exact = ((track[:, 1:] - track[:, :-1] - wanted[:, None]) % SIZE == 0).all(-1).float().mean(1)
 
     time = torch.arange(frames)
     candidates = torch.cat([_STEP * 2, _STEP * 4])
     support = []
+    # Each velocity: undo its motion, add the frames up; a video that moves so has one high peak, at its start.
     for candidate in candidates:
         shift = (candidate[None] * time[:, None]) % SIZE
         rows = (torch.arange(SIZE)[None] + shift[:, :1]) % SIZE
@@ -159,6 +168,7 @@ def score(videos: Tensor, conditions: Tensor) -> Scores:
     fitted = value.argmax(1)
     start = origin[torch.arange(batch), fitted]
     straight = torch.stack((start // SIZE, start % SIZE), -1)[:, None] + candidates[fitted][:, None] * time[:, None]
+    # Signed distance from the straight track, the short way round the torus.
     off = (track - straight + SIZE // 2) % SIZE - SIZE // 2
     near = (off.abs().amax(-1) <= 1).float().mean(1) >= 0.8
     motion = (candidates[fitted] == wanted).all(-1) & near

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 
-from fxq.core.ir import QuantGraph, Stage, facts_of, get_tensor, set_facts
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph, get_tensor
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import guard_inputs, input_sizes
 from fxq.dtypes import DTYPES
@@ -41,12 +42,12 @@ def tensor_parallel(module: fx.GraphModule, plan: ShardPlan, group: dist.Process
         ParallelError: when there is no process group, or the plan does not fit the module or the number of ranks.
         ValueError: when the module was not made by fxq.
     """
-    facts = facts_of(module)
-    if "remarks" in facts or "parallel" in facts:
-        done = "optimized" if "remarks" in facts else "split over ranks"
+    facts = Facts.of(module)
+    if facts.optimized or facts.parallel is not None:
+        done = "optimized" if facts.optimized else "split over ranks"
         raise ParallelError(f"this module is {done} already; give the one that fxq.quantize or fxq.load made")
-    graph = QuantGraph(module, Stage.FROZEN).fork()
-    return _split(graph, facts, plan, place_in(group), ModuleSource(module))
+    graph = QuantGraph.of(module).fork()
+    return _split(graph, plan, place_in(group), ModuleSource(module))
 
 
 def load_shard(
@@ -88,20 +89,18 @@ def load_shard(
     try:
         with safe_open(folder / TENSORS, "pt") as file:
             source = _FileSource(file, manifest, torch.device(device))
-            graph = QuantGraph(_skeleton(folder, manifest, torch.device(device)), Stage.FROZEN)
-            return _split(graph, manifest.facts, plan, place, source)
+            graph = QuantGraph.of(_skeleton(folder, manifest, torch.device(device)))
+            return _split(graph, plan, place, source)
     except SafetensorError as error:
         raise BundleError(f"{folder / TENSORS} cannot be read: {error}") from None
 
 
-def _split(graph: QuantGraph, facts: dict[str, Any], plan: ShardPlan, place: Place, source: Source) -> fx.GraphModule:
+def _split(graph: QuantGraph, plan: ShardPlan, place: Place, source: Source) -> fx.GraphModule:
     run_passes(graph, (ShardGraph(plan, place, source),))
-    facts = dict(facts)
-    facts["passes"] = [*facts["passes"], *([name, touched] for name, touched, _ in graph.log)]
-    facts["inputs"] = input_sizes(graph.module)
-    facts["parallel"] = {"rank": place.rank, "size": place.size, "plan": dataclasses.asdict(plan)}
-    set_facts(graph.module, facts)
-    return guard_inputs(graph.module, facts)
+    own = {"rank": place.rank, "size": place.size, "plan": dataclasses.asdict(plan)}
+    facts = Facts.of(graph.module).after(graph)
+    dataclasses.replace(facts, inputs=input_sizes(graph.module), parallel=own).attach(graph.module)
+    return guard_inputs(graph.module)
 
 
 def _skeleton(folder: pathlib.Path, manifest: Manifest, device: torch.device) -> fx.GraphModule:

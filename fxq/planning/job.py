@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxq.core.config import Recipe, Scheme
+from fxq.core.method import LearningMethod
 from fxq.numerics import PACK_BLOCK
 from fxq.planning.drive import Drive
 from fxq.planning.estimate import JobEstimate
@@ -70,7 +71,7 @@ def estimate_job(
     drive, layers, dtype = drive or Drive(), list(_layers(model, recipe)), next(model.parameters()).dtype
     example = example or drive
     speed = speed or measure_speed(recipe, dtype)
-    twice = measures_sensitivity and bool(drive.calls) and recipe.weighting not in ("uniform", "exponential")
+    twice = measures_sensitivity and bool(drive.calls) and recipe.chunk_weighting.needs_sensitivity
     disk = _disk(model, recipe, layers, drive, twice, folder is not None, out is not None)
     places = {"checkpoint files": folder, "bundle": out}
     return JobEstimate(
@@ -137,7 +138,7 @@ def _ram(
 
 def _working_set(recipe: Recipe, layer: _Layer, rows: int) -> int:
     """Bytes of solving a layer and those that are solved with it."""
-    learns = layer.scheme.reconstruct and rows and any(hasattr(method, "iterations") for method in recipe.methods)
+    learns = layer.scheme.reconstruct and rows and any(isinstance(method, LearningMethod) for method in recipe.methods)
     weights = layer.group * layer.weights
     targets = 4 * rows * layer.group * layer.outputs if learns else 0
     return _SCRATCH + weights * (_LEARN if learns else _SEARCH) + 8 * rows * layer.width + targets
@@ -175,7 +176,7 @@ def _time(
     weights, inputs = sum(layer.weights for layer in layers), _kept_rows(recipe, drive)
     sampled = sum(min(_SAMPLED, inputs * layer.width) for layer in layers if layer.leads)
     learned = sum(layer.weights for layer in layers if layer.scheme.reconstruct) if inputs else 0
-    iterations = sum(getattr(method, "iterations", 0) for method in recipe.methods)
+    iterations = sum(method.iterations for method in recipe.methods if isinstance(method, LearningMethod))
     search = weights * speed.search + sampled * speed.inputs
     seconds = {
         "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fxq.core.config import Recipe, Scheme
-from fxq.core.ir import LayerUpdate
-from fxq.passes.methods import LayerProblem, Method
+from fxq.core.method import LayerProblem, LayerUpdate, LearningMethod, Method
 
 _WIDTH = 2048
 _SEARCHED, _LEARNED = 384, 96  # outputs of the slices; their weights do not fit a core's own cache
@@ -44,12 +43,10 @@ def measure_speed(recipe: Recipe, dtype: torch.dtype) -> Speed:
         dtype: of the model.
     """
     scheme = next((rule.scheme for rule in reversed(recipe.rules) if rule.scheme is not None), Scheme())
-    search = [method for method in recipe.methods if not hasattr(method, "iterations")]
-    learn = [method for method in recipe.methods if hasattr(method, "iterations")] if scheme.reconstruct else []
+    search = [method for method in recipe.methods if not isinstance(method, LearningMethod)]
+    learn = [method for method in recipe.methods if isinstance(method, LearningMethod) and scheme.reconstruct]
     few, more = (_search_seconds(scheme, rows, search) for rows in (16, 80))
-    iteration = sum(
-        _iteration(method, _problem(scheme, _LEARNED, getattr(method, "rows", 1024)), search) for method in learn
-    )
+    iteration = sum(_iteration(method, _problem(scheme, _LEARNED, method.rows), search) for method in learn)
     inputs = 0.0 if scheme.per_token else max(0.0, more - few) / (64 * _WIDTH)
     weights = (few - 16 * _WIDTH * inputs) / (_SEARCHED * _WIDTH)
     return Speed(_flops(dtype), max(weights, 0.0), inputs, iteration / (_LEARNED * _WIDTH))

@@ -77,9 +77,12 @@ def _fill(
     STAGES: constexpr,
 ) -> None:
     """Start the loads of one step; the outlier steps come first, none is left unless DUAL."""
+    # A buffer is full when one block of q, [BLOCK_M, BLOCK_K], and one of w, [BLOCK_N, BLOCK_K], have come. The memory
+    # accelerator writes zeros for what lies beyond the rows or the segment: they count as come and add nothing.
     stage = step % STAGES
     inside = step < steps
     hopper.mbarrier.expect(full.index(stage), q_normal.block_type.nbytes + w_normal.block_type.nbytes, pred=inside)
+    # Every step fills both buffers once: from the normal segment or from the outlier one, never from both.
     normal = inside & (step >= outlier_steps)
     k = (step - outlier_steps) * BLOCK_K
     hopper.tma.async_copy_global_to_shared(q_normal, [row, k], full.index(stage), q_ring.index(stage), pred=normal)
@@ -103,6 +106,8 @@ def _poisoned(
     q_ptr: Pointer, q_stride: Scalar, row: Scalar, M: Scalar, K: Scalar, BLOCK_M: constexpr, layout: constexpr
 ) -> Block:
     """1 for rows of q that fxq.numerics.poison has marked, else 0."""
+    # rows [BLOCK_M] wrap around, so only channels need a mask; head, code and other are [BLOCK_M, 32], as far as they
+    # do not broadcast from [1, 32].
     rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
     columns = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, layout)), 0)
     head = gl.load(q_ptr + gl.expand_dims((rows % M).to(gl.int64) * q_stride, 1) + columns, mask=columns < K, other=0)
@@ -137,6 +142,7 @@ def gluon_kernel(
     COLUMNS: constexpr,
 ) -> None:
     """One [BLOCK_M, BLOCK_N] tile of y; q and w are tensor descriptors of the two segments."""
+    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
     program = gl.program_id(0)
     blocks_n = gl.cdiv(N, BLOCK_N)
     first = program // (GROUP_M * blocks_n) * GROUP_M
@@ -145,6 +151,7 @@ def gluon_kernel(
     row = (first + within % height) * BLOCK_M
     column = within // height * BLOCK_N
 
+    # One barrier for each of STAGES buffers; a thread arrives at it once, with the number of bytes to wait for.
     q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], q_normal.layout)
     w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], w_normal.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -153,22 +160,28 @@ def gluon_kernel(
     hopper.fence_async_shared()
     outlier_steps = gl.cdiv(outlier_width, BLOCK_K)
     steps = outlier_steps + gl.cdiv(normal_width, BLOCK_K)
+    # STAGES - 1 steps ahead: the buffer that is left is the one of the product that may still run.
     for ahead in gl.static_range(STAGES - 1):
         _fill(
             ahead, steps, outlier_steps, q_normal, w_normal, q_outlier, w_outlier, row, column, q_ring, w_ring, full,
             DUAL, BLOCK_K, STAGES,
         )  # fmt: skip
 
+    # [BLOCK_M, BLOCK_N] of sums in the registers as the tensor cores leave them: 16 rows a warp, COLUMNS columns and 32
+    # channels an instruction.
     sums: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 32]
     )
     columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, sums))
+    # [BLOCK_N]: result per integer of the normal segment; 1 beyond N, where it is divided by.
     unit = gl.load(input_scale_ptr) * gl.load(weight_scale_ptr + columns, mask=columns < N, other=1.0)
     acc = gl.zeros([BLOCK_M, BLOCK_N], gl.int32, sums)
     if DUAL:
         for step in range(0, outlier_steps):
             stage = step % STAGES
+            # A barrier's phase flips every time its buffer has been filled: once per round through the ring.
             hopper.mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            # [BLOCK_M, BLOCK_K] @ [BLOCK_K, BLOCK_N]
             acc = hopper.warpgroup_mma(q_ring.index(stage), w_ring.index(stage).permute((1, 0)), acc, is_async=False)
             _fill(
                 step + STAGES - 1, steps, outlier_steps, q_normal, w_normal, q_outlier, w_outlier, row, column,
@@ -176,6 +189,8 @@ def gluon_kernel(
             )  # fmt: skip
         outlier = gl.load(input_scale_ptr + 1)
         outlier = outlier * gl.load(weight_scale_ptr + N + columns, mask=columns < N, other=1.0)
+        # From outlier integers to normal ones, which costs at most half a normal integer; int32 holds them by the bound
+        # of fxq.kernels.gemm.triton_kernel.
         acc = _round_to_int32(acc.to(gl.float32) * gl.expand_dims(gl.div_rn(outlier, unit), 0))
     token = hopper.warpgroup_mma_init(acc)
     for step in range(outlier_steps, steps):
@@ -193,12 +208,14 @@ def gluon_kernel(
     for buffer in gl.static_range(STAGES):
         hopper.mbarrier.invalidate(full.index(buffer))
 
+    # The rest is by tile: y [BLOCK_M, BLOCK_N], in a layout whose threads store 16 bytes of bfloat16 each.
     offset = gl.load(offset_ptr + columns, mask=columns < N, other=0.0)
     y = acc.to(gl.float32) * gl.expand_dims(unit, 0) + gl.expand_dims(offset, 0)
     stores: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
     y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), stores)
     heads: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WARPS, 1], [1, 0])
     broken = _poisoned(q_ptr, q_stride, row, M, normal_width + outlier_width, BLOCK_M, heads)
+    # [BLOCK_M]: all of a marked row is NaN.
     broken = gl.convert_layout(broken, gl.SliceLayout(1, stores))
     y = gl.where(gl.expand_dims(broken, 1) == 1, float("nan"), y)
     rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, stores))

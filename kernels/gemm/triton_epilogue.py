@@ -21,6 +21,8 @@ def _store_int8(
     HIGH: constexpr,
 ) -> None:
     """Activation and the quantization of the next layer, one group of columns or two."""
+    # Integers per unit of y: a scalar, or [1, columns] where the tile may lie across the border of the groups. The
+    # quotient is rounded to nearest as the reference's reciprocal is, or integers would differ.
     inverse = tl.div_rn(1.0, tl.load(out_scale_ptr))
     zero = tl.load(out_zero_ptr)
     if OUT_DUAL:
@@ -46,7 +48,9 @@ def _gated_sum(
     """``residual + gate * y``; frame_rows consecutive rows share a row of the gate."""
     if GATED:
         frames = gate_ptr + (rows // frame_rows).to(tl.int64) * gate_stride
+        # [rows, columns]
         y = y * tl.load(frames[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    # int64: rows * stride may leave int32. The sum is float32, so 16-bit residuals are rounded once, at the store.
     residual = residual_ptr + rows.to(tl.int64) * residual_stride
     return y + tl.load(residual[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -79,11 +83,13 @@ def finish(
     GATED: constexpr,
 ) -> None:
     """Scale a tile's sums, and all that follows."""
+    # total, y, mask and pointers are [BLOCK_M, W], columns, unit and offset [W]; W is BLOCK_N or half of it.
     in_columns = columns < N
     unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
     if PACKED:
-        unit = unit * 0.0625
+        unit = unit * 0.0625  # nibbles entered the product 16 times too large; exact
     offset = tl.load(offset_ptr + columns, mask=in_columns, other=0.0)
+    # Sums above 2**24 round to float32 here, as they do in the reference.
     y = total.to(tl.float32) * unit[None, :] + offset[None, :]
     mask = (rows[:, None] < M) & in_columns[None, :]
     pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]

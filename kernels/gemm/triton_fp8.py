@@ -33,16 +33,19 @@ def quantize_fp8_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     if GATHER:
+        # Beyond K it repeats channel 0, which is not stored.
         x = tl.gather(x, tl.load(perm_ptr + columns, mask=inside, other=0), 0)
+    # float8 units per unit of x, a scalar or [BLOCK]; rounded to nearest as the reference's reciprocal.
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
+    # 448 is the largest finite e4m3. The clamp hides NaN and infinity: they are put back as bits below.
     scaled = tl.minimum(tl.maximum(x * inverse, -448.0), 448.0)
     bits = scaled.to(q_ptr.dtype.element_ty).to(tl.uint8, bitcast=True)
-    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0
-    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # NaN
+    finite = tl.abs(x * 0.0 + inverse * 0.0) == 0.0  # 0 * x is 0 or NaN
+    bits = tl.where(finite, bits, tl.full((), 127, tl.uint8))  # S.1111.111, e4m3's NaN
     tl.store(q_ptr + row * K + columns, bits.to(q_ptr.dtype.element_ty, bitcast=True), mask=inside)
 
 

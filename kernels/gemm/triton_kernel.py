@@ -34,15 +34,21 @@ def _low_nibble_x16(packed: Block, PTX: constexpr) -> Block:
 @jit
 def _load(rows: Pointer, columns: Block, inside: Block, TRANSPOSED: constexpr) -> Block:
     """Elements [rows, columns], or [columns, rows]."""
+    # Only channels are masked, with zeros, which add nothing to a sum. Rows wrap around (``% M``), so they are inside.
     if TRANSPOSED:
+        # [columns, rows]
         tile = tl.load(rows[None, :] + columns[:, None], mask=inside[:, None], other=0.0)
     else:
+        # [rows, columns]
         tile = tl.load(rows[:, None] + columns[None, :], mask=inside[None, :], other=0.0)
     return tile
 
 
 @jit
 def _multiply(q: Block, w: Block, acc: Block, SWAPPED: constexpr) -> Block:
+    # [BLOCK_M, k] @ [k, BLOCK_N] -> [BLOCK_M, BLOCK_N], or SWAPPED [BLOCK_N, k] @ [k, BLOCK_M] -> [BLOCK_N, BLOCK_M].
+    # int8 products are at most 2**14 and rows have fewer than 2**17 channels: their int32 sum is exact. With two scales
+    # the module's bound on the ratio takes the place of the latter.
     acc = tl.dot(w, q, acc, out_dtype=acc.dtype) if SWAPPED else tl.dot(q, w, acc, out_dtype=acc.dtype)
     return acc
 
@@ -61,11 +67,14 @@ def accumulate(
 ) -> Block:
     """Add one segment of the product; start and stop count the stored elements of a weight row."""
     if PACKED:
-        # Byte j of a block of 16 holds channels j and j + 16 of a block of 32; both nibbles stay 16 times too large.
+        # Byte j of a block of 16 holds channels j and j + 16 of a block of 32; both nibbles stay 16 times too large,
+        # which keeps them inside int8: -128..112. K and split are multiples of 32: a byte that is inside a segment has
+        # both of its channels there, so one mask [BLOCK_K / 2] serves the weight and both halves of q.
         byte = tl.arange(0, BLOCK_K // 2)
         channel = byte // 16 * 32 + byte % 16
         for k in range(start, stop, BLOCK_K // 2):
             inside = k + byte < stop
+            # w [BLOCK_K / 2, BLOCK_N] or SWAPPED its transpose; low and high [BLOCK_M, BLOCK_K / 2] or its transpose.
             w = _load(w_rows, k + byte, inside, not SWAPPED).to(tl.int8, bitcast=True)
             low = _load(q_rows, 2 * k + channel, inside, SWAPPED)
             high = _load(q_rows, 2 * k + channel + 16, inside, SWAPPED)
@@ -75,8 +84,8 @@ def accumulate(
         offsets = tl.arange(0, BLOCK_K)
         for k in range(start, stop, BLOCK_K):
             inside = k + offsets < stop
-            w = _load(w_rows, k + offsets, inside, not SWAPPED)
-            q = _load(q_rows, k + offsets, inside, SWAPPED)
+            w = _load(w_rows, k + offsets, inside, not SWAPPED)  # [BLOCK_K, BLOCK_N], SWAPPED [BLOCK_N, BLOCK_K]
+            q = _load(q_rows, k + offsets, inside, SWAPPED)  # [BLOCK_M, BLOCK_K], SWAPPED [BLOCK_K, BLOCK_M]
             acc = _multiply(q, w, acc, SWAPPED)
     return acc
 
@@ -92,6 +101,7 @@ def broken_constants(
     OUT_DUAL: constexpr,
 ) -> Scalar:
     """1 where a scale or an offset of any output channel is not finite, so that no row is; else 0."""
+    # watch [1024] is 0, or NaN from the first number on that is not finite: 0 * x is 0 for every other.
     columns = tl.arange(0, 1024)
     watch = columns * 0.0 + tl.load(input_scale_ptr) * 0.0 + tl.div_rn(1.0, tl.load(out_scale_ptr)) * 0.0
     if DUAL:
@@ -119,10 +129,10 @@ def spoil(
     LOW: constexpr,
 ) -> None:
     """Overwrite the rows of a tile that are not finite: NaN, or what NaN is quantized to and the mark."""
-    mask = ((rows < M) & broken)[:, None] & (columns < N)[None, :]
+    mask = ((rows < M) & broken)[:, None] & (columns < N)[None, :]  # [BLOCK_M, BLOCK_N], as the pointers
     pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     if EPILOGUE == "quantize":
-        low = tl.full((1, columns.shape[0]), LOW, tl.int8)
+        low = tl.full((1, columns.shape[0]), LOW, tl.int8)  # [1, BLOCK_N], under the mark [BLOCK_M, BLOCK_N]
         tl.store(pointers, poison(low, columns[None, :], broken[:, None], N), mask=mask)
     else:
         tl.store(pointers, float("nan"), mask=mask)
@@ -172,6 +182,7 @@ def linear_kernel(
     registers, so that an unpacked weight never goes through shared memory. EPILOGUE is "store", "quantize" or "add";
     the pointers that it does not need are None.
     """
+    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
     program = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
     blocks_n = tl.cdiv(N, BLOCK_N)
@@ -180,6 +191,8 @@ def linear_kernel(
     within = program % (GROUP_M * blocks_n)
     rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_M] and [BLOCK_N] pointers. Beyond the last row or column they wrap around: loads need no mask for them, and
+    # what is computed there is not stored.
     q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
     w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
     in_columns = columns < N
@@ -187,18 +200,21 @@ def linear_kernel(
     INTEGER: constexpr = q_ptr.dtype.element_ty == tl.int8
     TOTAL: constexpr = tl.int32 if INTEGER else tl.float32
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=TOTAL) if SWAPPED else tl.zeros((BLOCK_M, BLOCK_N), dtype=TOTAL)
+    # [BLOCK_N]: result per integer of the normal segment; 1 beyond N, where it is divided by.
     unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
     if DUAL:
         acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
         outlier = tl.load(input_scale_ptr + 1) * tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=1.0)
-        ratio = tl.div_rn(outlier, unit)
+        ratio = tl.div_rn(outlier, unit)  # [BLOCK_N], normal integers per outlier integer
         scaled = acc.to(tl.float32) * ratio[:, None] if SWAPPED else acc.to(tl.float32) * ratio[None, :]
+        # Rounding costs at most half a normal integer; float8 sums are float32 and need none.
         acc = round_to_int32(scaled, PTX) if INTEGER else scaled
     acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
     if SWAPPED:
-        acc = tl.trans(acc)
+        acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
     if BLOCK_N > 128:
         # One half after the other: what an epilogue needs does not fit beside the sums of so large a tile.
+        # [BLOCK_M, BLOCK_N] -> [BLOCK_M, BLOCK_N / 2, 2]: the two halves of the columns.
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         finish(
@@ -220,12 +236,14 @@ def linear_kernel(
     if INTEGER:
         # At the end, where the sums no longer need the registers.
         columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
-        broken = poisoned(q_rows, w_width * 2 if PACKED else w_width).to(tl.int32)
+        broken = poisoned(q_rows, w_width * 2 if PACKED else w_width).to(tl.int32)  # [BLOCK_M]
         if EPILOGUE == "quantize":  # noqa: SIM102
+            # The mark lies in the first channels of a row: other blocks of columns need not know.
             if within // height == 0:
                 broken += broken_constants(
                     weight_scale_ptr, input_scale_ptr, offset_ptr, out_scale_ptr, N, DUAL, OUT_DUAL
                 )
         if tl.max(broken) > 0:
+            # Another thread may have stored the element that this one overwrites.
             tl.debug_barrier()
             spoil(y_ptr, rows, columns, broken > 0, M, N, EPILOGUE, LOW)

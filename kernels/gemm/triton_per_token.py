@@ -19,6 +19,7 @@ from fxq.kernels.rows import flat_rows
 @jit
 def _scaled(acc: Block, row_scale: Block, column_scale: Block, SWAPPED: constexpr) -> Block:
     """Float32 of a tile of sums in units of the result, in the tile's own orientation."""
+    # [BLOCK_N, BLOCK_M] or [BLOCK_M, BLOCK_N]; the column's scale first, as the reference multiplies.
     if SWAPPED:
         y = acc.to(tl.float32) * column_scale[:, None] * row_scale[None, :]
     else:
@@ -62,30 +63,33 @@ def linear_per_token_kernel(
     within = program % (GROUP_M * blocks_n)
     rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    # [BLOCK_M] and [BLOCK_N] pointers that wrap around, so that the loads of the product need no mask for them.
     q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
     w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
     in_rows = rows < M
     in_columns = columns < N
     GROUPS: constexpr = 2 if DUAL else 1
-    UNIT: constexpr = 0.0625 if PACKED else 1.0
+    UNIT: constexpr = 0.0625 if PACKED else 1.0  # nibbles enter the product 16 times too large
     HEIGHT: constexpr = BLOCK_N if SWAPPED else BLOCK_M
     WIDTH: constexpr = BLOCK_M if SWAPPED else BLOCK_N
 
     acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
     if DUAL:
         acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
+        # input_scale is [M, 2], weight_scale [2, N]: value of an integer of a row, and of one of a column.
         row_scale = tl.load(input_scale_ptr + rows * 2 + 1, mask=in_rows, other=0.0)
         column_scale = tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=0.0) * UNIT
-        outlier = _scaled(acc, row_scale, column_scale, SWAPPED)
+        outlier = _scaled(acc, row_scale, column_scale, SWAPPED)  # [HEIGHT, WIDTH] float32
         acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
     acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
-    row_scale = tl.load(input_scale_ptr + rows * GROUPS, mask=in_rows, other=0.0)
-    column_scale = tl.load(weight_scale_ptr + columns, mask=in_columns, other=0.0) * UNIT
+    # A row that is not finite has the scale NaN, and so is all of its result: it needs no mark.
+    row_scale = tl.load(input_scale_ptr + rows * GROUPS, mask=in_rows, other=0.0)  # [BLOCK_M]
+    column_scale = tl.load(weight_scale_ptr + columns, mask=in_columns, other=0.0) * UNIT  # [BLOCK_N]
     y = _scaled(acc, row_scale, column_scale, SWAPPED)
     if DUAL:
         y += outlier
     if SWAPPED:
-        y = tl.trans(y)
+        y = tl.trans(y)  # [BLOCK_M, BLOCK_N]
     y += tl.load(offset_ptr + columns, mask=in_columns, other=0.0)[None, :]
     pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])

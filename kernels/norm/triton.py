@@ -47,26 +47,32 @@ def norm_quantize_kernel(
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
+    # All blocks here are [BLOCK], all sums scalars; zeros beyond K leave the sums over BLOCK those over K.
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x) / K
-    centered = tl.where(inside, x - mean, 0.0)
+    centered = tl.where(inside, x - mean, 0.0)  # zeros again: -mean beyond K would enter the variance
+    # NaN where the squares overflow: torch would take such a row for zeros.
     y = centered * inverse_root(tl.sum(centered * centered) / K + eps)
     if WEIGHT:
         y = y * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if BIAS:
         y = y + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if MODULATED:
+        # gain and shift are [B * F, K]: frame_rows rows after each other read the same one of them.
         frame = (row // frame_rows).to(tl.int64)
         gain = tl.load(gain_ptr + frame * gain_stride + columns, mask=inside, other=0.0).to(tl.float32)
         y = y * (1.0 + gain)
         y = y + tl.load(shift_ptr + frame * shift_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if GATHER:
+        # Beyond K it repeats channel 0, which neither is stored nor makes a sound row look broken.
         y = tl.gather(y, tl.load(perm_ptr + columns, mask=inside, other=0), 0)
+    # Integers per unit of y, a scalar or [BLOCK]; rounded to nearest as the reference's reciprocal.
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     zero = tl.load(zero_ptr)
     if DUAL:
         inverse = tl.where(columns < split, inverse, tl.div_rn(1.0, tl.load(scale_ptr + 1)))
         zero = tl.where(columns < split, zero, tl.load(zero_ptr + 1))
+    # int8 has no NaN: a row with anything that is not finite (0 * y is then NaN) begins with a mark instead.
     broken = tl.max(tl.where(tl.abs(y * 0.0 + inverse * 0.0) == 0.0, 0, 1)) == 1
     q = poison(to_int8(y, inverse, zero, LOW, HIGH), columns, broken, K)
     tl.store(q_ptr + row.to(tl.int64) * K + columns, q, mask=inside)

@@ -148,7 +148,7 @@ def broken_rows(values: Tensor) -> Tensor | None:
 def _load_tile(
     x_rows: Pointer, perm_ptr: Pointer, columns: Block, in_rows: Block, K: Scalar, GATHER: constexpr
 ) -> Block:
-    """Float32 of the rows at these channels of the result."""
+    """Float32 [BLOCK_M, BLOCK_K] of the rows at these channels of the result; 0, which is finite, outside of x."""
     inside = columns < K
     source = tl.load(perm_ptr + columns, mask=inside, other=0) if GATHER else columns
     return tl.load(x_rows[:, None] + source[None, :], mask=in_rows[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -159,7 +159,8 @@ def _round_tile(
     x: Block, columns: Block, scale_ptr: Pointer, zero_ptr: Pointer, SPLIT: Scalar,
     LOW: constexpr, HIGH: constexpr, DUAL: constexpr,
 ) -> Block:  # fmt: skip
-    """int8 of float32 at these channels."""
+    """int8 [BLOCK_M, BLOCK_K] of float32 at these channels."""
+    # Integers per unit of x, a scalar or [1, BLOCK_K]; rounded to nearest as the reference's reciprocal.
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     zero = tl.load(zero_ptr)
     if DUAL:
@@ -195,8 +196,9 @@ def quantize_kernel(
     x_rows = x_ptr + rows.to(tl.int64) * x_stride
     q_rows = q_ptr + rows.to(tl.int64) * K
     first = tl.arange(0, BLOCK_K)
-    watch = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)  # 0 * x is 0 or NaN
+    watch = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)  # 0 * x is 0 or NaN, and NaN stays in a sum
     blocks = tl.cdiv(K, BLOCK_K)
+    # From the last block to the second: int8 has no NaN, and the mark that stands for it lies in the first block.
     for i in range(1, blocks):
         columns = (blocks - i) * BLOCK_K + first
         x = _load_tile(x_rows, perm_ptr, columns, in_rows, K, GATHER)
@@ -207,7 +209,7 @@ def quantize_kernel(
     watch += x * 0.0 + tl.div_rn(1.0, tl.load(scale_ptr)) * 0.0
     if DUAL:
         watch += tl.div_rn(1.0, tl.load(scale_ptr + 1)) * 0.0
-    broken = tl.max((watch != watch).to(tl.int32), 1) == 1
+    broken = tl.max((watch != watch).to(tl.int32), 1) == 1  # [BLOCK_M]
     q = _round_tile(x, first, scale_ptr, zero_ptr, SPLIT, LOW, HIGH, DUAL)
     q = poison(q, first[None, :], broken[:, None], K)
     tl.store(q_rows[:, None] + first[None, :], q, mask=in_rows[:, None] & (first < K)[None, :])

@@ -21,6 +21,7 @@ MAX_BLOCK = 16384
 @jit
 def _part_of_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
     """Float32 channels at ``columns`` of a row that is too wide for one block, 0 beyond the last."""
+    # [BLOCK], as ``columns``
     inside = columns < K
     source = tl.load(perm_ptr + columns, mask=inside, other=0) if GATHER else columns
     return tl.load(x_row + source, mask=inside, other=0.0).to(tl.float32)
@@ -30,8 +31,9 @@ def _part_of_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, G
 def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
     """Float32 channels of a row, loaded in order and exchanged through shared memory, 0 beyond the last."""
     inside = columns < K
-    x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
     if GATHER:
+        # The exchange repeats channel 0 beyond K: zero it, or it would count as an outlier.
         x = tl.where(inside, tl.gather(x, tl.load(perm_ptr + columns, mask=inside, other=0), 0), 0.0)
     return x
 
@@ -39,6 +41,7 @@ def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GAT
 @jit
 def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar]:
     """Bits of the largest magnitude of the normal channels, and of the outliers; as integers NaN is the largest."""
+    # [BLOCK] -> scalars. Bits of floats without a sign are ordered as the floats are, with infinity and NaN on top.
     magnitude = tl.abs(x).to(tl.int32, bitcast=True)
     if DUAL:
         normal = columns < split
@@ -52,7 +55,8 @@ def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[
 def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
     """Store the scale of a row and group, NaN where it is not finite; returns its reciprocal, 0 for NaN."""
     top = top.to(tl.float32, bitcast=True)
-    finite = top < float("inf")
+    finite = top < float("inf")  # False for NaN too
+    # Value of one integer step. A row of (nearly) nothing has the scale 1: its reciprocal stays finite.
     scale = tl.where(top > least, tl.div_rn(top, HIGH), 1.0)
     tl.store(scale_ptr, tl.where(finite, scale, float("nan")))
     return tl.where(finite, tl.div_rn(1.0, scale), 0.0)
@@ -61,6 +65,7 @@ def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr
 @jit
 def _integers(x: Block, factor: Block, LOW: constexpr, HIGH: constexpr) -> Block:
     """int8 of a row's channels, 0 where the factor is."""
+    # Where the scale is NaN the factor is 0; x is zeroed there because 0 * infinity is NaN, which to_int8 makes LOW.
     return to_int8(tl.where(factor == 0.0, 0.0, x), factor, tl.full((), 0, tl.int32), LOW, HIGH)
 
 
@@ -86,6 +91,7 @@ def quantize_per_token_kernel(
     x_row = x_ptr + row * x_stride
     q_row = q_ptr + row * K
     columns = tl.arange(0, BLOCK)
+    # The scales of all groups are known before the first integer is: one pass for the maxima, then the integers.
     if WHOLE:
         x = _whole_row(x_row, perm_ptr, columns, K, GATHER)
         top, outlier_top = _largest(x, columns, split, DUAL)
@@ -103,7 +109,7 @@ def quantize_per_token_kernel(
     if DUAL:
         outlier_inverse = _store_scale(scale_ptr + row * GROUPS + 1, outlier_top, least, HIGH)
     if WHOLE:
-        factor = tl.where(columns < split, inverse, outlier_inverse)
+        factor = tl.where(columns < split, inverse, outlier_inverse)  # [BLOCK], integers per unit of x
         tl.store(q_row + columns, _integers(x, factor, LOW, HIGH), mask=columns < K)
     else:
         for start in range(0, K, BLOCK):

@@ -33,15 +33,20 @@ def rms_norm_rope_kernel(
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < K
+    # [BLOCK]: all heads of one position; zeros beyond K leave the sum of squares alone.
     x = tl.load(x_ptr + row.to(tl.int64) * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM:
+        # One norm over all heads; NaN where the squares overflow, as in the reference.
         x = x * inverse_root(tl.sum(x * x) / K + eps)
         x = x * tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if ROTATE:
         pair = tl.arange(0, BLOCK // 2)
+        # The tables are [S, HALF], the same for every head and batch entry. pair % HALF is always inside a row of
+        # them: loads beyond K need no mask. [BLOCK / 2] each.
         position = (row % S).to(tl.int64)
         cos = tl.load(cos_ptr + position * cos_stride + pair % HALF)
         sin = tl.load(sin_ptr + position * sin_stride + pair % HALF)
+        # Neighbouring channels are a pair: [BLOCK / 2, 2] holds one per row.
         even, odd = tl.split(tl.reshape(x, (BLOCK // 2, 2)))
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK,))
     tl.store(y_ptr + row.to(tl.int64) * K + columns, x.to(y_ptr.dtype.element_ty), mask=inside)

@@ -57,12 +57,14 @@ class MergeLinears(Rewrite):
         """Returns the number of quantize nodes and linears that another one took over."""
         module = graph.module
         count = unify_quantizes(module)
+        # Counted before anything is merged: a tensor with a second reader must stay as it is.
         readers: Counter[str] = Counter()
         for tensor in module.graph.find_nodes(op="get_attr"):
             readers[str(tensor.target)] += len(tensor.users)
         for layers in _neighbours(module):
             obstacles = {layer: _obstacle(readers, layer) for layer in layers}
             groups = _groups(module, obstacles)
+            # Remarks first: merging erases the nodes whose layers they name.
             for group in groups:
                 _remark(graph, group, obstacles)
             for group in groups:
@@ -83,11 +85,13 @@ def unify_quantizes(module: fx.GraphModule) -> int:
     seen: dict[Any, fx.Node] = {}
     count = 0
     for node in list(module.graph.nodes):
+        # What is written in place from here on has other contents than the nodes above have quantized.
         if written := set(edits.written(node)):
             seen = {key: first for key, first in seen.items() if edits.owner(first.all_input_nodes[0]) not in written}
         if node.target in FROZEN_QUANTIZES or measured_pair(node) is not None:
             source, *others = node.args
             key = (node.target, source, *(_bytes(module, argument) for argument in others))
+            # The integers and scales of a measured quantize follow it: they unify too, and count once.
             if (first := seen.setdefault(key, node)) is not node:
                 node.replace_all_uses_with(first)
                 module.graph.erase_node(node)
@@ -116,6 +120,7 @@ def _neighbours(module: fx.GraphModule) -> Iterator[list[QuantizedLayer]]:
     found: dict[tuple[Any, str], list[QuantizedLayer]] = {}
     for layer in quantized_layers(module):
         if layer.frozen and (source := layer.quantize) is not None:
+            # Neighbours share what lies above their quantize.
             if source.target in FROZEN_QUANTIZES:
                 source = arguments(source)["x"]
             found.setdefault((source, block_of(layer.name)), []).append(layer)
@@ -128,6 +133,7 @@ def _groups(module: fx.GraphModule, obstacles: dict[QuantizedLayer, str]) -> lis
     for layer, obstacle in obstacles.items():
         named = layer.arguments
         alike = (named[name] for name in ("q", "split", "bits", "dtype"))
+        # A layer with an obstacle stays alone; the others must be one operator with equal arguments on one input.
         key = layer if obstacle else (layer.product.target, *alike, _bytes(module, named["input_scale"]))
         groups.setdefault(key, []).append(layer)
     return list(groups.values())
@@ -136,10 +142,13 @@ def _groups(module: fx.GraphModule, obstacles: dict[QuantizedLayer, str]) -> lis
 def _obstacle(readers: Counter[str], layer: QuantizedLayer) -> str:
     """Why the layer's rows cannot lie in a joint weight, or ""."""
     node = layer.node
+    # Its rows move into the joint tensor, and the other reader would need the old one as well.
     if any(readers[str(layer.arguments[name].target)] > 1 for name in _STACKED):
         return "its weight is used at several places"
+    # Strides and offsets in absolute numbers are those of a tensor of its own, not of a part of a joint one.
     if any(user.target == _ATEN.as_strided.default for user, _ in _views(node)):
         return "as_strided reads its result"
+    # A reshape of a part may be a copy where a view of a whole was none: the write would be lost.
     if any(source is not node and source in aliasing.written(user) for user, source in _views(node)):
         return "a view of its result is written in place"
     return ""
@@ -147,6 +156,7 @@ def _obstacle(readers: Counter[str], layer: QuantizedLayer) -> str:
 
 def _remark(graph: QuantGraph, group: list[QuantizedLayer], obstacles: dict[QuantizedLayer, str]) -> None:
     for layer in group:
+        # Merged: name the others. Alone: why, for every neighbour, alike reasons together.
         if len(group) > 1:
             others = [other.name for other in group if other is not layer]
             graph.remark(layer.name, f"one GEMM with {', '.join(others)}")
@@ -161,6 +171,7 @@ def _remark(graph: QuantGraph, group: list[QuantizedLayer], obstacles: dict[Quan
 
 
 def _difference(layer: QuantizedLayer, other: QuantizedLayer, obstacle: str) -> str:
+    # The neighbour cannot join anything; else the two are apart by their integers, or by how they are multiplied.
     if obstacle:
         return f"there {obstacle}"
     if layer.arguments["q"] is not other.arguments["q"]:
@@ -172,6 +183,7 @@ def joint_name(module: fx.GraphModule, layers: list[str]) -> str:
     """A free name for layers stored together: ``a.b.q`` and ``a.b.k`` give ``a.b.q_k``."""
     paths = [layer.split(".") for layer in layers]
     shared = 0
+    # The last part of a path is never shared: it is what tells the layers apart.
     while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
         shared += 1
     name = ".".join([*paths[0][:shared], "_".join("_".join(path[shared:]) for path in paths)])
@@ -217,8 +229,10 @@ def _merge(module: fx.GraphModule, group: list[QuantizedLayer]) -> None:
 def _allow_strides(graph: fx.Graph, part: fx.Node) -> None:
     """Let readers of a part, which is not dense any more, do what they did."""
     for user, source in list(_views(part)):
+        # A view needs a stride that a part may not have; a reshape takes one where there is one.
         if user.target in _VIEWS:
             user.target = _ATEN.reshape.default
+        # A caller that keeps the part would keep the joint result alive.
         elif user.op == "output":
             with graph.inserting_before(user):
                 copy = graph.call_function(_ATEN.clone.default, (source,))

@@ -67,9 +67,11 @@ class AxisGroups:
         Returns:
             The order of every group that must change with it, or why the order cannot change.
         """
+        # Along the products from group to group, until no order asks for another one.
         orders, todo = {group: order}, [group]
         while todo:
             here = todo.pop()
+            # What is pinned may still be asked for the order that it has.
             if here in self.pins and not _is_identity(orders[here]):
                 return self.pins[here]
             for product in self.products:
@@ -89,15 +91,18 @@ class AxisGroups:
         sizes = [size for child in product.children if (size := self.sizes[child]) is not None]
         if here != product.parent and here not in product.children:
             return {}
+        # A group times itself: its one order would have to fit both places.
         if len(set(product.children)) < len(product.children):
             return f"{product.where} reshapes it by two axes of one order"
         if len(sizes) < len(product.children):
             return f"{product.where} reshapes it by a size that is not fixed"
+        # Down: the order of the whole must be one of blocks, of places within them, or of both.
         if here == product.parent:
             parts = factor(orders[here], sizes)
             if parts is None:
                 return f"{product.where} splits it into {sizes[0]} parts that the order does not keep whole"
             return dict(zip(product.children, parts, strict=True))
+        # Up: a parent that has an order compares it with those of its children in its own step.
         if product.parent in orders:
             return {}
         return {
@@ -113,6 +118,7 @@ def _is_identity(order: Tensor) -> bool:
 
 def expand(orders: Sequence[Tensor]) -> Tensor:
     """The order of a product whose factors have these orders."""
+    # [n1], [n2] -> [n1 n2]: place (i, j) of the product gets what was at (first[i], second[j]).
     total = torch.zeros(1, dtype=torch.int64)
     for order in orders:
         total = (total.unsqueeze(-1) * len(order) + order).flatten()
@@ -123,6 +129,7 @@ def factor(order: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
     """Orders of the factors, inverse of :func:`expand`; None where the order mixes them."""
     grid, parts = order.reshape(*sizes), []
     for dim, size in enumerate(sizes):
+        # One line through the grid, [size]; its digit at this place is the factor's order if there is one.
         line = grid.movedim(dim, 0).reshape(size, -1)[:, 0]
         parts.append(line // math.prod(sizes[dim + 1 :]) % size)
     return parts if torch.equal(expand(parts), order) else None
@@ -174,6 +181,7 @@ class AxisBuilder:
 
     def product(self, parent: Axis, children: Sequence[Axis], node: fx.Node) -> None:
         """The parent runs over the children."""
+        # Axes of length 1 make no difference to a product; of one that is left, the parent is a mere copy.
         kept = [child for child in children if not known(self.size[child] == 1)]
         if len(kept) == 1:
             self.tie(parent, kept[0])
@@ -182,6 +190,7 @@ class AxisBuilder:
 
     def finish(self) -> AxisGroups:
         """Number the groups."""
+        # Groups and members in the order in which the graph met their axes, so that a run repeats.
         place = {axis: i for i, axis in enumerate(self.ties)}
         members = [sorted(component, key=place.__getitem__) for component in nx.connected_components(self.ties)]
         number = {axis: i for i, component in enumerate(members) for axis in component}
@@ -189,12 +198,14 @@ class AxisBuilder:
         for component in members:
             fixed = [size for axis in component if isinstance(size := self.size.get(axis), int)]
             sizes.append(fixed[0] if fixed else None)
+        # The first reason is the one that is told.
         pins: dict[int, str] = {}
         for axis, why in self.pins.items():
             pins.setdefault(number[axis], why)
         readers: dict[int, list[fx.Node]] = {}
         for axis, node in self.reads:
             readers.setdefault(number[axis], []).append(node)
+        # One entry for each product, named by the first reshape that made it.
         products = {
             (number[parent], tuple(number[child] for child in children)): where
             for parent, children, where in reversed(self.products)

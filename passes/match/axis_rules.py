@@ -71,6 +71,7 @@ def pointwise(b: AxisBuilder, node: fx.Node) -> None:
 
 
 def _align(b: AxisBuilder, axes: Sequence[Axis], out: Sequence[Axis]) -> None:
+    # From the right, as broadcasting does; an axis of length 1 is repeated and says nothing about the other's order.
     for axis, target in zip(reversed(axes), reversed(out), strict=False):
         if not known(b.size[axis] == 1):
             b.tie(axis, target)
@@ -89,7 +90,7 @@ def _reduce(b: AxisBuilder, node: fx.Node) -> None:
 def _linear(b: AxisBuilder, node: fx.Node) -> None:
     named, out = arguments(node), b.axes(node)
     x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
-    _align(b, x[:-1], out[:-1])
+    _align(b, x[:-1], out[:-1])  # x [..., K], weight [N, K], bias [N], out [..., N]
     b.tie(x[-1], weight[1])
     b.tie(weight[0], out[-1], *bias)
 
@@ -107,9 +108,12 @@ def _joint_sizes(node: Any) -> list[int]:
 def _integer_linear(b: AxisBuilder, node: fx.Node) -> None:
     named, out = arguments(node), b.axes(node)
     q, weight, scale, offset = (b.axes(named[name]) for name in ("q", "weight", "weight_scale", "offset"))
+    # q [..., K], weight [N, K] or packed or in panels, weight_scale [G, N], input_scale [G], offset [N], out [..., N].
+    # K stays as its quantize ordered it, ``[normal | outlier]``: split and packed bytes go by it.
     _align(b, q[:-1], out[:-1])
     b.pin([q[-1], *weight[1:], scale[0], *b.axes(named["input_scale"])], _depends(node))
     rows = [weight[0], scale[1], offset[0]]
+    # A joint GEMM: every layer's rows may change their order among themselves.
     start = 0
     for size in _joint_sizes(node):
         parts = [axis._replace(start=start) for axis in rows]
@@ -126,6 +130,7 @@ def _split(b: AxisBuilder, node: fx.Node) -> None:
     for axis, target in zip(x, out, strict=True):
         if axis.dim != dim:
             b.tie(axis, target)
+    # Where the parts are those of a joint GEMM, _integer_linear and _getitem tie them one by one.
     if not _joint_sizes(node.args[0]):
         b.pin([x[dim], out[dim]], _depends(node))
 
@@ -133,6 +138,7 @@ def _split(b: AxisBuilder, node: fx.Node) -> None:
 def _getitem(b: AxisBuilder, node: fx.Node) -> None:
     source, index = node.args
     whole, out = b.axes(source), b.axes(node)
+    # The first of several results stands for all of them; nothing is known of one with other dimensions.
     if len(whole) != len(out):
         return unknown(b, node)
     joint = source.args[0] if isinstance(source, fx.Node) and source.args else None
@@ -146,6 +152,7 @@ def _getitem(b: AxisBuilder, node: fx.Node) -> None:
 def _quantize(b: AxisBuilder, node: fx.Node) -> None:
     x, out = b.axes(arguments(node)["x"]), b.axes(node)
     _align(b, x[:-1], out[:-1])
+    # x [..., K]: the gather inside takes any order of x, so what it gives is pinned and what it reads is free.
     b.reads.append((x[-1], node))
     for tensor in (node, *node.all_input_nodes[1:]):
         b.pin(b.axes(tensor)[-1:], _depends(node))
@@ -156,17 +163,19 @@ def _attention(b: AxisBuilder, node: fx.Node) -> None:
     q, k, v = (b.axes(named[name]) for name in ("query", "key", "value"))
     if not len(q) == len(k) == len(v) == len(out):
         return unknown(b, node)
+    # q [..., S, D], k [..., L, D], v [..., L, V], out [..., S, V]: sums over D and over L do not mind their order.
     b.tie(q[-1], k[-1])
     b.tie(v[-1], out[-1])
     b.tie(q[-2], out[-2])
     b.tie(k[-2], v[-2])
     for axes in (q, k, v):
         _align(b, axes[:-2], out[:-2])
+        # Lengths that differ: several heads of q share one of k, by position.
         if any(not known(b.size[a] == b.size[o]) for a, o in zip(axes[:-2], out[:-2], strict=True)):
             b.pin([*axes[:-2], *out[:-2]], _depends(node))
     if (mask := named["attn_mask"]) is not None:
         _align(b, b.axes(mask), [*out[:-2], q[-2], k[-2]])
-    if named["is_causal"]:
+    if named["is_causal"]:  # compares positions
         b.pin([q[-2], k[-2]], _depends(node))
 
 
@@ -175,6 +184,7 @@ def _pieces(b: AxisBuilder, node: fx.Node) -> None:
     named, out = arguments(node), b.axes(node)
     q = b.axes(named["q"])
     keys, values = ([b.axes(piece) for piece in named[name]] for name in ("k", "v"))
+    # q [B, S, H, D], k and v [B, L_i, H, D], out [B, S, H * D]. Pieces share all but their length.
     b.tie(q[0], out[0])
     b.tie(q[1], out[1])
     for k, v in zip(keys, values, strict=True):
@@ -190,9 +200,11 @@ def _rotate(b: AxisBuilder, node: fx.Node) -> None:
     """``fxq::rms_norm_rope``: a norm over all channels, then pairs of channels of each head."""
     named, out = arguments(node), b.axes(node)
     x, cos = b.axes(named["x"]), named["cos"]
+    # x [B, S, H * D], weight [H * D], cos and sin [S, D / 2], out [B, S, H, D]
     _align(b, x[:2], out[:2])
     _align(b, b.axes(named["weight"]), x)
     b.product(x[2], out[2:], node)
+    # Tables pair a position with a row of theirs, and neighbouring channels with each other.
     if cos is not None:
         b.pin([x[1], out[3], *b.axes(cos), *b.axes(named["sin"])], _depends(node))
 
@@ -202,6 +214,7 @@ def _convolution(b: AxisBuilder, node: fx.Node) -> None:
     x, weight, bias = (b.axes(named[name]) for name in ("input", "weight", "bias"))
     if len(x) != len(weight) or named["groups"] != 1:
         return unknown(b, node)
+    # x [B, C, ...], weight [O, C, ...], bias [O], out [B, O, ...]; B and O are free, the rest stays as it is.
     b.tie(x[0], out[0])
     b.tie(weight[0], out[1], *bias)
     b.pin([*x[1:], *weight[1:], *out[2:]], _depends(node))
@@ -235,6 +248,7 @@ def _slice(b: AxisBuilder, node: fx.Node) -> None:
     dim = arguments(node)["dim"]
     for axis, target in zip(b.axes(node.args[0]), b.axes(node), strict=True):
         whole = known(b.size[axis] == b.size[target])
+        # A slice of everything is no slice; any other one takes places by number.
         if axis.dim != dim % len(b.shape(node)) or (whole and arguments(node)["step"] == 1):
             b.tie(axis, target)
         else:
@@ -248,7 +262,7 @@ def _join(b: AxisBuilder, node: fx.Node) -> None:
     b.pin([out[dim]], _depends(node))
     for value in node.args[0]:  # type: ignore[union-attr]
         axes = b.axes(value)
-        if len(axes) == len(out):
+        if len(axes) == len(out):  # ``cat``: ``stack`` adds the axis it joins along
             b.pin([axes[dim]], _depends(node))
             axes.pop(dim)
         for axis, target in zip(axes, [*out[:dim], *out[dim + 1 :]], strict=True):
@@ -259,6 +273,7 @@ def _reshape(b: AxisBuilder, node: fx.Node) -> None:
     """Any reshape: runs of dimensions with equal products, as far as the sizes tell."""
     old = [axis for axis in b.axes(node.args[0]) if not known(b.size[axis] == 1)]
     new = [axis for axis in b.axes(node) if not known(b.size[axis] == 1)]
+    # (2, 3, 4) -> (6, 4) is the runs 2, 3 | 6 and 4 | 4; (2, 6) -> (4, 3) mixes axes and is pinned from there on.
     while old and new:
         run = _matching(b, old, new)
         if run is None or (run[0] > 1 and run[1] > 1):

@@ -7,57 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.config import Scheme
-from fxq.core.ir import LayerUpdate
-from fxq.core.units import unit_of
+from fxq.core.method import LayerProblem, LayerUpdate, Method
+from fxq.passes.methods.units import unit_of
+
+__all__ = [
+    "EXACT",
+    "LayerProblem",
+    "LayerUpdate",
+    "Method",
+    "Units",
+    "amounts",
+    "output_sqnr",
+    "row_energies",
+    "simulated_input",
+    "subsample",
+]
 
 EXACT = 300.0
 """Decibels told of an output without any error."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerProblem:
-    """One linear as methods see it, on the device of its weight; input channels in ``[normal | outlier]`` order.
-
-    ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
-    inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices. Without
-    calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
-
-    ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
-    have it in them. ``bias`` float32 [N] or None is there to measure outputs.
-    """
-
-    layer: str
-    weight: Tensor
-    low: Tensor
-    high: Tensor
-    rows: Tensor
-    row_weights: Tensor
-    scheme: Scheme
-    split: int
-    seed: int
-    counts: Tensor | None = None
-    bias: Tensor | None = None
-
-    @property
-    def groups(self) -> tuple[slice, ...]:
-        """Channel slices, normal first."""
-        return numerics.group_slices(self.weight.shape[1], self.split)
-
-
-@runtime_checkable
-class Method(Protocol):
-    """Turns a problem and the update of the method before it into a better update."""
-
-    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
-        """Choose integers and scales; ``update`` is None for the first method of a recipe."""
-        ...
 
 
 def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Tensor:

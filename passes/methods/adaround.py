@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.ir import LayerUpdate
-from fxq.core.units import TINY
+from fxq.core.method import LayerUpdate
 from fxq.passes.methods import LayerProblem, Units, simulated_input, subsample
+from fxq.passes.methods.units import TINY
 
 _ZETA, _GAMMA = 1.1, -0.1
 _JUDGED = 4096  # rows that say whether what was learned is better
@@ -95,15 +95,18 @@ class AdaRound:
         bits = problem.scheme.weight_bits
         low, high = numerics.integer_range(bits)
         generator = torch.Generator(device="cpu").manual_seed(problem.seed)
+        # Weights are [N, K], rows of the input [R, K]; step is the value of one integer of each weight, [N, K].
         step = torch.cat(
             [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(update.weight_scale, problem.groups, strict=True)],
             1,
         )
         scaled = problem.weight / step
         floor = scaled.floor()
+        # At the start every weight inside of the range is exactly what it was: h is its fraction.
         a = inverse_rectified_sigmoid(scaled - floor).requires_grad_()
+        # Logarithms: no step makes a scale negative, and one rate fits scales of any size.
         gain = torch.zeros(len(problem.groups), dtype=torch.float32, device=a.device, requires_grad=True)
-        target = problem.rows @ problem.weight.T
+        target = problem.rows @ problem.weight.T  # [R, N]
         judged = subsample(problem.rows, problem.row_weights, _JUDGED, problem.seed)
         reference = _error(problem, update, target, *judged)
         if reference == 0:
@@ -117,16 +120,20 @@ class AdaRound:
             index = torch.randint(len(problem.rows), (self.rows,), generator=generator, device="cpu")
             x_hat = _learned_input(problem, update, problem.rows[index], gain)
             h = rectified_sigmoid(a)
+            # Outside of the range the clamp has no gradient: such a weight stays at the end of it.
             w_hat = (floor + h).clamp(low, high) * step
-            error = (x_hat @ w_hat.T - target[index]).square().sum(1)
+            error = (x_hat @ w_hat.T - target[index]).square().sum(1)  # [rows]
+            # Relative to the error of what was there before, so that the regulariser weighs alike in every layer.
             loss = (error * problem.row_weights[index]).mean() / reference
             if i >= warm:
                 progress = (i - warm) / max(1, self.iterations - warm)
+                # 1 - |2 h - 1|^e is 0 at h = 0 and 1. A large e is flat between; as it falls, all h are driven there.
                 exponent = 20 + (2 - 20) * progress
                 loss = loss + self.regulariser * (1 - (2 * h - 1).abs().pow(exponent)).sum() / math.sqrt(h.numel())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        # h >= 1/2 where a >= 0.
         rounded = (floor + (a.detach() >= 0)).clamp(low, high).to(torch.int8)
         learned = dataclasses.replace(update, weight=rounded)
         if update.input_scale is not None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.core.config import RecipeError
-from fxq.core.ir import LayerUpdate
-from fxq.core.units import TINY, unit
+from fxq.core.method import LayerUpdate
 from fxq.passes.methods import LayerProblem, amounts, row_energies
+from fxq.passes.methods.units import TINY, unit
 
 _SAMPLE_LIMIT = 1 << 20  # activations searched, about
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each

@@ -7,7 +7,7 @@ import fxq
 from fxq.calibration.calibrate import calibrate
 from fxq.calibration.collect import Collector
 from fxq.calibration.rollout import Draws
-from fxq.calibration.sensitivity import chunk_sensitivity, chunk_weights
+from fxq.calibration.sensitivity import chunk_sensitivity
 from fxq.capture.trace import trace
 from fxq.core.pipeline import run_passes
 from fxq.demo.run import DemoSettings
@@ -79,27 +79,6 @@ def test_videos_of_different_length_are_refused(graphs):
     longer.batches = (*longer.batches, (condition, Draws((1, 2), (8, 3, 4, 6))))
     with pytest.raises(ValueError, match=r"videos of equal length, got \[3, 4\] chunks"):
         chunk_sensitivity(longer, quantized, reference)
-
-
-@pytest.mark.parametrize(
-    ("weighting", "want"),
-    [
-        ("uniform", [1, 1, 1]),
-        ("exponential", [12 / 7, 6 / 7, 3 / 7]),
-        ("sensitivity", [1.8, 0.9, 0.3]),
-        ("reversed", [0.3, 0.9, 1.8]),
-        ("single_scale_only", [1.8, 0.9, 0.3]),
-    ],
-)
-def test_chunk_weights_have_mean_one(weighting, want):
-    weights = chunk_weights(torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), 3, weighting)
-    assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(want)
-    assert float(weights.mean()) == pytest.approx(1)
-
-
-def test_measured_weightings_need_a_measurement():
-    with pytest.raises(ValueError, match="weighting 'reversed' needs measured sensitivities"):
-        chunk_weights(None, 3, "reversed")
 
 
 @pytest.mark.slow

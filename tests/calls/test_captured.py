@@ -15,7 +15,7 @@ from torch.export import Dim
 import fxq
 from fxq.calls.captured import CapturedModule, rules_of
 from fxq.calls.rules import InputError
-from fxq.core.ir import facts_of
+from fxq.core.facts import Facts
 from fxq.passes.methods.ranges import MinMax
 from tests.toys import recipe, rows, toy
 
@@ -112,7 +112,7 @@ def test_every_copy_computes_the_same_and_refuses_the_same(module, make):
 def test_copies_keep_facts_plans_and_tensors(module, make):
     copied = COPIES[make](module)
     assert isinstance(copied, CapturedModule)
-    assert facts_of(copied) == facts_of(module)
+    assert Facts.of(copied) == Facts.of(module)
     assert fxq.summary(copied).rows == fxq.summary(module).rows
     assert rules_of(copied).to_json() == rules_of(module).to_json()
     assert {n: t.shape for n, t in copied.state_dict().items()} == {n: t.shape for n, t in module.state_dict().items()}

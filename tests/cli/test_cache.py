@@ -26,7 +26,7 @@ def test_codecs_are_compared_and_one_is_chosen_for_each_layer():
 def test_the_tables_name_every_codec_and_layer():
     done = RUN.invoke(app, ["cache", "tiny", "--videos", "1", "--quiet"])
     assert done.exit_code == 0, done.output
-    for word in ("QVG", "KIVI 2b", "KLT 1b", "QuaRot 4b", "keys", "values", "dB at"):
+    for word in ("qvg", "kivi2", "klt1", "quarot4", "keys", "values", "dB at"):
         assert word in done.stdout
 
 
@@ -37,3 +37,40 @@ def test_the_tables_name_every_codec_and_layer():
 def test_what_cannot_be_is_refused(words, message):
     done = RUN.invoke(app, ["cache", "tiny", "--videos", "1", "--quiet", *words])
     assert isinstance(done.exception, AdapterError) and message in str(done.exception)
+
+
+def generate(tmp_path, *words):
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", *words])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)["scores"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--kv", "klt1"),
+        ("--kv", "qvg", "--positions", "relative", "--window", "15", "--sink", "3", "--chunks", "9", "--span", "2"),
+        ("--kv", "auto", "--kv-bits", "2.5"),
+    ],
+)
+def test_videos_on_a_packed_cache_keep_shape_and_colour(words, tmp_path):
+    scores = generate(tmp_path, *words)
+    assert scores["shape"] == scores["colour"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--positions", "relative"), "needs a window"),
+        (("--kv", "qvg", "--kv-bits", "2"), "the budget of --kv auto"),
+        (("--kv", "qvg", "--window", "9", "--span", "4"), "a window of at least 18, or a smaller span"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(words, message, tmp_path):
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), *words])
+    assert isinstance(done.exception, AdapterError) and message in str(done.exception)
+
+
+def test_a_codec_that_is_not_known_is_refused_with_those_that_are(tmp_path):
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--kv", "kvi2"])
+    assert isinstance(done.exception, AdapterError) and "did you mean 'kivi2'" in str(done.exception)

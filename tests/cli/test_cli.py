@@ -8,6 +8,9 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq import cli
+from fxq.cli.generate import generated
+from fxq.lab import tiny_rollout
+from fxq.models.tiny import load_tiny
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -116,6 +119,6 @@ def test_a_damaged_bundle_is_refused_by_inspect(bundle, tmp_path):
 
 def test_same_seed_same_video(bundle):
     first, second = (
-        cli._generate(cli.tiny_rollout(cli.load_tiny(), 1, seed=3, unseen=True)[0], fxq.load(bundle)) for _ in range(2)
+        generated(tiny_rollout(load_tiny(), 1, seed=3, unseen=True)[0], fxq.load(bundle)) for _ in range(2)
     )
     assert torch.equal(first, second)

@@ -1,10 +1,13 @@
 import dataclasses
+import json
 
 import pytest
+import torch
 
 import fxq
-from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from tests.toys import QUICK
+from fxq.core.config import Recipe, RecipeError, Rule, Scheme, Weighting
+from fxq.recipes import PRESETS, recipe_from_json, recipe_to_json
+from tests.toys import QUICK, recipe
 
 NAMES = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.10.ffn.0", "head.head")
 
@@ -25,6 +28,13 @@ def test_exact_names_win_over_globs_and_globs_over_regular_expressions(rules):
     recipe = made(*(Rule(p, Scheme(input_bits=b)) for p, b in rules))
     bits = [rule and rule.scheme.input_bits for rule in map(recipe.rule_for, NAMES)]
     assert bits == [8, 7, 6, 6, None]
+
+
+def test_the_rule_for_the_rest_decides_last():
+    rules = (Rule("*", Scheme()), Rule(r"re:.*\.ffn\.0", None), Rule("blocks.10.*", Scheme(input_bits=6)))
+    recipe = made(*rules)
+    found = [recipe.rule_for(name) for name in NAMES]
+    assert [rules.index(rule) for rule in found] == [1, 0, 1, 2, 0]
 
 
 def test_of_two_rules_of_a_kind_the_first_decides():
@@ -180,3 +190,52 @@ def test_a_pattern_that_matches_inside_a_wrapper_only_is_refused_with_what_to_wr
     recipe = made(Rule("head*", None), Rule("*", Scheme()))
     with pytest.raises(RecipeError, match=r"'head\*' matches no layer; .* with wrapped = true it matches model\.head"):
         recipe.check_patterns(["model.blocks.0.q", "model.head.head"])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "want"),
+    [
+        ("uniform", [1, 1, 1]),
+        ("exponential", [12 / 7, 6 / 7, 3 / 7]),
+        ("sensitivity", [1.8, 0.9, 0.3]),
+        ("reversed", [0.3, 0.9, 1.8]),
+        ("single_scale_only", [1.8, 0.9, 0.3]),
+    ],
+)
+def test_chunk_weights_have_mean_one(weighting, want):
+    weights = Weighting(weighting).of_chunks(torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64), 3)
+    assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(want)
+    assert float(weights.mean()) == pytest.approx(1)
+
+
+def test_measured_weightings_need_a_measurement():
+    with pytest.raises(ValueError, match="weighting 'reversed' needs measured sensitivities"):
+        Weighting.REVERSED.of_chunks(None, 3)
+
+
+def test_those_that_need_no_measurement_take_none():
+    free = [weighting for weighting in Weighting if not weighting.needs_sensitivity]
+    assert free == [Weighting.UNIFORM, Weighting.EXPONENTIAL]
+    assert all(float(weighting.of_chunks(None, 4).mean()) == pytest.approx(1) for weighting in free)
+
+
+@pytest.mark.parametrize("weighting", Weighting)
+def test_one_of_them_weighs_by_layer(weighting):
+    weights = torch.tensor([1.5, 0.5])
+    assert torch.equal(weighting.in_layer(weights, 0), weights)
+    spared = weighting is Weighting.SINGLE_SCALE_ONLY
+    assert weighting.in_layer(weights, 32).tolist() == ([1, 1] if spared else [1.5, 0.5])
+
+
+@pytest.mark.parametrize("weighting", Weighting)
+def test_a_recipe_states_it_as_text(weighting):
+    made = recipe(weighting=weighting)
+    data = json.loads(json.dumps(recipe_to_json(made)))
+    assert data["weighting"] == weighting.value and made == recipe(weighting=weighting.value)
+    assert recipe_from_json(data).chunk_weighting is weighting
+
+
+def test_presets_measure_sensitivities_where_they_have_data():
+    measured = {name for name, made in PRESETS.items() if made.chunk_weighting.needs_sensitivity}
+    assert measured == {"w8a8", "w4a8", "w4a6"}
+    assert Recipe(name="r", rules=(), methods=()).chunk_weighting is Weighting.SENSITIVITY

@@ -55,6 +55,12 @@ def test_a_plan_with_unknown_fields_is_refused(change):
         LayerPlan.from_json(PLAN.to_json() | change)
 
 
+def test_a_layer_that_is_kept_has_no_scheme_to_give():
+    assert PLAN.quantization is PLAN.scheme
+    with pytest.raises(ValueError, match="layer a is kept in model dtype: why not"):
+        _ = LayerPlan(layer="a", in_features=5, out_features=3, reason="why not").quantization
+
+
 def test_the_split_counts_normal_channels():
     assert PLAN.split == 94
 

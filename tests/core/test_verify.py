@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxq.capture.trace import trace
-from fxq.core.config import Scheme
+from fxq.core.config import Scheme, Weighting
 from fxq.core.graph import linear_sites
 from fxq.core.ir import (
     QuantGraph,
@@ -37,7 +37,7 @@ def at(stage, bits=4):
         run_passes(graph, steps[Stage.PLANNED])
     if stage >= Stage.CALIBRATED:
         collected(graph, [rows(40, 96)])
-        run_passes(graph, (ApplyMethods(QUICK, "uniform"),))
+        run_passes(graph, (ApplyMethods(QUICK, Weighting.UNIFORM),))
     if stage >= Stage.LOWERED:
         run_passes(graph, (LowerLinear(),))
     if stage >= Stage.FROZEN:

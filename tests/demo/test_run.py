@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fxq
+from fxq.core.config import Weighting
 from fxq.demo.run import DemoSettings, run_demo
 from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
 from fxq.metrics import sprites
@@ -41,7 +42,7 @@ def test_ablation_adds_one_part_at_a_time():
     assert recipes["+ all three (Q-ARVD)"] == fxq.PRESETS["w4a8"]
     assert all(not r.scheme.dual_scale for r in recipes["+ reconstruction"].rules if r.scheme)
     assert recipes["+ reconstruction, dual scale"].weighting == "uniform"
-    assert {r.weighting for r in weighting_recipes(fxq.PRESETS["w4a8"]).values()} == set(fxq.core.config.WEIGHTINGS)
+    assert {r.weighting for r in weighting_recipes(fxq.PRESETS["w4a8"]).values()} == set(Weighting)
 
 
 @pytest.mark.slow

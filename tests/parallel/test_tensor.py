@@ -6,8 +6,9 @@ import torch
 
 import fxq
 from fxq.core.config import Rule
+from fxq.core.facts import Facts
 from fxq.core.graph import graph_text
-from fxq.core.ir import QuantGraph, Stage, facts_of
+from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import run_passes
 from fxq.parallel import CAUSAL_WAN, DIFFUSERS_WAN, ParallelError, ShardPlan, ShardRule, load_shard, tensor_parallel
 from fxq.parallel import tensor as parallel_tensor
@@ -106,9 +107,9 @@ def test_a_bundle_and_a_module_in_memory_give_the_same_rank(folder, w4, rank):
 
 
 def test_the_caches_have_the_heads_of_the_rank_and_any_batch_and_length(folder):
-    facts = facts_of(load_shard(folder, CAUSAL_WAN, 1, 2))
-    assert facts["inputs"][3:7] == [[None, None, 1, 48]] * 4
-    assert (facts["parallel"]["rank"], facts["parallel"]["size"]) == (1, 2)
+    facts = Facts.of(load_shard(folder, CAUSAL_WAN, 1, 2))
+    assert facts.inputs[3:7] == [[None, None, 1, 48]] * 4
+    assert (facts.parallel["rank"], facts.parallel["size"]) == (1, 2)
 
 
 def test_plans_and_summary_show_the_rank(folder):

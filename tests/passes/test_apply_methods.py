@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxq
+from fxq.core.config import Weighting
 from fxq.core.ir import LayerPlan, Stage
 from fxq.core.pipeline import run_passes
 from fxq.passes import ApplyMethods
@@ -36,7 +37,9 @@ def solved(directory=None, method=None, **options):
     graph = at(Stage.CALIBRATED)
     graph.updates.clear()
     method = method or Fresh()
-    run_passes(graph, (ApplyMethods((method,), "uniform", checkpoint=directory and Checkpoint(directory), **options),))
+    run_passes(
+        graph, (ApplyMethods((method,), Weighting.UNIFORM, checkpoint=directory and Checkpoint(directory), **options),)
+    )
     return graph, CALLS.pop("count", 0)
 
 
@@ -123,7 +126,7 @@ def test_rows_weigh_what_their_chunk_weighs(weighting, weights):
     for statistics in graph.statistics.values():
         statistics.chunks = torch.arange(len(statistics.rows)) % 3
     method = Counting()
-    run_passes(graph, (ApplyMethods((method,), weighting),))
+    run_passes(graph, (ApplyMethods((method,), Weighting(weighting)),))
     for problem, (first, second) in zip(method.seen, weights, strict=True):
         assert problem.row_weights[:3].tolist() == [first, second, second]
 
@@ -131,7 +134,7 @@ def test_rows_weigh_what_their_chunk_weighs(weighting, weights):
 def test_methods_see_channels_in_group_order():
     graph, method = at(Stage.CALIBRATED), Counting()
     weight = graph.module.get_parameter("blocks.0.up.weight").detach()
-    run_passes(graph, (ApplyMethods((method,), "uniform"),))
+    run_passes(graph, (ApplyMethods((method,), Weighting.UNIFORM),))
     plan, seen = graph.plans["blocks.0.up"], method.seen[0]
     assert torch.equal(seen.weight[:, plan.split :], weight[:, list(plan.outliers)])
     assert torch.equal(seen.rows[:, plan.split :], graph.statistics["blocks.0.up"].rows[:, list(plan.outliers)])
@@ -146,9 +149,9 @@ def test_plans_get_the_measured_quality():
 
 def test_methods_follow_each_other():
     graph = at(Stage.CALIBRATED)
-    run_passes(graph, (ApplyMethods((MinMax(), *QUICK), "uniform"),))
+    run_passes(graph, (ApplyMethods((MinMax(), *QUICK), Weighting.UNIFORM),))
     alone = at(Stage.CALIBRATED)
-    run_passes(alone, (ApplyMethods((RangeSearch(*QUICK[0].__dict__.values()),), "uniform"),))
+    run_passes(alone, (ApplyMethods((RangeSearch(*QUICK[0].__dict__.values()),), Weighting.UNIFORM),))
     assert equal(graph, alone)
 
 

@@ -9,7 +9,6 @@ from fxq.capture.trace import trace
 from fxq.core.ir import Stage
 from fxq.core.pipeline import run_passes
 from fxq.passes import DetectOutliers, PlanLayers
-from fxq.passes.detect_outliers import inside_block
 from tests.core.test_verify import at
 from tests.toys import recipe, rows, toy
 
@@ -102,14 +101,6 @@ def test_what_is_no_weight_is_refused(weight, align, message):
         fxq.detect_outliers(weight, align=align)
 
 
-@pytest.mark.parametrize(
-    ("layer", "inside"),
-    [("blocks.3.ffn.0", True), ("text_embedding.0", False), ("head.head", False), ("a.0.b", True), ("0", False)],
-)
-def test_blocks_are_numbered(layer, inside):
-    assert inside_block(layer) is inside
-
-
 def reasons(model, width, **scheme):
     graph = trace(model, (rows(3, width),))
     run_passes(graph, (PlanLayers(recipe(**scheme)), DetectOutliers()))
@@ -126,8 +117,14 @@ def test_plans_carry_the_outliers_or_why_there_are_none():
     narrow = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(32, 9))).eval()
     narrow[0][0].weight.data[:, 5] *= 9
     assert reasons(narrow, 32)["0.0"] == (0, "half of 32 channels is less than one block of 32")
-    outside = torch.nn.Sequential(torch.nn.Linear(96, 32)).eval()
-    assert reasons(outside, 96)["0"] == (0, "outside the transformer blocks")
+
+
+def test_a_layer_has_two_scales_wherever_it_lies():
+    for model, name in ((torch.nn.Sequential(torch.nn.Linear(96, 40)), "0"), (torch.nn.Linear(96, 40), "")):
+        weight = dict(model.named_parameters())[f"{name}.weight".lstrip(".")]
+        weight.data[:, 7] *= 9
+        ((layer, (count, reason)),) = reasons(model.eval(), 96).items()
+        assert (count, reason) == (32, ""), layer
 
 
 def test_the_planned_graph_names_outliers_in_ascending_order():

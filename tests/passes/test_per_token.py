@@ -11,7 +11,8 @@ import fxq
 from fxq import numerics
 from fxq.capture.trace import trace
 from fxq.core.graph import linear_sites
-from fxq.core.ir import LayerPlan, LayerUpdate, QuantGraph, Stage, example_value, get_tensor, plan_of, planned, set_plan
+from fxq.core.ir import LayerPlan, QuantGraph, Stage, example_value, get_tensor, plan_of, planned, set_plan
+from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import run_passes
 from fxq.core.verify import RuleError, check
 from fxq.kernels import native

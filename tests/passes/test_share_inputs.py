@@ -7,6 +7,7 @@ from torch import nn
 import fxq
 from fxq.calibration.collect import Collector
 from fxq.capture.trace import trace
+from fxq.core.config import Weighting
 from fxq.core.ir import QuantGraph, Stage, get_tensor
 from fxq.core.pipeline import run_passes
 from fxq.job import Job
@@ -178,7 +179,7 @@ def test_outliers_that_differ_keep_layers_apart(noted):
     graph, x = planned(share=False), rows(20, 96) + 1
     sample = fxq.core.ir.LayerStatistics(low=x.amin(0), high=x.amax(0), rows=x, chunks=torch.zeros(20).long(), seen=20)
     graph.adopt(dict.fromkeys(graph.plans, sample))
-    run_passes(graph, (fxq.passes.ApplyMethods((Noting(),), "uniform", share_inputs=True),))
+    run_passes(graph, (fxq.passes.ApplyMethods((Noting(),), Weighting.UNIFORM, share_inputs=True),))
     assert [layer for layer, _ in noted] == list(LAYERS)
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxq.core.units import TINY, unit, unit_of
+from fxq.passes.methods.units import TINY, unit, unit_of
 
 
 @given(st.floats(min_value=2.0**-149, max_value=2.0**127, width=32, allow_subnormal=True))

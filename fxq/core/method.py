@@ -1,0 +1,128 @@
+"""What is asked of one linear, a scheme, and what chooses its integers and scales: a method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
+
+from torch import Tensor
+
+from fxq import numerics
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or that does not fit the model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one linear is quantized.
+
+    ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
+    ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
+    (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer. With ``per_token`` the input
+    scales are measured per token at run time, symmetric: no input scale, zero point or calibration is needed.
+    """
+
+    weight_bits: int = 8
+    input_bits: int = 8
+    dual_scale: bool = True
+    tau: float = 3.5
+    alpha: float = 1.2
+    align: int = 32
+    reconstruct: bool = True
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (4, 8):
+            raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4 or 8")
+        if not 2 <= self.input_bits <= 8:
+            raise RecipeError(f"input_bits = {self.input_bits}: expected 2..8")
+        if self.align <= 0 or self.align % 32:
+            raise RecipeError(f"align = {self.align}: expected a positive multiple of 32, the packing block")
+
+    @property
+    def label(self) -> str:
+        """Short name such as W4A8; the same for static and per-token inputs."""
+        return f"W{self.weight_bits}A{self.input_bits}"
+
+    @property
+    def detail(self) -> str:
+        """The label, and how inputs are scaled where that is not static: "W4A8 per token"."""
+        return f"{self.label} per token" if self.per_token else self.label
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerProblem:
+    """One linear as methods see it, on the device of its weight; input channels in ``[normal | outlier]`` order.
+
+    ``weight`` float32 [N, K], ``low``/``high`` float32 [K] exact input extremes, ``rows`` float32 [R, K] sampled
+    inputs, ``row_weights`` float32 [R] loss weights, ``split`` normal channels, ``seed`` of random choices. Without
+    calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
+
+    ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
+    have it in them. ``bias`` float32 [N] or None is there to measure outputs.
+    """
+
+    layer: str
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    row_weights: Tensor
+    scheme: Scheme
+    split: int
+    seed: int
+    counts: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def groups(self) -> tuple[slice, ...]:
+        """Channel slices, normal first."""
+        return numerics.group_slices(self.weight.shape[1], self.split)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerUpdate:
+    """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
+
+    ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
+    int32 [G]; both None where the scheme measures input scales per token.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Turns a problem and the update of the method before it into a better update; a dataclass of its options."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Choose integers and scales; ``update`` is None for the first method of a recipe."""
+        ...
+
+
+def is_method(value: object) -> TypeGuard[Method]:
+    """Whether a value is a method, and not the class of one."""
+    return isinstance(value, Method) and not isinstance(value, type)
+
+
+@runtime_checkable
+class LearningMethod(Method, Protocol):
+    """A method that learns from calibration rows, step by step, where a scheme allows it (``reconstruct``).
+
+    What a plan of a quantization counts: the time of a step, on a problem of ``rows``, times ``iterations``.
+    """
+
+    @property
+    def iterations(self) -> int:
+        """Steps."""
+
+    @property
+    def rows(self) -> int:
+        """Calibration rows of a step."""
