@@ -61,6 +61,7 @@ ANY_CPU = (
     "report",
     "test_advice.py",
     "test_docs_links.py",
+    "test_docs_names.py",
     "test_examples.py",
     "test_layout.py",
 )

@@ -53,3 +53,7 @@ def test_the_tutorial_runs_and_loses_little(capsys, monkeypatch):
     summary = fxq.summary(names["quantized"])
     assert {row.layer for row in summary.kept} == {"time_embedding", "head", "patch_in"}
     assert len(summary.facts["sensitivity"]) == 3
+    remarks = {row.layer: row.remarks for row in fxq.summary(names["fast"]).rows}
+    assert "attention to 2 pieces of keys and values" in remarks["blocks.0.o"]
+    assert "one GEMM with blocks.1.k, blocks.1.v" in remarks["blocks.1.q"]
+    assert "quantize fused into its norm" in remarks["blocks.1.up"]

@@ -1,4 +1,3 @@
-import inspect
 import json
 import subprocess
 import sys
@@ -49,5 +48,5 @@ def test_a_mistyped_command_is_answered_without_loading_the_package():
 
 @pytest.mark.parametrize("name", fxq_command.COMMANDS)
 def test_the_list_says_what_the_commands_say(name):
-    paragraph = inspect.getdoc(fxq_command.load(name)).split("\n\n")[0]
+    paragraph = fxq_command.command(name).help.split("\n\n")[0]
     assert " ".join(paragraph.split()) == fxq_command.COMMANDS[name][1]
