@@ -51,6 +51,7 @@ ANY_CPU = (
     "models/test_prompts.py",
     "models/test_saved_state.py",
     "models/test_schedule.py",
+    "models/test_wan_rotary.py",
     "passes/match/test_roles.py",
     "planning/test_gpus.py",
     "planning/test_job.py",

@@ -43,8 +43,7 @@ from fxq.runtime.reading import MAX_NAME
 
 MAX_NODES, MAX_NODES_OF_SMALL, BYTES_PER_NODE = 50_000, 20_000, 4096
 """Most nodes of a graph; more than 20,000 need so many bytes of tensors each, as a node takes memory itself."""
-MAX_PATH = 32
-"""Most parts of a tensor's dotted name."""
+MAX_PATH = 32  # parts of a tensor's dotted name
 _CONSTANTS: dict[str, dict[str, Any]] = {"dtype": DTYPES, "layout": LAYOUTS, "memory_format": MEMORY_FORMATS}
 _CLASSES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 _DEVICE = re.compile(r"[a-z]{1,20}(:\d{1,4})?")

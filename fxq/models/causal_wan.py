@@ -122,28 +122,6 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2).to(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class WanRotary:
-    """The rotary embedding of keys in a cache, for frames of ``rows`` x ``columns`` tokens."""
-
-    head_dim: int
-    rows: int
-    columns: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a frame."""
-        return self.rows * self.columns
-
-    def __call__(self, x: Tensor, first_frame: int, inverse: bool = False) -> Tensor:
-        """Rotate keys [B, T, heads, head_dim] of whole frames to their places, or back."""
-        frames = x.shape[1] // self.tokens
-        cos, sin = (
-            table.to(x.device) for table in rope_tables(self.head_dim, frames, self.rows, self.columns, first_frame)
-        )
-        return apply_rope(x, cos, -sin if inverse else sin)
-
-
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoid of timesteps ``t`` [...] as float64 [..., dim], cosines first."""
     half = dim // 2

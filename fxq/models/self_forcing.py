@@ -18,8 +18,9 @@ from torch.export import Dim
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
-from fxq.models.causal_wan import CausalWan, WanRotary, rope_tables
+from fxq.models.causal_wan import CausalWan, rope_tables
 from fxq.models.schedule import FlowSchedule
+from fxq.models.wan_rotary import WanRotary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from fxq.cache.codecs import Exact, Klt, PerToken
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout
 from fxq.cache.tokens import StaleError
-from fxq.models.causal_wan import WanRotary
+from fxq.models.wan_rotary import WanRotary
 
 LAYERS, BATCH, HEADS, DIM, CHUNK = 2, 2, 2, 12, 2
 ROTARY = WanRotary(DIM, 2, 2)

@@ -1,0 +1,31 @@
+"""The rotary embedding of Wan's keys as caches need it: to any place, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from fxq.models.causal_wan import apply_rope, rope_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class WanRotary:
+    """The rotary embedding of keys in a cache, for frames of ``rows`` x ``columns`` tokens."""
+
+    head_dim: int
+    rows: int
+    columns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.rows * self.columns
+
+    def __call__(self, x: Tensor, first_frame: int, inverse: bool = False) -> Tensor:
+        """Rotate keys [B, T, heads, head_dim] of whole frames to their places, or back."""
+        frames = x.shape[1] // self.tokens
+        cos, sin = (
+            table.to(x.device) for table in rope_tables(self.head_dim, frames, self.rows, self.columns, first_frame)
+        )
+        return apply_rope(x, cos, -sin if inverse else sin)
