@@ -13,6 +13,13 @@ from tests.graphs import golden, outline
 from tests.toys import recipe, rows, toy
 
 
+@pytest.mark.parametrize(
+    "stage", [Stage.TRACED, Stage.PLANNED, Stage.LOWERED, Stage.FROZEN], ids=lambda stage: stage.name.lower()
+)
+def test_the_graph_reads_as_the_golden_file(stage):
+    golden(f"toy_w4_{stage.name.lower()}", outline(at(stage).module))
+
+
 def swap(nodes, name):
     """Exchange an argument of two calls."""
     first, second = (arguments(node)[name] for node in nodes)

@@ -1,6 +1,3 @@
-import dataclasses
-import re
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,17 +12,8 @@ from fxq.core.ir import LayerPlan, LayerStatistics, Stage, get_tensor, plan_of, 
 from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import run_passes
 from fxq.passes import LoweringError, LowerLinear
-from fxq.passes.apply_methods import group_order
 from tests.core.test_verify import at
-from tests.graphs import golden, outline
 from tests.toys import recipe, relative_error, rows, toy
-
-
-@pytest.mark.parametrize(
-    "stage", [Stage.TRACED, Stage.PLANNED, Stage.LOWERED, Stage.FROZEN], ids=lambda stage: stage.name.lower()
-)
-def test_the_graph_reads_as_the_golden_file(stage):
-    golden(f"toy_w4_{stage.name.lower()}", outline(at(stage).module))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -91,87 +79,6 @@ def test_plans_move_to_the_gemm_and_its_notes_stay():
     assert nodes[0].meta["val"].shape == (40, 64) and nodes[0].meta["nn_module_stack"]
 
 
-def test_group_order_is_what_is_stored():
-    q = fxq.quantize(toy(), [rows(9, 96)], recipe())
-    plan = next(plan_of(n) for n in q.graph.nodes if plan_of(n))
-    assert torch.equal(get_tensor(q, "blocks.0.up.perm").long(), group_order(plan))
-    assert not hasattr(q.get_submodule("blocks.0.down"), "perm")
-
-
-class Shared(nn.Module):
-    """One weight in several places; ``how`` says which."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how = how
-        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64, bias=how != "plain")
-        self.b.weight = self.a.weight
-        if how == "plain":
-            self.a.bias = None
-        if how == "bias too":
-            self.b.bias = self.a.bias
-        if how == "two biases":
-            self.b.bias.data += 3
-        if how == "own offset":
-            self.b = self.a
-            self.a.offset = nn.Parameter(torch.full((64,), 5.0))
-
-    def forward(self, x):
-        y = self.b(torch.tanh(self.a(x)))
-        if self.how == "read elsewhere":
-            y = y + self.a.weight.sum(0)
-        return y + self.a.offset if self.how == "own offset" else y
-
-
-@pytest.mark.parametrize("how", ["plain", "bias too"])
-def test_a_weight_used_twice_is_stored_once(how):
-    model, x = Shared(how).eval(), rows(30, 64)
-    q = fxq.quantize(model, [x], recipe())
-    (row,) = fxq.summary(q).rows
-    assert row.quantized and row.layer in ("a", "b")  # torch.export chooses one of the names
-    assert relative_error(model, q, x) < 0.03
-    assert [name for name, b in q.named_buffers() if b.dtype == torch.int8] == [f"{row.layer}.weight"]
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("two biases", "its weight is shared by linears with different biases"),
-        ("read elsewhere", "its weight is also read by sum"),
-        ("own offset", r"the model has a tensor of its own named [ab]\.offset"),
-    ],
-)
-def test_a_weight_that_integers_cannot_replace_is_kept_with_the_reason(how, reason):
-    model, x = Shared(how).eval(), rows(30, 64)
-    q = fxq.quantize(model, [x], recipe())
-    (row,) = fxq.summary(q).rows
-    assert not row.quantized
-    assert re.match(reason, row.reason)
-    assert torch.equal(q(x), model(x))
-
-
-class Tied(nn.Module):
-    """An embedding that is also the last linear."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.last = nn.Embedding(50, 64), nn.Linear(64, 50, bias=False)
-        self.middle = nn.Linear(64, 64)
-        self.last.weight = self.embed.weight
-
-    def forward(self, index):
-        return self.last(self.middle(self.embed(index)))
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_tied_embedding_is_kept_and_its_neighbours_quantized(bits):
-    model, index = Tied().eval(), torch.arange(23)
-    q = fxq.quantize(model, [index], recipe(bits))
-    (kept,), (quantized,) = fxq.summary(q).kept, fxq.summary(q).quantized
-    assert quantized.layer == "middle" and kept.reason == "its weight is also read by embedding"
-    assert relative_error(model, q, index) < 0.3
-
-
 class Raw(nn.Module):
     """Weights that are parameters of their own, one through a cast."""
 
@@ -202,22 +109,3 @@ def test_a_bare_linear_is_a_model():
     model, x = nn.Linear(64, 33).eval(), rows(5, 64)
     q = fxq.quantize(model, [x], recipe())
     assert relative_error(model, q, x) < 0.02 and fxq.summary(q).facts["never_called"] == []
-
-
-def test_nothing_frozen_aliases_the_model():
-    model, x = toy(), rows(9, 96)
-    model.register_buffer("shift", torch.ones(7))
-    forward = model.forward
-    model.forward = lambda x: forward(x) + model.shift
-    q = fxq.quantize(model, [x], recipe())
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    assert own.isdisjoint(t.untyped_storage().data_ptr() for t in (*q.parameters(), *q.buffers()))
-    assert not list(q.parameters())
-
-
-def test_plans_are_replaced_not_shared_between_graphs():
-    graph = at(Stage.PLANNED)
-    fork = graph.fork()
-    node = next(linear_sites(fork.module)).node
-    set_plan(node, dataclasses.replace(plan_of(node), reason="changed"))
-    assert next(iter(graph.plans.values())).reason == ""
