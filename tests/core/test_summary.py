@@ -65,8 +65,9 @@ def test_bytes_of_merged_layers_add_up_to_what_is_stored():
     before, after = fxq.summary(q), fxq.summary(merged.module)
     assert [row.layer for row in after.rows] == [row.layer for row in before.rows] == ["q", "k"]
     joint = {node.target for node in merged.module.graph.nodes if node.op == "get_attr"}
-    stored = [get_tensor(merged.module, name) for name in joint]
-    assert sum(row.bytes for row in after.rows) == sum(t.numel() * t.element_size() for t in stored)
+    stored = sum(t.numel() * t.element_size() for t in (get_tensor(merged.module, name) for name in joint))
+    lost = stored - sum(row.bytes for row in after.rows)
+    assert 0 <= lost < len(after.rows)  # shares are rounded down
 
 
 def test_totals_count_quantized_kept_and_other_products_apart():
