@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,10 +10,12 @@ from fxq import numerics
 from fxq.capture.trace import trace
 from fxq.core.config import Scheme
 from fxq.core.graph import graph_text, linear_sites
-from fxq.core.ir import LayerPlan, LayerStatistics, Stage, get_tensor, plan_of, set_plan
+from fxq.core.ir import LayerPlan, LayerStatistics, Stage, get_tensor, plan_of, set_plan, stored_names
 from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import run_passes
+from fxq.job import Job
 from fxq.passes import LoweringError, LowerLinear
+from fxq.runtime.progress import Progress
 from tests.core.test_verify import at
 from tests.toys import recipe, relative_error, rows, toy
 
@@ -66,6 +70,71 @@ def test_a_layer_that_could_overflow_is_refused():
     graph = with_update(torch.zeros(1, 2**17, dtype=torch.int8))
     with pytest.raises(LoweringError, match="layer 0: 131072 inputs can overflow the int32 accumulator"):
         run_passes(graph, (LowerLinear(),))
+
+
+@pytest.mark.parametrize(("weight_scale", "fits"), [(1.0, True), (100.0, True), (1e6, False), (torch.nan, False)])
+def test_outlier_scales_far_from_the_normal_ones_are_refused(weight_scale, fits):
+    graph = with_update(torch.zeros(2, 96, dtype=torch.int8))
+    (node,) = (site.node for site in linear_sites(graph.module))
+    set_plan(node, dataclasses.replace(plan_of(node), outliers=tuple(range(32))))
+    graph.updates["0"] = dataclasses.replace(
+        graph.updates["0"],
+        weight_scale=torch.tensor([[1.0, 1.0], [1.0, weight_scale]]),
+        input_scale=torch.ones(2),
+        input_zero_point=torch.zeros(2, dtype=torch.int32),
+    )
+    if fits:
+        assert torch.equal(run_passes(graph, (LowerLinear(),)).module(rows(2, 96)), torch.zeros(2, 2))
+    else:
+        with pytest.raises(LoweringError, match=r"layer 0: outlier scales are .* at most .* set dual_scale to false"):
+            LowerLinear().run(graph)
+
+
+def lowered(model, x, chosen):
+    graph, job = trace(model, (x,)), Job(chosen, Progress(False))
+    job.plan(graph)
+    job.calibrate(graph, [(x,)])
+    job.choose_integers(graph)
+    return run_passes(graph, (LowerLinear(),))
+
+
+def test_a_linear_in_float64_computes_in_float32_between_casts():
+    graph = lowered(nn.Sequential(nn.Linear(64, 3)).double().eval(), rows(9, 64).double(), recipe())
+    called = [(str(n.target), n.meta["val"].dtype) for n in graph.module.graph.nodes if n.op == "call_function"]
+    assert called == [
+        ("aten.to.dtype", torch.float32),
+        ("fxq.quantize_act.default", torch.int8),
+        ("fxq.dual_scale_linear.default", torch.float32),
+        ("aten.to.dtype", torch.float64),
+    ]
+    (carrier,) = (node for node in graph.module.graph.nodes if plan_of(node))
+    assert carrier.target == fxq.kernels.dual_scale_linear.definition
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_a_layer_stores_what_its_scheme_asks_for_and_no_float_weight_is_read(per_token):
+    graph = lowered(toy(), rows(9, 96), recipe(per_token=per_token))
+    read = {str(node.target) for node in graph.module.graph.nodes if node.op == "get_attr"}
+    stored = {"weight_int" if name == "weight" else name for name in stored_names(graph.plans["blocks.0.up"])}
+    assert {name.removeprefix("blocks.0.up.") for name in read if name.startswith("blocks.0.up.")} == stored
+    assert {name for name in read if name.startswith("head")} == {"head.weight", "head.bias"}
+    if per_token:
+        assert torch.equal(get_tensor(graph.module, "blocks.0.up.offset"), toy().blocks[0].up.bias)
+
+
+def test_a_layer_of_two_calls_is_stored_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.fc(torch.tanh(self.fc(x)))
+
+    q = fxq.quantize(Twice().eval(), [rows(9, 64)], recipe(), progress=False)
+    products = [n for n in q.graph.nodes if n.target == fxq.kernels.dual_scale_linear.definition]
+    assert len(products) == 2 and products[0].args[1].target == products[1].args[1].target == "fc.weight"
+    assert products[0].meta["custom"] == products[1].meta["custom"]
 
 
 def test_plans_move_to_the_gemm_and_its_notes_stay():
