@@ -10,6 +10,7 @@ from fxq.core.graph import graph_text, linear_sites
 from fxq.core.ir import (
     LAYER_TENSORS,
     LayerPlan,
+    Stage,
     clear_plan,
     get_tensor,
     plan_of,
@@ -18,6 +19,7 @@ from fxq.core.ir import (
     set_plan,
     stored_names,
 )
+from tests.core.test_verify import at
 from tests.toys import rows, toy
 
 PLAN = LayerPlan(layer="blocks.0.up", in_features=96, out_features=64, scheme=Scheme(weight_bits=4), outliers=(3, 7))
@@ -114,3 +116,11 @@ def test_put_tensor_makes_the_path_and_replaces_tensors_on_it():
 def test_what_is_not_a_tensor_is_named():
     with pytest.raises(TypeError, match="blocks is a ModuleList, expected a tensor"):
         get_tensor(toy(), "blocks")
+
+
+def test_plans_are_replaced_not_shared_between_graphs():
+    graph = at(Stage.PLANNED)
+    fork = graph.fork()
+    node = next(linear_sites(fork.module)).node
+    set_plan(node, dataclasses.replace(plan_of(node), reason="changed"))
+    assert next(iter(graph.plans.values())).reason == ""

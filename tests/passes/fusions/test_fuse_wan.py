@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 import fxq
 from fxq.core.graph import graph_text
-from fxq.core.ir import QuantGraph, Stage, module_path
+from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import run_passes
 from fxq.passes.fusions.fold_permutations import FoldPermutations
 from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
@@ -19,8 +19,8 @@ from fxq.passes.fusions.fuse_residual import FuseResidual
 from fxq.passes.fusions.fuse_rotary import FuseRotary
 from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.fusions.real_rope import RealRope
+from tests.graphs import golden, outline
 from tests.passes.fusions.fusing import count
-from tests.passes.test_lower_and_freeze import golden
 from tests.toys import WAN, recipe, wan_rollout
 
 PASSES = (RealRope(), FuseAttention(), FuseRotary(), FuseNormQuantize(), FuseActivationQuantize(), FuseResidual())
@@ -118,9 +118,7 @@ def test_bfloat16_is_not_further_from_the_float_model_than_before():
 def test_the_graph_of_a_block_reads_as_the_golden_file(stage):
     _, q, graph = quantized(torch.float32, False, 1)
     module = q if stage == "frozen" else graph.module
-    lines = zip(graph_text(module).splitlines(), module.graph.nodes, strict=True)
-    block = [line for line, node in lines if module_path(node).startswith("blocks.0")]
-    golden(f"wan_block_{stage}", "\n".join(block) + "\n")
+    golden(f"wan_block_{stage}", outline(module, "blocks.0"))
 
 
 def test_fusing_again_changes_nothing():
