@@ -36,6 +36,7 @@ def seeded():
 ANY_CPU = (
     "benchmarks",
     "cache",
+    "core/test_places.py",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
@@ -49,6 +50,9 @@ ANY_CPU = (
     "models/test_prompts.py",
     "models/test_saved_state.py",
     "models/test_schedule.py",
+    "passes/match/test_blocks.py",
+    "passes/match/test_edits.py",
+    "passes/match/test_patterns.py",
     "planning/test_gpus.py",
     "planning/test_job.py",
     "planning/test_memory.py",
@@ -56,9 +60,18 @@ ANY_CPU = (
     "planning/test_roofline.py",
     "planning/test_workloads.py",
     "report",
+    "runtime/test_differences.py",
+    "runtime/test_exclusive.py",
+    "runtime/test_messages.py",
+    "runtime/test_progress.py",
+    "runtime/test_streams.py",
+    "runtime/test_writable.py",
     "test_advice.py",
+    "test_dtypes.py",
+    "test_environment.py",
     "test_examples.py",
     "test_layout.py",
+    "test_plugins.py",
 )
 """Tests that multiply no integers on a CPU and run no machine code of fxq: float models, GPU code, texts, plans."""
 
