@@ -1,6 +1,7 @@
 """The tree: links, packages and the direction of imports."""
 
 import ast
+import fnmatch
 import graphlib
 import importlib
 import os
@@ -152,6 +153,81 @@ def test_every_folder_says_what_lives_there_and_what_may_not():
             if not re.search(r"\.\s+Nothing [^.]+\.", said):
                 silent.append(module)
     assert not silent, f"a sentence on what lives there, one that begins with 'Nothing': {silent}"
+
+
+TESTED_ELSEWHERE = {
+    "attacks/test_foreign_code.py": "export.graph.arguments export.graph.foreign export.graph.graph_json"
+    " export.graph.operators export.graph.stored export.graph.structure",
+    "attacks/test_fuzz.py": "export.graph.kernel_rules export.graph.rehearsal export.graph.strict",
+    "attacks/test_native_cache.py": "kernels.native.build kernels.native.cache",
+    "attacks/test_other_files.py": "models.archives",
+    "attacks/test_programs.py": "export.native_code export.pickled",
+    "attacks/test_resources.py": "export.fingerprint export.inputs runtime.reading",
+    "bench/test_ours.py": "bench.cases bench.problems",
+    "bench/test_report.py": "bench.plot",
+    "bench/test_rivals.py": "bench.floats bench.onnx_rivals",
+    "cache/codecs/test_codecs.py": "cache.codecs.*",
+    "cache/test_rollout.py": "cache.policy",
+    "capture/test_dense_masks.py": "capture.regions",
+    "capture/test_guards.py": "capture.written_guards",
+    "capture/test_small_sizes.py": "capture.comparisons",
+    "cli/test_bench.py": "bench.levels bench.rollout",
+    "cli/test_cache.py": "cli.generate",
+    "cli/test_cli.py": "cli.demo cli.quantize",
+    "cli/test_diffusers.py": "cli.source",
+    "cli/test_recipe.py": "recipe_files",
+    "demo/test_run.py": "lab",
+    "export/interop/test_layers.py": "export.interop.lightx2v export.interop.names",
+    "export/test_diffusers_classes.py": "integrations.diffusers",
+    "export/test_interop_targets.py": "export.interop.*",
+    "export/test_onnx.py": "export.capture export.onnx_form models.runtime",
+    "kernels/gemm/test_activations.py": "kernels.gemm.epilogues",
+    "kernels/test_launches.py": "kernels.device",
+    "kernels/test_native.py": "kernels.gemm.panels",
+    "kernels/test_ops.py": "kernels.arguments kernels.op kernels.rows kernels.*.op kernels.gemm.per_token",
+    "kernels/test_triton_interpret.py": "kernels.jit kernels.*.triton kernels.*.triton_*",
+    "models/test_checkpoints.py": "models.loading",
+    "models/test_lora.py": "models.lora_config",
+    "models/test_official_parity.py": "models.self_forcing",
+    "models/test_saved_state.py": "cache.saved models.tiny",
+    "parallel/test_tensor.py": "parallel.axes parallel.groups parallel.plan parallel.shard_graph",
+    "passes/fusions/test_fuse_rotary.py": "passes.match.rotations",
+    "passes/match/test_axis_groups.py": "passes.match.axis_rules",
+    "passes/qdq/test_to_qdq.py": "passes.qdq.qdq_layers",
+    "planning/test_doctor.py": "planning.environment planning.gains",
+    "planning/test_job.py": "planning.drive planning.speed",
+    "planning/test_memory.py": "planning.estimate",
+    "planning/test_plan.py": "cli.plan planning.report planning.tables",
+    "planning/test_workloads.py": "models.families",
+    "report/test_html.py": "report.charts report.video",
+    "report/test_tables.py": "report.verdict",
+    "runtime/test_ranks.py": "calibration.agreement handshake",
+    "test_growth.py": "runtime.generated",
+}
+"""Test file -> modules of another name that it tests, below ``fxq``; ``*`` for any."""
+
+DECLARATIONS = "__main__ version cli.common report.data"
+"""Modules that hold nothing to test."""
+
+
+def test_every_module_has_tests_of_its_name_or_named_here():
+    modules = {module.removeprefix("fxq.") for module, path in sources() if path.name != "__init__.py"}
+    own = {module for module in modules if (ROOT / "tests" / own_tests(module)).is_file()}
+    missing, idle = modules - own - set(DECLARATIONS.split()), []
+    for file, patterns in TESTED_ELSEWHERE.items():
+        assert (ROOT / "tests" / file).is_file(), f"no tests/{file}"
+        for pattern in patterns.split():
+            if not (found := set(fnmatch.filter(modules - own, pattern))):
+                idle.append(f"{file}: {pattern}")
+            missing -= found
+    assert not missing, f"write tests of: {sorted((module, own_tests(module)) for module in missing)}"
+    assert not idle, f"is no module, or has tests of its own: {idle}"
+
+
+def own_tests(module):
+    """Where the tests of a module lie, below ``tests``."""
+    *rooms, name = module.split(".")
+    return "/".join((*rooms, f"test_{name}.py"))
 
 
 def test_imports_are_absolute():
