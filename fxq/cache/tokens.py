@@ -58,7 +58,10 @@ class Tokens:
                 "the cache of this state was continued and evicted elsewhere; take rollout.fork(state) before a state "
                 "is advanced twice"
             )
-        return self.buffer.memory[:, self.start : self.stop]
+        memory = self.buffer.memory
+        if len(memory) == 1:  # as a tensor of its own has them: compiled graphs are made for strides
+            return memory[0, self.start : self.stop].unsqueeze(0)
+        return memory[:, self.start : self.stop]
 
     @property
     def nbytes(self) -> int:

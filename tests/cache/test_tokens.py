@@ -68,3 +68,11 @@ def test_pieces_without_tokens_cost_no_copy():
     full = chunk(1)
     assert joined([full[:, :0], full]) is full
     assert joined([full[:, :0], full[:, :0]]).shape[1] == 0
+
+
+def test_a_single_video_has_the_strides_of_a_tensor_of_its_own():
+    tokens = Tokens.of(torch.zeros(1, 0, 3, 4))
+    for i in range(5):
+        tokens = tokens.appended(torch.full((1, 2, 3, 4), float(i)))
+        assert tokens.tensor.is_contiguous() and tokens.tensor.stride() == torch.empty(tokens.tensor.shape).stride()
+    assert tokens.without(2, 6).tensor.is_contiguous()
