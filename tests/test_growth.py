@@ -16,7 +16,7 @@ import fxq
 from tests.toys import recipe, rows, toy
 
 OFTEN = 6
-ALLOWED = 8192  # bytes a call
+ALLOWED = 16384  # bytes a call; torch's own caches take up to 10 kB for a while, a module that stays far more
 
 
 def collect():
@@ -43,8 +43,10 @@ def mapped():
 
 def growth(call):
     """Bytes of Python objects that each of several calls leaves, after some that fill caches."""
-    logging.disable()  # pytest keeps what torch logs
-    for _ in range(3):
+    logging.disable()  # pytest keeps what torch logs, and its trace asks for no level
+    trace = logging.getLogger("torch.__trace")
+    handlers, trace.handlers = trace.handlers, []
+    for _ in range(8):
         call()
     collect()
     tracemalloc.start()
@@ -58,6 +60,7 @@ def growth(call):
         return (tracemalloc.get_traced_memory()[0] - before) / OFTEN
     finally:
         tracemalloc.stop()
+        trace.handlers = handlers
         logging.disable(logging.NOTSET)
 
 
@@ -80,10 +83,12 @@ def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, jo
     job[what]()
     collect()
     places = len(list(pathlib.Path(tempfile.gettempdir()).glob("fxq*")))
-    before = generated(), files(), threading.active_count(), mapped()
+    sources, before = len(generated()), (files(), threading.active_count(), mapped())
     grown = growth(job[what])
     assert grown < ALLOWED, f"{grown:.0f} bytes a call"
-    assert (generated(), files(), threading.active_count(), mapped()) == before
+    # By number: the source of the module that a call returns may stand for that of the call before.
+    assert len(generated()) <= sources
+    assert (files(), threading.active_count(), mapped()) == before
     assert len(list(pathlib.Path(tempfile.gettempdir()).glob("fxq*"))) == places
 
 

@@ -153,6 +153,10 @@ def _check(kind: str, name: str, value: Any, known: Mapping[fx.Node, Value], cal
     if not _FITS[kind](value, known) if kind in _FITS else not _fits_text(name, value):
         shown = value.name if isinstance(value, fx.Node) else repr(value)[:80]
         raise ArgumentError(f"{call}: {name} is {shown}, expected {kind}")
+    if name in _AXES and isinstance(value, fx.Node):
+        raise ArgumentError(
+            f"{call}: {name} is {value.name}, expected a number: no capture computes which axis is meant"
+        )
     if name == "pin_memory" and value is not False:
         raise ArgumentError(f"{call}: pin_memory is {value!r}, a bundle may only have False")
 
@@ -196,6 +200,9 @@ _FITS: dict[str, Callable[[Any, Mapping[fx.Node, Value]], bool]] = {
     "Device": lambda value, known: isinstance(value, torch.device),
 }
 
+
+_AXES = frozenset({"dim", "dims", "dim0", "dim1", "start_dim", "end_dim"})
+"""Arguments that say which axis of a tensor is meant."""
 
 _UNARY = frozenset(
     {f"operator.{name}" for name in ("neg", "pos", "abs")}

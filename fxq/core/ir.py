@@ -77,9 +77,11 @@ class LayerPlan:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            TypeError: on unknown or missing fields.
+            TypeError: on unknown or missing fields, or a layer that is no name.
         """
         scheme = data["scheme"]
+        if not isinstance(data["layer"], str):
+            raise TypeError(f"the layer of a plan is {type(data['layer']).__name__}, expected a name")
         return cls(
             **{
                 **data,

@@ -234,3 +234,19 @@ def test_a_changed_bundle_whose_hashes_fit_does_not_verify(bundle):
 def test_taking_the_seal_or_the_fingerprint_away_is_noticed(bundle, removed):
     edit_json(bundle, "manifest.json", lambda data: data.pop(removed) and None, seal=False)
     assert not verify_bundle(bundle).ok
+
+
+def test_an_axis_that_is_computed_is_refused():
+    x = torch.fx.Graph().placeholder("x")
+    from fxq.export.graph.arguments import NUMBER, TENSOR, ArgumentError, check_call
+
+    n = x.graph.placeholder("n")
+    with pytest.raises(ArgumentError, match=r"dim0 is n, expected a number"):
+        check_call(torch.ops.aten.transpose.int, (x, n, 1), {}, {x: TENSOR, n: NUMBER})
+
+
+def test_a_plan_whose_layer_is_no_name_is_refused():
+    from fxq.core.ir import LayerPlan
+
+    with pytest.raises(TypeError, match="the layer of a plan is dict, expected a name"):
+        LayerPlan.from_json({"layer": {}, "scheme": None, "outliers": []})
