@@ -113,9 +113,8 @@ def reconstruction(cache: Cache, learned: Cache, bar: Progress) -> dict[str, dic
                 for layer in range(len(cache.keys)):
                     x = cache.exact(kind, layer)
                     trials.append(try_codec(name, codec, x, kind, span, 1, tables[kind == "values"][layer]))
-                found = [trial for trial in trials if trial is not None]
-                row[f"{kind}_sqnr"] = float(np.mean([trial.sqnr for trial in found]))
-                row[f"{kind}_bits"] = float(np.mean([trial.bits for trial in found]))
+                row[f"{kind}_sqnr"] = float(np.mean([trial.sqnr for trial in trials]))
+                row[f"{kind}_bits"] = float(np.mean([trial.bits for trial in trials]))
             rows[name] = row
     return rows
 

@@ -42,13 +42,17 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What was chosen for one layer's keys or values, what else was tried, and why."""
+    """What was chosen for one layer's keys or values, what else was tried, and why.
+
+    ``unfit`` says of codecs that were not tried why they do not fit the layer.
+    """
 
     kind: Kind
     layer: int
     chosen: Trial
     trials: tuple[Trial, ...]
     reason: str
+    unfit: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def rivals(head_dim: int, span: int) -> dict[str, Codec]:
@@ -115,17 +119,15 @@ def cache_tables(policy: CachePolicy, caches: Sequence[Cache]) -> Memories:
         found: list[Memory] = []
         for layer in range(len(caches[0].keys)):
             codec = policy.codec(kind, layer)
-            if isinstance(codec, Klt) and codec.fit == "model":
-                found.append(codec.fitted(torch.cat([cache.exact(kind, layer).flatten(0, 1) for cache in caches])))
-            else:
-                found.append({})
+            tokens = [cache.exact(kind, layer).flatten(0, 1) for cache in caches] if codec else []
+            found.append({} if codec is None else codec.learned(torch.cat(tokens)))
         return found
 
     return fitted("keys"), fitted("values")
 
 
-def try_codec(name: str, codec: Codec, x: Tensor, kind: Kind, span: int, spans: int, memory: Memory) -> Trial | None:
-    """Encode the whole spans of exact tokens one after the other; None where the codec does not fit their shape.
+def try_codec(name: str, codec: Codec, x: Tensor, kind: Kind, span: int, spans: int, memory: Memory) -> Trial:
+    """Encode the whole spans of exact tokens one after the other.
 
     Args:
         name: of the codec, for reports.
@@ -135,12 +137,12 @@ def try_codec(name: str, codec: Codec, x: Tensor, kind: Kind, span: int, spans: 
         span: tokens of a span.
         spans: length of a video in spans, for what is stored once.
         memory: what the codec begins with.
+
+    Raises:
+        ValueError: when the codec does not fit the tokens' shape or range, with what would.
     """
     shape = dataclasses.replace(shape_of(x), span=span)
-    try:
-        codec.fields(shape, kind)
-    except ValueError:
-        return None
+    codec.fields(shape, kind)
     whole, parts, noise = x.shape[1] // span, [], torch.zeros(len(x), dtype=torch.float64)
     for i in range(whole):
         part = x[:, i * span : (i + 1) * span].float()
@@ -177,23 +179,33 @@ def choose(
     span = policy.span * layout.chunk * layout.tokens
     spans = max(1, chunks // policy.span)
     trials: dict[tuple[Kind, int], list[Trial]] = {}
+    unfit: dict[tuple[Kind, int], dict[str, str]] = {}
     for kind in KINDS:
         for layer in range(len(caches[0].keys)):
             x = torch.cat([cache.exact(kind, layer) for cache in caches])
             if x.shape[1] < span:
                 raise ValueError(f"the caches hold {x.shape[1]} tokens and a span has {span}: use a smaller span")
-            tried = []
+            tried, unfit[kind, layer] = [], {}
             for name, codec in candidates.items():
                 one = CachePolicy(keys=codec, values=codec)
                 memory = cache_tables(one, caches)[kind == "values"][layer]
-                if (trial := try_codec(name, codec, x, kind, span, spans, memory)) is not None:
-                    tried.append(trial)
+                try:
+                    tried.append(try_codec(name, codec, x, kind, span, spans, memory))
+                except ValueError as error:
+                    unfit[kind, layer][name] = str(error)
             if not tried:
-                raise ValueError(f"layer {layer}: none of {', '.join(candidates)} fits spans of {span} tokens")
+                raise ValueError(f"layer {layer}, {kind}: no codec fits: {unfit[kind, layer]}")
             trials[kind, layer] = tried
     chosen = _within(trials, bits)
     choices = tuple(
-        Choice(kind, layer, chosen[kind, layer], tuple(tried), _reason(chosen[kind, layer], tried))
+        Choice(
+            kind,
+            layer,
+            chosen[kind, layer],
+            tuple(tried),
+            _reason(chosen[kind, layer], tried),
+            unfit[kind, layer],
+        )
         for (kind, layer), tried in trials.items()
     )
 

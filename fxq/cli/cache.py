@@ -62,6 +62,8 @@ def cache(
     console = stdout_console()
     console.print(_codecs(choices))
     console.print(_layers(choices, spectrum, config.head_dim))
+    for name, reason in {name: reason for choice in choices for name, reason in choice.unfit.items()}.items():
+        console.print(f"not tried: {name}: {reason}", markup=False, highlight=False)
 
 
 def exact_caches(rollout: SelfForcingRollout, chunks: int) -> list[Cache]:

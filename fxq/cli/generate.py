@@ -85,6 +85,8 @@ def generate(
     try:
         policy = CachePolicy(window=window, sink=sink, positions=positions, span=span)
         sampler = dataclasses.replace(rollout.sampler, cache=_policy(policy, kv, kv_bits, chunks))
+    except AdapterError:
+        raise
     except ValueError as error:
         raise AdapterError(f"the cache cannot be so: {error}") from error
     rollout = SelfForcingRollout(model, [batch], sampler)

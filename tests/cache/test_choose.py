@@ -56,7 +56,8 @@ def test_too_few_bits_are_refused_with_what_is_least(cache):
 def test_codecs_that_do_not_fit_are_left_out_and_none_left_is_an_error(cache):
     _, choices = choose(CANDIDATES | {"wide": PerToken(2, 64)}, [cache], 4.5, POLICY, 28)
     assert all(trial.codec != "wide" for choice in choices for trial in choice.trials)
-    with pytest.raises(ValueError, match="none of wide fits"):
+    assert all("not whole blocks" in choice.unfit["wide"] for choice in choices)
+    with pytest.raises(ValueError, match=r"no codec fits: .*not whole blocks"):
         choose({"wide": PerToken(2, 64)}, [cache], 4.5, POLICY, 28)
     with pytest.raises(ValueError, match="use a smaller span"):
         choose(CANDIDATES, [cache], 4.5, dataclasses.replace(POLICY, span=9), 28)

@@ -37,6 +37,10 @@ class Codec(ABC):
             ValueError: when the settings do not fit the shape, with what would.
         """
 
+    def learned(self, x: Tensor) -> Memory:
+        """What lies with the model and every video begins with, from calibration tokens [T, heads, head_dim]."""
+        return {}
+
     @abstractmethod
     def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
         """Store one span.

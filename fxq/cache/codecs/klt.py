@@ -79,6 +79,10 @@ class Klt(Codec):
             Field("width", torch.uint8, self.fit, (groups, rank)),
         )
 
+    def learned(self, x: Tensor) -> Memory:
+        """Mean, basis, steps and widths with ``fit="model"``, else nothing."""
+        return self.fitted(x) if self.fit == "model" else {}
+
     def fitted(self, x: Tensor) -> dict[str, Tensor]:
         """Mean, basis, steps and widths as stored, for tokens [T, heads, head_dim]: the memory of ``fit="model"``."""
         shape = Shape(x.shape[1], x.shape[2], x.shape[0])
