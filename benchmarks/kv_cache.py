@@ -170,8 +170,7 @@ def long_rollouts(
 ) -> dict[str, dict[str, Any]]:
     """Window 21, sink 3, relative positions: scores of every tenth chunk, bytes at a half and at the end."""
     base, rows = CachePolicy(window=21, sink=3, positions="relative"), {}
-    policies = {"exact, absolute positions": CachePolicy()} if chunks <= 21 else {}
-    policies["exact"] = base
+    policies = {"exact": base}
     for name in LONG:
         codec = RECONSTRUCTION[name]
         policies[name] = dataclasses.replace(base, keys=codec, values=codec, span=2)
@@ -191,6 +190,14 @@ def long_rollouts(
     return rows
 
 
+def absolute_positions(model: CausalWan, videos: int, bar: Progress, chunks: int = 21) -> list[float]:
+    """Motion score of each chunk on an exact cache of everything, with absolute positions."""
+    with bar.step(f"{chunks} chunks, absolute positions"):
+        state, conditions = run(model, videos, chunks, CachePolicy())
+    chunked = state.latents.unflatten(1, (chunks, -1))
+    return [sprites.score(chunked[:, i], conditions).means()["motion"] for i in range(chunks)]
+
+
 def main() -> None:
     """Measure and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -208,6 +215,7 @@ def main() -> None:
         result["reconstruction"] = reconstruction(cache, learned, bar)
         result["basis_of_two_chunks_less_that_of_six"] = later_chunks(cache)
         result["free_rollouts"] = free_rollouts(model, args.videos, learned, bar)
+        result["absolute_positions_motion_by_chunk"] = absolute_positions(model, args.long_videos, bar)
         result["long_rollouts"] = long_rollouts(model, args.long_videos, args.chunks, learned, bar)
     head = {
         "command": shlex.join(["python", *sys.argv]),
@@ -225,6 +233,8 @@ def main() -> None:
     for name, row in result["free_rollouts"].items():
         shown = f"{row['psnr']:.1f} {row['interval'][0]:.1f} to {row['interval'][1]:.1f} dB  " if "psnr" in row else ""
         print(f"{name:<36} {shown}" + "  ".join(f"{key} {value:.3f}" for key, value in row["scores"].items()))
+    shown = " ".join(f"{value:.2f}" for value in result["absolute_positions_motion_by_chunk"])
+    print(f"absolute positions, motion by chunk: {shown}")
     for name, row in result["long_rollouts"].items():
         print(f"{name:<36} {row['scores']}  bytes {row['bytes_half']} {row['bytes']}")
 
