@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from fxq.cache.codecs import CODECS, PRESETS
 from fxq.cache.codecs.codec import Codec
 from fxq.cache.policy import CachePolicy
+from fxq.runtime.messages import did_you_mean
 
 _T = TypeVar("_T")
 
@@ -96,6 +96,5 @@ def _validated(cls: type[_T], settings: dict[str, Any], where: str) -> _T:
         raise CacheSettingsError(f"{where}: {error}") from None
 
 
-def _hint(name: Any, known: list[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def _hint(name: object, known: list[str]) -> str:
+    return f"; {did_you_mean(str(name), known, 0.5) or 'known: ' + ', '.join(known)}"
