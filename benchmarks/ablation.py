@@ -25,6 +25,7 @@ from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
 from fxq.recipes import PRESETS, with_iterations
 from fxq.runtime.progress import Progress
+from fxq.runtime.writable import whole_file
 
 
 def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, dict[str, list[float]]]:
@@ -63,9 +64,9 @@ def main() -> None:
     for seed in args.seeds:
         file = args.work / f"{args.bits}-{seed}-{args.videos}-{args.iterations}.json"
         if not file.exists():
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(run_seed(args.bits, seed, args.videos, args.iterations)), encoding="utf-8")
-            part.replace(file)
+            errors = run_seed(args.bits, seed, args.videos, args.iterations)
+            with whole_file(file) as part:
+                part.write_text(json.dumps(errors), encoding="utf-8")
         for name, errors in json.loads(file.read_text(encoding="utf-8")).items():
             for metric, values in errors.items():
                 pooled.setdefault(name, {}).setdefault(metric, []).extend(values)

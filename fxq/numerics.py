@@ -22,6 +22,8 @@ time, so weights are symmetric here.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -298,3 +300,15 @@ def per_token_matmul(
         accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
         y = y + accumulator.float() * weight_scale[g] * scales[:, g, None]
     return y.reshape(*q_x.shape[:-1], q_w.shape[0])
+
+
+def energy(tensor: Tensor) -> float:
+    """Sum of squares in float64."""
+    return float(tensor.double().square().sum())
+
+
+def decibels(signal: float, noise: float) -> float:
+    """``10 log10(signal / noise)`` of two energies: infinite without noise, minus infinity without signal."""
+    if noise == 0.0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf if signal == 0 else math.nan

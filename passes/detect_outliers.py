@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxq.core.config import Scheme
 from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
@@ -74,6 +75,15 @@ def detect_outliers(weight: Tensor, tau: float = 3.5, alpha: float = 1.2, align:
     return OutlierChannels(count, indices, median * size, mad * size, threshold * size, norms * size, raw)
 
 
+def outlier_channels(weight: Tensor, scheme: Scheme) -> tuple[tuple[int, ...], str]:
+    """Outlier channels of a weight [N, K] under a scheme, ascending, and why there are none or ""."""
+    found = detect_outliers(weight, scheme.tau, scheme.alpha, scheme.align)
+    reason = "" if found.count else "no channel above the threshold"
+    if found.raw_count and not found.count:
+        reason = f"half of {weight.shape[1]} channels is less than one block of {scheme.align}"
+    return tuple(found.indices.tolist()), reason
+
+
 @dataclasses.dataclass(frozen=True)
 class DetectOutliers(Analysis):
     """Writes outlier channels, or why there are none, into the plan of every layer to be quantized."""
@@ -97,12 +107,8 @@ class DetectOutliers(Analysis):
                     found[site.layer] = (), f"in_features {plan.in_features} is not a multiple of {scheme.align}"
                 else:
                     weight = site.weight(graph.module)
-                    outliers = detect_outliers(weight, scheme.tau, scheme.alpha, scheme.align)
+                    found[site.layer] = outlier_channels(weight, scheme)
                     residency.give_back(weight)
-                    reason = "" if outliers.count else "no channel above the threshold"
-                    if outliers.raw_count and not outliers.count:
-                        reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"
-                    found[site.layer] = tuple(outliers.indices.tolist()), reason
             channels, reason = found[site.layer]
             set_plan(site.node, dataclasses.replace(plan, outliers=channels, outlier_reason=reason))
         return sum(bool(channels) for channels, _ in found.values())

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxq.core.config import Scheme
 from fxq.core.graph import LinearSite, arguments, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
-from fxq.passes.detect_outliers import detect_outliers
+from fxq.passes.detect_outliers import outlier_channels
 from fxq.passes.match.blocks import block_of
 from fxq.runtime.residency import Residency
 
@@ -54,7 +53,7 @@ class ShareInputs(Analysis):
             if not _may_have_outliers(plans[0]):
                 continue
             weights = [site.weight(graph.module) for site in group]
-            outliers, reason = _common_outliers(weights, plans[0])
+            outliers, reason = outlier_channels(torch.cat(weights), plans[0].quantization)
             residency.give_back(*weights)
             for site, plan in zip(group, plans, strict=True):
                 others = ", ".join(other.layer for other in plans if other.layer != plan.layer)
@@ -66,13 +65,3 @@ class ShareInputs(Analysis):
 def _may_have_outliers(plan: LayerPlan) -> bool:
     scheme = plan.quantization
     return scheme.dual_scale and plan.in_features % scheme.align == 0
-
-
-def _common_outliers(weights: Sequence[Tensor], plan: LayerPlan) -> tuple[tuple[int, ...], str]:
-    """Outlier channels of the stacked weights, and why there are none."""
-    scheme = plan.quantization
-    found = detect_outliers(torch.cat(list(weights)), scheme.tau, scheme.alpha, scheme.align)
-    reason = "" if found.count else "no channel above the threshold"
-    if found.raw_count and not found.count:
-        reason = f"half of {plan.in_features} channels is less than one block of {scheme.align}"
-    return tuple(found.indices.tolist()), reason

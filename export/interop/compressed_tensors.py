@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxq.export.interop.layers import (
-    Options,
-    Output,
-    StoredModel,
-    cast,
-    float_tensors,
-    kept_records,
-    layer_names,
-    refuse_int4,
-    to_int8,
-)
+from fxq.export.interop.layers import Options, Output, StoredModel, int8_file
 from fxq.export.interop.names import DIFFUSERS
 
 FILE = "model.safetensors"
@@ -22,16 +12,8 @@ FILE = "model.safetensors"
 
 def build(model: StoredModel, options: Options) -> Output:
     """``<layer>.weight`` int8 [N, K], ``<layer>.weight_scale`` [N, 1] in the dtype of the layer."""
-    refuse_int4(model, "compressed-tensors", options)
-    tensors = float_tensors(model, DIFFUSERS, options)
-    records = kept_records(model, DIFFUSERS)
-    ignored = [record.name for record in records]
-    for stored, name in layer_names(model, DIFFUSERS):
-        dtype = options.float_dtype or stored.dtype
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], record = to_int8(stored, name, dtype)
-        if stored.bias is not None:
-            tensors[f"{name}.bias"] = cast(stored.bias, options)
-        records.append(record)
+    tensors, records = int8_file(model, options, DIFFUSERS, "compressed-tensors", None)
+    ignored = [record.name for record in records if record.form == "float"]
     config = {**options.base_config, "quantization_config": _config(ignored)}
     return Output(tensors={FILE: (tensors, {"format": "pt"})}, documents={"config.json": config}, records=records)
 

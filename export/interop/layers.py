@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
 from fxq.export.receipt import Receipt, make_receipt
+from fxq.numerics import decibels, energy
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
 PER_TOKEN = "int8 per token, measured at run time"
@@ -158,11 +160,8 @@ def round_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) 
 
 def sqnr(want: Tensor, got: Tensor) -> float | None:
     """Energy of ``want`` over that of the difference in dB; None when there is no difference."""
-    noise = float((want.double() - got.double()).square().sum())
-    if noise == 0:
-        return None
-    ratio = float(want.double().square().sum()) / noise
-    return round(10 * float(torch.tensor(ratio, dtype=torch.float64).log10()), 2)
+    found = decibels(energy(want), energy(want.double() - got.double()))
+    return None if math.isinf(found) and found > 0 else round(found, 2)
 
 
 def to_int8(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
@@ -242,6 +241,33 @@ def layer_names(model: StoredModel, style: str) -> Iterator[tuple[StoredLayer, s
     """Quantized linears with their names in a target's style."""
     for layer, stored in model.layers.items():
         yield stored, model.naming.rename(layer, style)
+
+
+def int8_file(
+    model: StoredModel, options: Options, style: str, target: str, scale_dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    """All tensors for a target whose layers are ``weight`` int8 [N, K] and ``weight_scale`` [N, 1], and what it cost.
+
+    Args:
+        model: the bundle.
+        options: as the caller chose.
+        style: the target's names.
+        target: its name, for messages.
+        scale_dtype: of the scales; None: the layer's own dtype.
+
+    Raises:
+        InteropError: when layers have 4 bits and may not be widened.
+    """
+    refuse_int4(model, target, options)
+    tensors = float_tensors(model, style, options)
+    records = kept_records(model, style)
+    for stored, name in layer_names(model, style):
+        dtype = scale_dtype or options.float_dtype or stored.dtype
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], record = to_int8(stored, name, dtype)
+        if stored.bias is not None:
+            tensors[f"{name}.bias"] = cast(stored.bias, options)
+        records.append(record)
+    return tensors, records
 
 
 def kept_records(model: StoredModel, style: str, skip: Iterable[str] = ()) -> list[LayerRecord]:

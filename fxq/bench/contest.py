@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxq.bench.measure import Clock, Ratio, interleave, ratio, repeats
+from fxq.numerics import decibels, energy
 from fxq.runtime.messages import kind_and_line
 
 FP32, BF16 = "fp32 eager", "bf16 eager"
@@ -137,8 +138,7 @@ def sqnr(reference: Tensor, output: Tensor) -> float:
     expected, got = reference.double(), output.to(reference.device).double()
     if not bool(got.isfinite().all()):
         return -math.inf
-    error, signal = float((expected - got).square().sum()), float(expected.square().sum())
-    return EXACT if error <= signal * 10 ** (-EXACT / 10) else 10 * math.log10(max(signal, 1e-300) / error)
+    return min(EXACT, decibels(energy(expected), energy(expected - got)))
 
 
 def _judge(case: Case, contestant: Contestant, built: Built, reference: Tensor) -> tuple[float | None, str]:

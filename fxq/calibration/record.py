@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import random
 from collections import Counter
@@ -21,6 +20,7 @@ from fxq.calibration.calibrate import Batch
 from fxq.calibration.rollout import current_call
 from fxq.dtypes import DTYPES
 from fxq.runtime.reading import parse_json, read_header
+from fxq.runtime.writable import whole_file
 
 _FORMAT = "fxq calls 1"
 _UNSTORABLE = (torch.complex32, torch.complex64, torch.complex128)
@@ -167,9 +167,8 @@ class Recording:
         facts = [{"index": call.index, "chunk": call.chunk, "tree": call.tree} for call in calls]
         seen = [[chunk, count] for chunk, count in sorted(self.seen.items())]
         metadata = {"format": _FORMAT, "calls": json.dumps(facts), "seen": json.dumps(seen)}
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with whole_file(path) as part:
+            save_file(tensors, part, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Recording:

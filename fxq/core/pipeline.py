@@ -48,6 +48,14 @@ class Rewrite(Pass):
     repeatable: ClassVar[bool] = False
 
 
+class Fusion(Rewrite):
+    """A rewrite of a frozen graph that may run in any order with the others, and again."""
+
+    needs: ClassVar[Stage] = Stage.FROZEN
+    gives: ClassVar[Stage] = Stage.FUSED
+    repeatable: ClassVar[bool] = True
+
+
 def _structure(graph: QuantGraph) -> str:
     return "\n".join(str(node.format_node()) for node in graph.module.graph.nodes)
 

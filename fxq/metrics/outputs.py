@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from fxq.numerics import decibels, energy
 
 
 def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batches: Iterable[Any]) -> float:
@@ -39,14 +40,12 @@ def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batche
                 shapes = [[tuple(t.shape) for t in tensors] for tensors in (want, got)]
                 raise ValueError(f"the outputs differ in number or shape: {shapes[0]} of the model, {shapes[1]}")
             for a, b in zip(want, got, strict=True):
-                signal += float(a.double().square().sum())
-                noise += float((a.double() - b.double().to(a.device)).square().sum())
+                signal += energy(a)
+                noise += energy(a.double() - b.double().to(a.device))
                 seen = True
     if not seen:
         raise ValueError("no batch has a floating-point output: nothing to compare")
-    if noise == 0.0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf if signal == 0 else math.nan
+    return decibels(signal, noise)
 
 
 def _call(model: Callable[..., Any], item: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from fxq.cache.saved import SavedCacheError, cache_from_tensors, cache_to_tensors
 from fxq.models.self_forcing import SelfForcingRollout, SelfForcingState
 from fxq.runtime.reading import ReadError, parse_json, read_header, regular_file
+from fxq.runtime.writable import whole_file
 
 _CROSS = ("cross_k", "cross_v")
 
@@ -26,18 +26,13 @@ def save_state(state: SelfForcingState, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: when the file cannot be written.
     """
-    path = pathlib.Path(path)
     tensors, facts = cache_to_tensors(state.cache)
     tensors["latents"] = state.latents.contiguous()
     for name in _CROSS:
         tensors |= {f"{name}.{i}": t.contiguous() for i, t in enumerate(getattr(state, name))}
     told = {"cache": facts, "next_unit": state.next_unit, "calls": state.calls, "video": _video(state)}
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         save_file(tensors, part, metadata={"fxq_state": json.dumps(told)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_state(rollout: SelfForcingRollout, path: str | os.PathLike[str], batch: int = 0) -> SelfForcingState:

@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from fxq.report import charts
 from fxq.report.data import Clip, Comparison, LayerView, Report, Variant
 from fxq.report.tables import best_marks, mean_interval, plain, score_names, significant
 from fxq.report.verdict import ablation_sentence, bit_widths, interval_text, metric_name, outcome, verdict
+from fxq.runtime.writable import whole_file
 
 _SHEET_WIDTH = 8192
 _NONE = "\N{EN DASH}"
@@ -276,15 +276,6 @@ def write_report(report: Report, path: str | os.PathLike[str]) -> pathlib.Path:
     """
     out = pathlib.Path(path)
     text = render(report)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    part = pathlib.Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        part.chmod(0o644)
-        part.replace(out)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(out) as part:
+        part.write_text(text, encoding="utf-8", newline="\n")
     return out

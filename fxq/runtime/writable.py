@@ -6,6 +6,7 @@ import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 
 def writable_folder(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -46,3 +47,26 @@ def writable_file(path: str | os.PathLike[str]) -> pathlib.Path:
     if file.exists() and not os.access(file, os.W_OK):
         raise PermissionError(f"cannot write {file}: no permission; choose another place")
     return file
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file to write beside ``path`` that takes its place once the block is left without an error, and else goes.
+
+    Folders above it are made. Readers see the old file or the whole new one.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    os.close(handle)
+    part = pathlib.Path(name)
+    try:
+        yield part
+        part.chmod(0o644)
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

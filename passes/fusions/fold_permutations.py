@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from fxq import kernels
 from fxq.core.graph import arguments, drop_unread_attributes, set_arguments, unused_tensors
-from fxq.core.ir import QuantGraph, Stage, drop_tensor, example_value, get_tensor, inherit_meta, put_tensor
+from fxq.core.ir import QuantGraph, drop_tensor, example_value, get_tensor, inherit_meta, put_tensor
 from fxq.core.layer import layers_reading
-from fxq.core.pipeline import Rewrite
+from fxq.core.pipeline import Fusion
 from fxq.passes.match.axis_groups import Axis, AxisGroups
 from fxq.passes.match.axis_rules import axis_groups
 
@@ -20,7 +19,7 @@ _QUANTIZE = kernels.quantize_act.definition
 
 
 @dataclasses.dataclass(frozen=True)
-class FoldPermutations(Rewrite):
+class FoldPermutations(Fusion):
     """Stores producers in the ``[normal | outlier]`` order of their reader, whose quantize then gathers nothing.
 
     The order of an axis can change when every axis that must share it can (:mod:`fxq.passes.match.axis_groups`): the
@@ -29,10 +28,6 @@ class FoldPermutations(Rewrite):
     The others keep gathering, with the reason as a remark. Where a norm lies between, its sums change their order: the
     result is equal up to rounding there and exactly equal elsewhere.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of quantize nodes that gather no more."""

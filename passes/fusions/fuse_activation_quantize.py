@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 from torch import fx
 
 from fxq import kernels
 from fxq.core.graph import arguments, in_order
-from fxq.core.ir import QuantGraph, Stage, example_value, plan_of
+from fxq.core.ir import QuantGraph, example_value, plan_of
 from fxq.core.layer import layers_reading
-from fxq.core.pipeline import Rewrite
+from fxq.core.pipeline import Fusion
 from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseActivationQuantize(Rewrite):
+class FuseActivationQuantize(Fusion):
     """A linear, an activation or none, and its result's ``quantize_act`` become ``fxq::dual_scale_linear_quantize``.
 
     The activations are those of :data:`fxq.kernels.gemm.activations.ACTIVATIONS`. The quantization must be the only
     reader and must keep the channel order: folded permutations do. The value stays in float32 up to the integers, so a
     16-bit model rounds less than it did. The plan moves to the fused node.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of linears fused."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
 from fxq import kernels
 from fxq.core.graph import arguments
-from fxq.core.ir import QuantGraph, Stage, module_path
+from fxq.core.ir import QuantGraph, module_path
 from fxq.core.layer import layers_reading
-from fxq.core.pipeline import Rewrite
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, QUANTIZE, Unfit, is_call, same, shape_of, value_of
 
@@ -20,17 +20,13 @@ _SWAPS = frozenset({ATEN.transpose.int, ATEN.permute.default})
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseAttention(Rewrite):
+class FuseAttention(Fusion):
     """``scaled_dot_product_attention`` between transposes becomes ``fxq::attention`` on ``[B, S, heads, head_dim]``.
 
     Keys and values that are both joined along the tokens from pieces of the same lengths, for attention alone, are
     taken piece by piece. An attention node carries no plan: its remarks stand under the layer that reads its result,
     else as notes under the path of its module.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of attentions fused."""

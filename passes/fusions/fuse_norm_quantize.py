@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
 from fxq import kernels
 from fxq.core.graph import arguments, in_order
-from fxq.core.ir import QuantGraph, Stage, example_value
+from fxq.core.ir import QuantGraph, example_value
 from fxq.core.layer import layers_reading
-from fxq.core.pipeline import Rewrite
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, FREE, QUANTIZE, Unfit, exact_source, is_call, same, shape_of
 
@@ -19,7 +19,7 @@ _ELEMENTWISE = FREE | {ATEN.mul.Tensor, ATEN.add.Tensor}
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseNormQuantize(Rewrite):
+class FuseNormQuantize(Fusion):
     """``layer_norm`` and the ``quantize_act`` of its result become ``fxq::norm_quantize``.
 
     Cases: 1. a norm with or without weight and bias; 2. followed by ``* (1 + gain) + shift``, where gain and shift are
@@ -28,10 +28,6 @@ class FuseNormQuantize(Rewrite):
 
     The operator stays in float32 from the norm to the integers, so a 16-bit model rounds less than it did.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of quantizations fused."""

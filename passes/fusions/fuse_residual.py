@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import fx
 
 from fxq import kernels
 from fxq.core.graph import arguments, in_order
-from fxq.core.ir import QuantGraph, Stage, plan_of
-from fxq.core.pipeline import Rewrite
+from fxq.core.ir import QuantGraph, plan_of
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, CASTS, LINEAR, Unfit, exact_source, is_call, same, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseResidual(Rewrite):
+class FuseResidual(Fusion):
     """``residual + linear`` and ``residual + gate * linear`` become ``fxq::dual_scale_linear_add``.
 
     The gate is one vector for all tokens, one per frame or one per token. Casts between are looked through: the
     operator sums in float32 and stores the residual's dtype, which must be the dtype of the sum or of the cast after
     it. The plan moves to the fused node.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of linears fused."""

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxq import kernels
-from fxq.core.ir import QuantGraph, Stage, module_path, plan_of
-from fxq.core.pipeline import Rewrite
+from fxq.core.ir import QuantGraph, module_path, plan_of
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, FREE, RESHAPES, Unfit, exact_source, same, shape_of, value_of
 from fxq.passes.match.rotations import MAKERS, NORMS, Norm, Rotation, norm_of, rotation_of
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseRotary(Rewrite):
+class FuseRotary(Fusion):
     """RMSNorm over all heads, the split into heads, and RoPE become ``fxq::rms_norm_rope``.
 
     Cases: 1. norm and rotation; 2. norm and split into heads alone, as for cross-attention; 3. rotation alone. The norm
@@ -27,10 +27,6 @@ class FuseRotary(Rewrite):
 
     Remarks stand under the linear that makes the input, else as notes under the path of the module.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of operators made."""

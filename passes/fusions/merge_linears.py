@@ -6,7 +6,7 @@ import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +15,6 @@ from fxq.core import aliasing
 from fxq.core.graph import arguments, drop_unread_attributes, in_order, unused_tensors
 from fxq.core.ir import (
     QuantGraph,
-    Stage,
     clear_plan,
     drop_tensor,
     example_value,
@@ -25,7 +24,7 @@ from fxq.core.ir import (
     set_plan,
 )
 from fxq.core.layer import FROZEN_QUANTIZES, QuantizedLayer, measured_pair, quantized_layers
-from fxq.core.pipeline import Rewrite
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits
 from fxq.passes.match.blocks import block_of
 
@@ -36,7 +35,7 @@ _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default)
 
 
 @dataclasses.dataclass(frozen=True)
-class MergeLinears(Rewrite):
+class MergeLinears(Fusion):
     """One quantize for all linears that read it alike, and one GEMM for those of one block.
 
     Cases: 1. quantize nodes of one input with equal tensors and bits become the first of them, static ones and those
@@ -48,10 +47,6 @@ class MergeLinears(Rewrite):
     of values would keep the queries and keys in memory too. Layers of different blocks stay apart: the keys and values
     of all blocks would have to be in memory at once.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of quantize nodes and linears that another one took over."""

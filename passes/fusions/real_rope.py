@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import fx
 
-from fxq.core.ir import QuantGraph, Stage, module_path
-from fxq.core.pipeline import Rewrite
+from fxq.core.ir import QuantGraph, module_path
+from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, RESHAPES, Unfit, exact_source, is_call, shape_of, value_of
 
 
 @dataclasses.dataclass(frozen=True)
-class RealRope(Rewrite):
+class RealRope(Fusion):
     """``view_as_real(view_as_complex(pairs) * table)`` becomes products, a difference and a sum of float32 halves.
 
     Complex numbers run in double precision, have few kernels and no place in most export formats. The real form is the
@@ -24,10 +24,6 @@ class RealRope(Rewrite):
     dtype, unless a cast to 32 bits or less follows: then no double is made. Cosines and sines are taken from the table
     once. Notes stand under the path of the module.
     """
-
-    needs: ClassVar[Stage] = Stage.FROZEN
-    gives: ClassVar[Stage] = Stage.FUSED
-    repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of rotations rewritten."""

@@ -156,13 +156,8 @@ def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -
     if problem.bias is not None:
         output += problem.bias.double() / units.inputs / units.weights
     signal = output.square().sum(1) @ weights.double()
-    return _decibels(float(signal), float(noise))
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0:
-        return EXACT
-    return max(-EXACT, min(EXACT, 10 * math.log10(signal / noise))) if signal > 0 else -EXACT
+    found = numerics.decibels(float(signal), float(noise))
+    return -EXACT if math.isnan(found) else max(-EXACT, min(EXACT, found))
 
 
 if __name__ != "fxq.passes.methods":
