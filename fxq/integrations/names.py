@@ -44,7 +44,11 @@ def renaming(layers: Collection[str], kept: Collection[str], parameters: Collect
         found = {""} if less else set()
         for end in (f"{first}.weight", first):
             found |= {name.removesuffix(end) for name in known if name == end or name.endswith(f".{end}")}
-        fits = [Renaming(less, more) for more in sorted(found, key=len) if _fit(Renaming(less, more), layers, known)]
+        fits = [
+            Renaming(less, more)
+            for more in sorted(found, key=lambda m: (len(m), m))
+            if _fit(Renaming(less, more), layers, known)
+        ]
         if Renaming() in fits:
             return Renaming()
         if len(fits) > 1:
