@@ -162,7 +162,7 @@ TESTED_ELSEWHERE = {
     "attacks/test_native_cache.py": "kernels.native.build kernels.native.cache",
     "attacks/test_other_files.py": "models.archives",
     "attacks/test_programs.py": "export.native_code export.pickled",
-    "attacks/test_resources.py": "export.fingerprint export.inputs runtime.reading",
+    "attacks/test_resources.py": "export.inputs runtime.reading",
     "bench/test_ours.py": "bench.cases bench.problems",
     "bench/test_report.py": "bench.plot",
     "bench/test_rivals.py": "bench.floats bench.onnx_rivals",

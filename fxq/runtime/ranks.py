@@ -104,6 +104,7 @@ class Watch:
         self._own = Sign(host=_host(), process=os.getpid())
         self._signs: dict[int, Sign] = {}
         self._changes: dict[int, float] = {}
+        self._ended: set[int] = set()
         self._looks, self._looked, self._started = 0, time.monotonic(), time.monotonic()
         self._broken: Exception | None = None
         self._pause, self._wake = _IDLE, threading.Event()
@@ -132,9 +133,11 @@ class Watch:
         self.store.set(str(self.rank), json.dumps(dataclasses.asdict(own)))
         if own.left:
             return False
+        # Before reading, so that the last sign of a process that has ended is known by then.
+        ended = {r for r, sign in self._signs.items() if sign.host == self._own.host and _ended(sign.process)}
         found = {rank: self._read(rank) for rank in range(self.size) if rank != self.rank}
         with self._changed:
-            self._looks, self._looked = self._looks + 1, time.monotonic()
+            self._ended, self._looks, self._looked = ended, self._looks + 1, time.monotonic()
             for rank, sign in found.items():
                 if sign is not None and sign != self._signs.get(rank):
                     self._signs[rank], self._changes[rank] = sign, self._looked
@@ -168,7 +171,7 @@ class Watch:
             return f"failed: {sign.failed}"
         if sign.left:
             return ""
-        if sign.host == self._own.host and _ended(sign.process):
+        if rank in self._ended:
             return "has ended without a word, as a killed process does"
         if self._looked - self._changes[rank] > self.seconds:
             return f"has given no sign of life for {self.seconds:g} s: it is stopped, or its machine is gone"
@@ -243,8 +246,10 @@ class Watch:
             failed = "" if error is None else kind_and_line(error)
             self._own = dataclasses.replace(self._own, left=True, failed=failed)
         self._wake.set()
-        answers = self._broken is None and time.monotonic() - self._looked < min(5.0, self.seconds)
-        self._thread.join(min(5.0, self.seconds) if answers else _SLOWEST)
+        longest = min(5.0, self.seconds)
+        answers = self._broken is None and time.monotonic() - self._looked < longest
+        of_its_own = error is not None and not isinstance(error, WorkerError)  # the others must hear of it
+        self._thread.join(longest if answers or of_its_own else _SLOWEST)
         if failed and self.rank == 0:
             time.sleep(min(_IDLE, self.seconds / 5))  # the store may end with this process, and the others must read it
 

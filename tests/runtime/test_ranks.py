@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+import fxq.runtime.ranks as ranks_module
 from fxq.runtime.ranks import TIMEOUT, Watch, WorkerError, patience
 from tests.toys import toy
 
@@ -188,6 +189,30 @@ def test_the_first_failure_is_named_and_not_those_that_follow():
     with pytest.raises(WorkerError, match=r"rank 2 of 3 failed: ValueError: no such channel\. The job ends"):
         first.meet()
     first.end()
+
+
+def test_the_last_words_of_a_process_that_ends_are_heard_however_late_it_is_looked_at(monkeypatch):
+    first, second = watches(seconds=5.0)
+    meet(first, second)
+    second.end(ValueError("no such channel"))
+    monkeypatch.setattr(ranks_module, "_ended", lambda process: True)
+    with pytest.raises(WorkerError, match="rank 1 of 2 failed: ValueError: no such channel"):
+        first.meet()
+    first.end()
+
+
+def test_an_error_is_told_even_when_the_store_has_been_slow():
+    said = {}
+
+    class Slow:
+        def set(self, key, value):
+            time.sleep(0.3)
+            said[key] = value
+
+    late = Watch(Slow, 0, 1, 2.0)
+    late._looked -= 60
+    late.end(ValueError("no such channel"))
+    assert "no such channel" in said["0"]
 
 
 def test_a_rank_that_lives_in_the_job_is_waited_for_in_the_call():
