@@ -7,13 +7,13 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
-DEPEND_ON_CPU = -m "not slow and not gpu and not any_cpu"
+DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
 STAMP := $(VENV)/.fxq-installed
 # A tool started from here must not pick up another environment or another copy of the package.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-avx2 test-avx2-all check lint format clean
+.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint format clean
 
 help: ## print every target
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,8 +44,11 @@ check: lint ## lint and the fast tests
 	$(PYTEST)
 
 # Last comes the whole suite as the machine is, so that its counts close the run.
-test: lint ## lint and every test that needs no GPU, on a larger CPU those of its kernels as with AVX2 only too
+test: lint ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
 	@if $(BIN)/python -c 'from fxq import cpu; raise SystemExit(not cpu.above_avx2())'; then $(MAKE) --no-print-directory test-avx2; fi
+	$(PYTEST) -m "not gpu and not sweep"
+
+test-all: lint ## every test that needs no GPU, whole families included: over half an hour
 	$(PYTEST) -m "not gpu"
 
 test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on one with AVX2 only

@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 
@@ -9,6 +10,9 @@ from tests import features
 
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fxq")
+
+# A capture makes a great many objects that live on: looking through them again and again is a seventh of its time.
+gc.set_threshold(100_000, 50, 100)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -88,7 +92,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ANY_CPU):
             item.add_marker(pytest.mark.any_cpu)
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("sweep")}
     items.sort(key=lambda item: item.path not in slow)
 
 

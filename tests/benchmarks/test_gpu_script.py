@@ -41,10 +41,16 @@ def returning(name, value=ONES, **more):
     return Entry(name, lambda: lambda: value, **more)
 
 
-@pytest.mark.slow
-def test_a_dry_run_goes_through_every_section_and_holds_no_number(tmp_path):
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param(("checks", "bandwidth"), marks=pytest.mark.slow),
+        pytest.param(gpu.SECTIONS, marks=pytest.mark.sweep, id="all"),
+    ],
+)
+def test_a_dry_run_goes_through_its_sections_and_holds_no_number(tmp_path, sections):
     out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry", "--out", str(out), "--sections", *sections]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,7 +58,7 @@ def test_a_dry_run_goes_through_every_section_and_holds_no_number(tmp_path):
     result = json.loads(out.read_text())
     assert result["dry"] and result["complete"] and not result["skipped"] and not result["bars"]
     assert {"torch", "python"} <= result["environment"].keys()
-    assert {step["step"].split("/")[0] for step in result["steps"]} == set(gpu.SECTIONS)
+    assert {step["step"].split("/")[0] for step in result["steps"]} == set(sections)
     rows = [row for step in result["steps"] for row in step["data"].get("results", ())]
     assert {row["status"] for row in rows if row["ours"]} == {"ok"}
     assert {row["status"] for row in rows} <= {"ok", "skipped", "failed"}

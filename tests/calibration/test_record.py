@@ -9,6 +9,7 @@ from torch import nn
 import fxq
 from fxq.calibration.record import RecordError, Recording, record
 from fxq.calibration.rollout import Call, Span, publishing
+from tests.toys import LEARN, recipe
 
 
 class Denoiser(nn.Module):
@@ -57,16 +58,14 @@ def test_batches_are_copies_so_that_a_model_may_write_to_them():
     assert next(iter(recording.to("meta"))).args[0].device.type == "meta"
 
 
-@pytest.mark.slow
 def test_a_recording_calibrates_a_model(tmp_path):
     model = Denoiser().eval()
     with record(model) as calls, torch.inference_mode():
         for _ in range(3):
             model(torch.randn(4, 33), t=torch.tensor(2.0).reshape(1))
     calls.save(tmp_path / "calls.safetensors")
-    modules = [
-        fxq.quantize(model, c, "w8a8", progress=False) for c in (calls, Recording.load(tmp_path / "calls.safetensors"))
-    ]
+    recordings = calls, Recording.load(tmp_path / "calls.safetensors")
+    modules = [fxq.quantize(model, given, recipe(methods=LEARN), progress=False) for given in recordings]
     batch = next(iter(calls))
     x, t = batch.args[0], batch.kwargs["t"]
     want = model(x, t=t)

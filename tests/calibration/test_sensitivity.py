@@ -10,7 +10,6 @@ from fxq.calibration.rollout import Draws
 from fxq.calibration.sensitivity import chunk_sensitivity
 from fxq.capture.trace import trace
 from fxq.core.pipeline import run_passes
-from fxq.demo.run import DemoSettings
 from fxq.lab import Lab, tiny_rollout
 from fxq.models.tiny import load_tiny
 from fxq.passes import ApplyMethods, DetectOutliers, LowerLinear, PlanLayers
@@ -83,16 +82,13 @@ def test_videos_of_different_length_are_refused(graphs):
 
 @pytest.mark.slow
 def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least():
-    """On the demo's 64 videos: by far in the mean, which few of them make, and about twofold in the median."""
-    settings, model = DemoSettings(), load_tiny()
-    calibration, _ = tiny_rollout(model, settings.calibration_videos, seed=settings.seed, unseen=False)
-    unseen, _ = tiny_rollout(model, settings.evaluation_videos, seed=settings.seed + 1, unseen=True)
-    lab = Lab(calibration, fxq.PRESETS[settings.bits[0]], Progress(False))
-    for bits in settings.bits:
-        measured = chunk_sensitivity(unseen, lab.initialised(bits))
-        alpha, median = measured.alpha, measured.mse.median(0).values
-        assert (measured.mse.argmax(1) == 0).double().mean() > 0.9, bits
-        assert median[0] > 1.5 * median[1:].max(), bits
-        assert int(alpha.argmax()) == 0, bits
-        assert alpha[-1] < alpha[0] / 2, bits
-        assert alpha[-1] < 1.1 * alpha.min(), bits
+    """In nearly every video and twofold in the median; the mean over videos hangs on a few of them (`make demo`)."""
+    model = load_tiny()
+    calibration, _ = tiny_rollout(model, 4, seed=1, unseen=False)
+    unseen, _ = tiny_rollout(model, 16, seed=2, unseen=True)
+    lab = Lab(calibration, fxq.PRESETS["w4a8"], Progress(False))
+    measured = chunk_sensitivity(unseen, lab.initialised("w4a8"))
+    median = measured.mse.median(0).values
+    assert (measured.mse.argmax(1) == 0).double().mean() > 0.9
+    assert median[0] > 1.5 * median[1:].max()
+    assert median[-1] < median[0] / 2 and median[-1] < 1.1 * median.min()

@@ -11,6 +11,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.families import FAMILIES
 from fxq.models.prompts import PromptError
+from fxq.recipes import with_iterations
 
 SETTINGS = {
     "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 20, "text_len": 5,
@@ -63,7 +64,8 @@ def test_a_family_has_its_published_sizes_where_nothing_else_is_said():
 @pytest.mark.slow
 def test_a_published_checkpoint_is_quantized(published):
     rollout = make_rollout("causal-wan", 2, 0, files(published, batch=2))
-    module = fxq.quantize(rollout.denoiser, rollout, "w8a8", progress=False)
+    chosen = with_iterations(fxq.PRESETS["w8a8"], 20)
+    module = fxq.quantize(rollout.denoiser, rollout, chosen, progress=False)
     assert fxq.summary(module).facts["recipe"]["name"] == "w8a8"
     with rollout.using(module):
         video = rollout.rollout(*rollout.batches[0])

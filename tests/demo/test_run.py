@@ -15,12 +15,12 @@ from fxq.report.tables import report_to_json
 
 @pytest.fixture(scope="module")
 def demo():
-    settings = DemoSettings(calibration_videos=8, evaluation_videos=16, iterations=40, clips=2)
+    settings = DemoSettings(calibration_videos=3, evaluation_videos=5, iterations=12, clips=2)
     return run_demo(settings, "fxq demo", progress=False)
 
 
 def test_the_shipped_model_does_what_the_prompt_says():
-    rollout, conditions = tiny_rollout(load_tiny(), 128, seed=11, unseen=True)
+    rollout, conditions = tiny_rollout(load_tiny(), 64, seed=11, unseen=True)
     videos = torch.cat([rollout.rollout(*batch) for batch in rollout.batches])
     scores = sprites.score(videos, conditions).means()
     assert scores["shape"] >= 0.95

@@ -14,6 +14,20 @@ QUICK = (
 )
 """Names of cases that take little time and have little in common."""
 
+SLOW = (
+    "FluxTransformer2DModel (guidance)",
+    "LTX2VideoTransformer3DModel",
+    "CogView4Transformer2DModel",
+    "ZImageTransformer2DModel",
+    "SkyReelsV2Transformer3DModel",
+    "StableAudioDiTModel",
+    "MochiTransformer3DModel",
+    "SanaTransformer2DModel",
+    "AnyFlowFARTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+)
+"""Names of cases that `make test` takes as well: other attention, modulation and captures; `make test-all` has all."""
+
 SAVED = (
     "WanTransformer3DModel",
     "FluxTransformer2DModel (guidance)",

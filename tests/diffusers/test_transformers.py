@@ -12,7 +12,7 @@ from fxq.metrics.outputs import output_sqnr
 from fxq.numerics import POISON_LEAST
 from fxq.passes.methods.ranges import MinMax
 from tests.diffusers.cases import linears
-from tests.diffusers.configs import CAPTURED, QUICK, REFUSED, SAVED
+from tests.diffusers.configs import CAPTURED, QUICK, REFUSED, SAVED, SLOW
 from tests.toys import recipe
 
 pytest.importorskip("diffusers")
@@ -25,11 +25,14 @@ def quantized(case):
     return model, fxq.quantize(model, [case.batch(1), case.batch(2)], recipe(methods=(MinMax(),)), progress=False)
 
 
-def params(cases, quick=()):
-    return [pytest.param(c, id=c.name, marks=() if c.name in quick else pytest.mark.slow) for c in cases]
+def params(cases):
+    def tier(name):
+        return () if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.sweep
+
+    return [pytest.param(case, id=case.name, marks=tier(case.name)) for case in cases]
 
 
-@pytest.mark.parametrize("case", params(CAPTURED, QUICK))
+@pytest.mark.parametrize("case", params(CAPTURED))
 def test_every_linear_is_quantized_or_kept_with_a_reason(case):
     model, q = quantized(case)
     summary = fxq.summary(q)
@@ -46,7 +49,7 @@ def test_every_linear_is_quantized_or_kept_with_a_reason(case):
     assert not [p for p, _ in q.named_parameters() if p.removesuffix(".weight") in {r.layer for r in summary.quantized}]
 
 
-@pytest.mark.parametrize("case", params(CAPTURED, QUICK))
+@pytest.mark.parametrize("case", params(CAPTURED))
 def test_the_output_is_that_of_the_model_but_for_rounding(case):
     model, q = quantized(case)
     held_out = case.batch(9)
@@ -54,7 +57,7 @@ def test_the_output_is_that_of_the_model_but_for_rounding(case):
     assert case.sqnr <= output_sqnr(model, q, [held_out]) < 80
 
 
-@pytest.mark.parametrize("case", params([c for c in CAPTURED if c.name in SAVED], QUICK))
+@pytest.mark.parametrize("case", params([c for c in CAPTURED if c.name in SAVED]))
 def test_a_loaded_bundle_computes_the_same_bits(case, tmp_path):
     _, q = quantized(case)
     loaded = fxq.load(fxq.save(q, tmp_path / "bundle"))
@@ -62,7 +65,7 @@ def test_a_loaded_bundle_computes_the_same_bits(case, tmp_path):
     assert len(want) == len(got) and all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in REFUSED])
 def test_a_model_that_cannot_be_captured_is_refused_with_the_line(case):
     with pytest.raises(TraceError, match=case.refused):
@@ -72,4 +75,4 @@ def test_a_model_that_cannot_be_captured_is_refused_with_the_line(case):
 def test_the_cases_are_named_once_and_the_named_ones_exist():
     names = [case.name for case in (*CAPTURED, *REFUSED)]
     assert len(names) == len(set(names)) >= 60
-    assert {*QUICK, *SAVED} <= set(names)
+    assert {*QUICK, *SLOW, *SAVED} <= set(names)

@@ -252,7 +252,7 @@ def test_a_compiled_program_of_another_version_or_entry_is_refused(compiled, tmp
         load_program(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_example_generates_the_video_of_fxq_with_torch_alone(tmp_path):
     script = pathlib.Path(__file__).parents[2] / "examples" / "aoti_rollout.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, timeout=500)

@@ -18,7 +18,7 @@ from fxq.runtime.workers import Workers
 from tests.toys import rows
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-QUANTIZE = ["--model", "tiny", "--videos", "3", "--batch", "1", "--iterations", "20", "--quiet"]
+QUANTIZE = ["--model", "tiny", "--videos", "3", "--batch", "1", "--iterations", "5", "--quiet"]
 
 
 def torchrun(*words, ranks=2):
@@ -119,7 +119,7 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a8"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8-dynamic", marks=pytest.mark.sweep), "w4a8"])
 def test_two_ranks_write_the_bundle_of_one(recipe, single, tmp_path):
     out = tmp_path / "bundle"
     printed = run(torchrun("-m", "fxq", "quantize", *QUANTIZE, "--recipe", recipe, "--out", str(out), "--json"))
