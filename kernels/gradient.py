@@ -41,7 +41,7 @@ class _Node(torch.autograd.Function):
     """An operator on the tape. Inputs: the operator, the structure of its arguments, its flat arguments, sources."""
 
     @staticmethod
-    def forward(definition: Callable[..., Any], spec: pytree.TreeSpec, *flat: Any) -> Any:
+    def forward(definition: Callable[..., object], spec: pytree.TreeSpec, *flat: object) -> object:
         return definition(*pytree.tree_unflatten(flat[: spec.num_leaves], spec))
 
     @staticmethod
@@ -51,7 +51,7 @@ class _Node(torch.autograd.Function):
         ctx.forms = [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in flat]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> object:
         grad = next(g for g in grads if g is not None)
         results = [
             torch.ops.fxq.no_gradient(grad, form[0], form[1], ctx.operator) if needed else None
@@ -68,7 +68,7 @@ def _carried(tensor: Tensor) -> Sequence[Tensor]:
     return sources or ()
 
 
-def _sources(flat: Sequence[Any]) -> list[Tensor]:
+def _sources(flat: Sequence[object]) -> list[Tensor]:
     """The tensors with a gradient that the arguments are or were made of."""
     tensors = [value for value in flat if isinstance(value, Tensor)]
     found = [tensor for tensor in tensors if tensor.requires_grad]
@@ -76,7 +76,7 @@ def _sources(flat: Sequence[Any]) -> list[Tensor]:
     return list({id(source): source for source in (*found, *carried)}.values())
 
 
-def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _attach(definition: Callable[..., object], arguments: Sequence[object]) -> object:
     """The operator's result as part of the tape; None where no argument has a gradient.
 
     Raises:
@@ -95,7 +95,7 @@ def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         return None
     known = {id(value) for value in flat}
     # torch.func has come down to one level here: its own way into autograd.Function would start at the top again.
-    apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+    apply: Callable[..., object] = super(torch.autograd.Function, _Node).apply
     with enable_single_level_autograd_function():
         result = apply(definition, spec, *flat, *(s for s in sources if id(s) not in known))
     for tensor in pytree.tree_leaves(result):
@@ -121,7 +121,7 @@ def autograd(definition: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def autograd_cpu(definition: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def autograd_cpu(definition: Callable[..., object], kernel: Callable[..., object]) -> Callable[..., object]:
     """As :func:`autograd` on a CPU, where it costs next to nothing: plain tensors go to the kernel at once.
 
     Everything else, as tracing and tensor subclasses, goes on through the dispatcher.

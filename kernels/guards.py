@@ -21,8 +21,8 @@ _PLAIN: set[int] = set()
 
 
 def checked(
-    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
-) -> Callable[..., Any]:
+    name: str, take: Callable[[tuple[object, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], object]
+) -> Callable[..., object]:
     """The kernel of ``fxq::name`` behind the checks; ValueError with what is wrong.
 
     Args:
@@ -45,8 +45,8 @@ def checked(
 
 
 def checked_by_keys(
-    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
-) -> Callable[..., Any]:
+    name: str, take: Callable[[tuple[object, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], object]
+) -> Callable[..., object]:
     """As :func:`checked` with the dispatcher's keys before the arguments: they tell the usual call apart at once."""
 
     @wraps(kernel)

@@ -50,7 +50,7 @@ class Activation:
 
     name: str
     reference: Callable[[Tensor], Tensor]
-    triton: Any = None
+    triton: object = None
     calls: Mapping[Any, Mapping[str, object]] = field(default_factory=dict)
     spills: tuple[int, ...] = ()
 
