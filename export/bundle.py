@@ -78,7 +78,7 @@ def save(
     module: fx.GraphModule,
     path: str | os.PathLike[str],
     *,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, object] | None = None,
     fingerprint: bool = True,
 ) -> pathlib.Path:
     """Write a bundle. The folder appears whole or not at all; an older bundle there is replaced.
@@ -137,7 +137,7 @@ def check_bundle_place(path: str | os.PathLike[str]) -> pathlib.Path:
     return check_place(path, (MANIFEST, TENSORS, GRAPH), "a bundle")
 
 
-def seal_of(manifest: Mapping[str, Any]) -> str:
+def seal_of(manifest: Mapping[str, object]) -> str:
     """sha256 of a manifest's JSON without its ``seal``, with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

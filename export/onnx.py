@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import tempfile
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -102,7 +103,7 @@ def export_onnx(
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
 
 
-def _package(name: str) -> Any:
+def _package(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -128,7 +129,7 @@ def _refuse_writes(module: fx.GraphModule) -> None:
         )
 
 
-def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) -> dict[str, Any]:
+def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, object]) -> dict[str, object]:
     schemes = {layer: plan.scheme for layer, plan in plans.items() if plan.scheme is not None}
     layers = {layer: scheme.weight_bits for layer, scheme in schemes.items()}
     needs = [layer for layer, scheme in schemes.items() if vnni and may_saturate(scheme)]
@@ -168,7 +169,7 @@ def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> A
     return done.model
 
 
-def _write(ir: Any, model: Any, path: pathlib.Path, external_above: int) -> pathlib.Path:
+def _write(ir: types.ModuleType, model: Any, path: pathlib.Path, external_above: int) -> pathlib.Path:
     """Write beside the place and rename: a reader sees the old files or the new ones."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     try:
@@ -274,7 +275,7 @@ def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]
     )
 
 
-def _optimized(onnx: Any, runtime: Any, file: str) -> Any:
+def _optimized(onnx: types.ModuleType, runtime: types.ModuleType, file: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(pathlib.Path(folder) / "optimized.onnx")

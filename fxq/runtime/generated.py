@@ -22,7 +22,7 @@ def _forget(file: str) -> None:
     linecache.cache.pop(file, None)
 
 
-def _code_of(namespace: dict[str, Any], known: set[str]) -> Iterator[types.CodeType]:
+def _code_of(namespace: dict[str, object], known: set[str]) -> Iterator[types.CodeType]:
     for value in list(namespace.values()):
         if isinstance(value, types.FunctionType) and value.__code__.co_filename in known:
             yield value.__code__
@@ -92,7 +92,7 @@ def _inputs_let_go() -> Iterator[None]:
     start = shapes.ShapeEnv.__init__
 
     @functools.wraps(start)
-    def begin(env: Any, *args: Any, **options: Any) -> None:
+    def begin(env: object, *args: object, **options: object) -> None:
         start(env, *args, **options)
         if threading.get_ident() == thread:
             made.add(env)
@@ -108,7 +108,7 @@ def _inputs_let_go() -> Iterator[None]:
                 inputs.clear()
 
 
-def _clear(method: Any) -> None:
+def _clear(method: object) -> None:
     """Empty the caches around a method: their keys are the arguments, and hold the method's object."""
     while method is not None:
         clear = getattr(method, "cache_clear", None)
