@@ -172,7 +172,7 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     """Whether a file's entry is one of :data:`Sizes`."""
     if isinstance(value, list):
         return all(s is None or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in value)
@@ -184,7 +184,7 @@ def _is_size(value: Any) -> bool:
     return value is None
 
 
-def _is_dtype(value: Any) -> bool:
+def _is_dtype(value: object) -> bool:
     return value is None or (isinstance(value, str) and value in DTYPES)
 
 
@@ -197,7 +197,7 @@ def constant_entry(value: Any) -> dict[str, Any] | None:
     return next(({"type": kind} for kind, types in _NUMBERS.items() if isinstance(value, types)), None)
 
 
-def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpec) -> Sequence[Any]:
+def flatten(args: Sequence[object], kwargs: Mapping[str, object], spec: pytree.TreeSpec) -> Sequence[object]:
     """A call as flat inputs in the order of ``spec``; keys of nested dicts may come in any order.
 
     Raises:
@@ -208,7 +208,7 @@ def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpe
     if found == spec:
         return leaves
     try:
-        ordered: list[Any] = tree_flatten_spec(call, spec)
+        ordered: list[object] = tree_flatten_spec(call, spec)
     except (LookupError, TypeError, ValueError, AttributeError):
         ordered = []
     if len(ordered) != len(leaves):
@@ -217,8 +217,8 @@ def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpe
 
 
 def bind(
-    names: Sequence[str], spec: pytree.TreeSpec, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    names: Sequence[str], spec: pytree.TreeSpec, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments of a call as the example had them, positional or by keyword.
 
     Args:

@@ -22,7 +22,7 @@ class SparingInterpreter(fx.Interpreter):
         super().__init__(module)
         self.residency = Residency()
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         """Run one node."""
         stored = [self.env[node] for node in n.all_input_nodes if node.op == "get_attr"]
         result = super().run_node(n)
@@ -37,7 +37,7 @@ class SparingInterpreter(fx.Interpreter):
         return graph.process_outputs(self.run(*leaves, enable_io_processing=False))
 
 
-def sparing_call(module: fx.GraphModule) -> Callable[..., Any]:
+def sparing_call(module: fx.GraphModule) -> Callable[..., object]:
     """A callable like the module, which runs it by :class:`SparingInterpreter` where weights are mapped from files."""
     runner = SparingInterpreter(module)
     if not runner.residency.mapped_bytes(*module.parameters(), *module.buffers()):
@@ -54,7 +54,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     """While the block runs, file-mapped weights leave memory after each call of the module that has them."""
     residency = Residency()
 
-    def called(module: nn.Module, _: Any, __: Any) -> None:
+    def called(module: nn.Module, _: object, __: object) -> None:
         residency.give_back(*module.parameters(recurse=False))
 
     owners = [m for m in model.modules() if residency.mapped_bytes(*m.parameters(recurse=False))]

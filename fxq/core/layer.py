@@ -267,7 +267,7 @@ class QuantizedLayer:
                 if name in names or argument == "perm":
                     yield node, argument, name if name in names else ""
 
-    def set_arguments(self, **changes: Any) -> None:
+    def set_arguments(self, **changes: object) -> None:
         """Replace arguments of the product by name."""
         set_arguments(self.product, **changes)
 

@@ -19,7 +19,7 @@ from fxq.dtypes import dtype_name
 __all__ = ["InputError", "Sizes", "call_rules", "flatten_call", "guard_inputs", "input_sizes", "rules_of"]
 
 
-def flatten_call(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+def flatten_call(module: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> Sequence[object]:
     """Arguments as the flat list of the graph's placeholders, nested dicts in the example's order.
 
     Raises:
@@ -75,7 +75,7 @@ def guard_inputs(module: fx.GraphModule) -> CapturedModule:
     return guard_calls(module, Facts.of(module).call_rules(names))
 
 
-def batch_dynamic(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def batch_dynamic(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
     """``dynamic_shapes`` that let the first dimension of every tensor vary where the model allows it.
 
     None, everything static, for a call that mixes positional and keyword arguments: their order in the model's

@@ -74,7 +74,7 @@ def _fuse(graph: QuantGraph, node: fx.Node) -> int:
     return len(keys)
 
 
-def _check_plain(named: dict[str, Any], q: tuple[Any, ...], k: tuple[Any, ...], v: tuple[Any, ...]) -> None:
+def _check_plain(named: dict[str, object], q: tuple[Any, ...], k: tuple[object, ...], v: tuple[object, ...]) -> None:
     """Refuse what the operator cannot say. Shapes are ``[B, S, heads, head_dim]``."""
     if named["attn_mask"] is not None:
         raise Unfit("it has a mask")

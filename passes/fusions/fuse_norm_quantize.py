@@ -100,7 +100,7 @@ def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
         edits.erase_unread(*(vector for vector in vectors if vector is not None))
 
 
-def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, Any]) -> None:
+def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, object]) -> None:
     target = kernels.norm_quantize.definition
     args = in_order(target, arguments(quantize) | normed)
     edits.check_fits(graph, kernels.norm_quantize, args)
@@ -109,7 +109,7 @@ def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, Any]) -> No
     edits.erase_unread(quantize)
 
 
-def _modulation(norm: fx.Node, tokens: tuple[Any, ...]) -> tuple[_Modulation | None, fx.Node]:
+def _modulation(norm: fx.Node, tokens: tuple[object, ...]) -> tuple[_Modulation | None, fx.Node]:
     """The modulation after a norm, or None, and the node that holds the result."""
     last = list(patterns.ahead(norm, FREE))[-1]
     product = patterns.only_user(last)
@@ -137,7 +137,7 @@ def _less_one(factor: fx.Node) -> fx.Node:
     raise Unfit("its gain is not of the form 1 + gain")
 
 
-def _readers(result: fx.Node, rows: tuple[Any, ...]) -> list[fx.Node]:
+def _readers(result: fx.Node, rows: tuple[object, ...]) -> list[fx.Node]:
     """The quantizations that read a result, when nothing else does."""
     quantizes = []
     for reader, read in patterns.readers(result):

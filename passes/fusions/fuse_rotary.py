@@ -122,7 +122,7 @@ def _heads(x: tuple[Any, ...], root: fx.Node, rotation: Rotation | None) -> tupl
     raise Unfit("its result is not split into heads")
 
 
-def _result(made: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+def _result(made: fx.Node, shape: tuple[object, ...], dtype: torch.dtype) -> fx.Node:
     """The node that holds the result in the shape and dtype in which the operator gives it."""
     for step in reversed(list(patterns.ahead(made, FREE))):
         if same(shape_of(step), shape) and value_of(step).dtype == dtype:

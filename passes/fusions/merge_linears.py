@@ -94,7 +94,7 @@ def unify_quantizes(module: fx.GraphModule) -> int:
     return count
 
 
-def _bytes(module: fx.GraphModule, argument: Any) -> Any:
+def _bytes(module: fx.GraphModule, argument: object) -> object:
     """Something equal for stored tensors of equal value, and for the same node or number."""
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return argument

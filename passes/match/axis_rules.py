@@ -95,7 +95,7 @@ def _linear(b: AxisBuilder, node: fx.Node) -> None:
     b.tie(weight[0], out[-1], *bias)
 
 
-def _joint_sizes(node: Any) -> list[int]:
+def _joint_sizes(node: object) -> list[int]:
     """Sizes of the parts when all that reads a GEMM is one split of its outputs."""
     if not isinstance(node, fx.Node) or node.target != kernels.dual_scale_linear.definition or len(node.users) != 1:
         return []

@@ -97,7 +97,7 @@ def check_fits(graph: QuantGraph, op: Op, args: Sequence[Any]) -> None:
         raise Unfit(reason)
 
 
-def insert(before: fx.Node, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], value: Any) -> fx.Node:
+def insert(before: fx.Node, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], value: object) -> fx.Node:
     """A new call in front of ``before`` with the origin of ``like``."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args)
