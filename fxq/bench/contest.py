@@ -202,13 +202,13 @@ def run_case(case: Case, rounds: int, clock: Clock, on_step: Callable[[str], Non
 
 
 def _timed(
-    results: Mapping[str, Result], timed: Mapping[str, tuple[Callable[[], Any], int]], rounds: int, clock: Clock
+    results: Mapping[str, Result], timed: Mapping[str, tuple[Callable[[], object], int]], rounds: int, clock: Clock
 ) -> tuple[Result, ...]:
     calls = {name: call for name, (call, _) in timed.items()}
     timing = interleave(calls, rounds, clock, {name: count for name, (_, count) in timed.items()})
     finished = []
     for name, result in results.items():
-        changed: dict[str, Any] = {}
+        changed: dict[str, object] = {}
         if name in timing.failures:
             changed = {"status": "failed", "note": kind_and_line(timing.failures[name])}
         elif name in timing.seconds:

@@ -58,7 +58,7 @@ class _Counting(fx.Interpreter):
         self.layers = {layer.node: layer for layer in quantized_layers(module)}
         self.rows: dict[str, collections.Counter[int]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if (layer := self.layers.get(n)) is not None:
             x = self.env[layer.arguments["q"]]
             self.rows.setdefault(layer.name, collections.Counter())[x.numel() // x.shape[-1]] += 1

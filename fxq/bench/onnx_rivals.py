@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxq.bench.contest import Built
@@ -71,13 +72,13 @@ class _Graph:
         return self.node("Add", y, self.constant(_bias(linear)))[0]
 
 
-def _integers(linear: nn.Linear) -> tuple[Any, Any]:
+def _integers(linear: nn.Linear) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     weight = linear.weight.detach().cpu()
     scale = weight.abs().amax(1) / 127
     return (weight / scale[:, None]).round().to(torch.int8).numpy(), scale.numpy()
 
 
-def _bias(linear: nn.Linear) -> Any:
+def _bias(linear: nn.Linear) -> NDArray[np.float32]:
     return linear.bias.detach().cpu().numpy()
 
 
@@ -137,7 +138,7 @@ def openvino(
 ) -> Built:
     """An OpenVINO CPU model for latency; ``precision`` is the hint for what is not quantized."""
     ov = importlib.import_module("openvino")
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, object] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
     with tempfile.TemporaryDirectory() as folder:

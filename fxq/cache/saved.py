@@ -23,7 +23,7 @@ class SavedCacheError(ValueError):
     """Tensors and facts that are no cache that can be gone on with."""
 
 
-def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]]:
     """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out."""
     tensors: dict[str, Tensor] = {}
     for kind, lines in (("keys", cache.keys), ("values", cache.values)):

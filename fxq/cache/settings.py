@@ -19,12 +19,12 @@ class CacheSettingsError(ValueError):
     """A cache policy that is unknown, malformed or impossible."""
 
 
-def codec_to_json(codec: Codec) -> dict[str, Any]:
+def codec_to_json(codec: Codec) -> dict[str, object]:
     """``{"codec": name, ...settings}``."""
     return {"codec": codec.name, **dataclasses.asdict(codec)}
 
 
-def codec_from_json(data: Any, where: str = "codec") -> Codec:
+def codec_from_json(data: object, where: str = "codec") -> Codec:
     """A codec from a preset's name, a codec's name or :func:`codec_to_json`'s form with settings left out.
 
     Raises:
@@ -56,7 +56,7 @@ def policy_to_json(policy: CachePolicy) -> dict[str, Any]:
     return data | {"keys": codecs(policy.keys), "values": codecs(policy.values), "layers": layers}
 
 
-def policy_from_json(data: Any) -> CachePolicy:
+def policy_from_json(data: object) -> CachePolicy:
     """Inverse of :func:`policy_to_json`; settings may be left out, codecs may be presets' names.
 
     Raises:

@@ -97,7 +97,7 @@ class Recording:
         """Kept calls by chunk."""
         return {chunk: len(calls) for chunk, calls in sorted(self._kept.items())}
 
-    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], chunk: int = 0) -> None:
+    def add(self, args: tuple[object, ...], kwargs: Mapping[str, object], chunk: int = 0) -> None:
         """Offer a call to the sample; its tensors are copied to the CPU if it is kept.
 
         Raises:
@@ -276,7 +276,7 @@ def _store(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> str:
     return name
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     if type(value) is not int:
         raise RecordError(f"the recording has {str(value)[:80]!r} where a whole number stands")
     return value

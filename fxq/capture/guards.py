@@ -129,14 +129,14 @@ def _free_sizes(inputs: list[fx.Node]) -> Iterator[tuple[sympy.Expr, Expression]
             yield value.node.expr, ["value", i]
 
 
-def _shape(node: fx.Node) -> list[Any] | None:
+def _shape(node: fx.Node) -> list[object] | None:
     value = example_value(node)
     if isinstance(value, Tensor):
         return [_expression(size) for size in value.shape]
     return [_expression(value)] if isinstance(value, torch.SymInt) else None
 
 
-def _expression(size: int | torch.SymInt) -> Any:
+def _expression(size: int | torch.SymInt) -> object:
     """A size as a number where it is fixed, else as an expression of symbols."""
     fixed = size if isinstance(size, int) else size.node.maybe_as_int()
     return size.node.expr if fixed is None else fixed  # type: ignore[union-attr]
@@ -158,7 +158,7 @@ def _derive(
     into.append(["==", ["%", difference, int(factor)], 0])
 
 
-def _linear(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[Any, Any]:
+def _linear(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[sympy.Expr, sympy.Expr]:
     """``(a, b)`` of ``a * symbol + b``."""
     try:
         factor, rest = sympy.Poly(expression, symbol).all_coeffs()

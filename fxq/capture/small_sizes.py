@@ -20,7 +20,7 @@ _ASSUMED = 2
 
 
 def final_conditions(
-    assumed: Assumptions, leaves: Sequence[Any], agrees: Callable[[list[Any]], bool]
+    assumed: Assumptions, leaves: Sequence[object], agrees: Callable[[list[object]], bool]
 ) -> list[Expression]:
     """Conditions of calls for which the graph is right.
 
@@ -46,7 +46,7 @@ class _Trial:
 
     assumed: Assumptions
     leaves: Sequence[Any]
-    agrees: Callable[[list[Any]], bool]
+    agrees: Callable[[list[object]], bool]
     conditions: list[Expression]
     tried: dict[tuple[int, tuple[str, ...]], bool] = dataclasses.field(default_factory=dict)
 
@@ -81,7 +81,7 @@ class _Trial:
                 self.conditions = [self._lifted(c, symbols, size, changed) for c in self.conditions]
         return self.tried[key]
 
-    def _lifted(self, condition: Expression, symbols: tuple[str, ...], size: int, leaves: list[Any]) -> Expression:
+    def _lifted(self, condition: Expression, symbols: tuple[str, ...], size: int, leaves: list[object]) -> Expression:
         if holds(evaluator(condition), leaves):
             return condition
         places = [self.assumed.symbols[name] for name in symbols]
@@ -89,15 +89,15 @@ class _Trial:
         return ["or", ["and", *small] if len(small) > 1 else small[0], condition]
 
 
-def _hints(assumed: Assumptions, leaves: Sequence[Any]) -> dict[str, int]:
+def _hints(assumed: Assumptions, leaves: Sequence[object]) -> dict[str, int]:
     """Values of the symbols in the example."""
     return {name: int(evaluator(place)(leaves)) for name, place in assumed.symbols.items()}
 
 
-def _resized(assumed: Assumptions, leaves: Sequence[Any], sizes: dict[str, int]) -> list[Any] | None:
+def _resized(assumed: Assumptions, leaves: Sequence[object], sizes: dict[str, int]) -> list[object] | None:
     """The example with other free sizes; None where a tensor would have to become larger."""
     hints = _hints(assumed, leaves) | sizes
-    changed: list[Any] = []
+    changed: list[object] = []
     for leaf, shape in zip(leaves, assumed.shapes, strict=True):
         if isinstance(leaf, Tensor) and shape is not None:
             for dim, expression in enumerate(shape):

@@ -220,9 +220,9 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: MutableMapping[str, Any],
+        state_dict: MutableMapping[str, object],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -240,7 +240,7 @@ class QuantizedLinear(nn.Module):
             self.set_form(self.like.dtype)
         self.lay_out()
 
-    def _misfit(self, given: Mapping[str, Any]) -> str:
+    def _misfit(self, given: Mapping[str, object]) -> str:
         """Why tensors of a state dict by name are not those of this layer, whatever ``strict`` says; else empty."""
         own = set(_OWN.values())
         form = {name: tensor.dtype for name in own if (tensor := self._buffers[name]) is not None}

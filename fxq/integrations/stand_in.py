@@ -174,7 +174,7 @@ class FloatStandIn:
         raise stand_in.refusal(getattr(func, "__name__", str(func)))
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[IntegerLayer, Tensor] | None:
+def _linear(input: object, weight: object, bias: object = None) -> tuple[IntegerLayer, Tensor] | None:
     """The layer and its input, when the weight and the bias are those of one layer."""
     if not isinstance(weight, FloatStandIn) or weight._name != "weight" or not isinstance(input, Tensor):
         return None
@@ -183,8 +183,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[IntegerLayer, Te
     return (layer, input) if own or (bias is None and not layer.has_bias) else None
 
 
-def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(self: FloatStandIn, *args: Any, **options: Any) -> Any:
+def _refusing(name: str) -> Callable[..., object]:
+    def refuse(self: FloatStandIn, *args: object, **options: object) -> object:
         raise self.refusal(name)
 
     return refuse

@@ -61,7 +61,7 @@ def _opened(file: IO[bytes]) -> zipfile.ZipFile:
     return archive
 
 
-def check_loaded(content: Any, path: pathlib.Path) -> None:
+def check_loaded(content: object, path: pathlib.Path) -> None:
     """Refuse tensors that claim more elements than their data has, or that are no plain tensors on the CPU.
 
     Raises:

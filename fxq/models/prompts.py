@@ -72,7 +72,7 @@ def load_prompts(source: str | pathlib.Path, text_dim: int, text_len: int, count
     return _checked(str(source), named, text_dim, text_len)
 
 
-def load_function(name: str, error: type[ValueError]) -> Callable[..., Any]:
+def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
     """The function ``package.module:function`` names, looked up from the working directory too.
 
     Raises:
@@ -107,7 +107,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, Tensor]:
         raise PromptError(f"prompts {path} cannot be read: {error}; expected plain arrays, without objects") from error
 
 
-def _named(source: str, result: Any) -> dict[str, Tensor]:
+def _named(source: str, result: object) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         result = {"prompt": result}
     elif isinstance(result, list | tuple):
