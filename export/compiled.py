@@ -53,7 +53,7 @@ class CompiledProgram:
     devices: tuple[str | None, ...]
     written: tuple[int, ...]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The result for the module's arguments.
 
         Raises:

@@ -148,7 +148,7 @@ def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device
 
     Floats are uniform with mean 0 and variance 1, integers 0 (valid as an index), booleans True.
     """
-    leaves: list[Any] = []
+    leaves: list[object] = []
     for position, entry in enumerate(entries):
         if entry.dtype is None:
             leaves.append(entry.value)
@@ -196,7 +196,7 @@ def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device:
     shape_env = ShapeEnv()
     # The Python dispatcher has the shape rules of operators that torch 2.11 cannot run on sizes that vary.
     with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
-        symbols: dict[str, Any] = {}
+        symbols: dict[str, object] = {}
         try:
             leaves = [_fake(entry, shape_env, symbols, device) for entry in entries]
             _Recorder(module, mode).run(*leaves, enable_io_processing=False)

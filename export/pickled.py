@@ -114,7 +114,7 @@ def restore_module(state: _State) -> CapturedModule:
     """The module that :func:`reduce_module` described."""
     graph, root, nodes = fx.Graph(), torch.nn.Module(), dict[str, fx.Node]()
 
-    def link(part: Any) -> Any:
+    def link(part: object) -> Any:
         return nodes[part.node] if isinstance(part, _Ref) else part
 
     def linked(value: Any) -> Any:

@@ -225,7 +225,7 @@ def _trace_savable(
     return graph
 
 
-def _larger(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _larger(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Inputs whose first sizes are 2 where they are 0 or 1, which a capture takes for constants; None if none is."""
 
     def small(value: object) -> bool:

@@ -33,7 +33,7 @@ def check_content(data: object) -> None:
     Raises:
         RecipeFileError: naming the key.
     """
-    stack: list[tuple[str, Any, int]] = [("recipe", data, 0)]
+    stack: list[tuple[str, object, int]] = [("recipe", data, 0)]
     while stack:
         place, value, depth = stack.pop()
         if depth > MAX_DEPTH:

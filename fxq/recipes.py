@@ -208,7 +208,7 @@ def _base(name: object, files: tuple[pathlib.Path, ...]) -> Recipe:
     return _load(path, folder, files)
 
 
-def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+def _parsed(data: dict[str, object]) -> dict[str, Any]:
     """The keys of a recipe with rules and methods as objects."""
     _refuse_unknown(data, Recipe, "recipe", "extends")
     rules = []

@@ -107,7 +107,7 @@ def _attach(definition: Callable[..., object], arguments: Sequence[object]) -> o
     return result
 
 
-def autograd(definition: Callable[..., Any]) -> Callable[..., Any]:
+def autograd(definition: Callable[..., object]) -> Callable[..., object]:
     """What the dispatcher calls in place of the operator while tensors may have gradients."""
 
     def run(keys: Any, *arguments: Any) -> Any:

@@ -109,7 +109,7 @@ def _check_operator(
     positional = [argument for argument in declared if not argument.kwarg_only]
     if len(args) > len(positional):
         raise ArgumentError(f"{name} takes {len(positional)} positional arguments, not {len(args)}")
-    given: dict[str, Any] = {argument.name: value for argument, value in zip(positional, args, strict=False)}
+    given: dict[str, object] = {argument.name: value for argument, value in zip(positional, args, strict=False)}
     for key, value in kwargs.items():
         if key in given or all(argument.name != key for argument in declared):
             raise ArgumentError(f"{name} has no argument {key!r}, or it is given twice")

@@ -26,7 +26,7 @@ PROTOCOL = 1
 _SEQUENCES: dict[str, type] = {"builtins.tuple": tuple, "builtins.list": list}
 _DICTS: dict[str, type] = {"builtins.dict": dict, "collections.OrderedDict": OrderedDict}
 _NAMED_TUPLE = "collections.namedtuple"
-_NAMES: dict[Any, str] = {cls: name for name, cls in (_SEQUENCES | _DICTS).items()}
+_NAMES: dict[object, str] = {cls: name for name, cls in (_SEQUENCES | _DICTS).items()}
 
 
 class StructureError(ValueError):

@@ -37,7 +37,7 @@ class Built:
 
     call: Callable[[], Any]
     kernel: str = ""
-    output: Callable[[], Any] | None = None
+    output: Callable[[], object] | None = None
     refusal: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 

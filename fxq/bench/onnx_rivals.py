@@ -30,14 +30,14 @@ class _Graph:
         self.helper = importlib.import_module("onnx.helper")
         self.to_tensor = importlib.import_module("onnx.numpy_helper").from_array
         self.nodes: list[Any] = []
-        self.constants: list[Any] = []
+        self.constants: list[object] = []
 
-    def constant(self, array: Any) -> str:
+    def constant(self, array: object) -> str:
         name = f"c{len(self.constants)}"
         self.constants.append(self.to_tensor(np.ascontiguousarray(array), name))
         return name
 
-    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: object) -> list[str]:
         names = [f"n{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(self.helper.make_node(kind, list(inputs), names, **attributes))
         return names

@@ -102,7 +102,7 @@ def kernel_text(facts: dict[str, Any]) -> str:
 
 
 def optimized(
-    model: nn.Module, data: list[Any] | Rollout, recipe: Recipe, dynamic_shapes: Any = None
+    model: nn.Module, data: list[object] | Rollout, recipe: Recipe, dynamic_shapes: object = None
 ) -> fx.GraphModule:
     """The model quantized on ``data`` and optimized for its device."""
     return optimize(quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False))

@@ -43,7 +43,7 @@ def codec_from_json(data: object, where: str = "codec") -> Codec:
     return _validated(CODECS[name], settings, where)
 
 
-def policy_to_json(policy: CachePolicy) -> dict[str, Any]:
+def policy_to_json(policy: CachePolicy) -> dict[str, object]:
     """The policy's fields; codecs as :func:`codec_to_json` has them."""
 
     def codecs(chosen: Any) -> Any:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ def describe_data(loader: object) -> dict[str, str]:
     return {"kind": "an iterable"}
 
 
-def _fields(item: Any) -> Any:
+def _fields(item: object) -> object:
     """A batch as something whose tensors can be found."""
     return vars(item) if hasattr(item, "__dict__") and not isinstance(item, Tensor) else item
 
@@ -90,7 +89,7 @@ def environment_facts(version: str) -> dict[str, str]:
 def flat_facts(data: object, name: str = "") -> dict[str, str]:
     """Leaves of nested JSON values by their path."""
     if isinstance(data, Mapping):
-        items: Iterable[tuple[Any, Any]] = data.items()
+        items: Iterable[tuple[object, object]] = data.items()
     elif isinstance(data, list | tuple):
         items = enumerate(data)
     else:

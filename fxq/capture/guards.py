@@ -143,7 +143,7 @@ def _expression(size: int | torch.SymInt) -> object:
 
 
 def _derive(
-    expression: sympy.Expr, place: Expression, symbols: dict[sympy.Symbol, Expression], into: list[Any]
+    expression: sympy.Expr, place: Expression, symbols: dict[sympy.Symbol, Expression], into: list[object]
 ) -> None:
     """A size that is computed from others: a condition; or, linear in one unknown symbol, where that one is read."""
     unknown = [symbol for symbol in expression.free_symbols if symbol not in symbols]

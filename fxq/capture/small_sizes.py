@@ -45,7 +45,7 @@ class _Trial:
     """Tries sizes on model and graph; ``conditions`` that break at a size that is right are lifted for it."""
 
     assumed: Assumptions
-    leaves: Sequence[Any]
+    leaves: Sequence[object]
     agrees: Callable[[list[object]], bool]
     conditions: list[Expression]
     tried: dict[tuple[int, tuple[str, ...]], bool] = dataclasses.field(default_factory=dict)

@@ -127,7 +127,7 @@ class QuantizedLinear(nn.Module):
         """Whether the scales of the input are measured per token."""
         return self.input_scale is None
 
-    def quantization(self) -> tuple[Any, ...]:
+    def quantization(self) -> tuple[object, ...]:
         """Arguments of ``fxq::quantize_act``, or of ``fxq::quantize_per_token``, after the input."""
         scales = () if self.per_token else (self.input_scale, self.input_zero_point)
         return self.perm, *scales, self.split, self.input_bits

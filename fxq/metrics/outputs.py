@@ -48,7 +48,7 @@ def output_sqnr(model: Callable[..., object], quantized: Callable[..., object], 
     return decibels(signal, noise)
 
 
-def _call(model: Callable[..., Any], item: Any) -> Any:
+def _call(model: Callable[..., object], item: object) -> Any:
     args, kwargs = pytree.tree_map(_copied, _arguments(item))
     return model(*args, **kwargs)
 

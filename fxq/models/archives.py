@@ -6,7 +6,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def check_loaded(content: object, path: pathlib.Path) -> None:
         ReadError: naming the tensor.
     """
     total, room = 0, MAX_TIMES * path.stat().st_size
-    stack: list[tuple[str, Any]] = [("", content)]
+    stack: list[tuple[str, object]] = [("", content)]
     seen = set[int]()
     while stack:
         name, value = stack.pop()

@@ -58,7 +58,7 @@ def _clip(clip: Clip) -> dict[str, object]:
     }
 
 
-def _cell(text: str, below: str = "", sort: float | str | None = None, best: bool = False) -> dict[str, Any]:
+def _cell(text: str, below: str = "", sort: float | str | None = None, best: bool = False) -> dict[str, object]:
     return {"text": text, "below": below, "sort": text if sort is None else sort, "best": best}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +50,7 @@ class Activation:
     name: str
     reference: Callable[[Tensor], Tensor]
     triton: object = None
-    calls: Mapping[Any, Mapping[str, object]] = field(default_factory=dict)
+    calls: Mapping[object, Mapping[str, object]] = field(default_factory=dict)
     spills: tuple[int, ...] = ()
 
     def eager_on(self, device: str) -> str:
