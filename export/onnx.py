@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -30,6 +30,10 @@ from fxq.passes.qdq.qdq_layers import may_saturate
 from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
 from fxq.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -55,7 +59,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     example: Example | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
     external_above: int = EXTERNAL_ABOVE,
     vnni: bool | None = None,
 ) -> pathlib.Path:
@@ -153,7 +157,7 @@ def output_names(spec: pytree.TreeSpec, inputs: Iterable[str] = ()) -> list[str]
     return names
 
 
-def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> Any:
+def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> onnx_ir.Model:
     inputs = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     spec = program.call_spec.out_spec
     assert spec is not None
@@ -169,7 +173,7 @@ def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> A
     return done.model
 
 
-def _write(ir: types.ModuleType, model: Any, path: pathlib.Path, external_above: int) -> pathlib.Path:
+def _write(ir: types.ModuleType, model: onnx_ir.Model, path: pathlib.Path, external_above: int) -> pathlib.Path:
     """Write beside the place and rename: a reader sees the old files or the new ones."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     try:
@@ -191,7 +195,7 @@ def _write(ir: types.ModuleType, model: Any, path: pathlib.Path, external_above:
     return path
 
 
-def _external_name(model: Any, path: pathlib.Path) -> str:
+def _external_name(model: onnx_ir.Model, path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for value in model.graph.initializers.values():
         digest.update(value.const_value.tobytes())
@@ -240,7 +244,7 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
     ]
 
 
-def _read(file: str) -> tuple[Any, Any, dict[str, Any]]:
+def _read(file: str) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]:
     """The model, what ONNX Runtime makes of it, and the facts fxq wrote into it."""
     onnx, runtime = _package("onnx"), _package("onnxruntime")
     try:
@@ -254,7 +258,7 @@ def _read(file: str) -> tuple[Any, Any, dict[str, Any]]:
         raise ExportError(f"{file} cannot be loaded: {error}") from error
 
 
-def _owners(model: Any, layers: Mapping[str, int]) -> dict[str, str]:
+def _owners(model: onnx.ModelProto, layers: Mapping[str, int]) -> dict[str, str]:
     """Layer of each integer weight, by the names it may have in an optimized model: stored, and cast to INT8."""
     stored = {tensor.name for tensor in model.graph.initializer}
     owners: dict[str, str] = {}
@@ -265,7 +269,7 @@ def _owners(model: Any, layers: Mapping[str, int]) -> dict[str, str]:
     return owners
 
 
-def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]:
+def _products(model: onnx.ModelProto, owners: Mapping[str, str]) -> collections.Counter[str]:
     """How often the file multiplies with each layer's weights."""
     floats = {
         n.output[0]: owners[n.input[0]] for n in model.graph.node if n.op_type == DEQUANTIZE and n.input[0] in owners
@@ -275,7 +279,7 @@ def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]
     )
 
 
-def _optimized(onnx: types.ModuleType, runtime: types.ModuleType, file: str) -> Any:
+def _optimized(onnx: types.ModuleType, runtime: types.ModuleType, file: str) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(pathlib.Path(folder) / "optimized.onnx")

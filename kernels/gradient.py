@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
@@ -45,7 +46,7 @@ class _Node(torch.autograd.Function):
         return definition(*pytree.tree_unflatten(flat[: spec.num_leaves], spec))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         definition, _, *flat = inputs
         ctx.operator = definition._schema.name
         ctx.forms = [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in flat]
@@ -110,7 +111,7 @@ def _attach(definition: Callable[..., object], arguments: Sequence[object]) -> o
 def autograd(definition: Callable[..., object]) -> Callable[..., object]:
     """What the dispatcher calls in place of the operator while tensors may have gradients."""
 
-    def run(keys: Any, *arguments: Any) -> Any:
+    def run(keys: DispatchKeySet, *arguments: object) -> object:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             result = _attach(definition, arguments)
             if result is not None:
@@ -132,7 +133,7 @@ def autograd_cpu(definition: Callable[..., object], kernel: Callable[..., object
     """
     through_dispatcher = autograd(definition)
 
-    def run(keys: Any, *arguments: Any) -> Any:
+    def run(keys: DispatchKeySet, *arguments: object) -> object:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not guards.plain(keys):
             result = through_dispatcher(keys, *arguments)
             guards.learn(keys)

@@ -129,7 +129,7 @@ def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., obje
 def calibrate(
     graph: QuantGraph,
     loader: Iterable[object] | Rollout | None,
-    forward_loop: Callable[[Callable[..., object]], None] | None,
+    forward_loop: Callable[[Callable[..., Any]], None] | None,
     collector: Collector,
     on_progress: OnProgress | None = None,
     workers: Workers | None = None,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import sympy
 from torch import Tensor
@@ -112,7 +111,7 @@ def _resized(assumed: Assumptions, leaves: Sequence[object], sizes: dict[str, in
     return changed
 
 
-def _number(expression: Any, hints: dict[str, int]) -> int | None:
+def _number(expression: sympy.Expr | int, hints: dict[str, int]) -> int | None:
     if isinstance(expression, int):
         return expression
     values = {symbol: sympy.Integer(hints[str(symbol)]) for symbol in expression.free_symbols if str(symbol) in hints}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +28,9 @@ from fxq.core.signature import call_rules, flatten_call
 from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
 from fxq.runtime.offload import absent_weights
+
+if TYPE_CHECKING:
+    import sympy
 
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
     "cond": "choose the branch outside the model, so that one call has one path",
@@ -196,7 +199,7 @@ def _inlined(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _assumed(program: ExportedProgram, compared: set[object] | None, given: bool) -> Assumptions:
+def _assumed(program: ExportedProgram, compared: set[sympy.Symbol] | None, given: bool) -> Assumptions:
     try:
         return assumptions_of(program, compared, given)
     except ConditionError as error:

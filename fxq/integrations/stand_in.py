@@ -110,7 +110,7 @@ class FloatStandIn:
         strides = (self.shape[1], 1) if self._name == "weight" else (1,)
         return strides if dim is None else strides[dim]
 
-    def is_contiguous(self, **options: Any) -> bool:
+    def is_contiguous(self, **options: object) -> bool:
         """True."""
         return True
 
@@ -120,7 +120,7 @@ class FloatStandIn:
             raise self.refusal("requires_grad_")
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._layer, self._name)
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class FloatStandIn:
             return getattr(self._layer.like.detach(), name)
         raise self.refusal(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "requires_grad" and not value:
             return
         raise self.refusal(f"setting {name}")
@@ -154,8 +154,8 @@ class FloatStandIn:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
         """``linear`` of one layer's weight and bias, casts of tensors to its form, and an error for the rest."""
         options = dict(kwargs or {})
         if func is torch.nn.functional.linear and (found := _linear(*args, **options)) is not None:
