@@ -35,7 +35,7 @@ class Built:
         facts: JSON facts for the results file.
     """
 
-    call: Callable[[], Any]
+    call: Callable[[], object]
     kernel: str = ""
     output: Callable[[], object] | None = None
     refusal: str = ""
@@ -156,7 +156,7 @@ def _judge(case: Case, contestant: Contestant, built: Built, reference: Tensor) 
 
 def _prepare(
     case: Case, contestant: Contestant, reference: Tensor, clock: Clock
-) -> tuple[Result, tuple[Callable[[], Any], int] | None]:
+) -> tuple[Result, tuple[Callable[[], object], int] | None]:
     """The verdict, and for a contestant that passed what to time and how often per sample."""
 
     def result(status: Status, note: str = "", **more: Any) -> Result:

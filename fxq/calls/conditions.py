@@ -21,7 +21,7 @@ Evaluate = Callable[[Sequence[Any]], Any]
 MOST_PARTS, MOST_CONDITIONS, DEEPEST = 400, 4000, 40
 """Limits: parts and nesting of one condition, number of conditions."""
 
-_TWO: dict[str, Callable[[Any, Any], Any]] = {
+_TWO: dict[str, Callable[[Any, Any], float]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -35,7 +35,7 @@ _TWO: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_CALLS: dict[str, tuple[Callable[..., Any], int]] = {
+_CALLS: dict[str, tuple[Callable[..., float], int]] = {
     "min": (min, 2),
     "max": (max, 2),
     "ceil": (math.ceil, 1),
@@ -52,15 +52,15 @@ class ConditionError(ValueError):
     """Data that is no condition, or a condition that has no form as data."""
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _index(value: Any, count: int) -> bool:
+def _index(value: object, count: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
-def check_conditions(data: Any, ranks: Sequence[int | None]) -> list[Expression]:
+def check_conditions(data: object, ranks: Sequence[int | None]) -> list[Expression]:
     """Conditions of a file, every part looked at.
 
     Args:
@@ -139,7 +139,7 @@ def evaluator(expression: Expression) -> Evaluate:
     return lambda leaves: function(a(leaves), b(leaves))
 
 
-def holds(evaluate: Evaluate, leaves: Sequence[Any]) -> bool:
+def holds(evaluate: Evaluate, leaves: Sequence[object]) -> bool:
     """Whether a condition is met; one that divides by zero is not."""
     try:
         return bool(evaluate(leaves))
@@ -174,12 +174,10 @@ def inputs_of(expression: Expression) -> Iterator[int]:
                 yield from inputs_of(operand)
 
 
-def shown_inputs(condition: Expression, names: Sequence[str], leaves: Sequence[Any]) -> str:
+def shown_inputs(condition: Expression, names: Sequence[str], leaves: Sequence[object]) -> str:
     """The inputs that a condition reads and what they are in a call."""
     found = [
-        f"{names[i]} of shape {list(leaves[i].shape)}"
-        if isinstance(leaves[i], Tensor)
-        else f"{names[i]} = {leaves[i]!r}"
+        f"{names[i]} of shape {list(leaf.shape)}" if isinstance(leaf := leaves[i], Tensor) else f"{names[i]} = {leaf!r}"
         for i in dict.fromkeys(inputs_of(condition))
     ]
     return ", ".join(found)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -313,7 +312,7 @@ def _normal(b: AxisBuilder, node: fx.Node) -> None:
 
 Rule = Callable[[AxisBuilder, fx.Node], None]
 
-_RULES: Mapping[Any, Rule] = {
+_RULES: Mapping[object, Rule] = {
     op: rule
     for rule, operators in (
         (ignore, "sym_size.int _assert_tensor_metadata.default _assert_scalar.default"),

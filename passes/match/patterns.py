@@ -6,7 +6,7 @@ Shapes are compared symbolically: sizes that are merely equal in the example are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -71,17 +71,17 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
+def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Sizes of the recorded value, ints or symbols."""
     return tuple(value_of(node).shape)
 
 
-def same(first: Sequence[object], second: Sequence[object]) -> bool:
+def same(first: Sequence[int], second: Sequence[int]) -> bool:
     """Whether two shapes are equal for every input, not only for the example."""
     return len(first) == len(second) and all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
-def shown(sizes: Sequence[object]) -> str:
+def shown(sizes: Sequence[int]) -> str:
     """A shape for messages."""
     return f"[{', '.join(map(str, sizes))}]"
 
@@ -150,7 +150,7 @@ def readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield user, node
 
 
-def frames_of(vector: fx.Node, rows: fx.Node, tokens: Sequence[object]) -> tuple[object, ...]:
+def frames_of(vector: fx.Node, rows: fx.Node, tokens: Sequence[int]) -> tuple[int, ...]:
     """Shape [B, F, K] of a vector that multiplies or shifts ``rows``, which is a view of ``tokens`` [B, S, K].
 
     Raises:
