@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
-Expression = Any
-"""A JSON value of the form above."""
+Expression: TypeAlias = float | str | list["Expression"]
+"""A value of the form above."""
 Evaluate = Callable[[Sequence[Any]], Any]
 """Value of an expression for the flat inputs of a call."""
 
@@ -52,11 +52,11 @@ class ConditionError(ValueError):
     """Data that is no condition, or a condition that has no form as data."""
 
 
-def _number(value: object) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _index(value: object, count: int) -> bool:
+def _index(value: object, count: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
@@ -113,16 +113,29 @@ def _operands(name: str) -> int:
     return 1 if name == "not" else _CALLS[name][1] if name in _CALLS else -1
 
 
+def _parts(expression: Expression) -> tuple[str, list[Expression]]:
+    """Operator and operands of what is no number."""
+    if not isinstance(expression, list) or not isinstance(name := expression[0], str):
+        raise ConditionError(f"{str(expression)[:80]} is no expression of sizes")
+    return name, expression[1:]
+
+
+def _place(operand: Expression) -> int:
+    if not isinstance(operand, int):
+        raise ConditionError(f"{str(operand)[:80]} is no position of an input or dimension")
+    return operand
+
+
 def evaluator(expression: Expression) -> Evaluate:
     """A function of a call's flat inputs that gives the expression's value."""
     if _number(expression):
         return lambda leaves: expression
-    name, *operands = expression
+    name, operands = _parts(expression)
     if name == "size":
-        position, dim = operands
+        position, dim = map(_place, operands)
         return lambda leaves: leaves[position].shape[dim]
     if name == "value":
-        position = operands[0]
+        position = _place(operands[0])
         return lambda leaves: leaves[position]
     values = [evaluator(operand) for operand in operands]
     if name == "not":
@@ -151,11 +164,11 @@ def text(expression: Expression, names: Sequence[str]) -> str:
     """The expression as Python would write it, for messages."""
     if _number(expression):
         return str(expression)
-    name, *operands = expression
+    name, operands = _parts(expression)
     if name == "size":
-        return f"{names[operands[0]]}.shape[{operands[1]}]"
+        return f"{names[_place(operands[0])]}.shape[{operands[1]}]"
     if name == "value":
-        return names[operands[0]]
+        return names[_place(operands[0])]
     shown = [text(operand, names) for operand in operands]
     if name in _CALLS:
         return f"{name}({', '.join(shown)})"
@@ -168,7 +181,7 @@ def inputs_of(expression: Expression) -> Iterator[int]:
     """Positions of the inputs that an expression reads."""
     if isinstance(expression, list):
         if expression[0] in ("size", "value"):
-            yield expression[1]
+            yield _place(expression[1])
         else:
             for operand in expression[1:]:
                 yield from inputs_of(operand)

@@ -34,7 +34,7 @@ def final_conditions(
         low = assumed.lows.get(symbol)
         if low == _ASSUMED and symbol in assumed.compared:
             bounds += trial.bound(symbol)
-        elif low is not None and low < _ASSUMED and place[0] == "value":
+        elif low is not None and low < _ASSUMED and isinstance(place, list) and place[0] == "value":
             bounds.append([">=", place, low])
     return bounds + list({str(c): c for c in trial.conditions}.values())
 
