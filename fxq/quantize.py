@@ -8,7 +8,7 @@ import dataclasses
 import operator
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,11 @@ Model = nn.Module | fx.GraphModule | ExportedProgram
 
 def quantize(
     model: Model,
-    calib_loader: Iterable[Any] | Rollout | None = None,
+    calib_loader: Iterable[object] | Rollout | None = None,
     recipe: Recipe | str | pathlib.Path = "w4a8",
     *,
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
+    example_inputs: object = None,
+    dynamic_shapes: object = None,
     forward_loop: ForwardLoop | None = None,
     checkpoint_dir: str | pathlib.Path | None = None,
     sensitivity: Sequence[float] | Tensor | None = None,
@@ -228,10 +228,10 @@ def _trace_savable(
 def _larger(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Inputs whose first sizes are 2 where they are 0 or 1, which a capture takes for constants; None if none is."""
 
-    def small(value: object) -> bool:
+    def small(value: object) -> TypeGuard[Tensor]:
         return type(value) is Tensor and value.layout == torch.strided and value.ndim > 0 and value.shape[0] < 2
 
-    def enlarged(value: Any) -> Any:
+    def enlarged(value: object) -> object:
         return value.new_empty((2, *value.shape[1:])) if small(value) else value
 
     if not any(small(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -262,11 +262,11 @@ def _example(
 
 
 @dataclasses.dataclass(frozen=True)
-class _PutBack(Iterable[Any]):
+class _PutBack(Iterable[object]):
     """A loader whose first batch was looked at: it is iterated once, so one-shot loaders lose nothing."""
 
-    first: Any
-    rest: Iterator[Any]
+    first: object
+    rest: Iterator[object]
     length: int
 
     def __iter__(self) -> Iterator[object]:
