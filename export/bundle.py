@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -51,7 +51,7 @@ class TensorEntry:
 class LayerEntry:
     """One linear: its plan (scheme or reason) and the names of the tensors under it, the model's own ones too."""
 
-    plan: dict[str, Any]
+    plan: dict[str, object]
     tensors: Annotated[tuple[Name, ...], Field(max_length=MAX_TENSORS)]
 
 
@@ -65,7 +65,7 @@ class Manifest:
 
     format_version: int
     fxq_version: Text
-    facts: dict[str, Any]
+    facts: dict[str, object]
     layers: Annotated[dict[Name, LayerEntry], Field(max_length=MAX_TENSORS)]
     tensors: Annotated[dict[Name, TensorEntry], Field(max_length=MAX_TENSORS)]
     files: dict[Name, Text]

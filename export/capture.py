@@ -23,7 +23,7 @@ from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.messages import first_line
 
-Example = tuple[tuple[Any, ...], Any]
+Example = tuple[tuple[object, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
 
 

@@ -46,7 +46,7 @@ class CompiledProgram:
     the graph writes to them, copied back.
     """
 
-    run: Callable[..., Any]
+    run: Callable[..., object]
     spec: pytree.TreeSpec
     arguments: tuple[str, ...]
     rules: CallRules

@@ -83,7 +83,9 @@ TENSOR, TENSORS, NUMBER, NOTHING, ANY = (
 )
 
 
-def check_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, object], known: Mapping[fx.Node, Value]) -> Value:
+def check_call(
+    target: Any, args: Sequence[object], kwargs: Mapping[str, object], known: Mapping[fx.Node, Value]
+) -> Value:
     """Check a call and say what it gives.
 
     Args:

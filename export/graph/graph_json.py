@@ -97,7 +97,7 @@ def check_writable(module: fx.GraphModule) -> None:
     graph_to_json(module)
 
 
-def _check_names(name: Any, op: object, target: Any, kwargs: Any) -> None:
+def _check_names(name: Any, op: object, target: object, kwargs: Any) -> None:
     """Refuse names that fx would write into the source it generates as anything but a name."""
     for text in (name, target, *kwargs):
         if not isinstance(text, str):
@@ -185,7 +185,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, object]:
     Raises:
         GraphFormatError: when a node cannot be expressed.
     """
-    nodes: list[dict[str, Any]] = []
+    nodes: list[dict[str, object]] = []
     known: dict[fx.Node, Value] = {}
     for node in module.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
@@ -315,7 +315,7 @@ def _value(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     return TENSOR if node.op == "get_attr" else ANY
 
 
-def _check_arguments(arguments: Any, in_spec: Any) -> None:
+def _check_arguments(arguments: object, in_spec: Any) -> None:
     """The generated source quotes the names of arguments and the keys of the keyword arguments."""
     if not isinstance(arguments, list | tuple):
         raise GraphFormatError("arguments is no list of names")

@@ -29,7 +29,7 @@ class _Graph:
     def __init__(self) -> None:
         self.helper = importlib.import_module("onnx.helper")
         self.to_tensor = importlib.import_module("onnx.numpy_helper").from_array
-        self.nodes: list[Any] = []
+        self.nodes: list[object] = []
         self.constants: list[object] = []
 
     def constant(self, array: object) -> str:

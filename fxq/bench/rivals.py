@@ -167,7 +167,7 @@ def x86_inductor(problem: Problem, threads: int) -> Built:
     prepared(*args)
     model = prepare.convert_pt2e(prepared)
     pt2e.move_exported_model_to_eval(model)
-    run: Callable[..., Any] = torch.compile(model, dynamic=False)
+    run: Callable[..., object] = torch.compile(model, dynamic=False)
     return Built(lambda: run(*args), "onednn.qlinear, inductor")
 
 

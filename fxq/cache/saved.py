@@ -37,7 +37,7 @@ def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]
                 tensors |= {f"{place}.record.{name}": tensor for name, tensor in stored.items()}
             tensors |= {f"{place}.memory.{name}": tensor for name, tensor in line.memory.items()}
     tensors |= {f"origins.{layer}": tensor for layer, tensor in enumerate(cache.origins)}
-    facts: dict[str, Any] = {name: getattr(cache, name) for name in _COUNTS}
+    facts: dict[str, object] = {name: getattr(cache, name) for name in _COUNTS}
     facts |= {"policy": policy_to_json(cache.policy), "layout": dataclasses.asdict(cache.layout)}
     facts["layers"] = len(cache.keys)
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, facts

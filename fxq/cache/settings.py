@@ -46,7 +46,7 @@ def codec_from_json(data: object, where: str = "codec") -> Codec:
 def policy_to_json(policy: CachePolicy) -> dict[str, object]:
     """The policy's fields; codecs as :func:`codec_to_json` has them."""
 
-    def codecs(chosen: Any) -> Any:
+    def codecs(chosen: Any) -> object:
         if isinstance(chosen, tuple):
             return [None if codec is None else codec_to_json(codec) for codec in chosen]
         return None if chosen is None else codec_to_json(chosen)
@@ -75,7 +75,7 @@ def policy_from_json(data: object) -> CachePolicy:
     return _validated(CachePolicy, settings, "cache")
 
 
-def _validated(cls: type[_T], settings: dict[str, Any], where: str) -> _T:
+def _validated(cls: type[_T], settings: dict[str, object], where: str) -> _T:
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [key for key in settings if key not in known]:
         raise CacheSettingsError(f"{where}: unknown setting {unknown[0]!r}{_hint(unknown[0], known)}")

@@ -114,7 +114,7 @@ def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., obje
     """A callable like ``module`` that also feeds ``collector``."""
     observer, rules = _Observer(module, collector), rules_of(module) or call_rules(module)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if (current := current_call()) is not None:
             collector.chunk = current.chunk
         flat = flatten_call(module, args, kwargs)

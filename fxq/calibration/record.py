@@ -39,7 +39,7 @@ class _StoredCall:
 
     index: int
     chunk: int
-    tree: Any
+    tree: object
     tensors: Mapping[str, Tensor]
 
     @property
@@ -231,7 +231,7 @@ def record(
     """
     recording = Recording(max_calls, max_bytes, seed)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if keep is not None and not keep(args, kwargs):
             return
         published = current_call()
@@ -245,7 +245,7 @@ def record(
         handle.remove()
 
 
-def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> object:
     """``value`` as JSON; tensors are copied into ``tensors`` and named in the tree."""
     if isinstance(value, Tensor):
         return {"tensor": _store(value, place, tensors)}

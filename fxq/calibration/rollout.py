@@ -158,7 +158,7 @@ class Rollout(ABC):
         finally:
             self._running = before
 
-    def call(self, call: Call, *args: Any, on_call: OnCall | None = None) -> Any:
+    def call(self, call: Call, *args: object, on_call: OnCall | None = None) -> Any:
         """Run the denoiser once, published as ``call``; ``on_call`` sees its output."""
         with publishing(call), torch.no_grad():
             output = self._running(*args)

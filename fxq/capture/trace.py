@@ -113,7 +113,7 @@ def trace(
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, strict: bool
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], dynamic_shapes: Any, strict: bool
 ) -> ExportedProgram:
     try:
         # torch prints the graph of a failure to stderr, and logs which dimensions it fixed: the quantized module

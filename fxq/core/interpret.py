@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -30,7 +29,7 @@ class SparingInterpreter(fx.Interpreter):
             self.residency.give_back(*weights)
         return result
 
-    def call(self, *leaves: Any) -> Any:
+    def call(self, *leaves: object) -> object:
         """The graph's result for flat inputs, in the form that its module returns."""
         graph = self.module.graph
         assert isinstance(graph, fx.Graph)
@@ -43,7 +42,7 @@ def sparing_call(module: fx.GraphModule) -> Callable[..., object]:
     if not runner.residency.mapped_bytes(*module.parameters(), *module.buffers()):
         return module
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         return runner.call(*flatten_call(module, args, kwargs))
 
     return call

@@ -329,7 +329,7 @@ def drop_tensor(module: torch.nn.Module, name: str) -> None:
 
 def get_tensor(module: torch.nn.Module, name: str) -> Tensor:
     """The tensor registered under a dotted name."""
-    value: Any = module
+    value: object = module
     for part in name.split("."):
         value = getattr(value, part)
     if not isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from fxq.kernels.gemm.panels import unpack_panels
 _PARTS = (operator.getitem, torch.ops.aten.split_with_sizes.default)
 """Stand between a product that several layers share and the node of one of them."""
 
-Target = Callable[..., Any]
+Target = Callable[..., object]
 
 
 class LayerError(ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -82,7 +81,7 @@ def batch_dynamic(args: Sequence[object], kwargs: Mapping[str, object]) -> objec
     signature is not known here.
     """
 
-    def first(value: Any) -> Any:
+    def first(value: object) -> object:
         return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.ndim else None
 
     if args and kwargs:

@@ -45,7 +45,7 @@ def _is_linear(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _LINEARS
 
 
-def find_sites(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Site]:
+def find_sites(gm: fx.GraphModule, inputs: Sequence[object]) -> list[Site]:
     """Linears whose weight is a parameter.
 
     Raises:

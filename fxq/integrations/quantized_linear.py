@@ -140,7 +140,7 @@ class QuantizedLinear(nn.Module):
         return weight, *scales, self.offset, self.split, self.weight_bits
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """What a graph around the layer depends on; layers of one kind differ in the values of their tensors only."""
         shape = self.product()[0].shape
         flags = (self.per_token, self.perm is None)

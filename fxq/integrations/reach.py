@@ -76,7 +76,7 @@ def _children(owner: object) -> Iterator[tuple[str, object]]:
         yield from _of_object(owner)
 
 
-def _pairs(table: Any) -> list[tuple[Any, Any]]:
+def _pairs(table: Any) -> list[tuple[object, object]]:
     try:
         return list(table.items())
     except Exception:  # a mapping of somebody else's that computes its values

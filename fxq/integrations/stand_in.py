@@ -43,7 +43,7 @@ _OF_FORM = {  # attributes and methods that say what a tensor is, not what it ho
     *("is_leaf", "grad", "grad_fn", "requires_grad", "is_inference"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 }
-_LIKE: dict[Any, Callable[..., Tensor]] = {
+_LIKE: dict[object, Callable[..., Tensor]] = {
     torch.empty_like: torch.empty,
     torch.zeros_like: torch.zeros,
     torch.ones_like: torch.ones,
@@ -81,7 +81,7 @@ class FloatStandIn:
         sizes = (layer.out_features, layer.in_features) if self._name == "weight" else (layer.out_features,)
         return torch.Size(sizes)
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> int | torch.Size:
         """As ``Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -105,7 +105,7 @@ class FloatStandIn:
         """Bytes of the float tensor."""
         return self.numel() * self._layer.like.element_size()
 
-    def stride(self, dim: int | None = None) -> Any:
+    def stride(self, dim: int | None = None) -> int | tuple[int, ...]:
         """As ``Tensor.stride`` of a contiguous tensor."""
         strides = (self.shape[1], 1) if self._name == "weight" else (1,)
         return strides if dim is None else strides[dim]
@@ -154,7 +154,7 @@ class FloatStandIn:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls, func: object, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> object:
         """``linear`` of one layer's weight and bias, casts of tensors to its form, and an error for the rest."""
         options = dict(kwargs or {})

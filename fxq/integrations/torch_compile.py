@@ -61,13 +61,13 @@ class _Compiled:
         self.gm, self.sites, self.binding, self.patches = copy_graph(gm), sites, binding, patches
         self.fake_mode = TracingContext.get().fake_mode
         self.variants: dict[object, Callable[..., object]] = {}
-        self.seen: dict[tuple[int, ...], tuple[Callable[..., Any], list[Tensor]]] = {}
+        self.seen: dict[tuple[int, ...], tuple[Callable[..., object], list[Tensor]]] = {}
 
     def __call__(self, *args: object) -> object:
         compiled, extra = self.prepare(args)
         return compiled(*args, *extra)
 
-    def prepare(self, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Tensor]]:
+    def prepare(self, args: Sequence[Any]) -> tuple[Callable[..., object], list[Tensor]]:
         """What runs for these inputs, and the integers that it needs besides."""
         linears = [(args[site.weight], None if site.bias is None else args[site.bias]) for site in self.sites]
         layers = self.binding.layers_of(linears)
@@ -92,7 +92,7 @@ class _Compiled:
         extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in operands(layers)]
         replace(gm, self.sites, layers, shared, extra)
         with _context(mode):
-            compiled: Callable[..., Any] = compile_fx(gm, fake_inputs(gm), config_patches=self.patches)  # type: ignore[assignment]
+            compiled: Callable[..., object] = compile_fx(gm, fake_inputs(gm), config_patches=self.patches)  # type: ignore[assignment]
         return compiled
 
 
@@ -142,7 +142,7 @@ def fxq_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with the integers of a bundle; ``torch.compile(model, backend="fxq", options=...)``.

@@ -48,12 +48,12 @@ def output_sqnr(model: Callable[..., object], quantized: Callable[..., object], 
     return decibels(signal, noise)
 
 
-def _call(model: Callable[..., object], item: object) -> Any:
+def _call(model: Callable[..., object], item: object) -> object:
     args, kwargs = pytree.tree_map(_copied, _arguments(item))
     return model(*args, **kwargs)
 
 
-def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(item: Any) -> tuple[tuple[object, ...], dict[str, object]]:
     if isinstance(item, Mapping):
         return (), dict(item)
     if isinstance(item, Tensor):

@@ -8,7 +8,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,7 +86,7 @@ def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
         raise error(f"{name!r}: {reason}") from None
     if not callable(found):
         raise error(f"{name!r} is a {type(found).__name__}, expected a function")
-    result: Callable[..., Any] = found
+    result: Callable[..., object] = found
     return result
 
 

@@ -93,7 +93,7 @@ def _variant_table(report: Report, variants: Sequence[Variant], reference: bool)
     exponents = {name: _exponent(variants, name) for name in ("latent_mse", "teacher_forced")}
     marks = best_marks(variants)
     several = len(bit_widths(variants)) > 1
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     if reference:
         shares = [_cell(_share(report.full_precision, n)) for n in scores]
         dash = _cell(_NONE)
@@ -198,7 +198,7 @@ def _outlier_panels(layers: Sequence[LayerView]) -> list[dict[str, Any]]:
     return panels
 
 
-def _facts(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _facts(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Settings as flat name and value pairs; nested mappings get dotted names."""
     rows: list[tuple[str, str]] = []
     for key, value in plain(settings).items():
@@ -216,7 +216,7 @@ def _facts(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return rows
 
 
-def _responsive(draw: Any, rows: Sequence[Any]) -> dict[str, Any] | None:
+def _responsive(draw: Any, rows: Sequence[object]) -> dict[str, object] | None:
     return {"wide": draw(rows, charts.WIDE), "narrow": draw(rows, charts.NARROW)} if rows else None
 
 

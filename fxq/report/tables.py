@@ -138,7 +138,7 @@ def plain(value: object) -> Any:
 
 
 def _variant_json(variant: Variant) -> dict[str, object]:
-    result: dict[str, Any] = plain(variant)
+    result: dict[str, object] = plain(variant)
     for name in LOWER_IS_BETTER:
         mean, low, high = mean_interval(getattr(variant, name))
         result[f"{name}_mean"] = plain(mean)
@@ -161,5 +161,5 @@ def report_to_json(report: Report) -> dict[str, object]:
     result["ablation_comparisons"] = [plain(c) | {"outcome": outcome(c)} for c in report.ablation_comparisons]
     result["published_sensitivity"] = PUBLISHED_SENSITIVITY
     result["verdict"] = verdict(report).sentences
-    encoded: dict[str, Any] = plain(result)
+    encoded: dict[str, object] = plain(result)
     return encoded

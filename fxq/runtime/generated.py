@@ -43,7 +43,7 @@ def sources_let_go() -> Iterator[None]:
         return
     thread = threading.get_ident()
 
-    def compiled(src: str, globals: dict[str, Any], *rest: Any, **options: Any) -> None:
+    def compiled(src: str, globals: dict[str, object], *rest: object, **options: object) -> None:
         before = set(cache) if threading.get_ident() == thread else None
         compile_source(src, globals, *rest, **options)
         if before is None:
@@ -66,8 +66,8 @@ def shapes_let_go() -> Iterator[None]:
     The notes are made for the symbols of one graph, which no other graph has, and hold all that is known of them. Where
     torch has no such cache, nothing is done.
     """
-    found: Any = getattr(FakeTensorMode, "cache", None)
-    cache: dict[Any, Any] = found if isinstance(found, dict) else {}
+    found: object = getattr(FakeTensorMode, "cache", None)
+    cache: dict[object, object] = found if isinstance(found, dict) else {}
     before = set(cache)
     try:
         with _inputs_let_go():
