@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -51,7 +51,7 @@ class TensorEntry:
 class LayerEntry:
     """One linear: its plan (scheme or reason) and the names of the tensors under it, the model's own ones too."""
 
-    plan: dict[str, Any]
+    plan: dict[str, object]
     tensors: Annotated[tuple[Name, ...], Field(max_length=MAX_TENSORS)]
 
 
@@ -65,7 +65,7 @@ class Manifest:
 
     format_version: int
     fxq_version: Text
-    facts: dict[str, Any]
+    facts: dict[str, object]
     layers: Annotated[dict[Name, LayerEntry], Field(max_length=MAX_TENSORS)]
     tensors: Annotated[dict[Name, TensorEntry], Field(max_length=MAX_TENSORS)]
     files: dict[Name, Text]
@@ -78,7 +78,7 @@ def save(
     module: fx.GraphModule,
     path: str | os.PathLike[str],
     *,
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, object] | None = None,
     fingerprint: bool = True,
 ) -> pathlib.Path:
     """Write a bundle. The folder appears whole or not at all; an older bundle there is replaced.
@@ -137,7 +137,7 @@ def check_bundle_place(path: str | os.PathLike[str]) -> pathlib.Path:
     return check_place(path, (MANIFEST, TENSORS, GRAPH), "a bundle")
 
 
-def seal_of(manifest: Mapping[str, Any]) -> str:
+def seal_of(manifest: Mapping[str, object]) -> str:
     """sha256 of a manifest's JSON without its ``seal``, with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -23,7 +23,7 @@ from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.messages import first_line
 
-Example = tuple[tuple[Any, ...], Any]
+Example = tuple[tuple[object, ...], Any]
 """Arguments of a call and its ``dynamic_shapes``, as :meth:`fxq.Rollout.example_call` gives them."""
 
 
@@ -31,14 +31,14 @@ class ExportError(ValueError):
     """A module that cannot be exported, or an export that is missing, damaged or does not run as it should."""
 
 
-def plain_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+def plain_metadata(metadata: Mapping[str, object] | None) -> dict[str, object]:
     """A copy of ``metadata`` as JSON gives it back.
 
     Raises:
         ExportError: when it holds anything else.
     """
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(dict(metadata or {})))
+        copy: dict[str, object] = json.loads(json.dumps(dict(metadata or {})))
     except (TypeError, ValueError) as error:
         raise ExportError(f"metadata cannot be written as JSON: {error}") from None
     return copy
@@ -112,7 +112,7 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
     return program
 
 
-def _recorded_call(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+def _recorded_call(module: fx.GraphModule) -> tuple[tuple[object, ...], dict[str, object], dict[str, object]]:
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     values = [example_value(node) for node in module.graph.find_nodes(op="placeholder")]
     if any(value is None for value in values):
@@ -126,14 +126,14 @@ def _recorded_call(module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[str, A
     return args, kwargs, dict(zip(names, dynamic_args, strict=False)) | dynamic_kwargs
 
 
-def _stand_in(value: Any) -> Any:
+def _stand_in(value: object) -> object:
     """Zeros of the recorded sizes; numbers as they are."""
     if not isinstance(value, Tensor):
         return hint_of(value) if isinstance(value, torch.SymInt) else value
     return torch.zeros([hint_of(size) for size in value.shape], dtype=value.dtype, device=value.device)
 
 
-def _dynamic(value: Any) -> Any:
+def _dynamic(value: object) -> object:
     if not isinstance(value, Tensor):
         return Dim.AUTO if isinstance(value, torch.SymInt) else None
     return {i: Dim.AUTO for i, size in enumerate(value.shape) if _varies(size)}

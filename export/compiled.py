@@ -24,7 +24,7 @@ from fxq.export.capture import ExportError
 KEY = "call"
 
 
-def call_facts(module: fx.GraphModule) -> dict[str, Any]:
+def call_facts(module: fx.GraphModule) -> dict[str, object]:
     """What ``program.json`` states of a quantized module's calls."""
     rules = rules_of(module) or call_rules(module)
     nodes = module.graph.find_nodes(op="placeholder")
@@ -46,20 +46,20 @@ class CompiledProgram:
     the graph writes to them, copied back.
     """
 
-    run: Callable[..., Any]
+    run: Callable[..., object]
     spec: pytree.TreeSpec
     arguments: tuple[str, ...]
     rules: CallRules
     devices: tuple[str | None, ...]
     written: tuple[int, ...]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """The result for the module's arguments.
 
         Raises:
             InputError: when the call is not one that the program was compiled for.
         """
-        leaves = list(flatten(*bind(self.arguments, self.spec, args, kwargs), self.spec))
+        leaves: list[Any] = list(flatten(*bind(self.arguments, self.spec, args, kwargs), self.spec))
         self.rules.check(leaves)
         given = list(leaves)
         for i, (leaf, device) in enumerate(zip(leaves, self.devices, strict=True)):

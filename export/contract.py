@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -68,7 +68,7 @@ class Verdict:
         """No check failed and no layer has a problem."""
         return all(c.status != "failed" for c in self.checks) and not any(item.problems for item in self.layers)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON form, with ``ok``."""
         return {"ok": self.ok, **dataclasses.asdict(self)}
 

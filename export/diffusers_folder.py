@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -97,12 +97,12 @@ class QuantizationConfig:
     fxq_version: Text
     format_version: int = FORMAT_VERSION
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON form, with the ``quant_method`` by which diffusers finds the reader."""
         return {"quant_method": METHOD, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> QuantizationConfig:
+    def from_json(cls, data: Mapping[str, object]) -> QuantizationConfig:
         """Inverse of :meth:`to_json`.
 
         Raises:
@@ -155,7 +155,7 @@ def save_diffusers(
     return out
 
 
-def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor], Receipt]:
+def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, object], dict[str, Tensor], Receipt]:
     """The configuration, the tensors and the receipt of a quantized model."""
     configuration = getattr(model, "to_json_string", None)
     if configuration is None:

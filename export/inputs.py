@@ -61,7 +61,7 @@ def check_entries(entries: Sequence[InputEntry]) -> None:
             raise SchemaError(f"inputs: {entry.name} has more than {MAX_VALUES} values")
 
 
-def stand_ins(module: fx.GraphModule, entries: Sequence[InputEntry] | None, sizes: Sizes) -> list[Any] | None:
+def stand_ins(module: fx.GraphModule, entries: Sequence[InputEntry] | None, sizes: Sizes) -> list[object] | None:
     """Flat inputs without data, of the sizes a file states; None where it states no example.
 
     Args:
@@ -91,7 +91,7 @@ def stand_ins(module: fx.GraphModule, entries: Sequence[InputEntry] | None, size
     return without_data(entries)
 
 
-def without_data(entries: Sequence[InputEntry]) -> list[Any]:
+def without_data(entries: Sequence[InputEntry]) -> list[object]:
     """Flat inputs of the captured sizes on the meta device."""
     return [
         entry.value if entry.dtype is None else torch.empty(entry.example, dtype=_dtype(entry), device="meta")
@@ -125,7 +125,7 @@ def input_entries(module: fx.GraphModule) -> tuple[InputEntry, ...] | None:
         return None
 
 
-def _entry(name: str, value: Any, names: dict[str, str]) -> InputEntry:
+def _entry(name: str, value: object, names: dict[str, str]) -> InputEntry:
     if isinstance(value, Tensor):
         return InputEntry(
             name=name,
@@ -143,12 +143,12 @@ def _size(size: int | torch.SymInt, names: dict[str, str]) -> int | str:
     return names.setdefault(str(size), f"d{len(names)}") if fixed is None else fixed
 
 
-def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device) -> list[Any]:
+def seeded_inputs(entries: Sequence[InputEntry], seed: int, device: torch.device) -> list[object]:
     """Flat inputs of the captured sizes, the same on every machine and torch version.
 
     Floats are uniform with mean 0 and variance 1, integers 0 (valid as an index), booleans True.
     """
-    leaves: list[Any] = []
+    leaves: list[object] = []
     for position, entry in enumerate(entries):
         if entry.dtype is None:
             leaves.append(entry.value)
@@ -196,7 +196,7 @@ def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device:
     shape_env = ShapeEnv()
     # The Python dispatcher has the shape rules of operators that torch 2.11 cannot run on sizes that vary.
     with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
-        symbols: dict[str, Any] = {}
+        symbols: dict[str, object] = {}
         try:
             leaves = [_fake(entry, shape_env, symbols, device) for entry in entries]
             _Recorder(module, mode).run(*leaves, enable_io_processing=False)
@@ -216,7 +216,7 @@ class _Recorder(fx.Interpreter):
         super().__init__(module)
         self.mode = mode
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         value = (
             self.mode.from_tensor(get_tensor(self.module, str(n.target)), static_shapes=True)
             if (n.op == "get_attr")
@@ -242,7 +242,7 @@ def _fake(entry: InputEntry, shape_env: ShapeEnv, symbols: dict[str, Any], devic
     return torch.empty(sizes, dtype=_dtype(entry), device=device)
 
 
-def call_flat(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
+def call_flat(module: fx.GraphModule, leaves: Sequence[object]) -> list[Tensor]:
     """Call the module on flat inputs; the tensors of its result."""
     spec = module.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)

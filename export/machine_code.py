@@ -5,7 +5,6 @@ from __future__ import annotations
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 from fxq import cpu
 from fxq.export.capture import ExportError
@@ -22,14 +21,14 @@ def compiled_for() -> list[str]:
     return sorted(name for name in names if name.startswith(COMPILED) and name not in NEVER_COMPILED)
 
 
-def march_setting() -> dict[str, Any]:
+def march_setting() -> dict[str, object]:
     """Inductor's setting that keeps its compiler to ``FXQ_CPU``; nothing where this torch has none."""
     from torch import _inductor
 
     return {"cpp.march": cpu.MARCH} if cpu.limit() and hasattr(_inductor.config.cpp, "march") else {}
 
 
-def refuse_other_cpu(file: pathlib.Path, facts: Mapping[str, Any]) -> None:
+def refuse_other_cpu(file: pathlib.Path, facts: Mapping[str, object]) -> None:
     """A package runs on CPUs that have what the one had that compiled it; others crash, or saturate without a word.
 
     Args:

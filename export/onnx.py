@@ -11,8 +11,9 @@ import json
 import os
 import pathlib
 import tempfile
+import types
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -29,6 +30,10 @@ from fxq.passes.qdq.qdq_layers import may_saturate
 from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
 from fxq.version import __version__
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir
 
 OPSET = 21
 EXTERNAL_ABOVE = 1 << 31
@@ -54,7 +59,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     example: Example | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
     external_above: int = EXTERNAL_ABOVE,
     vnni: bool | None = None,
 ) -> pathlib.Path:
@@ -102,7 +107,7 @@ def export_onnx(
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
 
 
-def _package(name: str) -> Any:
+def _package(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -128,7 +133,7 @@ def _refuse_writes(module: fx.GraphModule) -> None:
         )
 
 
-def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, Any]) -> dict[str, Any]:
+def _facts(plans: Mapping[str, LayerPlan], vnni: bool, runtime: dict[str, object]) -> dict[str, object]:
     schemes = {layer: plan.scheme for layer, plan in plans.items() if plan.scheme is not None}
     layers = {layer: scheme.weight_bits for layer, scheme in schemes.items()}
     needs = [layer for layer, scheme in schemes.items() if vnni and may_saturate(scheme)]
@@ -152,7 +157,7 @@ def output_names(spec: pytree.TreeSpec, inputs: Iterable[str] = ()) -> list[str]
     return names
 
 
-def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> Any:
+def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> onnx_ir.Model:
     inputs = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     spec = program.call_spec.out_spec
     assert spec is not None
@@ -168,7 +173,7 @@ def _convert(program: torch.export.ExportedProgram, module: fx.GraphModule) -> A
     return done.model
 
 
-def _write(ir: Any, model: Any, path: pathlib.Path, external_above: int) -> pathlib.Path:
+def _write(ir: types.ModuleType, model: onnx_ir.Model, path: pathlib.Path, external_above: int) -> pathlib.Path:
     """Write beside the place and rename: a reader sees the old files or the new ones."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     try:
@@ -190,7 +195,7 @@ def _write(ir: Any, model: Any, path: pathlib.Path, external_above: int) -> path
     return path
 
 
-def _external_name(model: Any, path: pathlib.Path) -> str:
+def _external_name(model: onnx_ir.Model, path: pathlib.Path) -> str:
     digest = hashlib.sha256()
     for value in model.graph.initializers.values():
         digest.update(value.const_value.tobytes())
@@ -239,7 +244,7 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
     ]
 
 
-def _read(file: str) -> tuple[Any, Any, dict[str, Any]]:
+def _read(file: str) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]:
     """The model, what ONNX Runtime makes of it, and the facts fxq wrote into it."""
     onnx, runtime = _package("onnx"), _package("onnxruntime")
     try:
@@ -253,7 +258,7 @@ def _read(file: str) -> tuple[Any, Any, dict[str, Any]]:
         raise ExportError(f"{file} cannot be loaded: {error}") from error
 
 
-def _owners(model: Any, layers: Mapping[str, int]) -> dict[str, str]:
+def _owners(model: onnx.ModelProto, layers: Mapping[str, int]) -> dict[str, str]:
     """Layer of each integer weight, by the names it may have in an optimized model: stored, and cast to INT8."""
     stored = {tensor.name for tensor in model.graph.initializer}
     owners: dict[str, str] = {}
@@ -264,7 +269,7 @@ def _owners(model: Any, layers: Mapping[str, int]) -> dict[str, str]:
     return owners
 
 
-def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]:
+def _products(model: onnx.ModelProto, owners: Mapping[str, str]) -> collections.Counter[str]:
     """How often the file multiplies with each layer's weights."""
     floats = {
         n.output[0]: owners[n.input[0]] for n in model.graph.node if n.op_type == DEQUANTIZE and n.input[0] in owners
@@ -274,7 +279,7 @@ def _products(model: Any, owners: Mapping[str, str]) -> collections.Counter[str]
     )
 
 
-def _optimized(onnx: Any, runtime: Any, file: str) -> Any:
+def _optimized(onnx: types.ModuleType, runtime: types.ModuleType, file: str) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory() as folder:
         options = runtime.SessionOptions()
         options.optimized_model_filepath = str(pathlib.Path(folder) / "optimized.onnx")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fxq.core.ir import LayerPlan
 from fxq.passes.qdq.qdq_layers import may_saturate
 
+if TYPE_CHECKING:
+    import onnx_ir
 
-def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) -> None:
+
+def integer_form(model: onnx_ir.Model, plans: Mapping[str, LayerPlan], vnni: bool = True) -> None:
     """Bring the products of quantized layers to a form that runtimes keep in integers; in place.
 
     Weights are stored [K, N], as MatMul reads them, and in half a byte when they have 4 bits. Products and offset are
@@ -45,7 +49,7 @@ def integer_form(model: Any, plans: Mapping[str, LayerPlan], vnni: bool = True) 
     _name_apart(model.graph)
 
 
-def _name_apart(graph: Any) -> None:
+def _name_apart(graph: onnx_ir.Graph) -> None:
     """Give values of one name names of their own: a parameter that is called as an input or an output, for example.
 
     Inputs and outputs keep theirs, by which callers know them; a tensor of the model gets ``_`` behind its name.
@@ -67,7 +71,7 @@ def _free_name(name: str, taken: Container[str]) -> str:
     return name
 
 
-def _largest_of_none(ir: Any, model: Any) -> None:
+def _largest_of_none(ir: ModuleType, model: onnx_ir.Model) -> None:
     """Take largest values by TopK.
 
     ONNX Runtime 1.31 gives a reduction of an empty input the input's own shape, and inputs are empty where a call has
@@ -88,13 +92,13 @@ def _largest_of_none(ir: Any, model: Any) -> None:
         model.graph.register_initializer(count)
 
 
-def _is_last_axis_kept(node: Any) -> bool:
+def _is_last_axis_kept(node: onnx_ir.Node) -> bool:
     axes = None if len(node.inputs) < 2 else node.inputs[1].const_value
     kept = "keepdims" not in node.attributes or node.attributes["keepdims"].value == 1
     return kept and axes is not None and axes.numpy().tolist() == [-1]
 
 
-def _chains(weight: Any) -> Iterator[tuple[Any, Any]]:
+def _chains(weight: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, onnx_ir.Node]]:
     """(DequantizeLinear, Transpose) pairs that read a weight."""
     for node, _ in weight.uses():
         for reader, _ in node.outputs[0].uses():
@@ -102,7 +106,7 @@ def _chains(weight: Any) -> Iterator[tuple[Any, Any]]:
                 yield node, reader
 
 
-def _sum_at_once(ir: Any, last: Any) -> None:
+def _sum_at_once(ir: ModuleType, last: onnx_ir.Node) -> None:
     """``Add(Add(product, product), offset)`` as one ``Sum``."""
     terms = list(last.inputs)
     first = terms[0].producer()
@@ -118,7 +122,7 @@ def _sum_at_once(ir: Any, last: Any) -> None:
         first.graph.remove(first, safe=True)
 
 
-def _store_as_read(ir: Any, weight: Any) -> None:
+def _store_as_read(ir: ModuleType, weight: onnx_ir.Value) -> None:
     chains = list(_chains(weight))
     if not chains or len(chains) != len(weight.uses()):
         return
@@ -132,12 +136,12 @@ def _store_as_read(ir: Any, weight: Any) -> None:
         transpose.graph.remove(transpose, safe=True)
 
 
-def _store_unsigned(ir: Any, model: Any, weight: Any) -> None:
+def _store_unsigned(ir: ModuleType, model: onnx_ir.Model, weight: onnx_ir.Value) -> None:
     """Weights plus 128, and 128 as the zero point of every output."""
     values = (weight.const_value.numpy().astype("int16") + 128).astype("uint8")
     weight.const_value = ir.tensor(values, name=weight.name)
     weight.dtype = ir.DataType.UINT8
-    zeros: dict[int, Any] = {}
+    zeros: dict[int, onnx_ir.Value] = {}
     for dequantize, _ in list(weight.uses()):
         outputs = values.shape[dequantize.attributes["axis"].value]
         if outputs not in zeros:
@@ -150,7 +154,7 @@ def _store_unsigned(ir: Any, model: Any, weight: Any) -> None:
         dequantize.replace_input_with(2, zeros[outputs])
 
 
-def _store_in_half_bytes(ir: Any, model: Any, weight: Any) -> None:
+def _store_in_half_bytes(ir: ModuleType, model: onnx_ir.Model, weight: onnx_ir.Value) -> None:
     values, readers = weight.const_value.numpy(), list(weight.uses())
     weight.const_value = ir.tensor(values, dtype=ir.DataType.INT4, name=weight.name)
     weight.dtype = ir.DataType.INT4

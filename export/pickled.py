@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import Target
 
 from fxq.calls.captured import CapturedModule, guard_calls, inherit_notes, notes_of, rules_of
 from fxq.calls.rules import CallRules
@@ -31,19 +33,20 @@ class _Operator:
 
     name: str
 
-    def find(self) -> Any:
+    def find(self) -> OpOverload:
         namespace, packet, overload = self.name.split(".")
-        return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        found: OpOverload = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
     name: str
     op: str
-    target: Any
+    target: _Operator | Target
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    plan: dict[str, Any] | None
+    plan: dict[str, object] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,13 @@ class _State:
     tensors: dict[str, Tensor]
     info: tuple[Any, ...]
     rules: CallRules | None
-    notes: dict[str, Any]
+    notes: dict[str, object]
     inputs: tuple[InputEntry, ...] | None
     device: torch.device
     training: bool
 
 
-def reduce_module(module: CapturedModule) -> tuple[Any, ...]:
+def reduce_module(module: CapturedModule) -> tuple[object, ...]:
     """How a module is pickled, see :meth:`object.__reduce__`.
 
     Raises:
@@ -74,7 +77,7 @@ def reduce_module(module: CapturedModule) -> tuple[Any, ...]:
         _Node(
             node.name,
             node.op,
-            _Operator(str(node.target)) if isinstance(node.target, torch._ops.OpOverload) else node.target,
+            _Operator(str(node.target)) if isinstance(node.target, OpOverload) else node.target,
             _plain(node.args),
             _plain(node.kwargs),
             None if (plan := plan_of(node)) is None else plan.to_json(),
@@ -101,7 +104,7 @@ def reduce_module(module: CapturedModule) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    def plain(part: Any) -> Any:
+    def plain(part: object) -> Any:
         return _Ref(part.name) if isinstance(part, fx.Node) else part
 
     return fx.node.map_aggregate(value, plain)
@@ -111,7 +114,7 @@ def restore_module(state: _State) -> CapturedModule:
     """The module that :func:`reduce_module` described."""
     graph, root, nodes = fx.Graph(), torch.nn.Module(), dict[str, fx.Node]()
 
-    def link(part: Any) -> Any:
+    def link(part: object) -> Any:
         return nodes[part.node] if isinstance(part, _Ref) else part
 
     def linked(value: Any) -> Any:

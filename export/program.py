@@ -50,7 +50,7 @@ def export_program(
     aoti: bool = False,
     *,
     example: Example | None = None,
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> pathlib.Path:
     """Write a quantized module as a program of torch.export. The folder appears whole or not at all.
 
@@ -94,12 +94,12 @@ class _Facts:
     fxq_version: Text
     torch_version: Text
     files: dict[Name, Text]
-    runtime: dict[str, Any]
+    runtime: dict[str, object]
     imports: Annotated[list[Name], Field(max_length=10)]
     integer_products: Size = 0
 
 
-def _facts(aoti: bool, runtime: dict[str, Any], files: dict[str, str]) -> dict[str, Any]:
+def _facts(aoti: bool, runtime: dict[str, object], files: dict[str, str]) -> dict[str, object]:
     return {
         "format_version": FORMAT_VERSION,
         "fxq_version": __version__,
@@ -116,7 +116,7 @@ def _device(module: fx.GraphModule) -> torch.device:
     return get_tensor(module, str(nodes[0].target)).device
 
 
-def _write_weight_free(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, Any]:
+def _write_weight_free(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, object]:
     program = capture(frozen(module).module, example)
     bundle.save(module, folder)
     for name, tensor in list(program.state_dict.items()):
@@ -129,7 +129,7 @@ def _write_weight_free(module: fx.GraphModule, folder: pathlib.Path, example: Ex
     return {"imports": ["torch", "fxq"]}
 
 
-def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, Any]:
+def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Example | None) -> dict[str, object]:
     from torch._inductor.package.package import package_aoti
 
     on_cpu = _device(module).type == "cpu"

@@ -32,7 +32,7 @@ class Receipt:
     fxq_version: Text
     recipe: dict[str, Any]
     calibration_hash: Text
-    metrics: dict[str, Any]
+    metrics: dict[str, object]
     environment: dict[Name, Text]
     source: Text = ""
 
@@ -41,7 +41,7 @@ class Receipt:
         return {HEADER_KEY: json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)}
 
 
-def make_receipt(fxq_version: str, facts: Facts, plans: Iterable[LayerPlan], metrics: Mapping[str, Any]) -> Receipt:
+def make_receipt(fxq_version: str, facts: Facts, plans: Iterable[LayerPlan], metrics: Mapping[str, object]) -> Receipt:
     """The receipt of a quantized module.
 
     Args:

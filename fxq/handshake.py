@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fxq.calibration.agreement import describe, describe_data, describe_model, environment_facts, flat_facts
 from fxq.calibration.calibrate import Batch
@@ -18,7 +17,7 @@ from fxq.version import __version__
 
 
 def shake_hands(
-    workers: Workers, recipe: Recipe, model: Any, data: Any, first: Batch | None, passes: Sequence[Pass] = ()
+    workers: Workers, recipe: Recipe, model: object, data: object, first: Batch | None, passes: Sequence[Pass] = ()
 ) -> None:
     """Compare the calls of all ranks; nothing is done by one process alone.
 

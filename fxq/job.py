@@ -65,7 +65,7 @@ class Job:
         run_passes(graph, (step for step in self.line() if step.needs < Stage.CALIBRATED))
 
     def calibrate(
-        self, graph: QuantGraph, loader: Iterable[Any] | Rollout | None, forward_loop: ForwardLoop | None = None
+        self, graph: QuantGraph, loader: Iterable[object] | Rollout | None, forward_loop: ForwardLoop | None = None
     ) -> str:
         """Collect statistics and move a PLANNED graph to CALIBRATED; returns the calibration hash, empty without data.
 
@@ -84,7 +84,7 @@ class Job:
             return calibrate(graph, loader, forward_loop, collector, on_progress, self.workers)
 
     def weigh_chunks(
-        self, graph: QuantGraph, loader: Iterable[Any] | Rollout | None, alpha: Tensor | None, data: str
+        self, graph: QuantGraph, loader: Iterable[object] | Rollout | None, alpha: Tensor | None, data: str
     ) -> Tensor | None:
         """Set a CALIBRATED graph's chunk weights, measuring sensitivity when the recipe needs it and can have it.
 

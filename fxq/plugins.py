@@ -108,7 +108,7 @@ def _clash(found: list[Plugin], shipped: bool) -> str:
     )
 
 
-def _fault(plugin: Plugin, found: Any) -> str:
+def _fault(plugin: Plugin, found: object) -> str:
     """Why what an entry point led to is not of its group, or ""."""
     if plugin.group != METHODS:
         return "" if callable(found) and not isinstance(found, type) else f"is {found!r}, expected a function"

@@ -8,7 +8,7 @@ import dataclasses
 import operator
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -44,11 +44,11 @@ Model = nn.Module | fx.GraphModule | ExportedProgram
 
 def quantize(
     model: Model,
-    calib_loader: Iterable[Any] | Rollout | None = None,
+    calib_loader: Iterable[object] | Rollout | None = None,
     recipe: Recipe | str | pathlib.Path = "w4a8",
     *,
-    example_inputs: Any = None,
-    dynamic_shapes: Any = None,
+    example_inputs: object = None,
+    dynamic_shapes: object = None,
     forward_loop: ForwardLoop | None = None,
     checkpoint_dir: str | pathlib.Path | None = None,
     sensitivity: Sequence[float] | Tensor | None = None,
@@ -174,7 +174,7 @@ def _learning() -> Iterator[None]:
 
 
 def _check_sources(
-    recipe: Recipe, calib_loader: Iterable[Any] | Rollout | None, forward_loop: ForwardLoop | None
+    recipe: Recipe, calib_loader: Iterable[object] | Rollout | None, forward_loop: ForwardLoop | None
 ) -> None:
     if calib_loader is not None and forward_loop is not None:
         raise CalibrationError("give exactly one of calib_loader and forward_loop")
@@ -194,7 +194,7 @@ def _warn_of_nothing(graph: QuantGraph, recipe: Recipe) -> None:
     warn(f"recipe {recipe.name!r} quantizes no linear of {len(graph.plans)}: {told}", stacklevel=3)
 
 
-def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
+def _trace(model: Model, example: Batch, dynamic_shapes: object) -> QuantGraph:
     args, kwargs = example.args, dict(example.kwargs)
     if dynamic_shapes is None and (default := batch_dynamic(args, kwargs)) is not None:
         # Some models refuse a dynamic batch; the static capture then refuses other batches when it is called.
@@ -208,10 +208,10 @@ def _trace(model: Model, example: Batch, dynamic_shapes: Any) -> QuantGraph:
 
 def _trace_savable(
     model: Model,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dynamic_shapes: Any,
-    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    dynamic_shapes: object,
+    captured_with: tuple[tuple[object, ...], dict[str, object]] | None = None,
 ) -> QuantGraph:
     """The captured graph, which can be saved once it is quantized."""
     graph = trace(model, args, kwargs, dynamic_shapes, captured_with=captured_with)
@@ -225,24 +225,24 @@ def _trace_savable(
     return graph
 
 
-def _larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _larger(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """Inputs whose first sizes are 2 where they are 0 or 1, which a capture takes for constants; None if none is."""
 
-    def small(value: Any) -> bool:
+    def small(value: object) -> TypeGuard[Tensor]:
         return type(value) is Tensor and value.layout == torch.strided and value.ndim > 0 and value.shape[0] < 2
 
-    def enlarged(value: Any) -> Any:
+    def enlarged(value: object) -> object:
         return value.new_empty((2, *value.shape[1:])) if small(value) else value
 
     if not any(small(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
         return None
-    larger: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(enlarged, (args, kwargs))
+    larger: tuple[tuple[object, ...], dict[str, object]] = pytree.tree_map(enlarged, (args, kwargs))
     return larger
 
 
 def _example(
-    loader: Iterable[Any] | Rollout | None, example_inputs: Any, dynamic_shapes: Any
-) -> tuple[Iterable[Any] | Rollout | None, Batch, Any]:
+    loader: Iterable[object] | Rollout | None, example_inputs: object, dynamic_shapes: object
+) -> tuple[Iterable[object] | Rollout | None, Batch, object]:
     """The loader (its first batch put back), the inputs to trace with, and dynamic shapes."""
     if example_inputs is not None:
         return loader, usable(example_inputs, 0), dynamic_shapes
@@ -262,14 +262,14 @@ def _example(
 
 
 @dataclasses.dataclass(frozen=True)
-class _PutBack(Iterable[Any]):
+class _PutBack(Iterable[object]):
     """A loader whose first batch was looked at: it is iterated once, so one-shot loaders lose nothing."""
 
-    first: Any
-    rest: Iterator[Any]
+    first: object
+    rest: Iterator[object]
     length: int
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         yield self.first
         yield from self.rest
 

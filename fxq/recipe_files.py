@@ -27,13 +27,13 @@ class RecipeFileError(ValueError):
     """A recipe file that asks for too much."""
 
 
-def check_content(data: Any) -> None:
+def check_content(data: object) -> None:
     """Check numbers, nesting and patterns of a parsed recipe file.
 
     Raises:
         RecipeFileError: naming the key.
     """
-    stack: list[tuple[str, Any, int]] = [("recipe", data, 0)]
+    stack: list[tuple[str, object, int]] = [("recipe", data, 0)]
     while stack:
         place, value, depth = stack.pop()
         if depth > MAX_DEPTH:
@@ -88,7 +88,7 @@ def _repeats(parsed: Any, inside: bool) -> int:
     return found
 
 
-def _parts(content: Any) -> list[Any]:
+def _parts(content: object) -> list[object]:
     """Parsed expressions in what a token holds."""
     if hasattr(content, "getwidth"):
         return [content]
@@ -111,11 +111,11 @@ def to_toml(data: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _is_tables(value: Any) -> bool:
+def _is_tables(value: object) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
-def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
+def _pairs(table: Mapping[str, object]) -> Iterator[str]:
     yield from (f"{_key(key)} = {_value(value)}" for key, value in table.items() if value is not None)
 
 
@@ -123,7 +123,7 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _value(key)
 
 
-def _value(value: Any) -> str:
+def _value(value: object) -> str:
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):

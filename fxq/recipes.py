@@ -147,7 +147,7 @@ def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[path
         raise RecipeError(f"recipe file {path}: {error}") from error
 
 
-def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
     data = dataclasses.asdict(dataclasses.replace(recipe, methods=()))
     data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
@@ -156,16 +156,15 @@ def recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_to_toml(recipe: Recipe) -> str:
     """The text of a recipe file that :func:`load_recipe` reads back as an equal recipe; rules leave out defaults."""
-    data = recipe_to_json(recipe)
+    rules = [dataclasses.asdict(rule) for rule in recipe.rules]
     defaults = {f.name: f.default for f in dataclasses.fields(Rule) if f.default is not dataclasses.MISSING}
-    data["rules"] = [
-        {key: value for key, value in rule.items() if key not in defaults or value != defaults[key]}
-        for rule in data["rules"]
+    said = [
+        {key: value for key, value in rule.items() if key not in defaults or value != defaults[key]} for rule in rules
     ]
-    return to_toml(data)
+    return to_toml(recipe_to_json(recipe) | {"rules": said})
 
 
-def recipe_from_json(data: Any) -> Recipe:
+def recipe_from_json(data: object) -> Recipe:
     """Inverse of :func:`recipe_to_json`; ``rules`` may omit defaults, and a rule without ``scheme`` keeps layers.
 
     With ``extends`` the data say only what is to be other than in a preset: single keys replace the preset's, so do
@@ -177,7 +176,7 @@ def recipe_from_json(data: Any) -> Recipe:
     return _recipe(data, ())
 
 
-def _recipe(data: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
+def _recipe(data: object, files: tuple[pathlib.Path, ...]) -> Recipe:
     """:func:`recipe_from_json` of what the last of ``files`` says, which the ones before extend in turn."""
     if not isinstance(data, dict):
         raise RecipeError(f"a recipe is a table of keys, got {type(data).__name__}")
@@ -190,7 +189,7 @@ def _recipe(data: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
     return _validated(Recipe, {"rules": (), "methods": (), **_parsed(data)}, "recipe")
 
 
-def _base(name: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
+def _base(name: object, files: tuple[pathlib.Path, ...]) -> Recipe:
     """What ``extends`` names: a preset, or a recipe file beside the file that says so."""
     if isinstance(name, str) and name.lower() in PRESETS:
         return PRESETS[name.lower()]
@@ -209,7 +208,7 @@ def _base(name: Any, files: tuple[pathlib.Path, ...]) -> Recipe:
     return _load(path, folder, files)
 
 
-def _parsed(data: dict[str, Any]) -> dict[str, Any]:
+def _parsed(data: dict[str, object]) -> dict[str, Any]:
     """The keys of a recipe with rules and methods as objects."""
     _refuse_unknown(data, Recipe, "recipe", "extends")
     rules = []
@@ -230,7 +229,7 @@ def _parsed(data: dict[str, Any]) -> dict[str, Any]:
     return {key: made.get(key, value) for key, value in data.items()}
 
 
-def _method(name: Any, where: str) -> type[Any]:
+def _method(name: object, where: str) -> type[Any]:
     """The class of a method: a shipped one, or one of a plug-in, which is imported for it."""
     try:
         plugin = plugins.find(plugins.METHODS, name, METHODS) if isinstance(name, str) else None
@@ -245,14 +244,14 @@ def _method(name: Any, where: str) -> type[Any]:
     return METHODS[name]
 
 
-def _tables(data: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _tables(data: dict[str, object], key: str) -> list[dict[str, object]]:
     entries = data.get(key, [])
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
         raise RecipeError(f"{key}: expected a list of tables")
     return list(entries)
 
 
-def _refuse_unknown(entry: Any, cls: type[Any], where: str, *others: str) -> None:
+def _refuse_unknown(entry: object, cls: type[Any], where: str, *others: str) -> None:
     if not isinstance(entry, dict):
         raise RecipeError(f"{where}: expected a table of keys, got {type(entry).__name__}")
     known = [*(field.name for field in dataclasses.fields(cls)), *others]
@@ -262,7 +261,7 @@ def _refuse_unknown(entry: Any, cls: type[Any], where: str, *others: str) -> Non
             raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
 
 
-def _validated(cls: type[_T], data: dict[str, Any], where: str) -> _T:
+def _validated(cls: type[_T], data: object, where: str) -> _T:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:

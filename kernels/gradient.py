@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
@@ -41,17 +42,17 @@ class _Node(torch.autograd.Function):
     """An operator on the tape. Inputs: the operator, the structure of its arguments, its flat arguments, sources."""
 
     @staticmethod
-    def forward(definition: Callable[..., Any], spec: pytree.TreeSpec, *flat: Any) -> Any:
+    def forward(definition: Callable[..., object], spec: pytree.TreeSpec, *flat: object) -> object:
         return definition(*pytree.tree_unflatten(flat[: spec.num_leaves], spec))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         definition, _, *flat = inputs
         ctx.operator = definition._schema.name
         ctx.forms = [(t.shape, t.dtype) if isinstance(t, Tensor) else None for t in flat]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> object:
         grad = next(g for g in grads if g is not None)
         results = [
             torch.ops.fxq.no_gradient(grad, form[0], form[1], ctx.operator) if needed else None
@@ -68,7 +69,7 @@ def _carried(tensor: Tensor) -> Sequence[Tensor]:
     return sources or ()
 
 
-def _sources(flat: Sequence[Any]) -> list[Tensor]:
+def _sources(flat: Sequence[object]) -> list[Tensor]:
     """The tensors with a gradient that the arguments are or were made of."""
     tensors = [value for value in flat if isinstance(value, Tensor)]
     found = [tensor for tensor in tensors if tensor.requires_grad]
@@ -76,7 +77,7 @@ def _sources(flat: Sequence[Any]) -> list[Tensor]:
     return list({id(source): source for source in (*found, *carried)}.values())
 
 
-def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+def _attach(definition: Callable[..., object], arguments: Sequence[object]) -> object:
     """The operator's result as part of the tape; None where no argument has a gradient.
 
     Raises:
@@ -95,7 +96,7 @@ def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         return None
     known = {id(value) for value in flat}
     # torch.func has come down to one level here: its own way into autograd.Function would start at the top again.
-    apply: Callable[..., Any] = super(torch.autograd.Function, _Node).apply
+    apply: Callable[..., object] = super(torch.autograd.Function, _Node).apply
     with enable_single_level_autograd_function():
         result = apply(definition, spec, *flat, *(s for s in sources if id(s) not in known))
     for tensor in pytree.tree_leaves(result):
@@ -107,10 +108,10 @@ def _attach(definition: Callable[..., Any], arguments: Sequence[Any]) -> Any:
     return result
 
 
-def autograd(definition: Callable[..., Any]) -> Callable[..., Any]:
+def autograd(definition: Callable[..., object]) -> Callable[..., object]:
     """What the dispatcher calls in place of the operator while tensors may have gradients."""
 
-    def run(keys: Any, *arguments: Any) -> Any:
+    def run(keys: DispatchKeySet, *arguments: object) -> object:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             result = _attach(definition, arguments)
             if result is not None:
@@ -121,7 +122,7 @@ def autograd(definition: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def autograd_cpu(definition: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+def autograd_cpu(definition: Callable[..., object], kernel: Callable[..., object]) -> Callable[..., object]:
     """As :func:`autograd` on a CPU, where it costs next to nothing: plain tensors go to the kernel at once.
 
     Everything else, as tracing and tensor subclasses, goes on through the dispatcher.
@@ -132,7 +133,7 @@ def autograd_cpu(definition: Callable[..., Any], kernel: Callable[..., Any]) -> 
     """
     through_dispatcher = autograd(definition)
 
-    def run(keys: Any, *arguments: Any) -> Any:
+    def run(keys: DispatchKeySet, *arguments: object) -> object:
         if torch.is_grad_enabled() or forward_ad._current_level >= 0 or not guards.plain(keys):
             result = through_dispatcher(keys, *arguments)
             guards.learn(keys)

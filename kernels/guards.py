@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
 
 BELOW = torch._C._after_ADInplaceOrView_keyset
 """Dispatch keys under those of autograd."""
@@ -21,8 +22,8 @@ _PLAIN: set[int] = set()
 
 
 def checked(
-    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
-) -> Callable[..., Any]:
+    name: str, take: Callable[[tuple[object, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], object]
+) -> Callable[..., object]:
     """The kernel of ``fxq::name`` behind the checks; ValueError with what is wrong.
 
     Args:
@@ -33,7 +34,7 @@ def checked(
     """
 
     @wraps(kernel)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: object) -> object:
         if reason := misplaced(name, arguments):
             raise ValueError(f"fxq::{name}: {reason}")
         taken = take(arguments)
@@ -45,12 +46,12 @@ def checked(
 
 
 def checked_by_keys(
-    name: str, take: Callable[[tuple[Any, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], Any]
-) -> Callable[..., Any]:
+    name: str, take: Callable[[tuple[object, ...]], A], supports: Callable[[A], str], kernel: Callable[[A], object]
+) -> Callable[..., object]:
     """As :func:`checked` with the dispatcher's keys before the arguments: they tell the usual call apart at once."""
 
     @wraps(kernel)
-    def run(keys: Any, *arguments: Any) -> Any:
+    def run(keys: DispatchKeySet, *arguments: object) -> object:
         if keys.raw_repr() not in _PLAIN:
             if reason := misplaced(name, arguments):
                 raise ValueError(f"fxq::{name}: {reason}")
@@ -64,12 +65,12 @@ def checked_by_keys(
     return run
 
 
-def plain(keys: Any) -> bool:
+def plain(keys: DispatchKeySet) -> bool:
     """Whether the keys are those of a call with nothing but dense CPU tensors that has been seen before."""
     return keys.raw_repr() in _PLAIN
 
 
-def learn(keys: Any) -> None:
+def learn(keys: DispatchKeySet) -> None:
     """Keys count as plain once those that are left under autograd do."""
     if plain(keys & BELOW):
         _PLAIN.add(keys.raw_repr())

@@ -33,7 +33,7 @@ from fxq.kernels.schema import fields, flatten, schema_of, taker
 
 NAMESPACE = "fxq"
 
-Arguments = tuple[Any, ...]
+Arguments = tuple[object, ...]
 A = TypeVar("A", bound=Arguments)
 R = TypeVar("R")
 
@@ -179,7 +179,7 @@ def declare(
     return bind
 
 
-def _register(name: str, key: str, kernel: Callable[..., Any], with_keyset: bool = False) -> None:
+def _register(name: str, key: str, kernel: Callable[..., object], with_keyset: bool = False) -> None:
     if (name, key) not in _REGISTRY.done:
         _REGISTRY.library.impl(name, kernel, key, with_keyset=with_keyset)
         _REGISTRY.done.add((name, key))

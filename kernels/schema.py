@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar, get_type_hints
+from typing import TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 
-A = TypeVar("A", bound=tuple[Any, ...])
+A = TypeVar("A", bound=tuple[object, ...])
 
-TYPES: dict[Any, str] = {
+TYPES: dict[object, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     Sequence[Tensor]: "Tensor[]",
@@ -23,11 +23,11 @@ TYPES: dict[Any, str] = {
 """Type of a field -> the dispatcher's name for it."""
 
 
-def _is_arguments(kind: Any) -> bool:
+def _is_arguments(kind: object) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def fields(kind: type[tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
+def fields(kind: type[tuple[object, ...]]) -> Iterator[tuple[str, object]]:
     """(name, type) of the flat arguments that a class stands for."""
     for name, hint in get_type_hints(kind).items():
         if _is_arguments(hint):
@@ -36,7 +36,7 @@ def fields(kind: type[tuple[Any, ...]]) -> Iterator[tuple[str, Any]]:
             yield name, hint
 
 
-def schema_of(name: str, kind: type[tuple[Any, ...]], results: Sequence[str] = ()) -> str:
+def schema_of(name: str, kind: type[tuple[object, ...]], results: Sequence[str] = ()) -> str:
     """``name(arguments) -> Tensor`` in the dispatcher's language, or ``-> (Tensor q, ...)`` of named results.
 
     Raises:
@@ -52,14 +52,14 @@ def schema_of(name: str, kind: type[tuple[Any, ...]], results: Sequence[str] = (
     return f"{name}({', '.join(arguments)}) -> {result}"
 
 
-def taker(kind: type[A]) -> Callable[[tuple[Any, ...]], A]:
+def taker(kind: type[A]) -> Callable[[tuple[object, ...]], A]:
     """A function that makes an object of the class from the flat arguments, whose number the dispatcher has checked.
 
     Raises:
         TypeError: when the class has more than one field that is a class of arguments.
     """
     # tuple.__new__ counts nothing and takes half the time of the class: this is part of every call.
-    make: Callable[[tuple[Any, ...]], A] = partial(tuple.__new__, kind)
+    make: Callable[[tuple[object, ...]], A] = partial(tuple.__new__, kind)
     hints = list(get_type_hints(kind).values())
     nested = [place for place, hint in enumerate(hints) if _is_arguments(hint)]
     if not nested:
@@ -73,9 +73,9 @@ def taker(kind: type[A]) -> Callable[[tuple[Any, ...]], A]:
     return lambda values: make((*values[:first], inner(values[first:last]), *values[last:]))
 
 
-def flatten(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def flatten(arguments: tuple[object, ...]) -> tuple[object, ...]:
     """The flat arguments that an object stands for."""
-    flat: list[Any] = []
+    flat: list[object] = []
     for value in arguments:
-        flat.extend(flatten(value) if _is_arguments(type(value)) else (value,))
+        flat.extend(flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,))
     return tuple(flat)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from fxq import kernels, numerics
 from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
@@ -135,7 +136,7 @@ def _get(graph: fx.Graph, old: fx.Node, plan: LayerPlan, name: str) -> fx.Node:
     return node
 
 
-def _static(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+def _static(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are stored."""
     assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
@@ -151,7 +152,7 @@ def _static(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch
     )
 
 
-def _per_token(graph: fx.Graph, old: fx.Node, x: Any, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
+def _per_token(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
     """The integer operators in front of a linear whose input scales are measured per token."""
     assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None

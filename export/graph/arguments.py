@@ -50,7 +50,7 @@ _TEXTS = {
 }
 """Text arguments by name and what they may be."""
 
-_FIXED: dict[str, dict[str, tuple[Any, ...]]] = {
+_FIXED: dict[str, dict[str, tuple[object, ...]]] = {
     "aten.dropout.default": {"train": (False,)},
     "aten.feature_dropout.default": {"train": (False,)},
     "aten.batch_norm.default": {"training": (False,)},
@@ -83,7 +83,9 @@ TENSOR, TENSORS, NUMBER, NOTHING, ANY = (
 )
 
 
-def check_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[fx.Node, Value]) -> Value:
+def check_call(
+    target: Any, args: Sequence[object], kwargs: Mapping[str, object], known: Mapping[fx.Node, Value]
+) -> Value:
     """Check a call and say what it gives.
 
     Args:
@@ -103,13 +105,13 @@ def check_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], know
 
 
 def _check_operator(
-    target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], known: Mapping[fx.Node, Value]
+    target: OpOverload, args: Sequence[object], kwargs: Mapping[str, object], known: Mapping[fx.Node, Value]
 ) -> Value:
     declared, name = target._schema.arguments, str(target)
     positional = [argument for argument in declared if not argument.kwarg_only]
     if len(args) > len(positional):
         raise ArgumentError(f"{name} takes {len(positional)} positional arguments, not {len(args)}")
-    given: dict[str, Any] = {argument.name: value for argument, value in zip(positional, args, strict=False)}
+    given: dict[str, object] = {argument.name: value for argument, value in zip(positional, args, strict=False)}
     for key, value in kwargs.items():
         if key in given or all(argument.name != key for argument in declared):
             raise ArgumentError(f"{name} has no argument {key!r}, or it is given twice")
@@ -135,7 +137,7 @@ def _check_operator(
     return TENSOR if results[0] == "Tensor" else NUMBER
 
 
-def _check(kind: str, name: str, value: Any, known: Mapping[fx.Node, Value], call: str) -> None:
+def _check(kind: str, name: str, value: object, known: Mapping[fx.Node, Value], call: str) -> None:
     if kind.startswith("Optional["):
         if value is None:
             return
@@ -161,33 +163,33 @@ def _check(kind: str, name: str, value: Any, known: Mapping[fx.Node, Value], cal
         raise ArgumentError(f"{call}: pin_memory is {value!r}, a bundle may only have False")
 
 
-def _is_number(value: Any, known: Mapping[fx.Node, Value]) -> bool:
+def _is_number(value: object, known: Mapping[fx.Node, Value]) -> bool:
     return isinstance(value, fx.Node) and known[value].kind in ("number", "any")
 
 
-def _fits_int(value: Any, known: Mapping[fx.Node, Value]) -> bool:
+def _fits_int(value: object, known: Mapping[fx.Node, Value]) -> bool:
     return (type(value) is int and abs(value) <= MAX_INTEGER) or _is_number(value, known)
 
 
-def _fits_scalar(value: Any, known: Mapping[fx.Node, Value]) -> bool:
+def _fits_scalar(value: object, known: Mapping[fx.Node, Value]) -> bool:
     return isinstance(value, bool | float) or _fits_int(value, known)
 
 
-def _fits_bool(value: Any, known: Mapping[fx.Node, Value]) -> bool:
+def _fits_bool(value: object, known: Mapping[fx.Node, Value]) -> bool:
     return isinstance(value, bool) or _is_number(value, known)
 
 
-def _fits_tensor(value: Any, known: Mapping[fx.Node, Value]) -> bool:
+def _fits_tensor(value: object, known: Mapping[fx.Node, Value]) -> bool:
     if isinstance(value, fx.Node):
         return known[value].kind in ("tensor", "number", "any")
     return _fits_scalar(value, known)
 
 
-def _fits_text(name: str, value: Any) -> bool:
+def _fits_text(name: str, value: object) -> bool:
     return isinstance(value, str) and name in _TEXTS and re.fullmatch(_TEXTS[name], value) is not None
 
 
-_FITS: dict[str, Callable[[Any, Mapping[fx.Node, Value]], bool]] = {
+_FITS: dict[str, Callable[[object, Mapping[fx.Node, Value]], bool]] = {
     "Tensor": _fits_tensor,
     "int": _fits_int,
     "SymInt": _fits_int,
@@ -211,7 +213,7 @@ _UNARY = frozenset(
 )
 
 
-def _check_arithmetic(target: Callable[..., Any], args: Sequence[Any], known: Mapping[fx.Node, Value]) -> Value:
+def _check_arithmetic(target: Callable[..., object], args: Sequence[object], known: Mapping[fx.Node, Value]) -> Value:
     name = ARITHMETIC_NAMES[target]
     if target is operator.getitem and len(args) == 2 and isinstance(args[0], fx.Node):
         if known[args[0]].kind not in ("tensors", "any") or type(args[1]) is not int or abs(args[1]) > MAX_ITEMS:

@@ -32,7 +32,7 @@ def allowing_all() -> Iterator[None]:
         yield
 
 
-def is_foreign(name: Any) -> bool:
+def is_foreign(name: object) -> bool:
     """Whether a name has the form ``library.operator.overload`` of a library that is neither torch nor fxq."""
     if not isinstance(name, str) or len(name) > 300:
         return False
@@ -41,12 +41,12 @@ def is_foreign(name: Any) -> bool:
     return len(parts) == 3 and plain and parts[0] not in _OWN and not parts[0].startswith("_")
 
 
-def foreign_name(target: Any) -> str | None:
+def foreign_name(target: object) -> str | None:
     """The name of another library's operator, or None."""
     return str(target) if isinstance(target, torch._ops.OpOverload) and is_foreign(str(target)) else None
 
 
-def find_foreign(name: Any) -> Any:
+def find_foreign(name: Any) -> object:
     """The operator of a name that the caller allows and that a library has registered, or None."""
     allowed = _ALLOWED.get()
     if not is_foreign(name) or not ({_ANY, name, name.rpartition(".")[0]} & allowed):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import Argument
 
 from fxq.calls.captured import CapturedModule
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
@@ -39,7 +40,7 @@ from fxq.export.graph.arguments import (
 from fxq.export.graph.foreign import advice, find_foreign, foreign_name, is_foreign
 from fxq.export.graph.structure import StructureError, structure_from_json, structure_to_json
 from fxq.runtime.exclusive import exclusive
-from fxq.runtime.reading import MAX_NAME
+from fxq.runtime.reading import MAX_NAME, Json
 
 MAX_NODES, MAX_NODES_OF_SMALL, BYTES_PER_NODE = 50_000, 20_000, 4096
 """Most nodes of a graph; more than 20,000 need so many bytes of tensors each, as a node takes memory itself."""
@@ -55,7 +56,7 @@ class GraphFormatError(ValueError):
     """A graph that cannot be written as JSON, or JSON that is not a graph fxq may run."""
 
 
-def target_name(target: Any, node: str) -> str:
+def target_name(target: object, node: str) -> str:
     """Name of a call target.
 
     Raises:
@@ -96,7 +97,7 @@ def check_writable(module: fx.GraphModule) -> None:
     graph_to_json(module)
 
 
-def _check_names(name: Any, op: Any, target: Any, kwargs: Any) -> None:
+def _check_names(name: Any, op: object, target: object, kwargs: Any) -> None:
     """Refuse names that fx would write into the source it generates as anything but a name."""
     for text in (name, target, *kwargs):
         if not isinstance(text, str):
@@ -121,7 +122,7 @@ def _taken() -> frozenset[str]:
     return frozenset({*dir(fx.GraphModule(torch.nn.Module(), fx.Graph())), *dir(torch.nn.Module())})
 
 
-def check_tensor_name(name: Any, node: str) -> None:
+def check_tensor_name(name: object, node: str) -> None:
     """Refuse a dotted name under which no tensor of a module can lie.
 
     Raises:
@@ -133,7 +134,7 @@ def check_tensor_name(name: Any, node: str) -> None:
         raise GraphFormatError(f"node {node[:80]}: {str(name)[:120]!r} is not a tensor's name")
 
 
-def _encode(value: Any, node: str) -> Any:
+def _encode(value: object, node: str) -> object:
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if value is None or isinstance(value, bool | int | str):
@@ -153,7 +154,7 @@ def _encode(value: Any, node: str) -> Any:
     raise GraphFormatError(f"node {node}: argument {value!r} of type {type(value).__name__} has no place in the format")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node], node: str, device: torch.device) -> Any:
+def _decode(value: Json, nodes: dict[str, fx.Node], node: str, device: torch.device) -> Argument:
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise GraphFormatError(f"node {node}: a bare JSON list is not an argument")
@@ -178,13 +179,13 @@ def _decode(value: Any, nodes: dict[str, fx.Node], node: str, device: torch.devi
     raise GraphFormatError(f"node {node}: malformed argument {str(value)[:200]}")
 
 
-def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
+def graph_to_json(module: fx.GraphModule) -> dict[str, object]:
     """The module's graph and calling convention; tensors are referred to by name.
 
     Raises:
         GraphFormatError: when a node cannot be expressed.
     """
-    nodes: list[dict[str, Any]] = []
+    nodes: list[dict[str, object]] = []
     known: dict[fx.Node, Value] = {}
     for node in module.graph.nodes:
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
@@ -219,7 +220,7 @@ def graph_to_json(module: fx.GraphModule) -> dict[str, Any]:
 
 @exclusive
 def graph_from_json(
-    data: dict[str, Any], tensors: dict[str, torch.Tensor], device: str | torch.device = "cpu"
+    data: dict[str, object], tensors: dict[str, torch.Tensor], device: str | torch.device = "cpu"
 ) -> fx.GraphModule:
     """Build the module; the inverse of :func:`graph_to_json`.
 
@@ -293,14 +294,13 @@ def _node(
         raise GraphFormatError(f"node {name}: unknown kind {str(op)[:40]!r}")
     if kwargs or len(args) != (op == "output"):
         raise GraphFormatError(f"node {name}: {len(args)} arguments of a node of kind {str(op)[:40]!r}")
+    if op == "output":
+        return graph.output(args[0])
     if op == "get_attr":
         if target not in tensors:
             raise GraphFormatError(f"node {name}: tensor {target!r} is not in the bundle")
         put_tensor(root, target, tensors[target])
-        return graph.create_node(op, target, (), {}, name=name)
-    if op == "placeholder":
-        return graph.create_node(op, target, (), {}, name=name)
-    return graph.output(args[0])
+    return graph.create_node(op, target, (), {}, name=name)
 
 
 def _value(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
@@ -315,7 +315,7 @@ def _value(node: fx.Node, known: dict[fx.Node, Value]) -> Value:
     return TENSOR if node.op == "get_attr" else ANY
 
 
-def _check_arguments(arguments: Any, in_spec: Any) -> None:
+def _check_arguments(arguments: object, in_spec: Any) -> None:
     """The generated source quotes the names of arguments and the keys of the keyword arguments."""
     if not isinstance(arguments, list | tuple):
         raise GraphFormatError("arguments is no list of names")

@@ -23,7 +23,7 @@ _FLOATS = frozenset(
 _NORMS = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm"})
 
 
-def tensors_in(value: Any) -> list[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """Tensors of an argument list or result, in lists too."""
     if isinstance(value, Tensor):
         return [value]
@@ -32,7 +32,7 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-def misfit(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+def misfit(func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
     """Why a kernel would refuse the dtypes of a call whose shapes fit, or ""."""
     kind, read = str(func).split(".")[1], tensors_in(args)
     if not read:
@@ -55,7 +55,7 @@ def misfit(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
 _TENSOR = object()
 
 
-def _form(value: Any) -> Any:
+def _form(value: object) -> object:
     """An argument as a part of a key: tensors are all alike, and numbers count by their type."""
     if isinstance(value, Tensor):
         return _TENSOR
@@ -72,7 +72,7 @@ def _probe(func: Any, dtypes: tuple[torch.dtype, ...], args: Any, kwargs: Any) -
     with _python_dispatch._disable_current_modes():
         left = iter(dtypes)
 
-        def real(value: Any) -> Any:
+        def real(value: object) -> object:
             if value is _TENSOR:
                 return torch.ones(1, dtype=next(left))
             return [real(item) for item in value] if isinstance(value, tuple) else value

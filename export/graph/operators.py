@@ -112,7 +112,7 @@ FXQ = frozenset(f"fxq.{op.name}.default" for op in _KERNELS)
 ALLOWED = ATEN | FXQ
 """Every overload a graph may call, as ``aten.add.Tensor``."""
 
-ARITHMETIC: dict[str, Callable[..., Any]] = {
+ARITHMETIC: dict[str, Callable[..., object]] = {
     f"operator.{f.__name__}": f
     for f in (
         operator.getitem,
@@ -146,7 +146,7 @@ ARITHMETIC |= {f"math.{f.__name__}": f for f in (math.ceil, math.floor, math.tru
 ARITHMETIC_NAMES = {f: name for name, f in ARITHMETIC.items()}
 
 
-def find(name: str) -> Any:
+def find(name: str) -> object:
     """The function or overload of a name, or None where it is not allowed or torch does not have it."""
     if name in ARITHMETIC:
         return ARITHMETIC[name]

@@ -53,7 +53,7 @@ class Cost:
     known: bool
 
 
-def rehearse(module: fx.GraphModule, leaves: Sequence[Any] | None) -> Cost:
+def rehearse(module: fx.GraphModule, leaves: Sequence[object] | None) -> Cost:
     """Run the graph on fake tensors of the inputs' sizes.
 
     Args:
@@ -90,7 +90,7 @@ class Meter(TorchDispatchMode):
         self.limit, self.max_work = limit, max_work
         self.live = self.peak = self.work = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         result = func(*args, **(kwargs or {}))
         self.count(func, args, result)
         if reason := misfit(func, args, kwargs or {}):
@@ -121,8 +121,8 @@ class Brake(Meter):
         super().__init__(limit, max_work)
         self.mode = FakeTensorMode(allow_fallback_kernels=False)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def fake(value: Any) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        def fake(value: object) -> object:
             return self.mode.from_tensor(value, static_shapes=True) if isinstance(value, Tensor) else value
 
         given, named = pytree.tree_map(fake, (tuple(args), dict(kwargs or {})))
@@ -140,7 +140,7 @@ class Brake(Meter):
 class _Rehearsal(fx.Interpreter):
     """Runs node by node; values die after their last reader, as in a call."""
 
-    def __init__(self, module: fx.GraphModule, stored: Mapping[str, Tensor], inputs: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, stored: Mapping[str, Tensor], inputs: Sequence[object]) -> None:
         super().__init__(module)
         own = sum(v.nbytes for v in (*stored.values(), *inputs) if isinstance(v, Tensor))
         self.stored, self.known = stored, True
@@ -148,7 +148,7 @@ class _Rehearsal(fx.Interpreter):
         self.held: dict[fx.Node, tuple[tuple[int, int], ...]] = {}
         self.readers: dict[int, int] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if n.op == "get_attr":
             return self.stored[str(n.target)]
         if n.op == "output" or any(self.env[source] is _UNKNOWN for source in n.all_input_nodes):
@@ -169,7 +169,7 @@ class _Rehearsal(fx.Interpreter):
         self._hold(n, value)
         return value
 
-    def _hold(self, node: fx.Node, value: Any) -> None:
+    def _hold(self, node: fx.Node, value: object) -> None:
         """Bytes of the storages that are alive behind this node."""
         storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors_in(value))}
         for key, size in storages.items():

@@ -51,7 +51,7 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
-def validated(cls: type[_Class], data: Any) -> _Class:
+def validated(cls: type[_Class], data: object) -> _Class:
     """``data``, values of JSON, as an instance of a dataclass; nothing is converted.
 
     Raises:
@@ -100,13 +100,13 @@ class _Facts:
     passes: Annotated[list[tuple[Text, Size]], Field(max_length=1000)]
     environment: dict[Name, Text]
     dtypes: Annotated[list[DtypeName | None], Field(max_length=MAX_TENSORS)] | None = None
-    conditions: Annotated[list[Any], Field(max_length=MOST_CONDITIONS)] | None = None
+    conditions: Annotated[list[object], Field(max_length=MOST_CONDITIONS)] | None = None
     sensitivity: Annotated[list[float], Field(max_length=MAX_TENSORS)] | None = None
     chunk_weights: Annotated[list[float], Field(max_length=MAX_TENSORS)] | None = None
     never_called: _Names = dataclasses.field(default_factory=list)
 
 
-def check_facts(facts: dict[str, Any]) -> None:
+def check_facts(facts: dict[str, object]) -> None:
     """Check the facts of a manifest.
 
     Raises:

@@ -12,11 +12,13 @@ import dataclasses
 import inspect
 import json
 from collections import OrderedDict
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils import _pytree as pytree
 
 from fxq.runtime.reading import MAX_NAME, ReadError, parse_json
+
+_K = TypeVar("_K")
 
 MAX_LEAVES = 100_000
 """Most inputs, or results, of a call."""
@@ -24,14 +26,14 @@ PROTOCOL = 1
 _SEQUENCES: dict[str, type] = {"builtins.tuple": tuple, "builtins.list": list}
 _DICTS: dict[str, type] = {"builtins.dict": dict, "collections.OrderedDict": OrderedDict}
 _NAMED_TUPLE = "collections.namedtuple"
-_NAMES: dict[Any, str] = {cls: name for name, cls in (_SEQUENCES | _DICTS).items()}
+_NAMES: dict[object, str] = {cls: name for name, cls in (_SEQUENCES | _DICTS).items()}
 
 
 class StructureError(ValueError):
     """A nesting of arguments or results that has no form in a file, or a form that is none."""
 
 
-def structure_to_json(spec: pytree.TreeSpec) -> Any:
+def structure_to_json(spec: pytree.TreeSpec) -> object:
     """The JSON form.
 
     Raises:
@@ -41,7 +43,7 @@ def structure_to_json(spec: pytree.TreeSpec) -> Any:
     return [PROTOCOL, _node(spec)]
 
 
-def _node(spec: pytree.TreeSpec) -> dict[str, Any]:
+def _node(spec: pytree.TreeSpec) -> dict[str, object]:
     if spec.is_leaf():
         return {"type": None, "context": None, "children_spec": []}
     kind, context = spec.type, spec.context
@@ -59,13 +61,13 @@ def _node(spec: pytree.TreeSpec) -> dict[str, Any]:
     return {"type": name, "context": written, "children_spec": children}
 
 
-def _key(key: Any) -> str | int:
+def _key(key: object) -> str | int:
     if type(key) is int or (isinstance(key, str) and len(key) <= MAX_NAME):
         return key
     raise StructureError(f"the calling convention has the key {str(key)[:80]!r}; a bundle holds strings as keys")
 
 
-def _registered_name(cls: Any) -> str:
+def _registered_name(cls: object) -> str:
     name = next((name for name, known in pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.items() if known is cls), None)
     if name is None or _find(name) is None:
         raise StructureError(
@@ -75,16 +77,17 @@ def _registered_name(cls: Any) -> str:
     return name
 
 
-def _find(name: Any) -> Any:
+def _find(name: object) -> type[Any] | None:
     """The named tuple or dataclass registered under a name, or None."""
     if not isinstance(name, str) or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:
         return None
     cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
-    known = isinstance(cls, type) and (pytree.is_namedtuple_class(cls) or dataclasses.is_dataclass(cls))
-    return cls if known else None
+    if isinstance(cls, type) and (pytree.is_namedtuple_class(cls) or dataclasses.is_dataclass(cls)):
+        return cls
+    return None
 
 
-def _fields(context: Any) -> list[str]:
+def _fields(context: object) -> list[str]:
     """Names of the fields with a value: the context, or, for ``register_dataclass``, the first of its two lists."""
     found = context[0] if isinstance(context, list) and context and isinstance(context[0], list) else context
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
@@ -92,7 +95,7 @@ def _fields(context: Any) -> list[str]:
     return found
 
 
-def structure_from_json(data: Any) -> pytree.TreeSpec:
+def structure_from_json(data: object) -> pytree.TreeSpec:
     """The inverse of :func:`structure_to_json`.
 
     Raises:
@@ -106,7 +109,7 @@ def structure_from_json(data: Any) -> pytree.TreeSpec:
     return spec
 
 
-def _example(node: Any, room: list[int]) -> Any:
+def _example(node: object, room: list[int]) -> object:
     """Something of this structure; its leaves are zeros."""
     if not isinstance(node, dict) or set(node) != {"type", "context", "children_spec"}:
         raise StructureError(f"malformed calling convention: {str(node)[:80]}")
@@ -121,7 +124,7 @@ def _example(node: Any, room: list[int]) -> Any:
     children = [_example(child, room) for child in below]
     if kind == _NAMED_TUPLE:
         cls = _find(node["context"])
-        return _made(node["context"], list(cls._fields) if pytree.is_namedtuple_class(cls) else [], children)
+        return _made(node["context"], list(cls._fields) if cls and pytree.is_namedtuple_class(cls) else [], children)
     context = _context(node["context"])
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](children)
@@ -132,7 +135,7 @@ def _example(node: Any, room: list[int]) -> Any:
     return _made(kind, _fields(context) if _find(kind) else [], children)
 
 
-def _context(context: Any) -> Any:
+def _context(context: object) -> object:
     try:
         found = parse_json(context) if isinstance(context, str) else context
     except ReadError as error:
@@ -142,14 +145,14 @@ def _context(context: Any) -> Any:
     return found
 
 
-def _zip(keys: list[Any], children: list[Any]) -> dict[Any, Any]:
+def _zip(keys: list[_K], children: list[object]) -> dict[_K, object]:
     found = dict(zip(keys, children, strict=False))
     if not len(found) == len(keys) == len(children):
         raise StructureError(f"malformed calling convention: {len(children)} values of the keys {str(keys)[:80]}")
     return found
 
 
-def _made(name: Any, fields: list[str], children: list[Any]) -> Any:
+def _made(name: object, fields: list[str], children: list[object]) -> object:
     """An instance of a registered type."""
     cls = _find(name)
     if cls is None:

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -64,7 +63,7 @@ class ExportReport:
     layers: tuple[LayerRecord, ...]
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON form."""
         return dataclasses.asdict(self)
 

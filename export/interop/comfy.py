@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ def build(model: StoredModel, options: Options) -> Output:
     """
     tensors = float_tensors(model, ORIGINAL, options)
     records = kept_records(model, ORIGINAL)
-    markers: dict[str, dict[str, Any]] = {}
+    markers: dict[str, dict[str, object]] = {}
     for stored, name in layer_names(model, ORIGINAL):
         size = rotation_size(stored.plan.in_features) if stored.bits == 4 else None
         own, markers[name], record = _int8(stored, name) if size is None else _rotated(stored, name, size)
@@ -49,12 +48,12 @@ def build(model: StoredModel, options: Options) -> Output:
     return Output(tensors={FILE: (tensors, metadata)}, documents={}, records=records)
 
 
-def _int8(stored: StoredLayer, name: str) -> tuple[dict[str, Tensor], dict[str, Any], LayerRecord]:
+def _int8(stored: StoredLayer, name: str) -> tuple[dict[str, Tensor], dict[str, object], LayerRecord]:
     integers, scale, record = to_int8(stored, name, torch.float32)
     return {"weight": integers, "weight_scale": scale}, {"format": "int8_tensorwise"}, record
 
 
-def _rotated(stored: StoredLayer, name: str, size: int) -> tuple[dict[str, Tensor], dict[str, Any], LayerRecord]:
+def _rotated(stored: StoredLayer, name: str, size: int) -> tuple[dict[str, Tensor], dict[str, object], LayerRecord]:
     """The layer as ``asym_w4a8_int8``.
 
     ``weight`` int8 [N, K / 2], ``weight_s_rel`` float8_e4m3fn [N, K / 16], ``weight_s_channel`` float32 [N] and

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fxq.export.interop.layers import Options, Output, StoredModel, int8_file
 from fxq.export.interop.names import DIFFUSERS
 
@@ -18,7 +16,7 @@ def build(model: StoredModel, options: Options) -> Output:
     return Output(tensors={FILE: (tensors, {"format": "pt"})}, documents={"config.json": config}, records=records)
 
 
-def _config(ignored: list[str]) -> dict[str, Any]:
+def _config(ignored: list[str]) -> dict[str, object]:
     integers = {"num_bits": 8, "type": "int", "symmetric": True}
     scheme = {
         "targets": ["Linear"],

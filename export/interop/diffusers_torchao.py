@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 
@@ -53,7 +52,7 @@ def build(model: StoredModel, options: Options) -> Output:
     return Output(tensors={FILE: (tensors, metadata)}, documents={"config.json": config}, records=records)
 
 
-def _int8_tensor(width: int, dtype: torch.dtype) -> dict[str, Any]:
+def _int8_tensor(width: int, dtype: torch.dtype) -> dict[str, object]:
     inputs = {"granularity": _PER_ROW, "mapping_type": _SYMMETRIC, "reduce_range": False}
     return {
         "_type": "Int8Tensor",
@@ -67,7 +66,7 @@ def _int8_tensor(width: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _config(kept: list[str]) -> dict[str, Any]:
+def _config(kept: list[str]) -> dict[str, object]:
     config = {
         "_type": "Int8DynamicActivationInt8WeightConfig",
         "_version": 2,

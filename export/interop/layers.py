@@ -40,7 +40,7 @@ class Options:
 
     float_dtype: torch.dtype | None = None
     widen: bool = False
-    base_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base_config: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Output:
     """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear."""
 
     tensors: dict[str, tuple[dict[str, Tensor], dict[str, str]]]
-    documents: dict[str, Any]
+    documents: dict[str, object]
     records: list[LayerRecord]
     activations: str = PER_TOKEN
 
@@ -222,7 +222,7 @@ class NamedTensors(dict[str, Tensor]):
             self[name] = tensor
         return self
 
-    def update(self, *args: Any, **kwargs: Tensor) -> None:
+    def update(self, *args: object, **kwargs: Tensor) -> None:
         """Add tensors, each under a name of its own."""
         self |= dict(*args, **kwargs)
 

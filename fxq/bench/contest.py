@@ -35,9 +35,9 @@ class Built:
         facts: JSON facts for the results file.
     """
 
-    call: Callable[[], Any]
+    call: Callable[[], object]
     kernel: str = ""
-    output: Callable[[], Any] | None = None
+    output: Callable[[], object] | None = None
     refusal: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -156,7 +156,7 @@ def _judge(case: Case, contestant: Contestant, built: Built, reference: Tensor) 
 
 def _prepare(
     case: Case, contestant: Contestant, reference: Tensor, clock: Clock
-) -> tuple[Result, tuple[Callable[[], Any], int] | None]:
+) -> tuple[Result, tuple[Callable[[], object], int] | None]:
     """The verdict, and for a contestant that passed what to time and how often per sample."""
 
     def result(status: Status, note: str = "", **more: Any) -> Result:
@@ -202,13 +202,13 @@ def run_case(case: Case, rounds: int, clock: Clock, on_step: Callable[[str], Non
 
 
 def _timed(
-    results: Mapping[str, Result], timed: Mapping[str, tuple[Callable[[], Any], int]], rounds: int, clock: Clock
+    results: Mapping[str, Result], timed: Mapping[str, tuple[Callable[[], object], int]], rounds: int, clock: Clock
 ) -> tuple[Result, ...]:
     calls = {name: call for name, (call, _) in timed.items()}
     timing = interleave(calls, rounds, clock, {name: count for name, (_, count) in timed.items()})
     finished = []
     for name, result in results.items():
-        changed: dict[str, Any] = {}
+        changed: dict[str, object] = {}
         if name in timing.failures:
             changed = {"status": "failed", "note": kind_and_line(timing.failures[name])}
         elif name in timing.seconds:

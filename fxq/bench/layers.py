@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ class _Counting(fx.Interpreter):
         self.layers = {layer.node: layer for layer in quantized_layers(module)}
         self.rows: dict[str, collections.Counter[int]] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if (layer := self.layers.get(n)) is not None:
             x = self.env[layer.arguments["q"]]
             self.rows.setdefault(layer.name, collections.Counter())[x.numel() // x.shape[-1]] += 1
@@ -74,7 +73,7 @@ def sites_of(module: fx.GraphModule, rollout: Rollout) -> list[Site]:
     """
     counting = _Counting(module)
 
-    def run(*args: Any) -> Any:
+    def run(*args: object) -> object:
         flat = flatten_call(module, args, {})
         return module.graph.process_outputs(counting.run(*flat, enable_io_processing=False))
 
@@ -155,7 +154,7 @@ def _laid_out(stored: LayerTensors) -> Tensor:
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:
     """One case for all layers of the same shape, split and rows, in graph order."""
-    groups: dict[tuple[Any, ...], list[Site]] = {}
+    groups: dict[tuple[object, ...], list[Site]] = {}
     for site in sites_of(module, rollout):
         groups.setdefault((*site.key, site.plan.quantization.detail), []).append(site)
     return [layer_case(module, sites, device) for sites in groups.values()]

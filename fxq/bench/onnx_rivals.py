@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fxq.bench.contest import Built
@@ -28,15 +29,15 @@ class _Graph:
     def __init__(self) -> None:
         self.helper = importlib.import_module("onnx.helper")
         self.to_tensor = importlib.import_module("onnx.numpy_helper").from_array
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
+        self.nodes: list[object] = []
+        self.constants: list[object] = []
 
-    def constant(self, array: Any) -> str:
+    def constant(self, array: object) -> str:
         name = f"c{len(self.constants)}"
         self.constants.append(self.to_tensor(np.ascontiguousarray(array), name))
         return name
 
-    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+    def node(self, kind: str, *inputs: str, outputs: int = 1, **attributes: object) -> list[str]:
         names = [f"n{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(self.helper.make_node(kind, list(inputs), names, **attributes))
         return names
@@ -71,13 +72,13 @@ class _Graph:
         return self.node("Add", y, self.constant(_bias(linear)))[0]
 
 
-def _integers(linear: nn.Linear) -> tuple[Any, Any]:
+def _integers(linear: nn.Linear) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     weight = linear.weight.detach().cpu()
     scale = weight.abs().amax(1) / 127
     return (weight / scale[:, None]).round().to(torch.int8).numpy(), scale.numpy()
 
 
-def _bias(linear: nn.Linear) -> Any:
+def _bias(linear: nn.Linear) -> NDArray[np.float32]:
     return linear.bias.detach().cpu().numpy()
 
 
@@ -137,7 +138,7 @@ def openvino(
 ) -> Built:
     """An OpenVINO CPU model for latency; ``precision`` is the hint for what is not quantized."""
     ov = importlib.import_module("openvino")
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, object] = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
     with tempfile.TemporaryDirectory() as folder:

@@ -40,14 +40,14 @@ class _Comparing(fx.Interpreter):
         self.worst: dict[str, float] = {}
         self.refusal = ""
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         if n.op == "call_function" and n.target in self.ops:
             args, _ = self.fetch_args_kwargs_from_env(n)
             self._compare(n, args, result)
         return result
 
-    def _compare(self, node: fx.Node, args: Sequence[Any], result: Tensor | tuple[Tensor, ...]) -> None:
+    def _compare(self, node: fx.Node, args: Sequence[object], result: Tensor | tuple[Tensor, ...]) -> None:
         op = self.ops[node.target]  # type: ignore[index]
         pairs = zip(pytree.tree_leaves(op.reference(*args)), pytree.tree_leaves(result), strict=True)
         error = max(relative_error(expected, found) for expected, found in pairs)
@@ -67,7 +67,7 @@ def relative_error(expected: Tensor, result: Tensor) -> float:
     return float(difference) / max(float(expected.float().abs().max()), 1e-30)
 
 
-def compare_operators(module: fx.GraphModule, *args: Any) -> tuple[str, dict[str, float]]:
+def compare_operators(module: fx.GraphModule, *args: object) -> tuple[str, dict[str, float]]:
     """Run a module once and compare its operators with their references.
 
     Returns:
@@ -78,7 +78,7 @@ def compare_operators(module: fx.GraphModule, *args: Any) -> tuple[str, dict[str
     return comparing.refusal, comparing.worst
 
 
-def kernel_facts(module: fx.GraphModule, device: str) -> dict[str, Any]:
+def kernel_facts(module: fx.GraphModule, device: str) -> dict[str, object]:
     """Nodes and kernel by operator, the kernel of each layer as the summary says it, and what fusion did."""
     names = {op.definition: op.name for op in kernels.OPS}
     counts: dict[str, int] = {}
@@ -102,19 +102,19 @@ def kernel_text(facts: dict[str, Any]) -> str:
 
 
 def optimized(
-    model: nn.Module, data: list[Any] | Rollout, recipe: Recipe, dynamic_shapes: Any = None
+    model: nn.Module, data: list[object] | Rollout, recipe: Recipe, dynamic_shapes: object = None
 ) -> fx.GraphModule:
     """The model quantized on ``data`` and optimized for its device."""
     return optimize(quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False))
 
 
-def build(model: nn.Module, args: tuple[Any, ...], recipe: Recipe, device: str) -> Built:
+def build(model: nn.Module, args: tuple[object, ...], recipe: Recipe, device: str) -> Built:
     """Quantize a model on its own arguments and check every operator on them."""
     module = optimized(model, [args], recipe, dynamic_shapes=(None,) * len(args))
     return finish(module, args, device, lambda: module(*args))
 
 
-def through_backend(model: nn.Module, args: tuple[Any, ...]) -> Built:
+def through_backend(model: nn.Module, args: tuple[object, ...]) -> Built:
     """``torch.compile(backend="fxq")`` with a dual-scale quantization of the model bound to it."""
     from fxq.integrations.torch_compile import fxq_backend  # imports inductor
 
@@ -127,7 +127,9 @@ def through_backend(model: nn.Module, args: tuple[Any, ...]) -> Built:
     return Built(lambda: compiled(*args), "integer operators, inductor for the rest")
 
 
-def finish(module: fx.GraphModule, args: tuple[Any, ...], device: str, call: Callable[[], Any], **more: Any) -> Built:
+def finish(
+    module: fx.GraphModule, args: tuple[object, ...], device: str, call: Callable[[], Any], **more: Any
+) -> Built:
     """A contestant from an optimized module; ``args`` are those its operators are checked with."""
     with torch.no_grad():
         refusal, worst = compare_operators(module, *args)

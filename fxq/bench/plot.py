@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _OURS, _FLOAT, _RIVAL, _INK, _LINE = "#c8553d", "#9aa5b1", "#4a6fa5", "#2b2d30", "#d9dde2"
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, object] = {
     "font.size": 10,
     "text.parse_math": False,
     "axes.spines.top": False,

@@ -7,7 +7,6 @@ import importlib.metadata
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -26,7 +25,7 @@ class Report:
     """A run of the benchmark: what was asked, where it ran, and what came out."""
 
     level: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     cases: tuple[CaseResult, ...]
 
     @property
@@ -51,7 +50,7 @@ def _opponents(case: CaseResult) -> list[str]:
     return list(dict.fromkeys([*BASELINES, *([case.fastest_float] if case.fastest_float else [])]))
 
 
-def _result_json(case: CaseResult, result: Result) -> dict[str, Any]:
+def _result_json(case: CaseResult, result: Result) -> dict[str, object]:
     ratios = {name: case.ratio(result.name, name) for name in _opponents(case)}
     finite = result.sqnr is not None and math.isfinite(result.sqnr)
     return {
@@ -62,7 +61,7 @@ def _result_json(case: CaseResult, result: Result) -> dict[str, Any]:
     }
 
 
-def to_json(report: Report) -> dict[str, Any]:
+def to_json(report: Report) -> dict[str, object]:
     """Everything: settings, environment, versions and every round's seconds per call."""
     advice = [dataclasses.asdict(a) for case in report.cases if report.level == "model" and (a := advise(case))]
     return {
@@ -89,7 +88,7 @@ def to_json(report: Report) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 

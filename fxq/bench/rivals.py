@@ -162,12 +162,12 @@ def x86_inductor(problem: Problem, threads: int) -> Built:
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
     args = problem.args(torch.float32)
-    exported: Any = torch.export.export(problem.module, args).module()
+    exported: object = torch.export.export(problem.module, args).module()
     prepared = prepare.prepare_pt2e(exported, quantizer)
     prepared(*args)
     model = prepare.convert_pt2e(prepared)
     pt2e.move_exported_model_to_eval(model)
-    run: Callable[..., Any] = torch.compile(model, dynamic=False)
+    run: Callable[..., object] = torch.compile(model, dynamic=False)
     return Built(lambda: run(*args), "onednn.qlinear, inductor")
 
 
@@ -182,7 +182,7 @@ def gemlite(problem: Problem, threads: int) -> Built:
     return Built(lambda: model(*args), "gemlite")
 
 
-def _onnx(run: Callable[..., Built], dynamic: bool, **options: Any) -> Callable[[Problem, int], Built]:
+def _onnx(run: Callable[..., Built], dynamic: bool, **options: object) -> Callable[[Problem, int], Built]:
     def build(problem: Problem, threads: int) -> Built:
         layers = list(problem.module.get_submodule("blocks.0").children())
         x = problem.args(torch.float32)[0]

@@ -47,12 +47,12 @@ def in_dtype(rollout: SelfForcingRollout, dtype: torch.dtype) -> SelfForcingRoll
     return SelfForcingRollout(copy.deepcopy(rollout.model).to(dtype), rollout.batches, rollout.sampler)
 
 
-def last_call(rollout: Rollout) -> tuple[Any, ...]:
+def last_call(rollout: Rollout) -> tuple[object, ...]:
     """Arguments of the first denoiser call of the last chunk, where the cache is longest."""
     condition, draws = rollout.batches[0]
     last, found = rollout.units(condition, draws) - 1, []
 
-    def record(*args: Any) -> Any:
+    def record(*args: object) -> object:
         call = current_call()
         if call is not None and (call.chunk, call.spans[-1].step) == (last, 0):
             found.append(args)
@@ -63,17 +63,17 @@ def last_call(rollout: Rollout) -> tuple[Any, ...]:
     return found[0]
 
 
-def cast_args(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+def cast_args(args: tuple[object, ...], dtype: torch.dtype) -> tuple[object, ...]:
     """A denoiser call's arguments in ``dtype``; timesteps and the rotary tables stay float32."""
     x, t, *rest, cos, sin = args
 
-    def convert(value: Any) -> Any:
+    def convert(value: object) -> object:
         return value.to(dtype) if isinstance(value, Tensor) else value
 
     return (convert(x), t, *pytree.tree_map(convert, rest), cos, sin)
 
 
-def _through(rollout: Rollout, module: Callable[..., Any]) -> Callable[[], Tensor]:
+def _through(rollout: Rollout, module: Callable[..., object]) -> Callable[[], Tensor]:
     def call() -> Tensor:
         with rollout.using(module):
             return rollout.rollout(*rollout.batches[0])
@@ -87,7 +87,7 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
     Whole videos are not compared: small differences grow from chunk to chunk in any arithmetic.
     """
     base = make_rollout(shape, device)
-    args: list[tuple[Any, ...]] = []
+    args: list[tuple[object, ...]] = []
 
     def reference() -> Tensor:
         args.append(last_call(base))

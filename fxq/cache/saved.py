@@ -23,7 +23,7 @@ class SavedCacheError(ValueError):
     """Tensors and facts that are no cache that can be gone on with."""
 
 
-def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]]:
     """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out."""
     tensors: dict[str, Tensor] = {}
     for kind, lines in (("keys", cache.keys), ("values", cache.values)):
@@ -37,7 +37,7 @@ def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 tensors |= {f"{place}.record.{name}": tensor for name, tensor in stored.items()}
             tensors |= {f"{place}.memory.{name}": tensor for name, tensor in line.memory.items()}
     tensors |= {f"origins.{layer}": tensor for layer, tensor in enumerate(cache.origins)}
-    facts: dict[str, Any] = {name: getattr(cache, name) for name in _COUNTS}
+    facts: dict[str, object] = {name: getattr(cache, name) for name in _COUNTS}
     facts |= {"policy": policy_to_json(cache.policy), "layout": dataclasses.asdict(cache.layout)}
     facts["layers"] = len(cache.keys)
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, facts

@@ -19,12 +19,12 @@ class CacheSettingsError(ValueError):
     """A cache policy that is unknown, malformed or impossible."""
 
 
-def codec_to_json(codec: Codec) -> dict[str, Any]:
+def codec_to_json(codec: Codec) -> dict[str, object]:
     """``{"codec": name, ...settings}``."""
     return {"codec": codec.name, **dataclasses.asdict(codec)}
 
 
-def codec_from_json(data: Any, where: str = "codec") -> Codec:
+def codec_from_json(data: object, where: str = "codec") -> Codec:
     """A codec from a preset's name, a codec's name or :func:`codec_to_json`'s form with settings left out.
 
     Raises:
@@ -43,10 +43,10 @@ def codec_from_json(data: Any, where: str = "codec") -> Codec:
     return _validated(CODECS[name], settings, where)
 
 
-def policy_to_json(policy: CachePolicy) -> dict[str, Any]:
+def policy_to_json(policy: CachePolicy) -> dict[str, object]:
     """The policy's fields; codecs as :func:`codec_to_json` has them."""
 
-    def codecs(chosen: Any) -> Any:
+    def codecs(chosen: Any) -> object:
         if isinstance(chosen, tuple):
             return [None if codec is None else codec_to_json(codec) for codec in chosen]
         return None if chosen is None else codec_to_json(chosen)
@@ -56,7 +56,7 @@ def policy_to_json(policy: CachePolicy) -> dict[str, Any]:
     return data | {"keys": codecs(policy.keys), "values": codecs(policy.values), "layers": layers}
 
 
-def policy_from_json(data: Any) -> CachePolicy:
+def policy_from_json(data: object) -> CachePolicy:
     """Inverse of :func:`policy_to_json`; settings may be left out, codecs may be presets' names.
 
     Raises:
@@ -75,7 +75,7 @@ def policy_from_json(data: Any) -> CachePolicy:
     return _validated(CachePolicy, settings, "cache")
 
 
-def _validated(cls: type[_T], settings: dict[str, Any], where: str) -> _T:
+def _validated(cls: type[_T], settings: dict[str, object], where: str) -> _T:
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [key for key in settings if key not in known]:
         raise CacheSettingsError(f"{where}: unknown setting {unknown[0]!r}{_hint(unknown[0], known)}")

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ def describe_tensor(tensor: Tensor) -> str:
     return f"{text} {digest.hexdigest()[:16]}"
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """Nested inputs as text: structure, tensors by :func:`describe_tensor`, numbers and text as they are."""
     leaves, spec = pytree.tree_flatten(value)
     told = [
@@ -48,7 +47,7 @@ def describe(value: Any) -> str:
     return f"{[str(part) for part in told]} in {hashlib.sha256(str(spec).encode()).hexdigest()[:8]}"
 
 
-def describe_model(model: Any) -> dict[str, str]:
+def describe_model(model: object) -> dict[str, str]:
     """Class and tensors of a model by name."""
     if isinstance(model, ExportedProgram):
         return {n: describe_tensor(t) for n, t in model.state_dict.items()}
@@ -58,7 +57,7 @@ def describe_model(model: Any) -> dict[str, str]:
     return {"class": type(model).__name__} | {name: describe_tensor(tensor) for name, tensor in tensors}
 
 
-def describe_data(loader: Any) -> dict[str, str]:
+def describe_data(loader: object) -> dict[str, str]:
     """Calibration data as far as it can be looked at without using it up."""
     if loader is None:
         return {"kind": "none"}
@@ -73,12 +72,12 @@ def describe_data(loader: Any) -> dict[str, str]:
     return {"kind": "an iterable"}
 
 
-def _fields(item: Any) -> Any:
+def _fields(item: object) -> object:
     """A batch as something whose tensors can be found."""
     return vars(item) if hasattr(item, "__dict__") and not isinstance(item, Tensor) else item
 
 
-def _plain(draws: Any) -> str:
+def _plain(draws: object) -> str:
     return str({k: v for k, v in sorted(getattr(draws, "__dict__", {}).items()) if not k.startswith("_")})
 
 
@@ -87,10 +86,10 @@ def environment_facts(version: str) -> dict[str, str]:
     return {"fxq": version, "torch": torch.__version__}
 
 
-def flat_facts(data: Any, name: str = "") -> dict[str, str]:
+def flat_facts(data: object, name: str = "") -> dict[str, str]:
     """Leaves of nested JSON values by their path."""
     if isinstance(data, Mapping):
-        items: Iterable[tuple[Any, Any]] = data.items()
+        items: Iterable[tuple[object, object]] = data.items()
     elif isinstance(data, list | tuple):
         items = enumerate(data)
     else:

@@ -40,7 +40,7 @@ class Batch:
     chunk: int = 0
 
 
-def as_batch(item: Any) -> Batch:
+def as_batch(item: object) -> Batch:
     """Read a loader's item: Batch, dict (keywords), tuple or list (positional), or one tensor.
 
     Raises:
@@ -60,7 +60,7 @@ def as_batch(item: Any) -> Batch:
     )
 
 
-def usable(item: Any, number: int) -> Batch:
+def usable(item: object, number: int) -> Batch:
     """:func:`as_batch` of a loader's item number ``number``, with tensors that any mode of torch can compute with.
 
     Tensors that require gradients are detached, those of inference mode copied.
@@ -83,7 +83,7 @@ def usable(item: Any, number: int) -> Batch:
     return dataclasses.replace(batch, args=args, kwargs=kwargs)
 
 
-def _plain(leaf: Any) -> Any:
+def _plain(leaf: object) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     leaf = leaf.detach() if leaf.requires_grad else leaf
@@ -102,7 +102,7 @@ class _Observer(SparingInterpreter):
             if (plan := plan_of(node)) is not None and plan.scheme is not None
         }
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         if (layer := self.layers.get(n)) is not None:
             x = n.args[0]
             assert isinstance(x, fx.Node)
@@ -110,11 +110,11 @@ class _Observer(SparingInterpreter):
         return super().run_node(n)
 
 
-def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]:
+def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., object]:
     """A callable like ``module`` that also feeds ``collector``."""
     observer, rules = _Observer(module, collector), rules_of(module) or call_rules(module)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         if (current := current_call()) is not None:
             collector.chunk = current.chunk
         flat = flatten_call(module, args, kwargs)
@@ -128,7 +128,7 @@ def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., Any]
 
 def calibrate(
     graph: QuantGraph,
-    loader: Iterable[Any] | Rollout | None,
+    loader: Iterable[object] | Rollout | None,
     forward_loop: Callable[[Callable[..., Any]], None] | None,
     collector: Collector,
     on_progress: OnProgress | None = None,
@@ -176,7 +176,7 @@ def calibrate(
 
 
 def _drive_rollout(
-    rollout: Rollout, run: Callable[..., Any], collector: Collector, on_progress: OnProgress | None, workers: Workers
+    rollout: Rollout, run: Callable[..., object], collector: Collector, on_progress: OnProgress | None, workers: Workers
 ) -> None:
     mine = [(i, *batch) for i, batch in enumerate(rollout.batches) if i % workers.size == workers.rank]
     done, total = 0, sum(rollout.units(condition, draws) for _, condition, draws in mine)
@@ -191,8 +191,8 @@ def _drive_rollout(
 
 
 def _drive_batches(
-    loader: Iterable[Any],
-    run: Callable[..., Any],
+    loader: Iterable[object],
+    run: Callable[..., object],
     collector: Collector,
     on_progress: OnProgress | None,
     workers: Workers,

@@ -39,7 +39,7 @@ class _StoredCall:
 
     index: int
     chunk: int
-    tree: Any
+    tree: object
     tensors: Mapping[str, Tensor]
 
     @property
@@ -97,7 +97,7 @@ class Recording:
         """Kept calls by chunk."""
         return {chunk: len(calls) for chunk, calls in sorted(self._kept.items())}
 
-    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], chunk: int = 0) -> None:
+    def add(self, args: tuple[object, ...], kwargs: Mapping[str, object], chunk: int = 0) -> None:
         """Offer a call to the sample; its tensors are copied to the CPU if it is kept.
 
         Raises:
@@ -231,7 +231,7 @@ def record(
     """
     recording = Recording(max_calls, max_bytes, seed)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if keep is not None and not keep(args, kwargs):
             return
         published = current_call()
@@ -245,7 +245,7 @@ def record(
         handle.remove()
 
 
-def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+def _encode(value: Any, place: str, tensors: dict[str, Tensor]) -> object:
     """``value`` as JSON; tensors are copied into ``tensors`` and named in the tree."""
     if isinstance(value, Tensor):
         return {"tensor": _store(value, place, tensors)}
@@ -276,7 +276,7 @@ def _store(tensor: Tensor, place: str, tensors: dict[str, Tensor]) -> str:
     return name
 
 
-def _whole(value: Any) -> int:
+def _whole(value: object) -> int:
     if type(value) is not int:
         raise RecordError(f"the recording has {str(value)[:80]!r} where a whole number stands")
     return value

@@ -147,10 +147,10 @@ class Rollout(ABC):
             raise ValueError("the rollout has no (condition, draws) batch: calibration needs at least one prompt")
         self.denoiser = denoiser
         self.batches = tuple(batches)
-        self._running: Callable[..., Any] = denoiser
+        self._running: Callable[..., object] = denoiser
 
     @contextlib.contextmanager
-    def using(self, module: Callable[..., Any]) -> Iterator[None]:
+    def using(self, module: Callable[..., object]) -> Iterator[None]:
         """Run calls through another module of the same signature (quantized, exported)."""
         before, self._running = self._running, module
         try:
@@ -158,7 +158,7 @@ class Rollout(ABC):
         finally:
             self._running = before
 
-    def call(self, call: Call, *args: Any, on_call: OnCall | None = None) -> Any:
+    def call(self, call: Call, *args: object, on_call: OnCall | None = None) -> Any:
         """Run the denoiser once, published as ``call``; ``on_call`` sees its output."""
         with publishing(call), torch.no_grad():
             output = self._running(*args)
@@ -192,5 +192,5 @@ class Rollout(ABC):
         return state.latents
 
     @abstractmethod
-    def example_call(self) -> tuple[tuple[Any, ...], Any]:
+    def example_call(self) -> tuple[tuple[object, ...], object]:
         """(args, dynamic_shapes) for ``torch.export``: a call whose every dynamic size is at least 2."""

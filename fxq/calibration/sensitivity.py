@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +23,8 @@ class ChunkSensitivity:
 
 def chunk_sensitivity(
     rollout: Rollout,
-    quantized: Callable[..., Any],
-    full_precision: Callable[..., Any] | None = None,
+    quantized: Callable[..., object],
+    full_precision: Callable[..., object] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     workers: Workers | None = None,
     finished: Callable[[int, Callable[[], Tensor]], Tensor] | None = None,
@@ -61,7 +60,7 @@ def chunk_sensitivity(
     mine = range(workers.rank, len(units), workers.size)
     per_batch = count + count * (count + 1) // 2
 
-    def advance(state: State, module: Callable[..., Any]) -> State:
+    def advance(state: State, module: Callable[..., object]) -> State:
         nonlocal done
         with rollout.using(module):
             state = rollout.advance(state)

@@ -27,7 +27,7 @@ class CheckedCalls(_PyTreeCodeGen):
         super().__init__(_PyTreeInfo([name for name in info.orig_args if name != "self"], info.in_spec, info.out_spec))
         self.rules = rules
 
-    def additional_globals(self) -> list[tuple[str, Any]]:
+    def additional_globals(self) -> list[tuple[str, object]]:
         """The check, under the name that the generated code calls it by."""
         return [*super().additional_globals(), (_FLAT, self.rules.flat)]
 
@@ -43,7 +43,7 @@ class CheckedCalls(_PyTreeCodeGen):
             return f"\n    {', '.join(inputs)}, = {_FLAT}(({', '.join(info.orig_args)},), None, None)"
         return f"\n    {', '.join(inputs)}, = {_FLAT}(({args}), {{{kwargs}}}, self._in_spec)"
 
-    def process_inputs(self, *inputs: Any) -> Any:
+    def process_inputs(self, *inputs: object) -> object:
         """Flat inputs, checked, of a graph that is interpreted."""
         leaves = super().process_inputs(*inputs)
         if len(leaves) == len(self.rules.names):
@@ -59,10 +59,10 @@ def _is_flat(spec: pytree.TreeSpec) -> bool:
 class CapturedModule(FixedDtypes, fx.GraphModule):
     """A GraphModule that says which arguments it was captured with, and that copies and pickles carry whole."""
 
-    reducer: ClassVar[Callable[[CapturedModule], tuple[Any, ...]] | None] = None
+    reducer: ClassVar[Callable[[CapturedModule], tuple[object, ...]] | None] = None
     """Set by :mod:`fxq.export.pickled`, which writes values as bundles do."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the graph.
 
         Raises:
@@ -79,7 +79,7 @@ class CapturedModule(FixedDtypes, fx.GraphModule):
         inherit_notes(copied, notes_of(self))
         return copied
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         assert CapturedModule.reducer is not None
         return CapturedModule.reducer(self)
 
@@ -89,7 +89,7 @@ def notes_of(module: fx.GraphModule) -> dict[str, Any]:
     return dict(getattr(module, "meta", None) or {})
 
 
-def inherit_notes(new: fx.GraphModule, notes: Mapping[str, Any]) -> None:
+def inherit_notes(new: fx.GraphModule, notes: Mapping[str, object]) -> None:
     """Give a copy of a module the notes of its original."""
     new.meta.update(notes)
 

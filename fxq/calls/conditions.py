@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
-Expression = Any
-"""A JSON value of the form above."""
+Expression: TypeAlias = float | str | list["Expression"]
+"""A value of the form above."""
 Evaluate = Callable[[Sequence[Any]], Any]
 """Value of an expression for the flat inputs of a call."""
 
 MOST_PARTS, MOST_CONDITIONS, DEEPEST = 400, 4000, 40
 """Limits: parts and nesting of one condition, number of conditions."""
 
-_TWO: dict[str, Callable[[Any, Any], Any]] = {
+_TWO: dict[str, Callable[[Any, Any], float]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -35,7 +35,7 @@ _TWO: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_CALLS: dict[str, tuple[Callable[..., Any], int]] = {
+_CALLS: dict[str, tuple[Callable[..., float], int]] = {
     "min": (min, 2),
     "max": (max, 2),
     "ceil": (math.ceil, 1),
@@ -52,15 +52,15 @@ class ConditionError(ValueError):
     """Data that is no condition, or a condition that has no form as data."""
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _index(value: Any, count: int) -> bool:
+def _index(value: object, count: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
 
 
-def check_conditions(data: Any, ranks: Sequence[int | None]) -> list[Expression]:
+def check_conditions(data: object, ranks: Sequence[int | None]) -> list[Expression]:
     """Conditions of a file, every part looked at.
 
     Args:
@@ -113,16 +113,29 @@ def _operands(name: str) -> int:
     return 1 if name == "not" else _CALLS[name][1] if name in _CALLS else -1
 
 
+def _parts(expression: Expression) -> tuple[str, list[Expression]]:
+    """Operator and operands of what is no number."""
+    if not isinstance(expression, list) or not isinstance(name := expression[0], str):
+        raise ConditionError(f"{str(expression)[:80]} is no expression of sizes")
+    return name, expression[1:]
+
+
+def _place(operand: Expression) -> int:
+    if not isinstance(operand, int):
+        raise ConditionError(f"{str(operand)[:80]} is no position of an input or dimension")
+    return operand
+
+
 def evaluator(expression: Expression) -> Evaluate:
     """A function of a call's flat inputs that gives the expression's value."""
     if _number(expression):
         return lambda leaves: expression
-    name, *operands = expression
+    name, operands = _parts(expression)
     if name == "size":
-        position, dim = operands
+        position, dim = map(_place, operands)
         return lambda leaves: leaves[position].shape[dim]
     if name == "value":
-        position = operands[0]
+        position = _place(operands[0])
         return lambda leaves: leaves[position]
     values = [evaluator(operand) for operand in operands]
     if name == "not":
@@ -139,7 +152,7 @@ def evaluator(expression: Expression) -> Evaluate:
     return lambda leaves: function(a(leaves), b(leaves))
 
 
-def holds(evaluate: Evaluate, leaves: Sequence[Any]) -> bool:
+def holds(evaluate: Evaluate, leaves: Sequence[object]) -> bool:
     """Whether a condition is met; one that divides by zero is not."""
     try:
         return bool(evaluate(leaves))
@@ -151,11 +164,11 @@ def text(expression: Expression, names: Sequence[str]) -> str:
     """The expression as Python would write it, for messages."""
     if _number(expression):
         return str(expression)
-    name, *operands = expression
+    name, operands = _parts(expression)
     if name == "size":
-        return f"{names[operands[0]]}.shape[{operands[1]}]"
+        return f"{names[_place(operands[0])]}.shape[{operands[1]}]"
     if name == "value":
-        return names[operands[0]]
+        return names[_place(operands[0])]
     shown = [text(operand, names) for operand in operands]
     if name in _CALLS:
         return f"{name}({', '.join(shown)})"
@@ -168,18 +181,16 @@ def inputs_of(expression: Expression) -> Iterator[int]:
     """Positions of the inputs that an expression reads."""
     if isinstance(expression, list):
         if expression[0] in ("size", "value"):
-            yield expression[1]
+            yield _place(expression[1])
         else:
             for operand in expression[1:]:
                 yield from inputs_of(operand)
 
 
-def shown_inputs(condition: Expression, names: Sequence[str], leaves: Sequence[Any]) -> str:
+def shown_inputs(condition: Expression, names: Sequence[str], leaves: Sequence[object]) -> str:
     """The inputs that a condition reads and what they are in a call."""
     found = [
-        f"{names[i]} of shape {list(leaves[i].shape)}"
-        if isinstance(leaves[i], Tensor)
-        else f"{names[i]} = {leaves[i]!r}"
+        f"{names[i]} of shape {list(leaf.shape)}" if isinstance(leaf := leaves[i], Tensor) else f"{names[i]} = {leaf!r}"
         for i in dict.fromkeys(inputs_of(condition))
     ]
     return ", ".join(found)

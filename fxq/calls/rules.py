@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class CallRules:
         object.__setattr__(self, "_checks", checks)
         object.__setattr__(self, "_plans", [self._plan(i) for i in range(len(self.names))])
 
-    def _plan(self, i: int) -> tuple[int, tuple[tuple[int, int], ...], Any] | None:
+    def _plan(self, i: int) -> tuple[int, tuple[tuple[int, int], ...], torch.dtype | None] | None:
         """Rank, fixed dimensions and dtype of a tensor input, for the check of every call."""
         size, dtype = self.sizes[i], self.dtypes[i]
         if not isinstance(size, list):
@@ -61,13 +61,13 @@ class CallRules:
         expected = None if dtype is None else DTYPES[dtype]
         return len(size), tuple((d, s) for d, s in enumerate(size) if s is not None), expected
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallRules:
+    def __deepcopy__(self, memo: dict[int, object]) -> CallRules:
         return self
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return CallRules, (self.names, self.sizes, self.dtypes, self.conditions)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The entries of a module's facts: ``inputs``, ``dtypes`` and ``conditions``."""
         return {"inputs": self.sizes, "dtypes": list(self.dtypes), "conditions": list(self.conditions)}
 
@@ -89,7 +89,7 @@ class CallRules:
         except (ConditionError, TypeError) as error:
             raise ValueError(f"the facts' conditions on inputs are damaged: {error}") from error
 
-    def check(self, leaves: Sequence[Any]) -> None:
+    def check(self, leaves: Sequence[object]) -> None:
         """Compare flat inputs with what the graph was captured for.
 
         Raises:
@@ -117,8 +117,8 @@ class CallRules:
                 self._refuse_condition(condition, leaves)
 
     def flat(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any] | None, spec: pytree.TreeSpec | None
-    ) -> Sequence[Any]:
+        self, args: Sequence[object], kwargs: Mapping[str, object] | None, spec: pytree.TreeSpec | None
+    ) -> Sequence[object]:
         """A call's flat inputs, checked, in the order of ``spec``; without one ``args`` are they.
 
         Raises:
@@ -128,7 +128,7 @@ class CallRules:
         self.check(leaves)
         return leaves
 
-    def _refuse_shape(self, i: int, value: Any) -> None:
+    def _refuse_shape(self, i: int, value: object) -> NoReturn:
         size = self.sizes[i]
         assert isinstance(size, list)
         shown = ", ".join("any" if w is None else str(w) for w in size)
@@ -141,14 +141,14 @@ class CallRules:
             "capture it with dynamic_shapes that allow this size"
         )
 
-    def _refuse_condition(self, condition: Expression, leaves: Sequence[Any]) -> None:
+    def _refuse_condition(self, condition: Expression, leaves: Sequence[object]) -> NoReturn:
         raise InputError(
             f"the graph was captured for {text(condition, self.names)}; this call has "
             f"{shown_inputs(condition, self.names, leaves)}: a branch or a reshape of the model depends on it, so the "
             "graph would compute something else. Quantize with an example and dynamic_shapes of this kind"
         )
 
-    def _check_constant(self, i: int, value: Any) -> None:
+    def _check_constant(self, i: int, value: object) -> None:
         want = self.sizes[i]
         assert isinstance(want, dict)
         shown = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -168,11 +168,11 @@ class CallRules:
             )
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
+def _equal(a: object, b: object) -> bool:
+    return bool(a == b) or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     """Whether a file's entry is one of :data:`Sizes`."""
     if isinstance(value, list):
         return all(s is None or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in value)
@@ -184,11 +184,11 @@ def _is_size(value: Any) -> bool:
     return value is None
 
 
-def _is_dtype(value: Any) -> bool:
+def _is_dtype(value: object) -> bool:
     return value is None or (isinstance(value, str) and value in DTYPES)
 
 
-def constant_entry(value: Any) -> dict[str, Any] | None:
+def constant_entry(value: object) -> dict[str, Any] | None:
     """How :data:`Sizes` states an input that is no tensor; None when nothing is known of it."""
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
@@ -197,7 +197,7 @@ def constant_entry(value: Any) -> dict[str, Any] | None:
     return next(({"type": kind} for kind, types in _NUMBERS.items() if isinstance(value, types)), None)
 
 
-def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpec) -> Sequence[Any]:
+def flatten(args: Sequence[object], kwargs: Mapping[str, object], spec: pytree.TreeSpec) -> Sequence[object]:
     """A call as flat inputs in the order of ``spec``; keys of nested dicts may come in any order.
 
     Raises:
@@ -208,7 +208,7 @@ def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpe
     if found == spec:
         return leaves
     try:
-        ordered: list[Any] = tree_flatten_spec(call, spec)
+        ordered: list[object] = tree_flatten_spec(call, spec)
     except (LookupError, TypeError, ValueError, AttributeError):
         ordered = []
     if len(ordered) != len(leaves):
@@ -217,8 +217,8 @@ def flatten(args: Sequence[Any], kwargs: Mapping[str, Any], spec: pytree.TreeSpe
 
 
 def bind(
-    names: Sequence[str], spec: pytree.TreeSpec, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    names: Sequence[str], spec: pytree.TreeSpec, args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """The arguments of a call as the example had them, positional or by keyword.
 
     Args:

@@ -11,23 +11,26 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fxq.core.places import is_model_code
 
+if TYPE_CHECKING:
+    import sympy
+
 _METHODS = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__")
 _LOCK = threading.Lock()
-_RECORDER: contextvars.ContextVar[set[Any] | None] = contextvars.ContextVar("compared", default=None)
-_ACTIVE: list[tuple[str, Callable[..., Any]]] = []
+_RECORDER: contextvars.ContextVar[set[sympy.Symbol] | None] = contextvars.ContextVar("compared", default=None)
+_ACTIVE: list[tuple[str, Callable[..., object]]] = []
 _COUNT = [0]
 
 
 @contextlib.contextmanager
-def compared_sizes() -> Iterator[set[Any]]:
+def compared_sizes() -> Iterator[set[sympy.Symbol]]:
     """A set that gets the symbols (of sympy) of all sizes that model code compares in the block, in this thread."""
-    found: set[Any] = set()
+    found: set[sympy.Symbol] = set()
     token = _RECORDER.set(found)
     _watch()
     try:
@@ -54,9 +57,9 @@ def _unwatch() -> None:
                 setattr(torch.SymInt, name, method)
 
 
-def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
+def _noting(method: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(method)
-    def compare(self: Any, *others: Any) -> Any:
+    def compare(self: object, *others: object) -> object:
         if (found := _RECORDER.get()) is not None and is_model_code(sys._getframe(1).f_code.co_filename):
             for size in (self, *others):
                 if isinstance(size, torch.SymInt):

@@ -112,7 +112,7 @@ def _replace(node: fx.Node, mask: fx.GraphModule, results: list[fx.Node]) -> Non
                 indexed = inner.target is _APPLY
                 target, args = (_ATEN.index.Tensor, (args[3], list(args[4:]))) if indexed else (inner.target, args)
                 values[inner] = call(target, *args, **inner.kwargs)
-        dense: Any = fx.map_arg(mask.graph.output_node().args[0], values.__getitem__)
+        dense: object = fx.map_arg(mask.graph.output_node().args[0], values.__getitem__)
         attended = call(_ATEN.scaled_dot_product_attention.default, query, key, value, dense, scale=scale)
     for result in results:
         result.replace_all_uses_with(attended)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -19,6 +19,10 @@ from torch.export.graph_signature import InputKind
 from fxq.calls.conditions import ConditionError, Expression
 from fxq.capture.written_guards import written_guards
 from fxq.core.ir import example_value
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.value_ranges import ValueRanges
 
 _NAMES = {
     "Add": "+",
@@ -69,11 +73,13 @@ class Assumptions:
     symbols: dict[str, Expression] = dataclasses.field(default_factory=dict)
     lows: dict[str, int] = dataclasses.field(default_factory=dict)
     conditions: list[Expression] = dataclasses.field(default_factory=list)
-    shapes: list[list[Any] | None] = dataclasses.field(default_factory=list)
+    shapes: list[list[sympy.Expr] | None] = dataclasses.field(default_factory=list)
     compared: set[str] = dataclasses.field(default_factory=set)
 
 
-def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None, given: bool = True) -> Assumptions:
+def assumptions_of(
+    program: ExportedProgram, compared: set[sympy.Symbol] | None = None, given: bool = True
+) -> Assumptions:
     """What a program assumes of its inputs.
 
     Args:
@@ -103,8 +109,8 @@ def assumptions_of(program: ExportedProgram, compared: set[Any] | None = None, g
     found.compared = {str(symbol) for symbol in watched}
     for symbol, place in symbols.items():
         _bound(str(symbol), place, program.range_constraints.get(symbol), found)
-    guards = [] if env is None else list(env.guards)
-    for guard in [env.replace(guard.expr) for guard in guards if not _about_layout(guard)]:
+    guards = [] if env is None else [env.replace(guard.expr) for guard in env.guards if not _about_layout(guard)]
+    for guard in guards:
         if guard.free_symbols <= symbols.keys():
             if guard.free_symbols:
                 found.conditions.append(expression_of(guard, symbols))
@@ -129,21 +135,21 @@ def _free_sizes(inputs: list[fx.Node]) -> Iterator[tuple[sympy.Expr, Expression]
             yield value.node.expr, ["value", i]
 
 
-def _shape(node: fx.Node) -> list[Any] | None:
+def _shape(node: fx.Node) -> list[sympy.Expr] | None:
     value = example_value(node)
     if isinstance(value, Tensor):
         return [_expression(size) for size in value.shape]
     return [_expression(value)] if isinstance(value, torch.SymInt) else None
 
 
-def _expression(size: int | torch.SymInt) -> Any:
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a number where it is fixed, else as an expression of symbols."""
     fixed = size if isinstance(size, int) else size.node.maybe_as_int()
     return size.node.expr if fixed is None else fixed  # type: ignore[union-attr]
 
 
 def _derive(
-    expression: sympy.Expr, place: Expression, symbols: dict[sympy.Symbol, Expression], into: list[Any]
+    expression: sympy.Expr, place: Expression, symbols: dict[sympy.Symbol, Expression], into: list[Expression]
 ) -> None:
     """A size that is computed from others: a condition; or, linear in one unknown symbol, where that one is read."""
     unknown = [symbol for symbol in expression.free_symbols if symbol not in symbols]
@@ -158,7 +164,7 @@ def _derive(
     into.append(["==", ["%", difference, int(factor)], 0])
 
 
-def _linear(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[Any, Any]:
+def _linear(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[sympy.Expr, sympy.Expr]:
     """``(a, b)`` of ``a * symbol + b``."""
     try:
         factor, rest = sympy.Poly(expression, symbol).all_coeffs()
@@ -167,7 +173,7 @@ def _linear(expression: sympy.Expr, symbol: sympy.Symbol) -> tuple[Any, Any]:
     return factor, rest
 
 
-def _bound(name: str, place: Expression, bounds: Any, found: Assumptions) -> None:
+def _bound(name: str, place: Expression, bounds: ValueRanges[sympy.Expr] | None, found: Assumptions) -> None:
     """Conditions of a symbol's range. A least value of 2 is torch's own assumption of every size."""
     if bounds is None:
         return
@@ -180,12 +186,12 @@ def _bound(name: str, place: Expression, bounds: Any, found: Assumptions) -> Non
         found.conditions.append(["<=", place, high])
 
 
-def _int(bound: Any) -> int | None:
+def _int(bound: sympy.Expr) -> int | None:
     finite = getattr(bound, "is_Integer", False) and abs(int(bound)) < 2**62
     return int(bound) if finite else None
 
 
-def _shape_env(inputs: list[fx.Node]) -> Any:
+def _shape_env(inputs: list[fx.Node]) -> ShapeEnv | None:
     """What torch knows of the sizes, or None where all are fixed."""
     values = [example_value(node) for node in inputs]
     sizes: list[Any] = [size for value in values if isinstance(value, Tensor) for size in value.shape]
@@ -193,12 +199,12 @@ def _shape_env(inputs: list[fx.Node]) -> Any:
     return next((size.node.shape_env for size in sizes if not isinstance(size, int)), None)
 
 
-def _about_layout(guard: Any) -> bool:
+def _about_layout(guard: object) -> bool:
     """Whether torch asked how a tensor lies in memory: an operator of the graph finds that out by itself each time."""
     return bool(_LAYOUT.search(str(getattr(getattr(guard, "sloc", None), "framework_loc", ""))))
 
 
-def _current(env: Any, symbol: Any) -> set[Any]:
+def _current(env: ShapeEnv | None, symbol: sympy.Symbol) -> set[sympy.Symbol]:
     """What stands for a symbol since torch found that it equals others; nothing where it is fixed."""
     return set() if env is None else set(env.replace(symbol).free_symbols)
 
@@ -208,7 +214,7 @@ def _depends_on_data(symbol: sympy.Symbol) -> bool:
     return str(symbol).lstrip("z").startswith("u")
 
 
-def expression_of(expression: Any, symbols: Mapping[sympy.Symbol, Expression]) -> Expression:
+def expression_of(expression: sympy.Basic, symbols: Mapping[sympy.Symbol, Expression]) -> Expression:
     """A sympy expression as data.
 
     Raises:

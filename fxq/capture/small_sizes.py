@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import sympy
 from torch import Tensor
@@ -20,7 +19,7 @@ _ASSUMED = 2
 
 
 def final_conditions(
-    assumed: Assumptions, leaves: Sequence[Any], agrees: Callable[[list[Any]], bool]
+    assumed: Assumptions, leaves: Sequence[object], agrees: Callable[[list[object]], bool]
 ) -> list[Expression]:
     """Conditions of calls for which the graph is right.
 
@@ -35,7 +34,7 @@ def final_conditions(
         low = assumed.lows.get(symbol)
         if low == _ASSUMED and symbol in assumed.compared:
             bounds += trial.bound(symbol)
-        elif low is not None and low < _ASSUMED and place[0] == "value":
+        elif low is not None and low < _ASSUMED and isinstance(place, list) and place[0] == "value":
             bounds.append([">=", place, low])
     return bounds + list({str(c): c for c in trial.conditions}.values())
 
@@ -45,8 +44,8 @@ class _Trial:
     """Tries sizes on model and graph; ``conditions`` that break at a size that is right are lifted for it."""
 
     assumed: Assumptions
-    leaves: Sequence[Any]
-    agrees: Callable[[list[Any]], bool]
+    leaves: Sequence[object]
+    agrees: Callable[[list[object]], bool]
     conditions: list[Expression]
     tried: dict[tuple[int, tuple[str, ...]], bool] = dataclasses.field(default_factory=dict)
 
@@ -81,7 +80,7 @@ class _Trial:
                 self.conditions = [self._lifted(c, symbols, size, changed) for c in self.conditions]
         return self.tried[key]
 
-    def _lifted(self, condition: Expression, symbols: tuple[str, ...], size: int, leaves: list[Any]) -> Expression:
+    def _lifted(self, condition: Expression, symbols: tuple[str, ...], size: int, leaves: list[object]) -> Expression:
         if holds(evaluator(condition), leaves):
             return condition
         places = [self.assumed.symbols[name] for name in symbols]
@@ -89,15 +88,15 @@ class _Trial:
         return ["or", ["and", *small] if len(small) > 1 else small[0], condition]
 
 
-def _hints(assumed: Assumptions, leaves: Sequence[Any]) -> dict[str, int]:
+def _hints(assumed: Assumptions, leaves: Sequence[object]) -> dict[str, int]:
     """Values of the symbols in the example."""
     return {name: int(evaluator(place)(leaves)) for name, place in assumed.symbols.items()}
 
 
-def _resized(assumed: Assumptions, leaves: Sequence[Any], sizes: dict[str, int]) -> list[Any] | None:
+def _resized(assumed: Assumptions, leaves: Sequence[object], sizes: dict[str, int]) -> list[object] | None:
     """The example with other free sizes; None where a tensor would have to become larger."""
     hints = _hints(assumed, leaves) | sizes
-    changed: list[Any] = []
+    changed: list[object] = []
     for leaf, shape in zip(leaves, assumed.shapes, strict=True):
         if isinstance(leaf, Tensor) and shape is not None:
             for dim, expression in enumerate(shape):
@@ -112,7 +111,7 @@ def _resized(assumed: Assumptions, leaves: Sequence[Any], sizes: dict[str, int])
     return changed
 
 
-def _number(expression: Any, hints: dict[str, int]) -> int | None:
+def _number(expression: sympy.Expr | int, hints: dict[str, int]) -> int | None:
     if isinstance(expression, int):
         return expression
     values = {symbol: sympy.Integer(hints[str(symbol)]) for symbol in expression.free_symbols if str(symbol) in hints}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,9 @@ from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
 from fxq.runtime.offload import absent_weights
 
+if TYPE_CHECKING:
+    import sympy
+
 _REMEDIES = {  # by the higher-order operator whose body is a graph of its own
     "cond": "choose the branch outside the model, so that one call has one path",
     "flex_attention": "use another attention backend: its mask is a function, which no graph can hold as a tensor",
@@ -48,7 +51,7 @@ class TraceError(RuntimeError):
 def plain_model(model: nn.Module) -> nn.Module:
     """The model behind ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``, with its own names."""
     while True:
-        inner: Any = getattr(model, "_orig_mod", None)
+        inner: object = getattr(model, "_orig_mod", None)
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
@@ -59,11 +62,11 @@ def plain_model(model: nn.Module) -> nn.Module:
 @exclusive
 def trace(
     model: nn.Module | fx.GraphModule | ExportedProgram,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any] | None = None,
-    dynamic_shapes: Any = None,
+    args: tuple[object, ...],
+    kwargs: dict[str, object] | None = None,
+    dynamic_shapes: object = None,
     tolerance: float = 1e-4,
-    captured_with: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    captured_with: tuple[tuple[object, ...], dict[str, object]] | None = None,
 ) -> QuantGraph:
     """Capture ``model`` at training IR (``aten.linear`` kept) without changing it.
 
@@ -110,7 +113,7 @@ def trace(
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, strict: bool
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], dynamic_shapes: Any, strict: bool
 ) -> ExportedProgram:
     try:
         # torch prints the graph of a failure to stderr, and logs which dimensions it fixed: the quantized module
@@ -127,7 +130,7 @@ def _briefly(error: BaseException) -> str:
     return f"{line}, at {found}" if (found := place_of(error)) else line
 
 
-def _eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _eager(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> list[object]:
     """Leaves of what the model returns."""
     inputs, options = copy.deepcopy((args, kwargs))
     try:
@@ -140,7 +143,7 @@ def _eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
         ) from error
 
 
-def _reasons(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], errors: list[TraceError]) -> str:
+def _reasons(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], errors: list[TraceError]) -> str:
     """Why neither form of capture served, and where writes may have been lost."""
     first, second = (str(error) for error in errors)
     text = first if _cause(errors[0]) == _cause(errors[1]) else f"{first}. Captured from bytecode: {second}"
@@ -196,7 +199,7 @@ def _inlined(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def _assumed(program: ExportedProgram, compared: set[Any] | None, given: bool) -> Assumptions:
+def _assumed(program: ExportedProgram, compared: set[sympy.Symbol] | None, given: bool) -> Assumptions:
     try:
         return assumptions_of(program, compared, given)
     except ConditionError as error:
@@ -209,8 +212,8 @@ def _assumed(program: ExportedProgram, compared: set[Any] | None, given: bool) -
 def _guarded(
     graph: QuantGraph,
     assumed: Assumptions,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     model: nn.Module | None,
     tolerance: float,
 ) -> QuantGraph:
@@ -218,7 +221,7 @@ def _guarded(
     module = graph.module
     _, spec = convention(module)
 
-    def agrees(leaves: list[Any]) -> bool:
+    def agrees(leaves: list[object]) -> bool:
         call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
         return model is not None and _agrees(model, module, call_args, call_kwargs, tolerance)
 
@@ -228,7 +231,7 @@ def _guarded(
 
 
 def _agrees(
-    model: nn.Module, module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], tolerance: float
+    model: nn.Module, module: fx.GraphModule, args: tuple[object, ...], kwargs: dict[str, object], tolerance: float
 ) -> bool:
     """Whether the model can be called so, and the graph computes the same."""
     try:
@@ -256,7 +259,7 @@ def _refuse_regions(module: fx.GraphModule) -> None:
             raise TraceError(f"the captured graph has a tensor without values, {node.target}, used{where}")
 
 
-def _compare(got: list[Any], want: list[Any], tolerance: float, mode: str) -> None:
+def _compare(got: list[object], want: list[object], tolerance: float, mode: str) -> None:
     if len(got) != len(want):
         raise TraceError(f"the captured graph returns {len(got)} values, the model {len(want)}")
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
@@ -264,7 +267,9 @@ def _compare(got: list[Any], want: list[Any], tolerance: float, mode: str) -> No
             _compare_output(i, a, b, tolerance, mode)
 
 
-def _run_unchanged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str = "") -> list[Any]:
+def _run_unchanged(
+    module: fx.GraphModule, args: tuple[object, ...], kwargs: dict[str, object], mode: str = ""
+) -> list[object]:
     """Leaves of the graph's output; a graph that writes to the model's buffers is refused."""
     inputs, options = copy.deepcopy((args, kwargs))
     with torch.no_grad(), _buffers_put_back(module) as written:

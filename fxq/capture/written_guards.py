@@ -86,7 +86,8 @@ def _python(node: ast.AST) -> Expression:
         source = node.value.func
         if isinstance(source, ast.Attribute) and source.attr == "size" and isinstance(source.value, ast.Name):
             position = _python(source.value)
-            return ["size", position[1], node.slice.value]
+            if isinstance(position, list) and isinstance(node.slice.value, int):
+                return ["size", position[1], node.slice.value]
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
         called = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         if called in ("min", "max") and len(node.args) == 2:

@@ -147,7 +147,7 @@ def bench(
         _check_output(given, option)
     if allocator is Allocator.keep and not keep_memory():
         raise typer.BadParameter("--allocator keep: the C library is not glibc; leave it at default")
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "command": shlex.join(["fxq", *sys.argv[1:]]),
         "quick": quick,
         "threads": threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -113,7 +113,7 @@ def _layers(choices: Sequence[Choice], spectrum: Mapping[Kind, list[float]], hea
     return table
 
 
-def _json(policy: CachePolicy, choices: Sequence[Choice], spectrum: Mapping[Kind, list[float]]) -> dict[str, Any]:
+def _json(policy: CachePolicy, choices: Sequence[Choice], spectrum: Mapping[Kind, list[float]]) -> dict[str, object]:
     return {
         "policy": policy_to_json(policy),
         "components_of_99_percent": spectrum,

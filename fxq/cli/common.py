@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout i
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
-def emit_json(data: Any) -> None:
+def emit_json(data: object) -> None:
     """Write a result to standard output as JSON."""
     emit(json.dumps(data, indent=1))

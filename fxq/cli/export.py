@@ -103,7 +103,7 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
         )
 
 
-def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
+def _read_config(path: pathlib.Path | None) -> dict[str, object]:
     if path is None:
         return {}
     try:

@@ -43,7 +43,7 @@ class ModelFiles:
     lora: pathlib.Path | None = None
     lora_alpha: float | None = None
     config: pathlib.Path | None = None
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, object] = dataclasses.field(default_factory=dict)
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -53,13 +53,13 @@ class ModelFiles:
     fixed_size: bool = False
 
 
-def parse_settings(pairs: Sequence[str]) -> dict[str, Any]:
+def parse_settings(pairs: Sequence[str]) -> dict[str, object]:
     """Settings from ``NAME=VALUE`` words; a value is JSON, or else text.
 
     Raises:
         AdapterError: for a word without ``=``.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:

@@ -167,7 +167,7 @@ def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str,
     rows = []
     for layer, (plan, _) in planned(graph.module).items():
         scheme = plan.scheme
-        row: dict[str, Any] = {
+        row: dict[str, object] = {
             "layer": layer,
             "bits": scheme.detail if scheme else "-",
             "shape": [plan.out_features, plan.in_features],

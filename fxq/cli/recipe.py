@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -45,7 +45,7 @@ def list_presets(as_json: JsonOption = False) -> None:
     stdout_console().print(table)
 
 
-def _row(preset: Recipe) -> dict[str, Any]:
+def _row(preset: Recipe) -> dict[str, str | bool | list[str]]:
     schemes = [rule.scheme.detail for rule in preset.rules if rule.scheme is not None]
     return {
         "name": preset.name,

@@ -94,15 +94,15 @@ class Facts:
         """
         return CallRules.from_json(self._stated(("inputs", "dtypes", "conditions")), names)
 
-    def _stated(self, names: Iterable[str]) -> dict[str, Any]:
+    def _stated(self, names: Iterable[str]) -> dict[str, object]:
         values = {name: getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None or name == "sensitivity"}
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON form: what manifests and summaries show. ``remarks`` and ``notes`` are there in optimized modules."""
         optimized = ("remarks", "notes") if self.optimized else ()
         data = self._stated((*_STATED, *optimized)) | dict(self.others)
-        plain: dict[str, Any] = json.loads(json.dumps(data))
+        plain: dict[str, object] = json.loads(json.dumps(data))
         return plain
 
     @classmethod

@@ -15,7 +15,7 @@ _LINEAR = torch.ops.aten.linear.default
 _CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
-def argument_names(target: Callable[..., Any]) -> tuple[str, ...]:
+def argument_names(target: Callable[..., object]) -> tuple[str, ...]:
     """Names of an operator's arguments, in its schema's order."""
     return tuple(argument.name for argument in target._schema.arguments)  # type: ignore[attr-defined]
 
@@ -27,7 +27,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return {a.name: a.default_value for a in declared} | given | dict(node.kwargs)
 
 
-def in_order(target: Callable[..., Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
+def in_order(target: Callable[..., object], named: Mapping[str, object]) -> tuple[Any, ...]:
     """Arguments for an operator's call by position; names that it does not have are left out.
 
     Raises:

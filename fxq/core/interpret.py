@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -22,7 +21,7 @@ class SparingInterpreter(fx.Interpreter):
         super().__init__(module)
         self.residency = Residency()
 
-    def run_node(self, n: fx.Node) -> Any:
+    def run_node(self, n: fx.Node) -> object:
         """Run one node."""
         stored = [self.env[node] for node in n.all_input_nodes if node.op == "get_attr"]
         result = super().run_node(n)
@@ -30,20 +29,20 @@ class SparingInterpreter(fx.Interpreter):
             self.residency.give_back(*weights)
         return result
 
-    def call(self, *leaves: Any) -> Any:
+    def call(self, *leaves: object) -> object:
         """The graph's result for flat inputs, in the form that its module returns."""
         graph = self.module.graph
         assert isinstance(graph, fx.Graph)
         return graph.process_outputs(self.run(*leaves, enable_io_processing=False))
 
 
-def sparing_call(module: fx.GraphModule) -> Callable[..., Any]:
+def sparing_call(module: fx.GraphModule) -> Callable[..., object]:
     """A callable like the module, which runs it by :class:`SparingInterpreter` where weights are mapped from files."""
     runner = SparingInterpreter(module)
     if not runner.residency.mapped_bytes(*module.parameters(), *module.buffers()):
         return module
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         return runner.call(*flatten_call(module, args, kwargs))
 
     return call
@@ -54,7 +53,7 @@ def sparing(model: nn.Module) -> Iterator[None]:
     """While the block runs, file-mapped weights leave memory after each call of the module that has them."""
     residency = Residency()
 
-    def called(module: nn.Module, _: Any, __: Any) -> None:
+    def called(module: nn.Module, _: object, __: object) -> None:
         residency.give_back(*module.parameters(recurse=False))
 
     owners = [m for m in model.modules() if residency.mapped_bytes(*m.parameters(recurse=False))]

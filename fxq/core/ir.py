@@ -65,7 +65,7 @@ class LayerPlan:
             raise ValueError(f"layer {self.layer} is kept in model dtype: {self.reason or 'no scheme is planned'}")
         return self.scheme
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON form; what lies on the node. Static schemes keep the form they had before ``per_token`` existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
         if self.scheme is not None and not self.scheme.per_token:
@@ -129,7 +129,7 @@ def clear_plan(node: fx.Node) -> None:
     node.meta["custom"] = custom
 
 
-def inherit_meta(new: fx.Node, old: fx.Node, value: Any) -> None:
+def inherit_meta(new: fx.Node, old: fx.Node, value: object) -> None:
     """Give a new node the origin of the node it replaces; ``value`` is its example (fake) value."""
     for key in ("nn_module_stack", "stack_trace", "torch_fn"):
         if key in old.meta:
@@ -153,7 +153,7 @@ def compiled_value(node: fx.Node) -> Any:
     return node.meta.get("example_value", example_value(node))
 
 
-def set_compiled_input(node: fx.Node, value: Any) -> None:
+def set_compiled_input(node: fx.Node, value: object) -> None:
     """Note the fake value of an input added to a graph of Dynamo, as of a tensor that stays where it is."""
     node.meta.update(example_value=value, tensor_dict={"_dynamo_static_input_type": "unguarded"})
 
@@ -329,7 +329,7 @@ def drop_tensor(module: torch.nn.Module, name: str) -> None:
 
 def get_tensor(module: torch.nn.Module, name: str) -> Tensor:
     """The tensor registered under a dotted name."""
-    value: Any = module
+    value: object = module
     for part in name.split("."):
         value = getattr(value, part)
     if not isinstance(value, Tensor):

@@ -19,7 +19,7 @@ from fxq.kernels.gemm.panels import unpack_panels
 _PARTS = (operator.getitem, torch.ops.aten.split_with_sizes.default)
 """Stand between a product that several layers share and the node of one of them."""
 
-Target = Callable[..., Any]
+Target = Callable[..., object]
 
 
 class LayerError(ValueError):
@@ -267,7 +267,7 @@ class QuantizedLayer:
                 if name in names or argument == "perm":
                     yield node, argument, name if name in names else ""
 
-    def set_arguments(self, **changes: Any) -> None:
+    def set_arguments(self, **changes: object) -> None:
         """Replace arguments of the product by name."""
         set_arguments(self.product, **changes)
 

@@ -68,8 +68,8 @@ class DataAccesses(TorchFunctionMode):
         self.places: list[str] = []
 
     def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Any, types: Iterable[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         """Run the call; a read of ``data`` is noted with the line of its caller."""
         if func == Tensor.data.__get__:  # type: ignore[attr-defined]
             caller = sys._getframe(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,7 +18,7 @@ from fxq.dtypes import dtype_name
 __all__ = ["InputError", "Sizes", "call_rules", "flatten_call", "guard_inputs", "input_sizes", "rules_of"]
 
 
-def flatten_call(module: fx.GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+def flatten_call(module: fx.GraphModule, args: Sequence[object], kwargs: Mapping[str, object]) -> Sequence[object]:
     """Arguments as the flat list of the graph's placeholders, nested dicts in the example's order.
 
     Raises:
@@ -75,14 +74,14 @@ def guard_inputs(module: fx.GraphModule) -> CapturedModule:
     return guard_calls(module, Facts.of(module).call_rules(names))
 
 
-def batch_dynamic(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def batch_dynamic(args: Sequence[object], kwargs: Mapping[str, object]) -> object:
     """``dynamic_shapes`` that let the first dimension of every tensor vary where the model allows it.
 
     None, everything static, for a call that mixes positional and keyword arguments: their order in the model's
     signature is not known here.
     """
 
-    def first(value: Any) -> Any:
+    def first(value: object) -> object:
         return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.ndim else None
 
     if args and kwargs:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -52,7 +51,7 @@ class Summary:
     """
 
     rows: tuple[LayerRow, ...]
-    facts: dict[str, Any]
+    facts: dict[str, object]
     notes: Texts = dataclasses.field(default_factory=dict)
 
     @property

@@ -36,15 +36,15 @@ class FxqConfig(QuantizationConfigMixin):  # type: ignore[misc]
         BundleError: when the content is malformed or of another format version.
     """
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, **data: object) -> None:
         self.quant_method = Method.FXQ
         self.entries = QuantizationConfig.from_json(data)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON form, as in ``config.json``."""
         return self.entries.to_json()
 
-    def to_diff_dict(self) -> dict[str, Any]:
+    def to_diff_dict(self) -> dict[str, object]:
         """As :meth:`to_dict`: nothing in it is a default."""
         return self.to_dict()
 
@@ -63,7 +63,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     use_keep_in_fp32_modules = True
     dtype: torch.dtype | None = None
 
-    def __init__(self, quantization_config: FxqConfig, **options: Any) -> None:
+    def __init__(self, quantization_config: FxqConfig, **options: object) -> None:
         super().__init__(quantization_config, **options)
         self.hooks: list[RemovableHandle] = []
 
@@ -91,7 +91,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             raise BundleError(f"{', '.join(pickles)}: expected safetensors only; copy the whole folder again")
         return loaded_keys
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: object) -> None:
         for layer, entry in self.entries.layers.items():
             parent, _, leaf = layer.rpartition(".")
             try:
@@ -108,7 +108,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             setattr(owner, leaf, empty)
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, object], **kwargs: object
     ) -> bool:
         """Whether a tensor is taken as stored."""
         return self.dtype is None or param_name.rpartition(".")[0] in self.entries.layers
@@ -131,8 +131,8 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         param_name: str,
         target_device: torch.device | str,
         state_dict: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         """Put a tensor into the model with the dtype of the file: ``param_value`` is cast already.
 
@@ -150,7 +150,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         else:
             module._buffers[leaf] = stored
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: object) -> nn.Module:
         absent = [name for name, t in model.state_dict().items() if t.is_meta]
         if absent:
             raise BundleError(f"the folder lacks {len(absent)} tensors of the model: {', '.join(absent[:8])}")
@@ -171,8 +171,8 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(
-        self, state_dict: dict[str, Any], safe_serialization: bool = False
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self, state_dict: dict[str, object], safe_serialization: bool = False
+    ) -> tuple[dict[str, object], dict[str, object]]:
         """For ``save_pretrained``: the tensors as they are, and the receipt.
 
         Raises:
@@ -211,7 +211,7 @@ def _sizes(entry: LinearEntry) -> tuple[int, int]:
     return entry.in_features, entry.out_features
 
 
-def _as_stored(module: nn.Module | None, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _as_stored(module: nn.Module | None, tensors: dict[str, object], prefix: str, metadata: object) -> None:
     """Give the tensors of one layer in a state dict the names that they have in a folder."""
     tensors.pop(f"{prefix}like", None)
     if f"{prefix}integers" in tensors:

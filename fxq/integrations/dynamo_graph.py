@@ -45,7 +45,7 @@ def _is_linear(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _LINEARS
 
 
-def find_sites(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Site]:
+def find_sites(gm: fx.GraphModule, inputs: Sequence[object]) -> list[Site]:
     """Linears whose weight is a parameter.
 
     Raises:
@@ -68,7 +68,7 @@ def find_sites(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Site]:
     return sites
 
 
-def check_readers(gm: fx.GraphModule, inputs: Sequence[Any], binding: Binding) -> None:
+def check_readers(gm: fx.GraphModule, inputs: Sequence[object], binding: Binding) -> None:
     """Make sure that weights of layers are read by linears only: a copy or a part of one would stay in floats."""
     for i, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         entry = binding.find(inputs[i])
@@ -159,7 +159,7 @@ def _operands(layers: Layers) -> list[tuple[tuple[int, int], Tensor]]:
 
 def _add_inputs(
     graph: fx.Graph, layers: Layers, values: Sequence[Tensor]
-) -> Callable[[QuantizedLinear, Sequence[Any]], list[Any]]:
+) -> Callable[[QuantizedLinear, Sequence[object]], list[object]]:
     """Append an input for every operand; returns what puts them in the place of a layer's tensors."""
     last, inputs = graph.find_nodes(op="placeholder")[-1], dict[tuple[int, int], fx.Node]()
     for number, ((key, _), value) in enumerate(zip(_operands(layers), values, strict=True)):

@@ -127,7 +127,7 @@ class QuantizedLinear(nn.Module):
         """Whether the scales of the input are measured per token."""
         return self.input_scale is None
 
-    def quantization(self) -> tuple[Any, ...]:
+    def quantization(self) -> tuple[object, ...]:
         """Arguments of ``fxq::quantize_act``, or of ``fxq::quantize_per_token``, after the input."""
         scales = () if self.per_token else (self.input_scale, self.input_zero_point)
         return self.perm, *scales, self.split, self.input_bits
@@ -140,7 +140,7 @@ class QuantizedLinear(nn.Module):
         return weight, *scales, self.offset, self.split, self.weight_bits
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[object, ...]:
         """What a graph around the layer depends on; layers of one kind differ in the values of their tensors only."""
         shape = self.product()[0].shape
         flags = (self.per_token, self.perm is None)
@@ -220,9 +220,9 @@ class QuantizedLinear(nn.Module):
 
     def _load_from_state_dict(
         self,
-        state_dict: MutableMapping[str, Any],
+        state_dict: MutableMapping[str, object],
         prefix: str,
-        local_metadata: Any,
+        local_metadata: object,
         strict: bool,
         missing_keys: list[str],
         unexpected_keys: list[str],
@@ -240,7 +240,7 @@ class QuantizedLinear(nn.Module):
             self.set_form(self.like.dtype)
         self.lay_out()
 
-    def _misfit(self, given: Mapping[str, Any]) -> str:
+    def _misfit(self, given: Mapping[str, object]) -> str:
         """Why tensors of a state dict by name are not those of this layer, whatever ``strict`` says; else empty."""
         own = set(_OWN.values())
         form = {name: tensor.dtype for name in own if (tensor := self._buffers[name]) is not None}

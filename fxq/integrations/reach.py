@@ -28,7 +28,7 @@ class Holder:
     """A place that holds an object: its path from the root, and the object whose attribute or element it is."""
 
     path: str
-    owner: Any
+    owner: object
 
 
 def holders(root: nn.Module, wanted: Collection[int]) -> dict[int, list[Holder]]:
@@ -42,7 +42,7 @@ def holders(root: nn.Module, wanted: Collection[int]) -> dict[int, list[Holder]]
         wanted: ids of the objects; they are looked into like all others.
     """
     found: dict[int, list[Holder]] = {}
-    seen, queue = {id(root)}, collections.deque([("", root)])
+    seen, queue = {id(root)}, collections.deque[tuple[str, object]]([("", root)])
     while queue:
         path, owner = queue.popleft()
         for name, child in _children(owner):
@@ -57,7 +57,7 @@ def holders(root: nn.Module, wanted: Collection[int]) -> dict[int, list[Holder]]
     return found
 
 
-def _children(owner: Any) -> Iterator[tuple[str, Any]]:
+def _children(owner: object) -> Iterator[tuple[str, object]]:
     """What an object holds, each with how it is written after the object's own path."""
     if isinstance(owner, Mapping):
         yield from ((f"[{key!r}]", value) for key, value in _pairs(owner))
@@ -76,14 +76,14 @@ def _children(owner: Any) -> Iterator[tuple[str, Any]]:
         yield from _of_object(owner)
 
 
-def _pairs(table: Any) -> list[tuple[Any, Any]]:
+def _pairs(table: Any) -> list[tuple[object, object]]:
     try:
         return list(table.items())
     except Exception:  # a mapping of somebody else's that computes its values
         return []
 
 
-def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _of_function(function: types.FunctionType) -> Iterator[tuple[str, object]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield f"'s variable {name}", cell.cell_contents
@@ -94,7 +94,7 @@ def _of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     yield from ((f".{name}", value) for name, value in vars(function).items())
 
 
-def _of_object(owner: Any) -> Iterator[tuple[str, Any]]:
+def _of_object(owner: object) -> Iterator[tuple[str, object]]:
     attributes = getattr(owner, "__dict__", None)
     slots = [name for cls in type(owner).__mro__ for name in _slots(cls)]
     if not isinstance(attributes, dict) and not slots:

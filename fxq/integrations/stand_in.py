@@ -43,7 +43,7 @@ _OF_FORM = {  # attributes and methods that say what a tensor is, not what it ho
     *("is_leaf", "grad", "grad_fn", "requires_grad", "is_inference"),
     *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"),
 }
-_LIKE: dict[Any, Callable[..., Tensor]] = {
+_LIKE: dict[object, Callable[..., Tensor]] = {
     torch.empty_like: torch.empty,
     torch.zeros_like: torch.zeros,
     torch.ones_like: torch.ones,
@@ -81,7 +81,7 @@ class FloatStandIn:
         sizes = (layer.out_features, layer.in_features) if self._name == "weight" else (layer.out_features,)
         return torch.Size(sizes)
 
-    def size(self, dim: int | None = None) -> Any:
+    def size(self, dim: int | None = None) -> int | torch.Size:
         """As ``Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
@@ -105,12 +105,12 @@ class FloatStandIn:
         """Bytes of the float tensor."""
         return self.numel() * self._layer.like.element_size()
 
-    def stride(self, dim: int | None = None) -> Any:
+    def stride(self, dim: int | None = None) -> int | tuple[int, ...]:
         """As ``Tensor.stride`` of a contiguous tensor."""
         strides = (self.shape[1], 1) if self._name == "weight" else (1,)
         return strides if dim is None else strides[dim]
 
-    def is_contiguous(self, **options: Any) -> bool:
+    def is_contiguous(self, **options: object) -> bool:
         """True."""
         return True
 
@@ -120,7 +120,7 @@ class FloatStandIn:
             raise self.refusal("requires_grad_")
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self._layer, self._name)
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class FloatStandIn:
             return getattr(self._layer.like.detach(), name)
         raise self.refusal(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name == "requires_grad" and not value:
             return
         raise self.refusal(f"setting {name}")
@@ -154,8 +154,8 @@ class FloatStandIn:
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        cls, func: object, types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
         """``linear`` of one layer's weight and bias, casts of tensors to its form, and an error for the rest."""
         options = dict(kwargs or {})
         if func is torch.nn.functional.linear and (found := _linear(*args, **options)) is not None:
@@ -174,7 +174,7 @@ class FloatStandIn:
         raise stand_in.refusal(getattr(func, "__name__", str(func)))
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[IntegerLayer, Tensor] | None:
+def _linear(input: object, weight: object, bias: object = None) -> tuple[IntegerLayer, Tensor] | None:
     """The layer and its input, when the weight and the bias are those of one layer."""
     if not isinstance(weight, FloatStandIn) or weight._name != "weight" or not isinstance(input, Tensor):
         return None
@@ -183,8 +183,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> tuple[IntegerLayer, Te
     return (layer, input) if own or (bias is None and not layer.has_bias) else None
 
 
-def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(self: FloatStandIn, *args: Any, **options: Any) -> Any:
+def _refusing(name: str) -> Callable[..., object]:
+    def refuse(self: FloatStandIn, *args: object, **options: object) -> object:
         raise self.refusal(name)
 
     return refuse

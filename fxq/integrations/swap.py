@@ -10,7 +10,6 @@ import copy
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -225,7 +224,7 @@ def apply(model: nn.Module, bundle: Bundle, *, in_place: bool = False) -> nn.Mod
 def _swapped_copy(model: nn.Module, swaps: Mapping[int, tuple[nn.Linear, QuantizedLinear]]) -> nn.Module:
     """A copy of the model in which linears are layers; no float weight of theirs is copied."""
     shells = {key: nn.Linear.__new__(nn.Linear) for key in swaps}
-    memo: dict[int, Any] = dict(shells)
+    memo: dict[int, object] = dict(shells)
     copied = copy.deepcopy(model, memo)
     for key, (linear, new) in swaps.items():
         others = {name: p for name, p in linear._parameters.items() if name not in ("weight", "bias")}

@@ -57,17 +57,17 @@ def _bind_by_name(gm: fx.GraphModule, inputs: Sequence[Any], sites: Sequence[Sit
 class _Compiled:
     """A Dynamo graph, compiled once for every kind of layers that it is called with."""
 
-    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], binding: Binding, patches: dict[str, Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, sites: Sequence[Site], binding: Binding, patches: dict[str, object]) -> None:
         self.gm, self.sites, self.binding, self.patches = copy_graph(gm), sites, binding, patches
         self.fake_mode = TracingContext.get().fake_mode
-        self.variants: dict[Any, Callable[..., Any]] = {}
-        self.seen: dict[tuple[int, ...], tuple[Callable[..., Any], list[Tensor]]] = {}
+        self.variants: dict[object, Callable[..., object]] = {}
+        self.seen: dict[tuple[int, ...], tuple[Callable[..., object], list[Tensor]]] = {}
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> object:
         compiled, extra = self.prepare(args)
         return compiled(*args, *extra)
 
-    def prepare(self, args: Sequence[Any]) -> tuple[Callable[..., Any], list[Tensor]]:
+    def prepare(self, args: Sequence[Any]) -> tuple[Callable[..., object], list[Tensor]]:
         """What runs for these inputs, and the integers that it needs besides."""
         linears = [(args[site.weight], None if site.bias is None else args[site.bias]) for site in self.sites]
         layers = self.binding.layers_of(linears)
@@ -76,7 +76,7 @@ class _Compiled:
             self.seen[key] = self.variant(layers), operands(layers)
         return self.seen[key]
 
-    def variant(self, layers: Layers) -> Callable[..., Any]:
+    def variant(self, layers: Layers) -> Callable[..., object]:
         """The compiled graph for layers of this kind."""
         shared = shared_inputs(self.gm, self.sites, layers)
         kind = (tuple(None if layer is None else layer.kind for layer in layers), tuple(shared))
@@ -84,7 +84,7 @@ class _Compiled:
             self.variants[kind] = self.build(layers, shared)
         return self.variants[kind]
 
-    def build(self, layers: Layers, shared: Sequence[int]) -> Callable[..., Any]:
+    def build(self, layers: Layers, shared: Sequence[int]) -> Callable[..., object]:
         """Compile with the fake inputs of the capture: sizes that are dynamic stay so, also in a later call."""
         mode = self.fake_mode
         assert mode is not None and mode.shape_env is not None
@@ -92,7 +92,7 @@ class _Compiled:
         extra = [mode.from_tensor(tensor, static_shapes=True) for tensor in operands(layers)]
         replace(gm, self.sites, layers, shared, extra)
         with _context(mode):
-            compiled: Callable[..., Any] = compile_fx(gm, fake_inputs(gm), config_patches=self.patches)  # type: ignore[assignment]
+            compiled: Callable[..., object] = compile_fx(gm, fake_inputs(gm), config_patches=self.patches)  # type: ignore[assignment]
         return compiled
 
 
@@ -117,7 +117,7 @@ def _context(mode: FakeTensorMode) -> Iterator[None]:
         )
 
 
-def _parse(options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def _parse(options: Mapping[str, object] | None) -> tuple[Any, dict[str, object]]:
     """The recipe and the inductor options.
 
     Raises:
@@ -142,7 +142,7 @@ def fxq_backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph with the integers of a bundle; ``torch.compile(model, backend="fxq", options=...)``.

@@ -36,7 +36,7 @@ def psnr(got: Tensor, want: Tensor, low: float = -1.0, high: float = 1.0, ceilin
     return np.minimum(10 * np.log10((high - low) ** 2 / np.maximum(mse, _TINY)), ceiling)
 
 
-def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., Any]]) -> dict[str, Floats]:
+def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., object]]) -> dict[str, Floats]:
     """Error of each module's prediction on the full-precision trajectory, without accumulation.
 
     The full-precision model drives the rollout; every denoising call is repeated through each module with the same
@@ -58,7 +58,7 @@ def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., Any]]) 
         errors = {name: torch.zeros(draws.batch, dtype=torch.float64) for name in modules}
         calls = 0
 
-        def shadow(*args: Any, errors: dict[str, Tensor] = errors) -> Any:
+        def shadow(*args: object, errors: dict[str, Tensor] = errors) -> object:
             nonlocal calls
             output = rollout.denoiser(*args)
             call: Call | None = current_call()

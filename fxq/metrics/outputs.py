@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxq.numerics import decibels, energy
 
 
-def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batches: Iterable[Any]) -> float:
+def output_sqnr(model: Callable[..., object], quantized: Callable[..., object], batches: Iterable[object]) -> float:
     """Signal to quantization-noise ratio in dB over every floating-point output of every batch.
 
     ``10 log10(sum want^2 / sum (want - got)^2)``, both sums over all elements of all outputs in float64: an output
@@ -48,12 +48,12 @@ def output_sqnr(model: Callable[..., Any], quantized: Callable[..., Any], batche
     return decibels(signal, noise)
 
 
-def _call(model: Callable[..., Any], item: Any) -> Any:
+def _call(model: Callable[..., object], item: object) -> object:
     args, kwargs = pytree.tree_map(_copied, _arguments(item))
     return model(*args, **kwargs)
 
 
-def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(item: Any) -> tuple[tuple[object, ...], dict[str, object]]:
     if isinstance(item, Mapping):
         return (), dict(item)
     if isinstance(item, Tensor):
@@ -63,9 +63,9 @@ def _arguments(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return item.args, dict(item.kwargs)
 
 
-def _copied(leaf: Any) -> Any:
+def _copied(leaf: object) -> object:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
-def _floating(outputs: Any) -> list[Tensor]:
+def _floating(outputs: object) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]

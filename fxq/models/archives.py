@@ -6,7 +6,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -61,14 +61,14 @@ def _opened(file: IO[bytes]) -> zipfile.ZipFile:
     return archive
 
 
-def check_loaded(content: Any, path: pathlib.Path) -> None:
+def check_loaded(content: object, path: pathlib.Path) -> None:
     """Refuse tensors that claim more elements than their data has, or that are no plain tensors on the CPU.
 
     Raises:
         ReadError: naming the tensor.
     """
     total, room = 0, MAX_TIMES * path.stat().st_size
-    stack: list[tuple[str, Any]] = [("", content)]
+    stack: list[tuple[str, object]] = [("", content)]
     seen = set[int]()
     while stack:
         name, value = stack.pop()

@@ -74,7 +74,7 @@ def read_raw(path: pathlib.Path, keys: Sequence[str] = KEYS) -> dict[str, Tensor
     raise CheckpointError(f"{path}: unknown kind of file; expected {', '.join(_PICKLED)}, .safetensors or a folder")
 
 
-def _read_pickled(path: pathlib.Path) -> Any:
+def _read_pickled(path: pathlib.Path) -> object:
     try:
         check_archive(path)
         found = torch.load(regular_file(path), map_location="cpu", weights_only=True, mmap=True)
@@ -103,7 +103,7 @@ def _first_sentence(error: Exception) -> str:
     return first_line(error).split(". ")[0][:160]
 
 
-def _is_state_dict(value: Any) -> bool:
+def _is_state_dict(value: object) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 

@@ -71,7 +71,7 @@ def find_folder(path: str | pathlib.Path, subfolder: str | None = None) -> pathl
     raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: pathlib.Path) -> dict[str, object]:
     """The ``config.json`` of a model that is not quantized.
 
     Raises:

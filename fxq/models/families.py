@@ -138,7 +138,7 @@ SHIPPED_MODELS = ("tiny", "diffusers", *FAMILIES)
 """Models by the names that they have on the command line; others come by :mod:`fxq.plugins`."""
 
 
-def read_settings(path: str | pathlib.Path) -> dict[str, Any]:
+def read_settings(path: str | pathlib.Path) -> dict[str, object]:
     """Settings of a JSON file, or of the ``config.json`` in a folder or beside a weight file.
 
     Raises:

@@ -7,7 +7,6 @@ import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -46,7 +45,7 @@ _WITHOUT_EFFECT = {  # on merged weights
     "target_modules",
     "task_type",
 }
-_EXPECTED: dict[str, tuple[Any, ...]] = {
+_EXPECTED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
@@ -108,7 +107,7 @@ def _matches(key: str, layer: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", layer) is not None
 
 
-def _matching(patterns: Mapping[str, Any], layer: str) -> str | None:
+def _matching(patterns: Mapping[str, object], layer: str) -> str | None:
     return next((key for key in patterns if _matches(key, layer)), None)
 
 
@@ -148,7 +147,7 @@ def read_settings(path: pathlib.Path, alpha: float | None = None) -> LoraSetting
     )
 
 
-def _from_header(path: pathlib.Path) -> Any:
+def _from_header(path: pathlib.Path) -> object:
     if path.suffix != ".safetensors" or not path.is_file():
         return None
     try:
@@ -164,7 +163,7 @@ def _from_header(path: pathlib.Path) -> Any:
     return data
 
 
-def _refuse_others(source: str, data: Mapping[str, Any]) -> None:
+def _refuse_others(source: str, data: Mapping[str, object]) -> None:
     """Refuse settings with an effect that is not in the scale."""
     for key, value in data.items():
         if key in _SCALE or key in _WITHOUT_EFFECT:
@@ -177,7 +176,7 @@ def _refuse_others(source: str, data: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{source}: {key} = {str(value)[:80]!r} is more than a low-rank update; {_MERGE}")
 
 
-def _patterns(source: str, data: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _patterns(source: str, data: Mapping[str, object], name: str) -> dict[str, object]:
     patterns = data.get(name)
     if patterns is None:
         return {}
@@ -196,19 +195,19 @@ def _patterns(source: str, data: Mapping[str, Any], name: str) -> dict[str, Any]
     return patterns
 
 
-def _number(source: str, name: str, value: Any) -> float:
+def _number(source: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         raise CheckpointError(f"{source} has no number {name} but {value!r}; give the alpha yourself")
     return float(value)
 
 
-def _rank(source: str, name: str, value: Any) -> int:
+def _rank(source: str, name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{source}: {name} is {value!r}, expected a rank, a positive integer")
     return value
 
 
-def _flag(source: str, name: str, value: Any) -> bool:
+def _flag(source: str, name: str, value: object) -> bool:
     if value is not None and not isinstance(value, bool):
         raise CheckpointError(f"{source}: {name} is {value!r}, expected true or false")
     return bool(value)

@@ -8,7 +8,6 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -72,7 +71,7 @@ def load_prompts(source: str | pathlib.Path, text_dim: int, text_len: int, count
     return _checked(str(source), named, text_dim, text_len)
 
 
-def load_function(name: str, error: type[ValueError]) -> Callable[..., Any]:
+def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
     """The function ``package.module:function`` names, looked up from the working directory too.
 
     Raises:
@@ -87,7 +86,7 @@ def load_function(name: str, error: type[ValueError]) -> Callable[..., Any]:
         raise error(f"{name!r}: {reason}") from None
     if not callable(found):
         raise error(f"{name!r} is a {type(found).__name__}, expected a function")
-    result: Callable[..., Any] = found
+    result: Callable[..., object] = found
     return result
 
 
@@ -107,7 +106,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, Tensor]:
         raise PromptError(f"prompts {path} cannot be read: {error}; expected plain arrays, without objects") from error
 
 
-def _named(source: str, result: Any) -> dict[str, Tensor]:
+def _named(source: str, result: object) -> dict[str, Tensor]:
     if isinstance(result, Tensor):
         result = {"prompt": result}
     elif isinstance(result, list | tuple):

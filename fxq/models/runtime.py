@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fxq.models.self_forcing import SelfForcingRollout
 
 
-def runtime_facts(rollout: SelfForcingRollout) -> dict[str, Any]:
+def runtime_facts(rollout: SelfForcingRollout) -> dict[str, object]:
     """Model sizes, cache policy and steps of a rollout, as JSON values.
 
     ``timesteps``/``sigmas`` are those of a chunk's denoising calls, warped; the context call has ``context_timestep``.

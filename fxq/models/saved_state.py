@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +48,7 @@ def load_state(rollout: SelfForcingRollout, path: str | os.PathLike[str], batch:
     """
     begun = rollout.begin(*rollout.batches[batch])
     try:
-        told: Any = parse_json(read_header(path).metadata.get("fxq_state", ""))
+        told: object = parse_json(read_header(path).metadata.get("fxq_state", ""))
         tensors = load_file(regular_file(path))
     except (ReadError, SafetensorError, ValueError) as error:
         raise SavedCacheError(f"{path} is no saved state: {error}") from error
@@ -88,7 +87,7 @@ def _taken(tensors: dict[str, Tensor], name: str, like: Tensor, count: int) -> T
     return found
 
 
-def _video(state: SelfForcingState) -> dict[str, Any]:
+def _video(state: SelfForcingState) -> dict[str, object]:
     """What tells one batch of videos from another."""
     digest = hashlib.sha256()
     for name in sorted(state.condition):

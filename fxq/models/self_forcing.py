@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -203,7 +203,7 @@ class SelfForcingRollout(Rollout):
         _, state, new = self._call(state, prefix, latents, kind, span, on_call)
         return dataclasses.replace(state, cache=state.cache.append(*new).commit())
 
-    def example_call(self) -> tuple[tuple[Any, ...], Any]:
+    def example_call(self) -> tuple[tuple[object, ...], object]:
         """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic.
 
         So are height and width with ``any_size``.

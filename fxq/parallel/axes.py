@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import fx
 
@@ -83,7 +82,7 @@ def _linear(builder: AxisBuilder, node: fx.Node) -> None:
 
 
 # Operators that write match element by element, though a new order of what they write does not follow.
-_RULES: dict[Any, Callable[[AxisBuilder, fx.Node], None]] = {
+_RULES: dict[object, Callable[[AxisBuilder, fx.Node], None]] = {
     ATEN.empty_like.default: pointwise,
     ATEN.copy_.default: pointwise,
     PER_TOKEN.quantize.definition: _quantize,

@@ -10,7 +10,8 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any, Protocol
+from types import EllipsisType
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,13 @@ from fxq import numerics
 from fxq.core.ir import LayerPlan
 from fxq.parallel.plan import ParallelError
 
+Slices: TypeAlias = slice | EllipsisType | tuple[slice, ...]
+
 
 class Sliceable(Protocol):
     """A tensor, or one in a file (``safetensors.safe_open(...).get_slice``): read where it is indexed by slices."""
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Slices) -> Tensor:
         """The part of the tensor."""
 
 
@@ -78,7 +81,7 @@ def shard_column(
         ParallelError: when the outputs cannot be split so.
     """
     low, high = bounds(plan.out_features, rank, size, sizes, f"layer {plan.layer}, outputs")
-    parts: dict[str, Any] = dict.fromkeys(("weight", "offset"), slice(low, high))
+    parts: dict[str, Slices] = dict.fromkeys(("weight", "offset"), slice(low, high))
     parts["weight_scale"] = (slice(None), slice(low, high))
     # A copy: a view would keep the whole layer in memory.
     found = {name: tensor[parts.get(name, slice(None))] for name, tensor in tensors.items()}

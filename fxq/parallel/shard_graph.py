@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
 from fxq.core.graph import arguments, drop_unread_attributes, set_arguments
 from fxq.core.ir import (
@@ -117,7 +118,7 @@ class ShardGraph(Rewrite):
         dtype = example_value(node).dtype
         eps = torch.finfo(dtype).eps if eps is None else eps
 
-        def call(target: Any, *args: Any) -> fx.Node:
+        def call(target: Callable[..., object], *args: Argument) -> fx.Node:
             return insert(node, node, target, args, example_value(node))
 
         wide = call(ATEN.to.dtype, x, torch.float32)
@@ -192,7 +193,7 @@ def _divide(sizes: Sequence[Any], dim: int, size: int) -> tuple[Any, ...]:
     return tuple(n // size if i == dim else n for i, n in enumerate(sizes))
 
 
-def _follow(node: fx.Node, target: Any, args: tuple[Any, ...] | None = None) -> fx.Node:
+def _follow(node: fx.Node, target: Callable[..., object], args: tuple[Argument, ...] | None = None) -> fx.Node:
     """A call right behind a value (on it alone by default) that takes its place."""
     users = list(node.users)
     new = insert(node.next, node, target, (node,) if args is None else args, example_value(node))

@@ -21,7 +21,7 @@ from fxq.export.bundle import TENSORS, Manifest, check_files, read_graph, read_m
 from fxq.export.files import BundleError, check_header
 from fxq.export.inputs import record_values
 from fxq.parallel.groups import Place, default_name, place_in
-from fxq.parallel.layers import Sliceable
+from fxq.parallel.layers import Sliceable, Slices
 from fxq.parallel.plan import ParallelError, ShardPlan
 from fxq.parallel.shard_graph import ShardGraph, Source
 
@@ -153,7 +153,7 @@ class _FilePart:
     dtype: torch.dtype
     device: torch.device
 
-    def __getitem__(self, index: Any) -> Tensor:
+    def __getitem__(self, index: Slices) -> Tensor:
         tensor: Tensor = self.stored[index]
         if tensor.dtype != self.dtype:
             raise BundleError(f"tensor {self.name} is {tensor.dtype}, the manifest says {self.dtype}")

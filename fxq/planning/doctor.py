@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -72,7 +71,7 @@ class Diagnosis:
         """Whether every operator that runs here is right."""
         return all(check.healthy for check in self.checks)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """JSON values."""
         return {
             "ok": self.ok,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Drive:
     assumptions: tuple[str, ...] = ()
 
 
-def drive_batches(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], count: int) -> Drive:
+def drive_batches(model: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object], count: int) -> Drive:
     """Calls with one batch each.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class JobEstimate:
             *(f"warning: {text}" for text in self.warnings()),
         ]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Everything as JSON values."""
         totals = {"ram_bytes": self.ram_bytes, "disk_bytes": self.disk_bytes, "seconds": self.seconds}
         return totals | asdict(self) | {"warnings": self.warnings()}

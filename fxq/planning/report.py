@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from fxq.planning.gpus import GIB
 from fxq.planning.memory import CACHE_FORMATS, activation_bytes, text_bytes
@@ -40,7 +39,7 @@ def assumptions(plan: Plan) -> list[str]:
     return lines
 
 
-def plan_to_json(plan: Plan) -> dict[str, Any]:
+def plan_to_json(plan: Plan) -> dict[str, object]:
     """JSON values: bytes, seconds and frames per second, all estimates, with the assumptions."""
     return {
         "kind": "estimate",

@@ -98,7 +98,7 @@ def _flops(dtype: torch.dtype) -> float:
     return 3 / (2 * linear + attention)
 
 
-def _time(run: Callable[[], Any], repeats: int = 1) -> float:
+def _time(run: Callable[[], object], repeats: int = 1) -> float:
     """Median seconds of a run after one that does not count; of a single run if it is not repeated."""
     times = []
     for _ in range(repeats + (repeats > 1)):

@@ -34,7 +34,7 @@ _VARIABLES = {
     PAGE: "--page",
 }
 WIDE, NARROW = 760, 350
-_STYLE: dict[Any, Any] = {
+_STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fxq",
     "text.parse_math": False,

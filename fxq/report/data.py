@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +103,7 @@ class Report:
     title: str
     command: str
     environment: dict[str, str]
-    settings: dict[str, Any]
+    settings: dict[str, object]
     full_precision: dict[str, float]
     variants: tuple[Variant, ...]
     ablation: tuple[Variant, ...]

@@ -41,7 +41,7 @@ def _sheet(frames: NDArray[np.uint8]) -> tuple[str, int]:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), columns
 
 
-def _clip(clip: Clip) -> dict[str, Any]:
+def _clip(clip: Clip) -> dict[str, object]:
     reference, *others = clip.frames
     count, height, width, _ = clip.frames[reference].shape
     sheets = {name: _sheet(frames) for name, frames in clip.frames.items()}
@@ -58,7 +58,7 @@ def _clip(clip: Clip) -> dict[str, Any]:
     }
 
 
-def _cell(text: str, below: str = "", sort: float | str | None = None, best: bool = False) -> dict[str, Any]:
+def _cell(text: str, below: str = "", sort: float | str | None = None, best: bool = False) -> dict[str, object]:
     return {"text": text, "below": below, "sort": text if sort is None else sort, "best": best}
 
 
@@ -70,7 +70,7 @@ def _exponent(variants: Sequence[Variant], name: str) -> int:
     return 3 * math.floor(math.log10(middle) / 3)
 
 
-def _measured(values: NDArray[np.float64], exponent: int, best: bool) -> dict[str, Any]:
+def _measured(values: NDArray[np.float64], exponent: int, best: bool) -> dict[str, object]:
     mean, low, high = (x / 10.0**exponent for x in mean_interval(values))
     below = f"{significant(low)} to {significant(high)}"
     return _cell(significant(mean), below, mean if math.isfinite(mean) else 0.0, best)
@@ -87,13 +87,13 @@ def _share(scores: Mapping[str, float], name: str) -> str:
     return f"{scores[name]:.3f}" if name in scores else _NONE
 
 
-def _variant_table(report: Report, variants: Sequence[Variant], reference: bool) -> dict[str, Any]:
+def _variant_table(report: Report, variants: Sequence[Variant], reference: bool) -> dict[str, object]:
     """Columns and rows of the main or the ablation table."""
     scores = score_names(report)
     exponents = {name: _exponent(variants, name) for name in ("latent_mse", "teacher_forced")}
     marks = best_marks(variants)
     several = len(bit_widths(variants)) > 1
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     if reference:
         shares = [_cell(_share(report.full_precision, n)) for n in scores]
         dash = _cell(_NONE)
@@ -138,7 +138,7 @@ def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
     ]
 
 
-def _layer_rows(layers: Sequence[LayerView]) -> list[dict[str, Any]]:
+def _layer_rows(layers: Sequence[LayerView]) -> list[dict[str, object]]:
     rows = []
     for layer in layers:
         outputs, inputs = layer.shape
@@ -198,7 +198,7 @@ def _outlier_panels(layers: Sequence[LayerView]) -> list[dict[str, Any]]:
     return panels
 
 
-def _facts(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _facts(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Settings as flat name and value pairs; nested mappings get dotted names."""
     rows: list[tuple[str, str]] = []
     for key, value in plain(settings).items():
@@ -216,11 +216,11 @@ def _facts(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
     return rows
 
 
-def _responsive(draw: Any, rows: Sequence[Any]) -> dict[str, Any] | None:
+def _responsive(draw: Any, rows: Sequence[object]) -> dict[str, object] | None:
     return {"wide": draw(rows, charts.WIDE), "narrow": draw(rows, charts.NARROW)} if rows else None
 
 
-def _context(report: Report) -> dict[str, Any]:
+def _context(report: Report) -> dict[str, object]:
     written = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     videos = len(report.variants[0].psnr) if report.variants else 0
     with_chunks = [v for v in report.variants if v.chunk_mse.size]

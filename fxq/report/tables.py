@@ -120,7 +120,7 @@ def comparison_lines(report: Report) -> list[str]:
     return lines + [_line(c, ablation_sentence(c)) for c in report.ablation_comparisons]
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """``value`` in types that JSON has; numbers that are not finite become None, unknown objects their text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
@@ -137,8 +137,8 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, pathlib.PurePath) else repr(value)
 
 
-def _variant_json(variant: Variant) -> dict[str, Any]:
-    result: dict[str, Any] = plain(variant)
+def _variant_json(variant: Variant) -> dict[str, object]:
+    result: dict[str, object] = plain(variant)
     for name in LOWER_IS_BETTER:
         mean, low, high = mean_interval(getattr(variant, name))
         result[f"{name}_mean"] = plain(mean)
@@ -147,7 +147,7 @@ def _variant_json(variant: Variant) -> dict[str, Any]:
     return result
 
 
-def report_to_json(report: Report) -> dict[str, Any]:
+def report_to_json(report: Report) -> dict[str, object]:
     """The report without channel norms and frames, in types that ``json.dumps`` takes."""
     result = {f.name: getattr(report, f.name) for f in dataclasses.fields(report)}
     result["variants"] = [_variant_json(v) for v in report.variants]
@@ -161,5 +161,5 @@ def report_to_json(report: Report) -> dict[str, Any]:
     result["ablation_comparisons"] = [plain(c) | {"outcome": outcome(c)} for c in report.ablation_comparisons]
     result["published_sensitivity"] = PUBLISHED_SENSITIVITY
     result["verdict"] = verdict(report).sentences
-    encoded: dict[str, Any] = plain(result)
+    encoded: dict[str, object] = plain(result)
     return encoded

@@ -78,7 +78,7 @@ class _Muted:
         if self.stream is not None and threading.get_ident() != self.thread:
             self.stream.flush()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 
@@ -94,7 +94,7 @@ def quiet(*loggers: str) -> Iterator[None]:
         for logger in map(logging.getLogger, loggers):
             undo.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        before: Any = sys.stderr
+        before: object = sys.stderr
         muted: Any = _Muted(before)
         sys.stderr = muted
         try:

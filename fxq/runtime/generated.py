@@ -22,7 +22,7 @@ def _forget(file: str) -> None:
     linecache.cache.pop(file, None)
 
 
-def _code_of(namespace: dict[str, Any], known: set[str]) -> Iterator[types.CodeType]:
+def _code_of(namespace: dict[str, object], known: set[str]) -> Iterator[types.CodeType]:
     for value in list(namespace.values()):
         if isinstance(value, types.FunctionType) and value.__code__.co_filename in known:
             yield value.__code__
@@ -43,7 +43,7 @@ def sources_let_go() -> Iterator[None]:
         return
     thread = threading.get_ident()
 
-    def compiled(src: str, globals: dict[str, Any], *rest: Any, **options: Any) -> None:
+    def compiled(src: str, globals: dict[str, object], *rest: object, **options: object) -> None:
         before = set(cache) if threading.get_ident() == thread else None
         compile_source(src, globals, *rest, **options)
         if before is None:
@@ -66,8 +66,8 @@ def shapes_let_go() -> Iterator[None]:
     The notes are made for the symbols of one graph, which no other graph has, and hold all that is known of them. Where
     torch has no such cache, nothing is done.
     """
-    found: Any = getattr(FakeTensorMode, "cache", None)
-    cache: dict[Any, Any] = found if isinstance(found, dict) else {}
+    found: object = getattr(FakeTensorMode, "cache", None)
+    cache: dict[object, object] = found if isinstance(found, dict) else {}
     before = set(cache)
     try:
         with _inputs_let_go():
@@ -92,7 +92,7 @@ def _inputs_let_go() -> Iterator[None]:
     start = shapes.ShapeEnv.__init__
 
     @functools.wraps(start)
-    def begin(env: Any, *args: Any, **options: Any) -> None:
+    def begin(env: object, *args: object, **options: object) -> None:
         start(env, *args, **options)
         if threading.get_ident() == thread:
             made.add(env)
@@ -108,7 +108,7 @@ def _inputs_let_go() -> Iterator[None]:
                 inputs.clear()
 
 
-def _clear(method: Any) -> None:
+def _clear(method: object) -> None:
     """Empty the caches around a method: their keys are the arguments, and hold the method's object."""
     while method is not None:
         clear = getattr(method, "cache_clear", None)

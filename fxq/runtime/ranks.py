@@ -91,7 +91,7 @@ class Watch:
 
     def __init__(
         self,
-        connect: Callable[[], Any],
+        connect: Callable[[], object],
         rank: int,
         size: int,
         seconds: float,

@@ -13,7 +13,10 @@ import pathlib
 import re
 import stat
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
+
+Json: TypeAlias = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+"""What a JSON text says."""
 
 MAX_JSON_BYTES = 32 << 20
 """Most bytes of a JSON file or text."""
@@ -150,7 +153,7 @@ def _measure(text: str, max_string: int) -> None:
         raise ReadError(f"more than {MAX_JSON_WEIGHT} values")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
@@ -218,7 +221,7 @@ def read_header(path: str | os.PathLike[str], folder: str | os.PathLike[str] | N
     return TensorHeader(tensors, metadata, 8 + size)
 
 
-def _stored(name: str, entry: Any) -> StoredTensor:
+def _stored(name: str, entry: object) -> StoredTensor:
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise ReadError(f"{name[:80]!r} is no name of a tensor")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -234,5 +237,5 @@ def _stored(name: str, entry: Any) -> StoredTensor:
     return StoredTensor(dtype, tuple(shape), begin, end)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size <= MAX_INTEGER for size in value)

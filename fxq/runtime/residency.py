@@ -16,7 +16,6 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -209,7 +208,7 @@ def _madvise() -> Callable[..., int] | None:
 
 
 @functools.cache
-def _c_function(name: str, *arguments: Any) -> Callable[..., int] | None:
+def _c_function(name: str, *arguments: object) -> Callable[..., int] | None:
     """A function of the C library that returns an int, or None where there is none."""
     if not sys.platform.startswith("linux") or not hasattr(library := ctypes.CDLL(None), name):
         return None

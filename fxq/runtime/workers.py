@@ -186,7 +186,7 @@ class Workers:
         parent = _parent(self)
         seconds = patience() if parent is None else parent.seconds
 
-        def connect() -> Any:
+        def connect() -> object:
             # The job's own connection is there already, and no one waits in it.
             return prefixed(connection_of_its_own(store) if parent is None else parent.store, prefix)
 
@@ -237,7 +237,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _default_store() -> Any:
+def _default_store() -> object:
     """The store that the ranks of the default group met at; None where torch does not tell."""
     try:
         return dist.distributed_c10d._get_default_store()
@@ -266,7 +266,7 @@ def _ending(watch: Watch) -> Iterator[None]:
     watch.end()
 
 
-def _meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> Any:
+def _meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> object:
     """A connection to the store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name, which the first opens."""
     distributed: Any = dist
     host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
@@ -315,7 +315,7 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
         backend = "cpu:gloo,cuda:nccl"
     store = _meeting_place(rank, size, seconds)
 
-    def connect() -> Any:
+    def connect() -> object:
         return prefixed(_meeting_place(rank, size, seconds, first=False), "fxq/job")
 
     watch = Watch(connect, rank, size, seconds, None, _keeper())

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +49,8 @@ class Activation:
 
     name: str
     reference: Callable[[Tensor], Tensor]
-    triton: Any = None
-    calls: Mapping[Any, Mapping[str, object]] = field(default_factory=dict)
+    triton: object = None
+    calls: Mapping[object, Mapping[str, object]] = field(default_factory=dict)
     spills: tuple[int, ...] = ()
 
     def eager_on(self, device: str) -> str:

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ def or_else(name: str) -> Callable[[], str]:
     return lambda: "native" if ready() else name
 
 
-def _struct(name: str, fields: str) -> Any:
+def _struct(name: str, fields: str) -> type[ctypes.Structure]:
     kinds = {"p": _POINTER, "l": _LONG, "i": _INT, "f": _FLOAT}
     pairs = [field.split(":") for field in fields.split()]
     return type(name, (ctypes.Structure,), {"_fields_": [(field, kinds[kind]) for field, kind in pairs]})
@@ -105,7 +104,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _untold_forks.append(os.getpid()))
 
 
-def _call(function: str, *structures: Any) -> None:
+def _call(function: str, *structures: ctypes.Structure | None) -> None:
     loaded = library()[0]
     assert loaded is not None
     if _untold_forks:
@@ -125,7 +124,7 @@ def _rows(x: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
 
 
-def _run_linear(operands: Operands, out: Tensor, store: int, **epilogue: Any) -> Tensor:
+def _run_linear(operands: Operands, out: Tensor, store: int, **epilogue: float | None) -> Tensor:
     q = _rows(operands.q)
     constants = [t.contiguous() for t in (operands.weight_scale, operands.input_scale, operands.offset)]
     panels = operands.weight.contiguous()
@@ -198,7 +197,7 @@ def linear_add(a: DualScaleLinearAdd, out: Tensor) -> Tensor:
     )
 
 
-def _quantize_rows(x: Tensor, norm: Any, a: Quantization, out: Tensor) -> Tensor:
+def _quantize_rows(x: Tensor, norm: ctypes.Structure | None, a: Quantization, out: Tensor) -> Tensor:
     rows, perm = _rows(x), None if a.perm is None else a.perm.contiguous()
     scale, zero_point = a.scale.contiguous(), a.zero_point.contiguous()
     pointers = _address(perm), scale.data_ptr(), zero_point.data_ptr()
@@ -207,7 +206,7 @@ def _quantize_rows(x: Tensor, norm: Any, a: Quantization, out: Tensor) -> Tensor
     return out
 
 
-def _rows_call(rows: Tensor, out: Tensor) -> Any:
+def _rows_call(rows: Tensor, out: Tensor) -> ctypes.Structure:
     is_bfloat16 = rows.dtype == torch.bfloat16
     return _Rows(rows.data_ptr(), out.data_ptr(), *rows.shape, rows.stride(0), is_bfloat16, torch.get_num_threads())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import fx
 
@@ -74,7 +73,7 @@ def _fuse(graph: QuantGraph, node: fx.Node) -> int:
     return len(keys)
 
 
-def _check_plain(named: dict[str, Any], q: tuple[Any, ...], k: tuple[Any, ...], v: tuple[Any, ...]) -> None:
+def _check_plain(named: dict[str, object], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
     """Refuse what the operator cannot say. Shapes are ``[B, S, heads, head_dim]``."""
     if named["attn_mask"] is not None:
         raise Unfit("it has a mask")
@@ -111,7 +110,7 @@ def _untransposed(node: fx.Node, name: str) -> fx.Node:
     raise Unfit(f"its {name} does not come from [B, S, heads, head_dim] through a transpose")
 
 
-def _result(node: fx.Node, q: tuple[Any, ...]) -> fx.Node:
+def _result(node: fx.Node, q: tuple[int, ...]) -> fx.Node:
     """The ``[B, S, heads * head_dim]`` node after attention."""
     back = patterns.only_user(node)
     if back is None or not _swapped(back):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import fx
 
@@ -70,7 +69,7 @@ class _Modulation:
     factor: fx.Node
     gain: fx.Node
     shift: fx.Node
-    frames: tuple[Any, ...]
+    frames: tuple[int, ...]
 
 
 def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
@@ -100,7 +99,7 @@ def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
         edits.erase_unread(*(vector for vector in vectors if vector is not None))
 
 
-def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, Any]) -> None:
+def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, object]) -> None:
     target = kernels.norm_quantize.definition
     args = in_order(target, arguments(quantize) | normed)
     edits.check_fits(graph, kernels.norm_quantize, args)
@@ -109,7 +108,7 @@ def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, Any]) -> No
     edits.erase_unread(quantize)
 
 
-def _modulation(norm: fx.Node, tokens: tuple[Any, ...]) -> tuple[_Modulation | None, fx.Node]:
+def _modulation(norm: fx.Node, tokens: tuple[int, ...]) -> tuple[_Modulation | None, fx.Node]:
     """The modulation after a norm, or None, and the node that holds the result."""
     last = list(patterns.ahead(norm, FREE))[-1]
     product = patterns.only_user(last)
@@ -137,7 +136,7 @@ def _less_one(factor: fx.Node) -> fx.Node:
     raise Unfit("its gain is not of the form 1 + gain")
 
 
-def _readers(result: fx.Node, rows: tuple[Any, ...]) -> list[fx.Node]:
+def _readers(result: fx.Node, rows: tuple[int, ...]) -> list[fx.Node]:
     """The quantizations that read a result, when nothing else does."""
     quantizes = []
     for reader, read in patterns.readers(result):

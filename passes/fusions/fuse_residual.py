@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import fx
 
@@ -97,7 +96,7 @@ def _stored(found: _Sum) -> tuple[fx.Node, fx.Node]:
     raise Unfit(f"its residual is {value_of(found.residual).dtype}, their sum {value_of(found.total).dtype}")
 
 
-def _gate(found: _Sum, tokens: tuple[Any, ...], before: fx.Node) -> fx.Node | None:
+def _gate(found: _Sum, tokens: tuple[int, ...], before: fx.Node) -> fx.Node | None:
     """The gate as [B, F, N]."""
     if found.factor is None or found.product is None or found.gated is None:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import fx
@@ -104,7 +103,7 @@ def _insert(
     return edits.insert(before, like, kernels.rms_norm_rope.definition, args, value)
 
 
-def _heads(x: tuple[Any, ...], root: fx.Node, rotation: Rotation | None) -> tuple[int, int]:
+def _heads(x: tuple[int, ...], root: fx.Node, rotation: Rotation | None) -> tuple[int, int]:
     """(heads, head_dim) of what becomes of x, [B, S, heads * head_dim]."""
     if len(x) != 3:
         raise Unfit(f"its input is {patterns.shown(x)}: expected [B, S, heads * head_dim]")
@@ -122,7 +121,7 @@ def _heads(x: tuple[Any, ...], root: fx.Node, rotation: Rotation | None) -> tupl
     raise Unfit("its result is not split into heads")
 
 
-def _result(made: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Node:
+def _result(made: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> fx.Node:
     """The node that holds the result in the shape and dtype in which the operator gives it."""
     for step in reversed(list(patterns.ahead(made, FREE))):
         if same(shape_of(step), shape) and value_of(step).dtype == dtype:
@@ -130,7 +129,7 @@ def _result(made: fx.Node, shape: tuple[Any, ...], dtype: torch.dtype) -> fx.Nod
     raise Unfit(f"its result is not {dtype} {patterns.shown(shape)}, as its input is")
 
 
-def _table(table: fx.Node, rows: Any, head_dim: int, before: fx.Node) -> fx.Node:
+def _table(table: fx.Node, rows: int, head_dim: int, before: fx.Node) -> fx.Node:
     """Cosines or sines as float32 [S, head_dim / 2]."""
     wanted = (rows, head_dim // 2)
     forms = (((rows, 1, wanted[1]), [1]), ((1, rows, 1, wanted[1]), [0, 2]))

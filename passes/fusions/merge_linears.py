@@ -6,7 +6,6 @@ import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -77,7 +76,7 @@ def unify_quantizes(module: fx.GraphModule) -> int:
 
     Nodes with an operator between them that writes into their input's memory stay apart.
     """
-    seen: dict[Any, fx.Node] = {}
+    seen: dict[object, fx.Node] = {}
     count = 0
     for node in list(module.graph.nodes):
         # What is written in place from here on has other contents than the nodes above have quantized.
@@ -94,7 +93,7 @@ def unify_quantizes(module: fx.GraphModule) -> int:
     return count
 
 
-def _bytes(module: fx.GraphModule, argument: Any) -> Any:
+def _bytes(module: fx.GraphModule, argument: object) -> object:
     """Something equal for stored tensors of equal value, and for the same node or number."""
     if not isinstance(argument, fx.Node) or argument.op != "get_attr":
         return argument
@@ -112,7 +111,7 @@ def _views(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def _neighbours(module: fx.GraphModule) -> Iterator[list[QuantizedLayer]]:
     """Layers of one block on one input, in graph order, where there are two or more."""
-    found: dict[tuple[Any, str], list[QuantizedLayer]] = {}
+    found: dict[tuple[object, str], list[QuantizedLayer]] = {}
     for layer in quantized_layers(module):
         if layer.frozen and (source := layer.quantize) is not None:
             # Neighbours share what lies above their quantize.
@@ -124,7 +123,7 @@ def _neighbours(module: fx.GraphModule) -> Iterator[list[QuantizedLayer]]:
 
 def _groups(module: fx.GraphModule, obstacles: dict[QuantizedLayer, str]) -> list[list[QuantizedLayer]]:
     """The layers, those together that become one GEMM."""
-    groups: dict[Any, list[QuantizedLayer]] = {}
+    groups: dict[object, list[QuantizedLayer]] = {}
     for layer, obstacle in obstacles.items():
         named = layer.arguments
         alike = (named[name] for name in ("q", "split", "bits", "dtype"))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from fxq.core.ir import QuantGraph, module_path
 from fxq.core.pipeline import Fusion
@@ -111,7 +112,7 @@ def _turn(pairs: fx.Node, cos: fx.Node, sin: fx.Node, before: fx.Node) -> fx.Nod
     """``(a cos - b sin, a sin + b cos)`` of the pairs (a, b)."""
     shape = shape_of(before)[:-1]
 
-    def call(target: Any, args: tuple[Any, ...], sizes: tuple[Any, ...]) -> fx.Node:
+    def call(target: Callable[..., object], args: tuple[Argument, ...], sizes: tuple[int, ...]) -> fx.Node:
         return edits.insert(before, before, target, args, value_of(pairs).new_empty(sizes))
 
     a, b = (call(ATEN.select.int, (pairs, -1, index), shape_of(pairs)[:-1]) for index in (0, 1))

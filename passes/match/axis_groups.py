@@ -135,7 +135,7 @@ def factor(order: Tensor, sizes: Sequence[int]) -> list[Tensor] | None:
     return parts if torch.equal(expand(parts), order) else None
 
 
-def known(fact: Any) -> bool:
+def known(fact: bool) -> bool:
     """Whether a comparison of sizes holds whatever the free ones are."""
     return bool(statically_known_true(fact))
 
@@ -146,12 +146,12 @@ class AxisBuilder:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.ties = nx.Graph()
-        self.size: dict[Axis, Any] = {}
+        self.size: dict[Axis, int] = {}
         self.pins: dict[Axis, str] = {}
         self.products: list[tuple[Axis, list[Axis], str]] = []
         self.reads: list[tuple[Axis, fx.Node]] = []
 
-    def shape(self, node: Any) -> Sequence[Any]:
+    def shape(self, node: object) -> Sequence[int]:
         """Shape of a node's value, of the first one of a list; empty for what is no tensor."""
         if not isinstance(node, fx.Node):
             return ()

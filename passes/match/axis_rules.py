@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -95,7 +94,7 @@ def _linear(b: AxisBuilder, node: fx.Node) -> None:
     b.tie(weight[0], out[-1], *bias)
 
 
-def _joint_sizes(node: Any) -> list[int]:
+def _joint_sizes(node: object) -> list[int]:
     """Sizes of the parts when all that reads a GEMM is one split of its outputs."""
     if not isinstance(node, fx.Node) or node.target != kernels.dual_scale_linear.definition or len(node.users) != 1:
         return []
@@ -313,7 +312,7 @@ def _normal(b: AxisBuilder, node: fx.Node) -> None:
 
 Rule = Callable[[AxisBuilder, fx.Node], None]
 
-_RULES: Mapping[Any, Rule] = {
+_RULES: Mapping[object, Rule] = {
     op: rule
     for rule, operators in (
         (ignore, "sym_size.int _assert_tensor_metadata.default _assert_scalar.default"),

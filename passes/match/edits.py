@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import fx
+from torch.fx.node import Argument
 
 from fxq.core import aliasing
 from fxq.core.graph import arguments
@@ -83,7 +84,7 @@ def owner(node: fx.Node) -> fx.Node:
     return node
 
 
-def check_fits(graph: QuantGraph, op: Op, args: Sequence[Any]) -> None:
+def check_fits(graph: QuantGraph, op: Op, args: Sequence[Argument]) -> None:
     """Ask the operator whether it takes the recorded values of ``args``.
 
     Raises:
@@ -97,7 +98,9 @@ def check_fits(graph: QuantGraph, op: Op, args: Sequence[Any]) -> None:
         raise Unfit(reason)
 
 
-def insert(before: fx.Node, like: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], value: Any) -> fx.Node:
+def insert(
+    before: fx.Node, like: fx.Node, target: Callable[..., object], args: tuple[Argument, ...], value: object
+) -> fx.Node:
     """A new call in front of ``before`` with the origin of ``like``."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(target, args)
@@ -105,7 +108,7 @@ def insert(before: fx.Node, like: fx.Node, target: Callable[..., Any], args: tup
     return node
 
 
-def frame_vector(vector: fx.Node, frames: tuple[Any, ...], before: fx.Node) -> fx.Node:
+def frame_vector(vector: fx.Node, frames: tuple[int, ...], before: fx.Node) -> fx.Node:
     """A modulation vector in shape ``frames`` [B, F, K]; one axis of size 1 goes where there are four."""
     if same(shape_of(vector), frames):
         return vector

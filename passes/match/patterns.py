@@ -6,7 +6,7 @@ Shapes are compared symbolically: sizes that are merely equal in the example are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +54,7 @@ def is_call(node: object, *targets: object) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def calls(graph: QuantGraph, *targets: Any) -> list[fx.Node]:
+def calls(graph: QuantGraph, *targets: object) -> list[fx.Node]:
     """Nodes that call one of the targets, in graph order."""
     return [node for node in graph.module.graph.nodes if is_call(node, *targets)]
 
@@ -71,22 +71,22 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
+def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Sizes of the recorded value, ints or symbols."""
     return tuple(value_of(node).shape)
 
 
-def same(first: Sequence[Any], second: Sequence[Any]) -> bool:
+def same(first: Sequence[int], second: Sequence[int]) -> bool:
     """Whether two shapes are equal for every input, not only for the example."""
     return len(first) == len(second) and all(statically_known_true(a == b) for a, b in zip(first, second, strict=True))
 
 
-def shown(sizes: Sequence[Any]) -> str:
+def shown(sizes: Sequence[int]) -> str:
     """A shape for messages."""
     return f"[{', '.join(map(str, sizes))}]"
 
 
-def terms(node: fx.Node) -> tuple[Any, Any]:
+def terms(node: fx.Node) -> tuple[object, object]:
     """Both operands of a binary operator, tensors or numbers."""
     named = arguments(node)
     return named["self"], named["other"]
@@ -104,7 +104,7 @@ def partner(node: fx.Node, operand: fx.Node) -> fx.Node | None:
     return next((b for a, b in operands(node) if a is operand and b is not operand), None)
 
 
-def back(node: fx.Node, through: frozenset[Any]) -> Iterator[fx.Node]:
+def back(node: fx.Node, through: frozenset[object]) -> Iterator[fx.Node]:
     """``node`` and what it was made from, as long as only operators of ``through`` stand between."""
     yield node
     while is_call(node, *through):
@@ -112,7 +112,7 @@ def back(node: fx.Node, through: frozenset[Any]) -> Iterator[fx.Node]:
         yield node
 
 
-def source(node: fx.Node, through: frozenset[Any]) -> fx.Node:
+def source(node: fx.Node, through: frozenset[object]) -> fx.Node:
     """The last of :func:`back`."""
     return list(back(node, through))[-1]
 
@@ -133,7 +133,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def ahead(node: fx.Node, through: frozenset[Any]) -> Iterator[fx.Node]:
+def ahead(node: fx.Node, through: frozenset[object]) -> Iterator[fx.Node]:
     """``node`` and what is made of it, as long as it is the only user and an operator of ``through``."""
     yield node
     while is_call(user := only_user(node), *through):
@@ -150,7 +150,7 @@ def readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield user, node
 
 
-def frames_of(vector: fx.Node, rows: fx.Node, tokens: Sequence[Any]) -> tuple[Any, ...]:
+def frames_of(vector: fx.Node, rows: fx.Node, tokens: Sequence[int]) -> tuple[int, ...]:
     """Shape [B, F, K] of a vector that multiplies or shifts ``rows``, which is a view of ``tokens`` [B, S, K].
 
     Raises:

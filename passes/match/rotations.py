@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
 
 from torch import fx
 
@@ -98,7 +97,7 @@ def rotation_of(maker: fx.Node) -> Rotation | None:
     return _turned(halves[0], halves[1], maker, tuple(effects))
 
 
-def _interleaved(node: fx.Node, shape: tuple[Any, ...]) -> int | None:
+def _interleaved(node: fx.Node, shape: tuple[int, ...]) -> int | None:
     """0 or 1 when a node is the slice of every other channel from there to the end."""
     if not is_call(node, ATEN.slice.Tensor):
         return None
