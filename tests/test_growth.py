@@ -19,7 +19,7 @@ from tests.toys import recipe, rows, toy
 
 OFTEN = 7
 ALLOWED = 24_000
-"""Bytes a call: Python's cache of attributes fills with names of fx's classes; a graph that stays is 100 kB and more."""
+"""Bytes a call: caches of Python fill with names of fx's classes; a graph that stays is 100 kB and more."""
 
 
 def collect():
