@@ -340,3 +340,15 @@ def test_the_wheel_holds_every_source_and_data_file(tmp_path):
     assert "fxq/py.typed" in names
     assert any(n.endswith("licenses/LICENSE") for n in everything)
     assert not any(n.split("/")[0] in ROOMS for n in everything)
+
+
+def test_files_have_at_most_350_lines_and_functions_80():
+    long = []
+    for name, path in sources():
+        text = path.read_text()
+        if (count := len(text.splitlines())) > 350:
+            long.append(f"{name}: {count} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (count := node.end_lineno - node.lineno + 1) > 80:
+                long.append(f"{name}.{node.name}: {count} lines")
+    assert not long

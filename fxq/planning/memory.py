@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from fxq.cache.codecs import PRESETS
+from fxq.cache.codecs.codec import Codec
+from fxq.cache.policy import CachePolicy
+from fxq.cache.sizes import cache_size
 from fxq.core.config import Recipe
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.planning.workloads import Workload
@@ -27,22 +31,25 @@ class LinearCall:
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How keys and values are stored: bits per element, scales included, and what that assumes."""
+    """How keys and values are stored once they are old: by a codec, or as they are."""
 
     name: str
-    bits: float
-    assumption: str = ""
+    codec: Codec | None = None
 
-    @property
-    def quantized(self) -> bool:
-        """Whether there is something to dequantize before attention."""
-        return self.bits < 8 * BF16
+    def policy(self, workload: Workload, window: int) -> CachePolicy:
+        """Spans of eight chunks, or of as many as the window has room for; without room for one, nothing is encoded."""
+        chunk, kept = workload.frames_per_chunk, CachePolicy(window=window, sink=workload.sink)
+        room = 8 if window == -1 else (window - workload.sink) // chunk - 2  # beside a recent chunk and the new one
+        if self.codec is None or room < 1:
+            return kept
+        return replace(kept, keys=self.codec, values=self.codec, span=min(8, room))
 
 
 CACHE_FORMATS = (
-    CacheFormat("bf16", 16),
-    CacheFormat("8-bit", 8.5, "8 bits, and 16 of scale and 16 of zero_point per 64 values"),
-    CacheFormat("2-bit", 2.5, "2 bits, and 16 of scale and 16 of zero_point per 64 values"),
+    CacheFormat("bf16"),
+    CacheFormat("int8", PRESETS["int8"]),
+    CacheFormat("qvg", PRESETS["qvg"]),
+    CacheFormat("klt", PRESETS["klt"]),
 )
 
 
@@ -129,7 +136,9 @@ def weight_bytes(model: CausalWan, recipe: Recipe | None = None) -> int:
 
 
 def cache_bytes(workload: Workload, frames: int, window: int, stored: CacheFormat) -> int:
-    """Bytes of keys and values after ``frames`` latent frames of one video; the newest chunk stays in bf16.
+    """Bytes of keys and values after ``frames`` latent frames of one video, exact to the byte.
+
+    What has not grown old enough for the codec, and the sink, are in bf16.
 
     Args:
         workload: the model and its rollout.
@@ -138,10 +147,9 @@ def cache_bytes(workload: Workload, frames: int, window: int, stored: CacheForma
         stored: how older chunks are stored.
     """
     config = workload.config
-    kept = workload.kept_frames(frames, window)
-    newest = min(kept, workload.frames_per_chunk)
-    per_frame = 2 * config.num_layers * config.dim * workload.tokens_per_frame
-    return newest * per_frame * BF16 + int((kept - newest) * per_frame * stored.bits) // 8
+    shape = (config.num_layers, config.num_heads, config.head_dim)
+    policy = stored.policy(workload, window)
+    return cache_size(policy, workload.frames_per_chunk, workload.tokens_per_frame, *shape, frames, BF16).total
 
 
 def text_bytes(config: CausalWanConfig) -> int:

@@ -148,11 +148,17 @@ class Plan:
         workload = self.workload
         size, least = workload.frames_per_chunk, 0
         most = workload.frames(LONGEST_MINUTES) // size
-        if self.needed(weights, most * size, window, stored) <= self.usable:
+        teeth = stored.policy(workload, window).span  # memory falls whenever a span is encoded
+
+        def fits(chunks: int) -> bool:
+            last = range(max(0, chunks - teeth), chunks + 1)
+            return all(self.needed(weights, count * size, window, stored) <= self.usable for count in last)
+
+        if fits(most):
             return None
         while least < most:
             middle = (least + most + 1) // 2
-            if self.needed(weights, middle * size, window, stored) <= self.usable:
+            if fits(middle):
                 least = middle
             else:
                 most = middle - 1
@@ -196,7 +202,7 @@ def make_plan(workload: Workload, gpu: Gpu, minutes: float, window: int | None =
 
 
 def cache_name(window: int, stored: CacheFormat | None = None) -> str:
-    """As "full, 2-bit" or "window 21, bf16"."""
+    """As "full, qvg" or "window 21, bf16"."""
     span = "full" if window == -1 else f"window {window}"
     return span if stored is None else f"{span}, {stored.name}"
 

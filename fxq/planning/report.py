@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fxq.planning.gpus import GIB
-from fxq.planning.memory import CACHE_FORMATS, activation_bytes, text_bytes
+from fxq.planning.memory import activation_bytes, text_bytes
 from fxq.planning.plan import RESERVE, Plan, cache_name
 from fxq.planning.workloads import ROTARY_FRAMES, TEMPORAL_STRIDE
 
@@ -28,9 +28,10 @@ def assumptions(plan: Plan) -> list[str]:
         "attention is bf16 in all rows; unpacking a quantized cache is not counted",
         f"usable memory leaves out {RESERVE / GIB:.1f} GiB for CUDA and the allocator and {plan.other / GIB:.1f} GiB "
         "for other things (--other-gib: text encoder and VAE, where they stay on the GPU)",
-        "caches are written in place, the newest chunk in bf16; attention reads one layer's whole cache as one "
+        "caches are written in place; attention reads one layer's whole cache as one "
         "bf16 copy, which counts as activations; videos at a time take turns",
-        *(f"{stored.name} cache: {stored.assumption}" for stored in CACHE_FORMATS if stored.assumption),
+        "caches int8, qvg and klt: exact bytes of these codecs (docs/cache.md), in spans of eight chunks or of as many "
+        "as the window has room for; the sink, one recent chunk and what makes no span yet are bf16",
         "every quantized layer is taken to have two scales; patch and time embedding, norms, modulation and head stay "
         "in bf16",
     ]

@@ -117,6 +117,67 @@ def _poisoned(
 
 
 @_jit
+def _tile_of(M: Scalar, N: Scalar, BLOCK_M: constexpr, BLOCK_N: constexpr, GROUP_M: constexpr) -> tuple[Scalar, Scalar]:
+    """First row and column of this program's tile."""
+    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
+    program = gl.program_id(0)
+    blocks_n = gl.cdiv(N, BLOCK_N)
+    first = program // (GROUP_M * blocks_n) * GROUP_M
+    height = gl.minimum(gl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    within = program % (GROUP_M * blocks_n)
+    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@_jit
+def _ring(
+    q_normal: Pointer,
+    w_normal: Pointer,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_K: constexpr,
+    STAGES: constexpr,
+) -> tuple[Pointer, Pointer, Pointer]:
+    """Shared buffers of q and of w, and their barriers."""
+    # One barrier for each of STAGES buffers; a thread arrives at it once, with the number of bytes to wait for.
+    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], q_normal.layout)
+    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], w_normal.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(buffer), count=1)
+    hopper.fence_async_shared()
+    return q_ring, w_ring, full
+
+
+@_jit
+def _store(
+    y: Block,
+    y_ptr: Pointer,
+    q_ptr: Pointer,
+    q_stride: Scalar,
+    row: Scalar,
+    column: Scalar,
+    M: Scalar,
+    N: Scalar,
+    width: Scalar,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    WARPS: constexpr,
+) -> None:
+    """Store a tile [BLOCK_M, BLOCK_N] of results; all of a marked row of q is NaN."""
+    # A layout whose threads store 16 bytes of bfloat16 each.
+    stores: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), stores)
+    heads: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WARPS, 1], [1, 0])
+    broken = _poisoned(q_ptr, q_stride, row, M, width, BLOCK_M, heads)
+    broken = gl.convert_layout(broken, gl.SliceLayout(1, stores))  # [BLOCK_M]
+    y = gl.where(gl.expand_dims(broken, 1) == 1, float("nan"), y)
+    rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, stores))
+    columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, stores))
+    pointers = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
+    gl.store(pointers, y, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < N, 0))
+
+
+@_jit
 def gluon_kernel(
     q_normal: Pointer,
     w_normal: Pointer,
@@ -142,22 +203,8 @@ def gluon_kernel(
     COLUMNS: constexpr,
 ) -> None:
     """One [BLOCK_M, BLOCK_N] tile of y; q and w are tensor descriptors of the two segments."""
-    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
-    program = gl.program_id(0)
-    blocks_n = gl.cdiv(N, BLOCK_N)
-    first = program // (GROUP_M * blocks_n) * GROUP_M
-    height = gl.minimum(gl.cdiv(M, BLOCK_M) - first, GROUP_M)
-    within = program % (GROUP_M * blocks_n)
-    row = (first + within % height) * BLOCK_M
-    column = within // height * BLOCK_N
-
-    # One barrier for each of STAGES buffers; a thread arrives at it once, with the number of bytes to wait for.
-    q_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_K], q_normal.layout)
-    w_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_N, BLOCK_K], w_normal.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], hopper.mbarrier.MBarrierLayout())
-    for buffer in gl.static_range(STAGES):
-        hopper.mbarrier.init(full.index(buffer), count=1)
-    hopper.fence_async_shared()
+    row, column = _tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    q_ring, w_ring, full = _ring(q_normal, w_normal, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)
     outlier_steps = gl.cdiv(outlier_width, BLOCK_K)
     steps = outlier_steps + gl.cdiv(normal_width, BLOCK_K)
     # STAGES - 1 steps ahead: the buffer that is left is the one of the product that may still run.
@@ -208,20 +255,9 @@ def gluon_kernel(
     for buffer in gl.static_range(STAGES):
         hopper.mbarrier.invalidate(full.index(buffer))
 
-    # The rest is by tile: y [BLOCK_M, BLOCK_N], in a layout whose threads store 16 bytes of bfloat16 each.
     offset = gl.load(offset_ptr + columns, mask=columns < N, other=0.0)
     y = acc.to(gl.float32) * gl.expand_dims(unit, 0) + gl.expand_dims(offset, 0)
-    stores: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), stores)
-    heads: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WARPS, 1], [1, 0])
-    broken = _poisoned(q_ptr, q_stride, row, M, normal_width + outlier_width, BLOCK_M, heads)
-    # [BLOCK_M]: all of a marked row is NaN.
-    broken = gl.convert_layout(broken, gl.SliceLayout(1, stores))
-    y = gl.where(gl.expand_dims(broken, 1) == 1, float("nan"), y)
-    rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, stores))
-    columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, stores))
-    pointers = y_ptr + gl.expand_dims(rows.to(gl.int64) * N, 1) + gl.expand_dims(columns, 0)
-    gl.store(pointers, y, mask=gl.expand_dims(rows < M, 1) & gl.expand_dims(columns < N, 0))
+    _store(y, y_ptr, q_ptr, q_stride, row, column, M, N, normal_width + outlier_width, BLOCK_M, BLOCK_N, WARPS)
 
 
 def constants(tiles: GluonTiles, dual: bool) -> dict[str, object]:

@@ -139,6 +139,103 @@ def spoil(
 
 
 @jit
+def tile_of(M: Scalar, N: Scalar, BLOCK_M: constexpr, BLOCK_N: constexpr, GROUP_M: constexpr) -> tuple[Block, Scalar]:
+    """Rows of this program's tile, [BLOCK_M], and the number of its block of columns."""
+    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
+    program = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    first = program // (GROUP_M * blocks_n) * GROUP_M
+    height = min(blocks_m - first, GROUP_M)
+    within = program % (GROUP_M * blocks_n)
+    return (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M), within // height
+
+
+@jit
+def finish_halves(
+    acc: Block,
+    rows: Block,
+    block: Scalar,
+    weight_scale_ptr: Pointer,
+    input_scale_ptr: Pointer,
+    offset_ptr: Pointer,
+    y_ptr: Pointer,
+    out_scale_ptr: Pointer,
+    out_zero_ptr: Pointer,
+    residual_ptr: Pointer,
+    gate_ptr: Pointer,
+    M: Scalar,
+    N: Scalar,
+    out_split: Scalar,
+    residual_stride: Scalar,
+    gate_stride: Scalar,
+    frame_rows: Scalar,
+    PACKED: constexpr,
+    EPILOGUE: constexpr,
+    ACTIVATION: constexpr,
+    OUT_DUAL: constexpr,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GATED: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+) -> None:
+    """The epilogue of one half after the other: what it needs does not fit beside the sums of so large a tile."""
+    # [BLOCK_M, BLOCK_N] -> [BLOCK_M, BLOCK_N / 2, 2]: the two halves of the columns.
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+    finish(
+        left, rows, columns, weight_scale_ptr, input_scale_ptr, offset_ptr, y_ptr,
+        out_scale_ptr, out_zero_ptr, residual_ptr, gate_ptr, M, N, out_split, residual_stride, gate_stride,
+        frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED,
+    )  # fmt: skip
+    finish(
+        right, rows, columns + BLOCK_N // 2, weight_scale_ptr, input_scale_ptr, offset_ptr, y_ptr,
+        out_scale_ptr, out_zero_ptr, residual_ptr, gate_ptr, M, N, out_split, residual_stride, gate_stride,
+        frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED,
+    )  # fmt: skip
+
+
+@jit
+def sums_of(
+    q_rows: Pointer,
+    w_rows: Pointer,
+    columns: Block,
+    weight_scale_ptr: Pointer,
+    input_scale_ptr: Pointer,
+    N: Scalar,
+    w_width: Scalar,
+    w_split: Scalar,
+    INTEGER: constexpr,
+    DUAL: constexpr,
+    PACKED: constexpr,
+    SWAPPED: constexpr,
+    PTX: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_K: constexpr,
+    BLOCK_OUTLIER: constexpr,
+) -> Block:
+    """Products of both segments, [BLOCK_M, BLOCK_N], in integers of the normal one."""
+    TOTAL: constexpr = tl.int32 if INTEGER else tl.float32
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=TOTAL) if SWAPPED else tl.zeros((BLOCK_M, BLOCK_N), dtype=TOTAL)
+    if DUAL:
+        in_columns = columns < N
+        # [BLOCK_N]: result per integer of the normal segment; 1 beyond N, where it is divided by.
+        unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
+        acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
+        outlier = tl.load(input_scale_ptr + 1) * tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=1.0)
+        ratio = tl.div_rn(outlier, unit)  # [BLOCK_N], normal integers per outlier integer
+        scaled = acc.to(tl.float32) * ratio[:, None] if SWAPPED else acc.to(tl.float32) * ratio[None, :]
+        # Rounding costs at most half a normal integer; float8 sums are float32 and need none.
+        acc = round_to_int32(scaled, PTX) if INTEGER else scaled
+    acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
+    if SWAPPED:
+        acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
+    return acc
+
+
+@jit
 def linear_kernel(
     q_ptr: Pointer,
     w_ptr: Pointer,
@@ -182,50 +279,22 @@ def linear_kernel(
     registers, so that an unpacked weight never goes through shared memory. EPILOGUE is "store", "quantize" or "add";
     the pointers that it does not need are None.
     """
-    # GROUP_M blocks of rows go through the columns side by side, so that a block of the weight is read from the cache.
-    program = tl.program_id(0)
-    blocks_m = tl.cdiv(M, BLOCK_M)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    first = program // (GROUP_M * blocks_n) * GROUP_M
-    height = min(blocks_m - first, GROUP_M)
-    within = program % (GROUP_M * blocks_n)
-    rows = (first + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, block = tile_of(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     # [BLOCK_M] and [BLOCK_N] pointers. Beyond the last row or column they wrap around: loads need no mask for them, and
     # what is computed there is not stored.
     q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
     w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
-    in_columns = columns < N
-
     INTEGER: constexpr = q_ptr.dtype.element_ty == tl.int8
-    TOTAL: constexpr = tl.int32 if INTEGER else tl.float32
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=TOTAL) if SWAPPED else tl.zeros((BLOCK_M, BLOCK_N), dtype=TOTAL)
-    # [BLOCK_N]: result per integer of the normal segment; 1 beyond N, where it is divided by.
-    unit = tl.load(input_scale_ptr) * tl.load(weight_scale_ptr + columns, mask=in_columns, other=1.0)
-    if DUAL:
-        acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
-        outlier = tl.load(input_scale_ptr + 1) * tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=1.0)
-        ratio = tl.div_rn(outlier, unit)  # [BLOCK_N], normal integers per outlier integer
-        scaled = acc.to(tl.float32) * ratio[:, None] if SWAPPED else acc.to(tl.float32) * ratio[None, :]
-        # Rounding costs at most half a normal integer; float8 sums are float32 and need none.
-        acc = round_to_int32(scaled, PTX) if INTEGER else scaled
-    acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
-    if SWAPPED:
-        acc = tl.trans(acc)  # [BLOCK_M, BLOCK_N]
+    acc = sums_of(
+        q_rows, w_rows, columns, weight_scale_ptr, input_scale_ptr, N, w_width, w_split,
+        INTEGER, DUAL, PACKED, SWAPPED, PTX, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_OUTLIER,
+    )  # fmt: skip
     if BLOCK_N > 128:
-        # One half after the other: what an epilogue needs does not fit beside the sums of so large a tile.
-        # [BLOCK_M, BLOCK_N] -> [BLOCK_M, BLOCK_N / 2, 2]: the two halves of the columns.
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        finish(
-            left, rows, columns, weight_scale_ptr, input_scale_ptr, offset_ptr, y_ptr,
+        finish_halves(
+            acc, rows, block, weight_scale_ptr, input_scale_ptr, offset_ptr, y_ptr,
             out_scale_ptr, out_zero_ptr, residual_ptr, gate_ptr, M, N, out_split, residual_stride, gate_stride,
-            frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED,
-        )  # fmt: skip
-        finish(
-            right, rows, columns + BLOCK_N // 2, weight_scale_ptr, input_scale_ptr, offset_ptr, y_ptr,
-            out_scale_ptr, out_zero_ptr, residual_ptr, gate_ptr, M, N, out_split, residual_stride, gate_stride,
-            frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED,
+            frame_rows, PACKED, EPILOGUE, ACTIVATION, OUT_DUAL, LOW, HIGH, GATED, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         finish(
@@ -235,11 +304,11 @@ def linear_kernel(
         )  # fmt: skip
     if INTEGER:
         # At the end, where the sums no longer need the registers.
-        columns = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
         broken = poisoned(q_rows, w_width * 2 if PACKED else w_width).to(tl.int32)  # [BLOCK_M]
         if EPILOGUE == "quantize":  # noqa: SIM102
             # The mark lies in the first channels of a row: other blocks of columns need not know.
-            if within // height == 0:
+            if block == 0:
                 broken += broken_constants(
                     weight_scale_ptr, input_scale_ptr, offset_ptr, out_scale_ptr, N, DUAL, OUT_DUAL
                 )

@@ -39,7 +39,7 @@ def text_of(plan):
 def test_what_fits_is_what_is_smaller_than_the_usable_memory(model):
     plan = plan_of(model, "A6000", 1.0)
     fits = plan.fits()
-    assert len(fits) == 18
+    assert len(fits) == 24
     for fit in fits:
         assert fit.fits == (fit.bytes <= plan.usable) == (fit.videos > 0)
         assert fit.fits == (fit.minutes is None or fit.minutes >= 1.0)
@@ -68,10 +68,10 @@ def test_one_more_video_would_not_fit():
 def test_a_window_of_a_small_model_fits_any_length_and_a_large_one_does_not_fit_at_all():
     small = {(f.weights, f.cache): f for f in plan_of("self-forcing", "4090").fits()}
     assert small["bf16", "window 21, bf16"].minutes is None
-    assert 0 < small["bf16", "full, bf16"].minutes < 1 < small["W4A8", "full, 2-bit"].minutes
+    assert 0 < small["bf16", "full, bf16"].minutes < 1 < small["W4A8", "full, klt"].minutes
     large = {(f.weights, f.cache): f for f in plan_of("krea-14b", "4090").fits()}
-    assert large["bf16", "window 6, bf16"].minutes == 0 and not large["bf16", "window 6, 2-bit"].fits
-    assert not large["W8A8", "window 6, 2-bit"].fits and large["W4A8", "window 6, bf16"].fits
+    assert large["bf16", "window 6, bf16"].minutes == 0 and not large["bf16", "window 6, qvg"].fits
+    assert not large["W8A8", "window 6, qvg"].fits and large["W4A8", "window 6, bf16"].fits
 
 
 def test_other_memory_is_taken_off():
@@ -82,7 +82,7 @@ def test_other_memory_is_taken_off():
 
 def test_caches_over_time_end_at_the_asked_minute():
     rows = dict(plan_of(minutes=3.0).cache_over_time())
-    assert next(iter(rows)) == "window 21, bf16" and len(rows) == 6
+    assert next(iter(rows)) == "window 21, bf16" and len(rows) == 8
     assert [round(minutes, 2) for minutes, _ in rows["full, bf16"]] == [0.08, 0.5, 1, 2, 3.0]
     assert len({size for _, size in rows["window 21, bf16"]}) == 1
 
