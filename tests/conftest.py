@@ -88,8 +88,8 @@ ANY_CPU = (
     "test_layout.py",
     "test_plugins.py",
 )
-"""Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of command line, ranks and
-graph matching: they check what stands above kernels that other tests run."""
+"""Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of command line, ranks
+and graph matching: they check what stands above kernels that other tests run."""
 
 
 def pytest_collection_modifyitems(items):
