@@ -98,13 +98,16 @@ def _parts(content: object) -> list[object]:
 
 
 def to_toml(data: Mapping[str, Any]) -> str:
-    """JSON values as TOML: plain keys first, then a ``[[key]]`` for each table of a list. What is None is left out.
+    """JSON values as TOML: plain keys, then tables, then a ``[[key]]`` for each of a list. What is None is left out.
 
     Raises:
         TypeError: when a value has no form in TOML.
     """
     tables = {key: value for key, value in data.items() if _is_tables(value)}
-    lines = list(_pairs({key: value for key, value in data.items() if key not in tables}))
+    sections = {key: value for key, value in data.items() if isinstance(value, Mapping)}
+    lines = list(_pairs({key: value for key, value in data.items() if key not in tables and key not in sections}))
+    for key, section in sections.items():
+        lines += ["", f"[{_key(key)}]", *_pairs(section)]
     for key, entries in tables.items():
         for entry in entries:
             lines += ["", f"[[{_key(key)}]]", *_pairs(entry)]

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fxq import plugins
+from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
@@ -149,7 +150,10 @@ def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[path
 
 def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
-    data = dataclasses.asdict(dataclasses.replace(recipe, methods=()))
+    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), cache=None))
+    del data["cache"]
+    if recipe.cache is not None:
+        data["cache"] = policy_to_json(recipe.cache)
     data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
     return data
 
@@ -225,7 +229,12 @@ def _parsed(data: dict[str, object]) -> dict[str, Any]:
         method = _method(options.pop("method", None), f"methods[{i}]")
         _refuse_unknown(options, method, f"methods[{i}]")
         methods.append(_validated(method, options, f"methods[{i}]"))
-    made = {"rules": tuple(rules), "methods": tuple(methods)}
+    made: dict[str, object] = {"rules": tuple(rules), "methods": tuple(methods)}
+    if data.get("cache") is not None:
+        try:
+            made["cache"] = policy_from_json(data["cache"])
+        except CacheSettingsError as error:
+            raise RecipeError(str(error)) from error
     return {key: made.get(key, value) for key, value in data.items()}
 
 

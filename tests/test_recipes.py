@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from fxq.cache.codecs import Klt
+from fxq.cache.policy import CachePolicy
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
@@ -87,6 +89,34 @@ def test_toml_and_json_are_two_spellings_of_one_recipe(tmp_path):
     assert recipe.methods == (RangeSearch(percentiles=(0.999, 1.0)), AdaRound(iterations=3))
     (tmp_path / "r.json").write_text(json.dumps(recipe_to_json(recipe)))
     assert load_recipe(str(tmp_path / "r.json")) == recipe == get_recipe(tmp_path / "r.toml")
+
+
+CACHE = CachePolicy(window=21, sink=3, positions="relative", keys=Klt(1.0), values=Klt(2.0), span=2)
+
+
+def test_a_cache_is_a_table_of_a_recipe(tmp_path):
+    recipe = dataclasses.replace(PRESETS["w4a8"], cache=CACHE)
+    (tmp_path / "r.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert (
+        load_recipe(tmp_path / "r.toml") == recipe == recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe))))
+    )
+    assert "cache" not in recipe_to_json(PRESETS["w4a8"])
+    own = {"extends": "w4a8", "cache": {"window": 21, "keys": "klt", "span": 1}}
+    assert recipe_from_json(own).cache == CachePolicy(window=21, keys=Klt(), span=1)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ({"windw": 3}, "cache: unknown setting 'windw'; did you mean 'window'"),
+        ({"keys": "kltt"}, "cache.keys: unknown codec 'kltt'"),
+        ({"positions": "relative"}, "positions = 'relative' needs a window"),
+        ([1], "cache: expected a table"),
+    ],
+)
+def test_a_wrong_cache_is_refused_with_the_setting(cache, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_json({"extends": "w4a8", "cache": cache})
 
 
 def test_minmax_keeps_layers_and_bits_and_drops_the_rest():

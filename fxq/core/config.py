@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fxq.cache.policy import CachePolicy
 from fxq.core.method import Method, RecipeError, Scheme, is_method
 from fxq.runtime.messages import close_names
 
@@ -152,6 +153,8 @@ class Recipe:
         seed: of every random choice.
         share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input
             scales and calibration rows. :func:`fxq.optimize` then gives them one quantize and one GEMM.
+        cache: what a causal model's rollouts keep of their past and how; the quantized graph then takes keys and values
+            as they are stored. None: the rollout's own policy, decoded.
     """
 
     name: str
@@ -162,6 +165,7 @@ class Recipe:
     max_rows: int = 16384
     seed: int = 0
     share_inputs: bool = True
+    cache: CachePolicy | None = None
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # methods are checked here
 
     def __post_init__(self) -> None:
@@ -170,6 +174,8 @@ class Recipe:
         for name in ("rows_per_call", "max_rows"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} = {getattr(self, name)}: expected at least 1")
+        if self.cache is not None and not isinstance(self.cache, CachePolicy):
+            raise RecipeError(f"cache is {type(self.cache).__name__}, expected CachePolicy or None")
         for method in self.methods:
             if not is_method(method):
                 raise RecipeError(
