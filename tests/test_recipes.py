@@ -329,7 +329,9 @@ def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
 
 
 def test_the_recipe_on_the_page_loads(tmp_path):
-    (text,) = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    text, cache = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "cache.toml").write_text(cache)
+    assert load_recipe(tmp_path / "cache.toml").cache.codec("keys", 0) == Klt(1.0)
     (tmp_path / "r.toml").write_text(text)
     recipe = load_recipe(tmp_path / "r.toml")
     assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 2
