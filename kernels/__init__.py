@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxq.kernels import native
 from fxq.kernels.attention.op import attention
+from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import dual_scale_linear
@@ -24,6 +25,7 @@ OPS: tuple[Op, ...] = (
     dual_scale_linear_add,
     rms_norm_rope,
     attention,
+    attention_packed,
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_per_token,
@@ -34,6 +36,7 @@ __all__ = [
     "OPS",
     "Op",
     "attention",
+    "attention_packed",
     "dual_scale_linear",
     "dual_scale_linear_add",
     "dual_scale_linear_fp8",

@@ -132,6 +132,34 @@ class Attention(NamedTuple):
     v: Sequence[Tensor]
 
 
+class AttentionPacked(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.packed.attention_packed`.
+
+    Attributes:
+        q: as in :class:`Attention`.
+        k: exact pieces, rotated, as in :class:`Attention`.
+        v: as ``k``.
+        packed_k: what the codec of keys stores of whole spans, in its order; without one the keys themselves, rotated,
+            [B, tokens, heads, head_dim].
+        packed_v: as ``packed_k``, for values.
+        cos: float32 [tokens, head_dim / 2] of the encoded tokens; where these are no whole spans, the first tokens of
+            the first span are evicted.
+        sin: as ``cos``.
+        codec: settings as JSON, ``{"keys": ..., "values": ...}``, null for what is not encoded.
+        span: tokens of a span.
+    """
+
+    q: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    packed_k: Sequence[Tensor]
+    packed_v: Sequence[Tensor]
+    cos: Tensor
+    sin: Tensor
+    codec: str
+    span: int
+
+
 class Operands(NamedTuple):
     """What every linear multiplies.
 

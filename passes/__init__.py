@@ -20,6 +20,7 @@ from fxq.passes.fusions.lay_out_weights import LayOutWeights
 from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.fusions.real_rope import RealRope, make_rope_real
 from fxq.passes.lower_linear import LoweringError, LowerLinear
+from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.passes.share_inputs import ShareInputs
@@ -54,6 +55,7 @@ __all__ = [
     "LoweringError",
     "MergeLinears",
     "OutlierChannels",
+    "PackCache",
     "Pass",
     "PassError",
     "PlanLayers",
@@ -65,6 +67,7 @@ __all__ = [
     "ToQdq",
     "detect_outliers",
     "make_rope_real",
+    "pack_cache",
     "plan_of",
     "planned",
     "run_passes",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from fxq.cache.inputs import Packing, packed_inputs
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
@@ -55,8 +56,12 @@ class SamplerConfig:
         return self.schedule.warp(steps) if self.warp else tuple(float(s) for s in steps)
 
 
-Prefix = tuple[list[Tensor], list[Tensor]]
-"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each."""
+Prefix = tuple[Sequence[Any], Sequence[Any]]
+"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each, or what a packed graph takes of them."""
+
+
+Tables = tuple[Tensor, ...]
+"""Rotary tables of the encoded tokens where the graph is packed, else none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +154,7 @@ class SelfForcingRollout(Rollout):
         given = self._given(state.condition) // size
         lo, hi = unit * size, (unit + 1) * size
         state = dataclasses.replace(state, cache=state.cache.evict())
-        prefix = state.cache.prefix()
+        prefix = self._prefix(state.cache)
         if unit < given:
             latents = state.condition["initial_latent"][:, lo:hi].to(weight.device, weight.dtype)
             state = self._write(state, prefix, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
@@ -171,9 +176,33 @@ class SelfForcingRollout(Rollout):
             state = self._write(state, prefix, latents, "context", span, on_call)
         return dataclasses.replace(state, next_unit=unit + 1, latents=torch.cat((state.latents, latents), dim=1))
 
+    def _prefix(self, cache: Cache) -> tuple[Prefix, Tables]:
+        """What the running module takes of a cache: dense keys and values, or encoded ones.
+
+        Raises:
+            ValueError: when the module was packed for another cache than this one.
+        """
+        packing = Packing.of(self._running)
+        if packing is None:
+            return cache.prefix(), ()
+        chunk = cache.layout.tokens * cache.layout.chunk
+        if packing != (wanted := Packing.for_cache(cache.policy, len(cache.keys), chunk)):
+            raise ValueError(
+                f"the module was packed for a cache of {packing}, the rollout keeps one of {wanted}: pack it with the "
+                "cache policy of the sampler"
+            )
+        found = packed_inputs(cache)
+        return (found.keys, found.values), (found.cos, found.sin)
+
     def _call(
-        self, state: SelfForcingState, prefix: Prefix, x: Tensor, kind: Kind, span: Span, on_call: OnCall | None
-    ) -> tuple[Tensor, SelfForcingState, Prefix]:
+        self,
+        state: SelfForcingState,
+        prefix: tuple[Prefix, Tables],
+        x: Tensor,
+        kind: Kind,
+        span: Span,
+        on_call: OnCall | None,
+    ) -> tuple[Tensor, SelfForcingState, tuple[list[Tensor], list[Tensor]]]:
         config, weight = self.model.config, self.model.patch_embedding.weight
         prompt = state.condition["prompt_embeds"].to(weight.device, weight.dtype)
         if state.calls:
@@ -189,16 +218,23 @@ class SelfForcingRollout(Rollout):
             prompt,
             list(state.cross_k),
             list(state.cross_v),
-            *prefix,
+            *prefix[0],
             cos.to(x.device),
             sin.to(x.device),
+            *prefix[1],
             on_call=on_call,
         )
         after = dataclasses.replace(state, cross_k=tuple(cross_k), cross_v=tuple(cross_v), calls=state.calls + 1)
         return output, after, (list(k), list(v))
 
     def _write(
-        self, state: SelfForcingState, prefix: Prefix, latents: Tensor, kind: Kind, span: Span, on_call: OnCall | None
+        self,
+        state: SelfForcingState,
+        prefix: tuple[Prefix, Tables],
+        latents: Tensor,
+        kind: Kind,
+        span: Span,
+        on_call: OnCall | None,
     ) -> SelfForcingState:
         _, state, new = self._call(state, prefix, latents, kind, span, on_call)
         return dataclasses.replace(state, cache=state.cache.append(*new).commit())

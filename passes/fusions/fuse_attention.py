@@ -35,7 +35,7 @@ class FuseAttention(Fusion):
         for node in patterns.calls(graph, _ATTENTION):
             name = _name(node)
             try:
-                pieces = _fuse(graph, node)
+                pieces = fuse(graph, node)
             except Unfit as reason:
                 graph.note(name, f"attention left as it is: {reason}")
                 continue
@@ -54,8 +54,12 @@ def _name(node: fx.Node) -> str:
     return module_path(node) or "attention"
 
 
-def _fuse(graph: QuantGraph, node: fx.Node) -> int:
-    """Replace one attention; returns the number of pieces."""
+def fuse(graph: QuantGraph, node: fx.Node) -> int:
+    """Replace one attention; returns the number of pieces.
+
+    Raises:
+        Unfit: when the operator cannot say what it computes.
+    """
     named = arguments(node)
     q, k, v = (_untransposed(named[name], name) for name in ("query", "key", "value"))
     _check_plain(named, shape_of(q), shape_of(k), shape_of(v))

@@ -10,8 +10,10 @@ RESULT = json.loads((ROOT / "benchmarks" / "results" / "kv_cache.json").read_tex
 
 
 def test_the_code_of_the_page_runs(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-    exec(compile(block, "cache.md", "exec"), {"__name__": "docs_cache"})
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    names = {"__name__": "docs_cache"}
+    exec(compile("\n".join(blocks), "cache.md", "exec"), names)
+    assert names["latents"].shape == (2, 21, 3, 20, 20)
     exact, packed = map(int, capsys.readouterr().out.split())
     assert 0 < packed < exact
 
