@@ -140,7 +140,7 @@ class AttentionPacked(NamedTuple):
         k: exact pieces, rotated, as in :class:`Attention`.
         v: as ``k``.
         packed_k: what the codec of keys stores of whole spans, in its order; without one the keys themselves, rotated,
-            [B, tokens, heads, head_dim].
+            [B, tokens, heads, head_dim]. Those of no token stand for a layer without encoded tokens, whatever ``cos``.
         packed_v: as ``packed_k``, for values.
         cos: float32 [tokens, head_dim / 2] of the encoded tokens; where these are no whole spans, the first tokens of
             the first span are evicted.
@@ -158,6 +158,18 @@ class AttentionPacked(NamedTuple):
     sin: Tensor
     codec: str
     span: int
+
+
+class AbsorbMap(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.absorb.absorb`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [B, S, groups * width].
+        map: float32 [B, groups, width, width].
+    """
+
+    x: Tensor
+    map: Tensor
 
 
 class Operands(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, planned, set_plan
 from fxq.core.pipeline import Analysis, Pass, PassError, Rewrite, run_passes
+from fxq.passes.absorb_cache import AbsorbCache, ObserveAttention, absorb_cache
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
 from fxq.passes.freeze import Freeze
@@ -39,6 +40,7 @@ FUSIONS: tuple[Rewrite, ...] = (
 
 __all__ = [
     "FUSIONS",
+    "AbsorbCache",
     "Analysis",
     "ApplyMethods",
     "DetectOutliers",
@@ -54,6 +56,7 @@ __all__ = [
     "LowerLinear",
     "LoweringError",
     "MergeLinears",
+    "ObserveAttention",
     "OutlierChannels",
     "PackCache",
     "Pass",
@@ -65,6 +68,7 @@ __all__ = [
     "ShareInputs",
     "Stage",
     "ToQdq",
+    "absorb_cache",
     "detect_outliers",
     "make_rope_real",
     "pack_cache",

@@ -8,9 +8,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils import _pytree as pytree
 
 from fxq import kernels
 from fxq.cache.codecs.codec import Codec, Kind
@@ -18,21 +15,21 @@ from fxq.cache.codecs.record import LEADING_AXES, Field, Shape
 from fxq.cache.inputs import TABLES
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
-from fxq.calls.captured import convention, rules_of, set_convention
-from fxq.calls.conditions import Expression
+from fxq.calls.captured import convention
 from fxq.core.facts import Facts
 from fxq.core.graph import arguments
-from fxq.core.ir import QuantGraph, Stage, inherit_meta, module_note
+from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import PassError, Rewrite, run_passes
-from fxq.core.signature import call_rules, guard_inputs
+from fxq.core.signature import guard_inputs
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
+from fxq.passes.match.inputs import Maker, Part, Size, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, same, shape_of, value_of
 
 _SDPA, _ATTENTION = ATEN.scaled_dot_product_attention.default, kernels.attention.definition
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """An attention, and the inputs with old keys and values among its pieces."""
 
     attention: fx.Node
@@ -49,7 +46,6 @@ class _Parts(NamedTuple):
 
 
 _Replaced = Mapping[fx.Node, _Parts]
-_Size = int | torch.SymInt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +77,7 @@ class PackCache(Rewrite):
         if TABLES[0] in convention(graph.module)[0]:
             raise PassError("the graph takes a packed cache already: pack the module that it was made from")
         try:
-            layers = list(_layers(graph))
+            layers = list(cached_layers(graph))
             if not layers:
                 raise Unfit("no input is joined with new keys and values for attention alone")
             self.policy.check_layers(len(layers))
@@ -111,7 +107,7 @@ def pack_cache(module: fx.GraphModule, policy: CachePolicy) -> fx.GraphModule:
     return guard_inputs(graph.module)
 
 
-def _layers(graph: QuantGraph) -> Iterator[_Layer]:
+def cached_layers(graph: QuantGraph) -> Iterator[Layer]:
     """Layers with a cache among the inputs, in the order in which the graph computes them."""
     for node in patterns.calls(graph, _SDPA, _ATTENTION):
         if node.target == _ATTENTION:
@@ -123,7 +119,7 @@ def _layers(graph: QuantGraph) -> Iterator[_Layer]:
                 rows = shape_of(arguments(node)["q" if node.target == _ATTENTION else "query"])
                 new = next(x for x in keys if x is not k)
                 if same(shape_of(new)[1:2], rows[1:2] if node.target == _ATTENTION else rows[2:3]):
-                    yield _Layer(node, k, v)
+                    yield Layer(node, k, v)
 
 
 def _joined(operand: fx.Node) -> list[fx.Node]:
@@ -135,33 +131,32 @@ def _joined(operand: fx.Node) -> list[fx.Node]:
     return list(arguments(cat)["tensors"]) if arguments(cat)["dim"] in (1, -3) else []
 
 
-def _rewrite(graph: QuantGraph, policy: CachePolicy, layers: list[_Layer]) -> int:
-    module, made = graph.module, _Inputs(value_of(layers[0].keys))
-    old = module.graph.find_nodes(op="placeholder")
-    rules = rules_of(module)
-    replaced: dict[fx.Node, _Parts] = {}
-    tables: list[fx.Node] = []
-    count = 0
-    for i, layer in enumerate(layers):
-        codecs = policy.codec("keys", i), policy.codec("values", i)
-        if codecs == (None, None):
-            continue
-        count += 1
-        tokens = _tokens(layer) * policy.span
-        tables = tables or made.tables(old[-1], shape_of(layer.keys)[3], tokens)
-        replaced[layer.keys] = made.prefix(layer.keys, codecs[0], "keys", tokens)
-        replaced[layer.values] = made.prefix(layer.values, codecs[1], "values", tokens)
-        _replace_attention(graph, layer, replaced, tables, codecs_text(*codecs), tokens)
-    if not count:
+def _rewrite(graph: QuantGraph, policy: CachePolicy, layers: list[Layer]) -> int:
+    pairs = [(policy.codec("keys", i), policy.codec("values", i)) for i in range(len(layers))]
+    chosen = [i for i, pair in enumerate(pairs) if pair != (None, None)]
+    if not chosen:
         raise Unfit(f"the policy encodes none of its {len(layers)} layers")
-    for node in replaced:
-        if node.users:
-            raise Unfit(f"{node.name} is also read by {next(iter(node.users)).name}")
-    _set_inputs(graph, old, replaced, tables, () if rules is None else rules.conditions)
-    return count
+    spans = {_tokens(layers[i]) * policy.span for i in chosen}
+    if len(spans) > 1:
+        raise Unfit(f"its layers take {sorted(spans)} tokens in {policy.span} calls: expected one number")
+    first = layers[chosen[0]]
+    made = _Inputs(value_of(first.keys), spans.pop())
+    tables = made.tables(graph.module.graph.find_nodes(op="placeholder")[-1], shape_of(first.keys)[3])
+    replaced: dict[fx.Node, _Parts] = {}
+    for i in chosen:
+        layer, number = layers[i], made.maker.size(f"packed_spans_{i}", 2)
+        replaced[layer.keys] = made.prefix(layer.keys, pairs[i][0], "keys", number)
+        replaced[layer.values] = made.prefix(layer.values, pairs[i][1], "values", number)
+        _replace_attention(graph, layer, replaced, tables, codecs_text(*pairs[i]), made.span)
+    lengths = {
+        node: Part(parts._asdict(), ((parts.sink, 1), (tables[0], 0), (parts.recent, 1)))
+        for node, parts in replaced.items()
+    }
+    set_inputs(graph, lengths, dict(zip(TABLES, tables, strict=True)))
+    return len(chosen)
 
 
-def _tokens(layer: _Layer) -> int:
+def _tokens(layer: Layer) -> int:
     """Tokens of a chunk: those that a call brings."""
     node = layer.attention
     rows = shape_of(arguments(node)["q"])[1] if node.target == _ATTENTION else shape_of(arguments(node)["query"])[2]
@@ -172,7 +167,7 @@ def _tokens(layer: _Layer) -> int:
 
 def _replace_attention(
     graph: QuantGraph,
-    layer: _Layer,
+    layer: Layer,
     replaced: _Replaced,
     tables: list[fx.Node],
     codec: str,
@@ -198,110 +193,32 @@ def _replace_attention(
 
 
 class _Inputs:
-    """Makes inputs whose sizes vary as those of an input that is there."""
+    """Makes the inputs of a packed cache."""
 
-    def __init__(self, like: Tensor) -> None:
-        if not isinstance(like, FakeTensor):
-            raise Unfit(
-                "the graph has no recorded values: load its bundle with this version of fxq, or capture it again"
-            )
-        self.mode = like.fake_mode
-        self.env: ShapeEnv = self.mode.shape_env or ShapeEnv()
-        self.like = like
-        self.spans: _Size = 0
-        self.encoded: _Size = 0
+    def __init__(self, like: Tensor, span: int) -> None:
+        self.maker, self.span = Maker(like), span
+        self.encoded = self.maker.size("packed_tokens", 2 * span)
 
-    def _size(self, name: str, hint: int) -> torch.SymInt:
-        """A size that may vary."""
-        from torch._dynamo.source import ConstantSource  # Dynamo takes a second to import
-
-        source = ConstantSource(f"__packed_{name}")
-        symbol = self.env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-        size = self.env.create_symintnode(symbol, hint=hint, source=source)
-        assert isinstance(size, torch.SymInt)
-        return size
-
-    def _input(self, before: fx.Node, name: str, shape: tuple[_Size, ...], dtype: torch.dtype) -> fx.Node:
-        with self.mode:
-            value = torch.empty(shape, dtype=dtype, device=self.like.device)
-        with before.graph.inserting_before(before):
-            node = before.graph.placeholder(name)
-        inherit_meta(node, before, value)
-        return node
-
-    def tables(self, last: fx.Node, head_dim: int, span: int) -> list[fx.Node]:
+    def tables(self, last: fx.Node, head_dim: int) -> list[fx.Node]:
         """Those of the encoded tokens, behind the last input."""
-        self.spans, self.encoded = self._size("spans", 2), self._size("tokens", 2 * span)
-        after = last.next
-        return [self._input(after, name, (self.encoded, head_dim // 2), torch.float32) for name in TABLES]
+        after, shape = last.next, (self.encoded, head_dim // 2)
+        return [self.maker.input(after, name, shape, torch.float32) for name in TABLES]
 
-    def prefix(self, old: fx.Node, codec: Codec | None, kind: Kind, span: int) -> _Parts:
+    def prefix(self, old: fx.Node, codec: Codec | None, kind: Kind, spans: Size) -> _Parts:
         """Inputs in the place of one with dense keys or values [B, L, heads, head_dim]."""
         batch, _, heads, width = shape_of(old)
         dtype = value_of(old).dtype
 
-        def exact(name: str, tokens: _Size) -> fx.Node:
-            return self._input(old, f"{old.name}_{name}", (batch, tokens, heads, width), dtype)
+        def exact(name: str, tokens: Size) -> fx.Node:
+            return self.maker.input(old, f"{old.name}_{name}", (batch, tokens, heads, width), dtype)
 
         def stored(field: Field) -> fx.Node:
-            lead = (batch, self.spans * span if field.per == "token" else self.spans)[: LEADING_AXES[field.per]]
-            return self._input(old, f"{old.name}_{field.name}", (*lead, *field.shape), field.dtype)
+            lead = (batch, spans * self.span if field.per == "token" else spans)[: LEADING_AXES[field.per]]
+            return self.maker.input(old, f"{old.name}_{field.name}", (*lead, *field.shape), field.dtype)
 
-        sink = exact("sink", self._size(f"{old.name}_sink", 2))
+        sink = exact("sink", self.maker.size(f"{old.name}_sink", 2))
         if codec is None:
             packed = {"exact": exact("exact", self.encoded)}
         else:
-            packed = {field.name: stored(field) for field in codec.fields(Shape(heads, width, span), kind)}
-        return _Parts(sink, packed, exact("recent", self._size(f"{old.name}_recent", 3)))
-
-
-def _set_inputs(
-    graph: QuantGraph,
-    old: list[fx.Node],
-    replaced: _Replaced,
-    tables: list[fx.Node],
-    conditions: tuple[Expression, ...],
-) -> None:
-    """Erase the inputs that were replaced, and say how the graph is called now."""
-    module = graph.module
-    names, spec = convention(module)
-    leaves = [replaced[node]._asdict() if node in replaced else node for node in old]
-    args, kwargs = pytree.tree_unflatten(leaves, spec)
-    if kwargs:
-        kwargs |= dict(zip(TABLES, tables, strict=True))
-    else:
-        args = (*args, *tables)
-    for node in replaced:
-        module.graph.erase_node(node)
-    inputs = module.graph.find_nodes(op="placeholder")
-    if inputs != pytree.tree_leaves((args, kwargs)):
-        raise Unfit("its inputs have the names of others")
-    place = {node: number for number, node in enumerate(inputs)}
-    moved = [_moved(condition, old, place, replaced, tables[0]) for condition in conditions]
-    rules = call_rules(module, moved)
-    set_convention(module, [*names, *TABLES], pytree.tree_structure((args, kwargs)), rules)
-    if isinstance(facts := module_note(module), Facts):
-        now = dataclasses.replace(facts, inputs=rules.sizes, dtypes=rules.dtypes, conditions=rules.conditions)
-        now.attach(module)
-
-
-def _moved(
-    condition: Expression,
-    old: list[fx.Node],
-    place: Mapping[fx.Node, int],
-    replaced: _Replaced,
-    table: fx.Node,
-) -> Expression:
-    """A condition on the old inputs, said of the new ones: the parts of a cache together are as long as it was."""
-    if not isinstance(condition, list):
-        return condition
-    name, *operands = condition
-    if name not in ("size", "value"):
-        return [name, *(_moved(operand, old, place, replaced, table) for operand in operands)]
-    node = old[operands[0]]
-    if node not in replaced:
-        return [name, place[node], *operands[1:]]
-    sink, recent = place[replaced[node].sink], place[replaced[node].recent]
-    if operands[1] != 1:
-        return [name, sink, operands[1]]
-    return ["+", ["+", ["size", sink, 1], ["size", place[table], 0]], ["size", recent, 1]]
+            packed = {field.name: stored(field) for field in codec.fields(Shape(heads, width, self.span), kind)}
+        return _Parts(sink, packed, exact("recent", self.maker.size(f"{old.name}_recent", 3)))

@@ -95,6 +95,7 @@ _KERNELS = (
     kernels.quantize_per_token,
     kernels.dual_scale_linear_per_token,
     kernels.attention_packed,
+    kernels.absorb,
 )
 
 

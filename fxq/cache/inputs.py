@@ -20,6 +20,9 @@ from fxq.kernels import attention_packed
 TABLES = ("packed_cos", "packed_sin")
 """Arguments of a packed graph beside those of the graph it was made from."""
 
+MAPS = "absorb_maps"
+"""Argument of a graph whose layers can forget their history: a list of maps, one of each."""
+
 Prefix = Tensor | Mapping[str, Tensor | Mapping[str, Tensor]]
 """A layer's keys or values: rotated and joined, or ``sink``, ``recent`` and ``packed``, the stored tensors by name."""
 
@@ -79,6 +82,24 @@ def _empty(field: Field, like: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros((*lead, *field.shape), dtype=field.dtype, device=like.device)
 
 
+def graph_of(module: object) -> fx.GraphModule | None:
+    """The captured graph that a module is, or was compiled from."""
+    module = getattr(module, "_orig_mod", module)
+    return module if isinstance(module, fx.GraphModule) else None
+
+
+def takes_maps(module: object) -> bool:
+    """Whether a module's layers can forget their history."""
+    graph = graph_of(module)
+    return graph is not None and MAPS in convention(graph)[0]
+
+
+def added_arguments(module: object) -> list[str]:
+    """Names of the arguments that a module takes beside those that a model has."""
+    graph = graph_of(module)
+    return [] if graph is None else [name for name in convention(graph)[0] if name in (*TABLES, MAPS)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Packing:
     """What a graph was packed for: ``codecs`` of its layers as operators take them, and ``spans`` of how many tokens.
@@ -92,10 +113,10 @@ class Packing:
     @classmethod
     def of(cls, module: object) -> Packing | None:
         """That of a module, compiled ones as well; None for one that takes dense keys and values."""
-        module = getattr(module, "_orig_mod", module)
-        if not isinstance(module, fx.GraphModule) or TABLES[0] not in convention(module)[0]:
+        graph = graph_of(module)
+        if graph is None or TABLES[0] not in convention(graph)[0]:
             return None
-        calls = module.graph.find_nodes(op="call_function", target=attention_packed.definition)
+        calls = graph.graph.find_nodes(op="call_function", target=attention_packed.definition)
         named = [arguments(node) for node in calls]
         return cls(tuple(str(call["codec"]) for call in named), tuple(int(call["span"]) for call in named))
 

@@ -25,7 +25,15 @@ class SavedCacheError(ValueError):
 
 
 def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out."""
+    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out.
+
+    Raises:
+        SavedCacheError: when its policy absorbs layers: what was seen of the video has no form in a file.
+    """
+    if cache.policy.absorb is not None:
+        raise SavedCacheError(
+            "a rollout that absorbs layers cannot be saved between chunks: set absorb=None, or run on"
+        )
     tensors: dict[str, Tensor] = {}
     for kind, lines in (("keys", cache.keys), ("values", cache.values)):
         for layer, line in enumerate(lines):

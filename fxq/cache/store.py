@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -41,7 +41,8 @@ class Layout:
 class Line:
     """Keys or values of one layer, oldest first: sink, encoded spans, exact tokens.
 
-    Without a codec ``exact`` begins with the sink's tokens and ``sink`` is None. ``memory`` is the codec's.
+    Without a codec ``exact`` begins with the sink's tokens and ``sink`` is None. ``memory`` is the codec's. A line that
+    is ``closed`` holds the sink for good.
     """
 
     codec: Codec | None
@@ -49,6 +50,7 @@ class Line:
     sink: Tokens | None = None
     spans: Spans | None = None
     memory: Memory = dataclasses.field(default_factory=dict)
+    closed: bool = False
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -133,6 +135,8 @@ class Cache:
         split = max(0, self.policy.sink - self.frames) * self.layout.tokens
 
         def grown(line: Line, new: Tensor) -> Line:
+            if line.closed:
+                return line
             if line.sink is None or not split:
                 return dataclasses.replace(line, exact=line.exact.appended(new))
             sink = line.sink.appended(new[:, :split])
@@ -162,6 +166,8 @@ class Cache:
         dropped = max(0, first - max(self.first, first_exact)) * per_frame
 
         def shorter(line: Line, sink: Tensor | None) -> Line:
+            if line.closed:
+                return line if sink is None or line.codec else dataclasses.replace(line, exact=Tokens.of(sink))
             if line.codec is None:
                 lead = self.sink * per_frame
                 return dataclasses.replace(line, exact=line.exact.without(lead, lead + excess * per_frame, sink))
@@ -199,7 +205,7 @@ class Cache:
         count = span * self.layout.tokens
 
         def encoded(line: Line, kind: Kind, seed: int) -> Line:
-            if line.codec is None:
+            if line.codec is None or line.closed:
                 return line
             x = line.exact.tensor[:, :count]
             if kind == "keys":
@@ -216,6 +222,19 @@ class Cache:
             first_packed=self.first_packed if self.packed else begin,
             packed=self.packed + span,
         )
+
+    def closing(self, layers: Collection[int]) -> Cache:
+        """Without the history of some layers, of which the sink alone stays and nothing new is kept."""
+
+        def closed(line: Line, sink: Tensor) -> Line:
+            kept = Tokens.of(sink.clone())
+            exact = kept if line.codec is None else Tokens.of(kept.tensor[:, :0])
+            return Line(line.codec, exact, None if line.codec is None else kept, memory=line.memory, closed=True)
+
+        def lines(kind: Kind, old: Sequence[Line]) -> tuple[Line, ...]:
+            return tuple(closed(line, self.sink_of(kind, i)) if i in layers else line for i, line in enumerate(old))
+
+        return dataclasses.replace(self, keys=lines("keys", self.keys), values=lines("values", self.values))
 
     def prefix(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a call attends to besides its own tokens: per layer keys, rotated, and values [B, P, heads, head_dim].
@@ -257,7 +276,7 @@ class Cache:
             ValueError: when the exact tokens do not begin with the video's first frame.
         """
         line = self.line(kind, layer)
-        if line.sink is not None or self.first > self.policy.sink:
+        if line.closed or line.sink is not None or self.first > self.policy.sink:
             raise ValueError("this cache was encoded or evicted: take one of a policy without codec and window")
         x = line.exact.tensor
         return self.rotary(x, 0, inverse=True) if kind == "keys" else x

@@ -39,9 +39,12 @@ def _supports(a: AttentionPacked) -> str:
         codecs = codecs_of(a.codec)
         if codecs == (None, None):
             return "neither keys nor values have a codec: use fxq::attention"
-        for name, codec, tensors in zip(("k", "v"), codecs, (a.packed_k, a.packed_v), strict=True):
-            if reason := _misfit(codec, tensors, a, tokens):
+        held = [_held(a, kind) for kind in ("keys", "values")]
+        for name, codec, tensors, some in zip(("k", "v"), codecs, (a.packed_k, a.packed_v), held, strict=True):
+            if reason := _misfit(codec, tensors, a, tokens if some else 0):
                 return f"packed_{name}{reason}"
+        if bool(held[0]) != bool(held[1]):
+            return f"{held[0]} encoded tokens have keys, {held[1]} values: expected the same, or none"
     except ValueError as error:
         return str(error)
     return ""
@@ -59,7 +62,7 @@ def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPack
     if len(tensors) != len(fields):
         return f" are {len(tensors)} tensors: the codec stores {', '.join(field.name for field in fields)}"
     spans = _spans(fields, tensors, a.span)
-    if not spans * a.span - a.span < tokens <= spans * a.span and not tokens == spans == 0:
+    if tokens and not spans * a.span - a.span < tokens <= spans * a.span:
         return f" are {spans} spans of {a.span} tokens, cos has {tokens}: expected so many without a part of the first"
     for field, tensor in zip(fields, tensors, strict=True):
         lead = (batch, spans * a.span if field.per == "token" else spans)[: _LEAD[field.per]]
@@ -75,10 +78,19 @@ def _shown(tensors: Sequence[Tensor]) -> str:
 
 def _spans(fields: Sequence[StoredTensor], tensors: Sequence[Tensor], span: int) -> int:
     """Number of spans that tensors hold."""
-    for field, tensor in zip(fields, tensors, strict=True):
+    for field, tensor in zip(fields, tensors, strict=False):
         if field.per in ("token", "span") and tensor.ndim > 1:
             return tensor.shape[1] // (span if field.per == "token" else 1)
     return 0
+
+
+def _held(a: AttentionPacked, kind: str) -> int:
+    """Number of tokens whose keys, or values, are stored; those of the first span that are evicted count."""
+    codec = codecs_of(a.codec)[kind == "values"]
+    tensors = a.packed_k if kind == "keys" else a.packed_v
+    if codec is None:
+        return tensors[0].shape[1] if tensors and tensors[0].ndim == 4 else 0
+    return _spans(codec.stored(a.q.shape[2], a.q.shape[3], a.span), tensors, a.span) * a.span
 
 
 def _fake(a: AttentionPacked) -> Tensor:
@@ -148,7 +160,7 @@ class _Part(NamedTuple):
 
 
 def _parts(a: AttentionPacked) -> Iterator[_Part]:
-    tokens = a.cos.shape[0]
+    tokens = a.cos.shape[0] if _held(a, "keys") else 0
     skip = -tokens % a.span
     for number in range((tokens + skip) // a.span):
         start = number * a.span - skip

@@ -63,7 +63,7 @@ def fuse(graph: QuantGraph, node: fx.Node) -> int:
     named = arguments(node)
     q, k, v = (_untransposed(named[name], name) for name in ("query", "key", "value"))
     _check_plain(named, shape_of(q), shape_of(k), shape_of(v))
-    result = _result(node, shape_of(q))
+    result = result_of(node)
     keys, values = _pieces(k, named["key"]), _pieces(v, named["value"])
     if not keys or not values or not _aligned(keys, values):
         keys, values = [k], [v]
@@ -115,13 +115,18 @@ def _untransposed(node: fx.Node, name: str) -> fx.Node:
     raise Unfit(f"its {name} does not come from [B, S, heads, head_dim] through a transpose")
 
 
-def _result(node: fx.Node, q: tuple[Any, ...]) -> fx.Node:
-    """The ``[B, S, heads * head_dim]`` node after attention."""
+def result_of(node: fx.Node) -> fx.Node:
+    """The ``[B, S, heads * head_dim]`` node after attention.
+
+    Raises:
+        Unfit: when there is none.
+    """
+    batch, heads, rows, width = shape_of(node)
     back = patterns.only_user(node)
     if back is None or not _swapped(back):
         raise Unfit("its result is not transposed back to [B, S, heads, head_dim]")
     for step in patterns.ahead(back, patterns.RESHAPES):
-        if same(shape_of(step), (*q[:2], q[2] * q[3])):
+        if same(shape_of(step), (batch, rows, heads * width)):
             return step
     raise Unfit("its result is not flattened to [B, S, heads * head_dim]")
 
