@@ -6,7 +6,9 @@ Nothing here knows layers, graphs or recipes: numerics is all it imports of fxq.
 from torch import Tensor
 
 from fxq.kernels import native
+from fxq.kernels.attention.absorb import absorb
 from fxq.kernels.attention.op import attention
+from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import dual_scale_linear
@@ -24,6 +26,8 @@ OPS: tuple[Op, ...] = (
     dual_scale_linear_add,
     rms_norm_rope,
     attention,
+    attention_packed,
+    absorb,
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_per_token,
@@ -33,7 +37,9 @@ OPS: tuple[Op, ...] = (
 __all__ = [
     "OPS",
     "Op",
+    "absorb",
     "attention",
+    "attention_packed",
     "dual_scale_linear",
     "dual_scale_linear_add",
     "dual_scale_linear_fp8",

@@ -132,6 +132,46 @@ class Attention(NamedTuple):
     v: Sequence[Tensor]
 
 
+class AttentionPacked(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.packed.attention_packed`.
+
+    Attributes:
+        q: as in :class:`Attention`.
+        k: exact pieces, rotated, as in :class:`Attention`.
+        v: as ``k``.
+        packed_k: what the codec of keys stores of whole spans, in its order; without one the keys themselves, rotated,
+            [B, tokens, heads, head_dim]. Those of no token stand for a layer without encoded tokens, whatever ``cos``.
+        packed_v: as ``packed_k``, for values.
+        cos: float32 [tokens, head_dim / 2] of the encoded tokens; where these are no whole spans, the first tokens of
+            the first span are evicted.
+        sin: as ``cos``.
+        codec: settings as JSON, ``{"keys": ..., "values": ...}``, null for what is not encoded.
+        span: tokens of a span.
+    """
+
+    q: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    packed_k: Sequence[Tensor]
+    packed_v: Sequence[Tensor]
+    cos: Tensor
+    sin: Tensor
+    codec: str
+    span: int
+
+
+class AbsorbMap(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.absorb.absorb`.
+
+    Attributes:
+        x: float32, bfloat16 or float16 [B, S, groups * width].
+        map: float32 [B, groups, width, width].
+    """
+
+    x: Tensor
+    map: Tensor
+
+
 class Operands(NamedTuple):
     """What every linear multiplies.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, planned, set_plan
 from fxq.core.pipeline import Analysis, Pass, PassError, Rewrite, run_passes
+from fxq.passes.absorb_cache import AbsorbCache, ObserveAttention, absorb_cache
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
 from fxq.passes.freeze import Freeze
@@ -20,6 +21,7 @@ from fxq.passes.fusions.lay_out_weights import LayOutWeights
 from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.fusions.real_rope import RealRope, make_rope_real
 from fxq.passes.lower_linear import LoweringError, LowerLinear
+from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.passes.share_inputs import ShareInputs
@@ -38,6 +40,7 @@ FUSIONS: tuple[Rewrite, ...] = (
 
 __all__ = [
     "FUSIONS",
+    "AbsorbCache",
     "Analysis",
     "ApplyMethods",
     "DetectOutliers",
@@ -53,7 +56,9 @@ __all__ = [
     "LowerLinear",
     "LoweringError",
     "MergeLinears",
+    "ObserveAttention",
     "OutlierChannels",
+    "PackCache",
     "Pass",
     "PassError",
     "PlanLayers",
@@ -63,8 +68,10 @@ __all__ = [
     "ShareInputs",
     "Stage",
     "ToQdq",
+    "absorb_cache",
     "detect_outliers",
     "make_rope_real",
+    "pack_cache",
     "plan_of",
     "planned",
     "run_passes",

@@ -193,6 +193,7 @@ TESTED_ELSEWHERE = {
     "parallel/test_tensor.py": "parallel.axes parallel.groups parallel.plan parallel.shard_graph",
     "passes/fusions/test_fuse_rotary.py": "passes.match.rotations",
     "passes/match/test_axis_groups.py": "passes.match.axis_rules",
+    "passes/test_pack_cache.py": "passes.match.inputs",
     "passes/qdq/test_to_qdq.py": "passes.qdq.qdq_layers",
     "planning/test_doctor.py": "planning.environment planning.gains",
     "planning/test_job.py": "planning.drive planning.speed",

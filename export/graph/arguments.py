@@ -16,6 +16,8 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 
+from fxq.cache.named import codecs_from_text
+from fxq.cache.settings import CacheSettingsError
 from fxq.dtypes import DTYPES
 from fxq.export.graph.operators import ARITHMETIC_NAMES
 from fxq.runtime.reading import MAX_INTEGER
@@ -46,6 +48,7 @@ _TEXTS = {
     "indexing": r"ij|xy",
     "norm": r"backward|forward|ortho",
     "side": r"left|right",
+    "codec": r"[\w{}\[\]\":,. +-]{1,1000}",
     "assert_msg": rf"[\s\S]{{0,{MAX_TEXT}}}",
 }
 """Text arguments by name and what they may be."""
@@ -129,6 +132,11 @@ def _check_operator(
             raise ArgumentError(f"{name}: {argument.name} is {value!r}, a bundle may only have {fixed[argument.name]}")
     if name == "aten.instance_norm.default" and given.get("use_input_stats") and given.get("running_mean") is not None:
         raise ArgumentError(f"{name} would write its running statistics")
+    if name == "fxq.attention_packed.default":
+        try:
+            codecs_from_text(str(given["codec"]))
+        except CacheSettingsError as error:
+            raise ArgumentError(f"{name}: {error}") from None
     results = [str(result.real_type) for result in target._schema.returns]
     if not results:
         return NOTHING

@@ -99,6 +99,11 @@ def work_of(name: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
         return passes + wide * math.prod(read[1].shape[1:])
     if "scaled_dot_product" in kind and len(read) > 1 and read[1].ndim > 1:
         return passes + 2 * math.prod(read[0].shape) * read[1].shape[-2]
+    if kind == "absorb" and len(read) > 1:
+        return passes + out * read[1].shape[-1]
+    if kind == "attention_packed":
+        tokens = [t.shape[1] if t.ndim > 2 else t.shape[0] for t in read[1:] if t.ndim > 1]
+        return passes + 2 * math.prod(read[0].shape) * sum(tokens)
     if kind.startswith(("linalg_", "chain")) and read[0].ndim > 1:
         return passes + math.prod(read[0].shape) * min(read[0].shape[-2:]) * 4
     return passes

@@ -94,6 +94,8 @@ _KERNELS = (
     kernels.dual_scale_linear,
     kernels.quantize_per_token,
     kernels.dual_scale_linear_per_token,
+    kernels.attention_packed,
+    kernels.absorb,
 )
 
 

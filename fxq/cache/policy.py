@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from fxq.cache.absorb import Absorb
 from fxq.cache.codecs.codec import Codec, Kind
 
 Positions = Literal["absolute", "relative"]
@@ -28,6 +29,7 @@ class CachePolicy:
         span: chunks that are encoded together, once.
         recent: newest chunks that always stay exact.
         layers: those whose cache is encoded; None: all.
+        absorb: layers that forget all but sink and new chunk after a warm-up; None: none does.
 
     Raises:
         ValueError: when the settings exclude each other, with what would do.
@@ -41,6 +43,7 @@ class CachePolicy:
     span: int = 8
     recent: int = 1
     layers: tuple[int, ...] | None = None
+    absorb: Absorb | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in ("absolute", "relative"):
@@ -83,12 +86,19 @@ class CachePolicy:
         Raises:
             ValueError: naming the setting and what would do.
         """
+        if self.absorb is not None:
+            self.absorb.check(self.sink, chunk)
         if self.window == -1:
             return
         if self.window < self.sink + chunk:
             raise ValueError(
                 f"window of {self.window} frames cannot hold {self.sink} sink frames and a chunk of {chunk}; use -1 or "
                 f"at least {self.sink + chunk}"
+            )
+        if self.absorb is not None and self.window < self.sink + 2 * chunk:
+            raise ValueError(
+                f"window of {self.window} frames holds {self.sink} sink frames and the new chunk alone, so there is no "
+                f"history to absorb; use a window of at least {self.sink + 2 * chunk}, or absorb=None"
             )
         least = self.sink + (self.span + self.recent + 1) * chunk
         if self.packs and self.window < least:

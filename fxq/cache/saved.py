@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind
-from fxq.cache.codecs.record import Field, Record, RecordError, Shape, joined
+from fxq.cache.codecs.record import Field, Record, RecordError, Shape
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
+from fxq.cache.spans import Spans
 from fxq.cache.store import Cache, Layout, Line, Rotary
 from fxq.cache.tokens import Tokens
 
@@ -24,7 +25,15 @@ class SavedCacheError(ValueError):
 
 
 def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out."""
+    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out.
+
+    Raises:
+        SavedCacheError: when its policy absorbs layers: what was seen of the video has no form in a file.
+    """
+    if cache.policy.absorb is not None:
+        raise SavedCacheError(
+            "a rollout that absorbs layers cannot be saved between chunks: set absorb=None, or run on"
+        )
     tensors: dict[str, Tensor] = {}
     for kind, lines in (("keys", cache.keys), ("values", cache.values)):
         for layer, line in enumerate(lines):
@@ -32,8 +41,8 @@ def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]
             tensors[f"{place}.exact"] = line.exact.tensor
             if line.sink is not None:
                 tensors[f"{place}.sink"] = line.sink.tensor
-            if line.records:
-                stored = joined(line.records).tensors
+            if line.spans is not None and line.records:
+                stored = line.spans.record.tensors
                 tensors |= {f"{place}.record.{name}": tensor for name, tensor in stored.items()}
             tensors |= {f"{place}.memory.{name}": tensor for name, tensor in line.memory.items()}
     tensors |= {f"origins.{layer}": tensor for layer, tensor in enumerate(cache.origins)}
@@ -96,7 +105,7 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
         held = Tokens.of(take(f"{place}.exact", (batch, exact, heads, width), old.dtype))
         kept = Tokens.of(take(f"{place}.sink", (batch, sink * layout.tokens, heads, width), old.dtype))
         shape = Shape(heads, width, span * layout.tokens)
-        records = _records(empty.codec, kind, shape, packed // span, batch, place, take)
+        spans = _spans(empty.codec, kind, shape, packed // span, batch, place, take)
         memory = {
             name.removeprefix(f"{place}.memory."): tensors[name]
             for name in tensors
@@ -105,8 +114,9 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
         taken.update(f"{place}.memory.{name}" for name in memory)
         if any(not tensor.is_floating_point() and tensor.dtype != torch.uint8 for tensor in memory.values()):
             raise SavedCacheError(f"{place}: the memory of its codec holds other dtypes than codecs leave there")
-        once = {n: t for r in records[:1] for n, t in r.tensors.items() if n in memory and t.equal(memory[n])}
-        return Line(empty.codec, held, kept, records, memory | once)
+        stored = spans.once.items() if spans is not None else ()
+        once = {name: tensor for name, tensor in stored if name in memory and tensor.equal(memory[name])}
+        return Line(empty.codec, held, kept, spans, memory | once)
 
     keys = tuple(line("keys", i, empty) for i, empty in enumerate(like.keys))
     values = tuple(line("values", i, empty) for i, empty in enumerate(like.values))
@@ -123,11 +133,9 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
     return dataclasses.replace(shell, keys=keys, values=values, origins=origins)
 
 
-def _records(
-    codec: Codec, kind: Kind, shape: Shape, spans: int, batch: int, place: str, take: Any
-) -> tuple[Record, ...]:
+def _spans(codec: Codec, kind: Kind, shape: Shape, spans: int, batch: int, place: str, take: Any) -> Spans | None:
     if not spans:
-        return ()
+        return None
     fields = codec.fields(shape, kind)
 
     def size(field: Field) -> tuple[int, ...]:
@@ -139,4 +147,4 @@ def _records(
         whole = Record(fields, stored, shape)
     except RecordError as error:
         raise SavedCacheError(f"{place}: {error}") from None
-    return tuple(whole.spans_of(i, i + 1) for i in range(spans))
+    return Spans.of(whole)

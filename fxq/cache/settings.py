@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from fxq.cache.absorb import Absorb
 from fxq.cache.codecs import CODECS, PRESETS
 from fxq.cache.codecs.codec import Codec
 from fxq.cache.policy import CachePolicy
@@ -53,7 +54,8 @@ def policy_to_json(policy: CachePolicy) -> dict[str, object]:
 
     data = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
     layers = None if policy.layers is None else list(policy.layers)
-    return data | {"keys": codecs(policy.keys), "values": codecs(policy.values), "layers": layers}
+    absorb = None if policy.absorb is None else dataclasses.asdict(policy.absorb)
+    return data | {"keys": codecs(policy.keys), "values": codecs(policy.values), "layers": layers, "absorb": absorb}
 
 
 def policy_from_json(data: object) -> CachePolicy:
@@ -72,6 +74,8 @@ def policy_from_json(data: object) -> CachePolicy:
             settings[kind] = tuple(parts)
         elif chosen is not None:
             settings[kind] = codec_from_json(chosen, f"cache.{kind}")
+    if isinstance(absorb := settings.get("absorb"), dict):
+        settings["absorb"] = _validated(Absorb, absorb, "cache.absorb")
     return _validated(CachePolicy, settings, "cache")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory
 from fxq.cache.codecs.record import Record
 from fxq.cache.policy import CachePolicy
+from fxq.cache.spans import Spans
 from fxq.cache.tokens import Tokens, joined, rest_of
 
 
@@ -19,6 +20,9 @@ class Rotary(Protocol):
 
     def __call__(self, x: Tensor, first_frame: int, inverse: bool = False) -> Tensor:
         """Rotate keys [B, T, heads, head_dim] of whole frames that begin with ``first_frame``, or rotate them back."""
+
+    def tables(self, frames: int, first_frame: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 [T, head_dim / 2] of so many frames."""
 
 
 Memories = tuple[Sequence[Memory], Sequence[Memory]]
@@ -37,14 +41,21 @@ class Layout:
 class Line:
     """Keys or values of one layer, oldest first: sink, encoded spans, exact tokens.
 
-    Without a codec ``exact`` begins with the sink's tokens and ``sink`` is None. ``memory`` is the codec's.
+    Without a codec ``exact`` begins with the sink's tokens and ``sink`` is None. ``memory`` is the codec's. A line that
+    is ``closed`` holds the sink for good.
     """
 
     codec: Codec | None
     exact: Tokens
     sink: Tokens | None = None
-    records: tuple[Record, ...] = ()
+    spans: Spans | None = None
     memory: Memory = dataclasses.field(default_factory=dict)
+    closed: bool = False
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The encoded spans."""
+        return () if self.spans is None else self.spans.records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +106,7 @@ class Cache:
             for i, tensor in enumerate(like):
                 codec = policy.codec(kind, i)
                 sink = None if codec is None else Tokens.of(tensor)
-                found.append(Line(codec, Tokens.of(tensor), sink, (), dict(given[i]) if given and codec else {}))
+                found.append(Line(codec, Tokens.of(tensor), sink, None, dict(given[i]) if given and codec else {}))
             return tuple(found)
 
         keys, values = memories or (None, None)
@@ -124,6 +135,8 @@ class Cache:
         split = max(0, self.policy.sink - self.frames) * self.layout.tokens
 
         def grown(line: Line, new: Tensor) -> Line:
+            if line.closed:
+                return line
             if line.sink is None or not split:
                 return dataclasses.replace(line, exact=line.exact.appended(new))
             sink = line.sink.appended(new[:, :split])
@@ -153,10 +166,13 @@ class Cache:
         dropped = max(0, first - max(self.first, first_exact)) * per_frame
 
         def shorter(line: Line, sink: Tensor | None) -> Line:
+            if line.closed:
+                return line if sink is None or line.codec else dataclasses.replace(line, exact=Tokens.of(sink))
             if line.codec is None:
                 lead = self.sink * per_frame
                 return dataclasses.replace(line, exact=line.exact.without(lead, lead + excess * per_frame, sink))
-            return dataclasses.replace(line, exact=line.exact.without(0, dropped), records=line.records[gone:])
+            spans = line.spans and line.spans.without(gone)
+            return dataclasses.replace(line, exact=line.exact.without(0, dropped), spans=spans)
 
         return dataclasses.replace(
             self,
@@ -189,14 +205,15 @@ class Cache:
         count = span * self.layout.tokens
 
         def encoded(line: Line, kind: Kind, seed: int) -> Line:
-            if line.codec is None:
+            if line.codec is None or line.closed:
                 return line
             x = line.exact.tensor[:, :count]
             if kind == "keys":
                 x = self.rotary(x, begin, inverse=True)
             record, memory = line.codec.encode(x, kind, line.memory, seed)
             exact = rest_of(line.exact, count)
-            return dataclasses.replace(line, exact=exact, records=(*line.records, record), memory=memory)
+            spans = Spans.of(record) if line.spans is None else line.spans.appended(record)
+            return dataclasses.replace(line, exact=exact, spans=spans, memory=memory)
 
         return dataclasses.replace(
             self,
@@ -205,6 +222,19 @@ class Cache:
             first_packed=self.first_packed if self.packed else begin,
             packed=self.packed + span,
         )
+
+    def closing(self, layers: Collection[int]) -> Cache:
+        """Without the history of some layers, of which the sink alone stays and nothing new is kept."""
+
+        def closed(line: Line, sink: Tensor) -> Line:
+            kept = Tokens.of(sink.clone())
+            exact = kept if line.codec is None else Tokens.of(kept.tensor[:, :0])
+            return Line(line.codec, exact, None if line.codec is None else kept, memory=line.memory, closed=True)
+
+        def lines(kind: Kind, old: Sequence[Line]) -> tuple[Line, ...]:
+            return tuple(closed(line, self.sink_of(kind, i)) if i in layers else line for i, line in enumerate(old))
+
+        return dataclasses.replace(self, keys=lines("keys", self.keys), values=lines("values", self.values))
 
     def prefix(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a call attends to besides its own tokens: per layer keys, rotated, and values [B, P, heads, head_dim].
@@ -215,16 +245,9 @@ class Cache:
         return keys, [self._dense(line, "values", i) for i, line in enumerate(self.values)]
 
     def _dense(self, line: Line, kind: Kind, layer: int) -> Tensor:
-        if line.codec is None or line.sink is None:
+        if line.codec is None:
             return line.exact.tensor
-        sink, exact = line.sink.tensor, line.exact.tensor
-        if (
-            kind == "keys"
-            and self.first > self.policy.sink
-            and (moved := self._sink_keys(layer, self.first)) is not None
-        ):
-            sink = moved
-        pieces = [sink]
+        exact, pieces = line.exact.tensor, [self.sink_of(kind, layer)]
         for i, record in enumerate(line.records):
             x, frame = line.codec.decode(record, kind).to(exact.dtype), self.first_packed + i * self._span
             pieces.append(self.rotary(x, frame) if kind == "keys" else x)
@@ -232,14 +255,28 @@ class Cache:
             pieces[1] = pieces[1][:, gone * self.layout.tokens :]
         return joined([*pieces, exact])
 
+    def line(self, kind: Kind, layer: int) -> Line:
+        """Keys or values of a layer."""
+        return (self.keys if kind == "keys" else self.values)[layer]
+
+    def sink_of(self, kind: Kind, layer: int) -> Tensor:
+        """A layer's sink [B, T, heads, head_dim], keys rotated to where they lie for the next chunk."""
+        line = self.line(kind, layer)
+        if line.sink is None:
+            return line.exact.tensor[:, : self.sink * self.layout.tokens]
+        if kind == "keys" and self.first > self.policy.sink:
+            moved = self._sink_keys(layer, self.first)
+            return line.sink.tensor if moved is None else moved
+        return line.sink.tensor
+
     def exact(self, kind: Kind, layer: int) -> Tensor:
         """What a codec would get of the exact tokens: values, or keys before their rotation [B, T, heads, head_dim].
 
         Raises:
             ValueError: when the exact tokens do not begin with the video's first frame.
         """
-        line = (self.keys if kind == "keys" else self.values)[layer]
-        if line.sink is not None or self.first > self.policy.sink:
+        line = self.line(kind, layer)
+        if line.closed or line.sink is not None or self.first > self.policy.sink:
             raise ValueError("this cache was encoded or evicted: take one of a policy without codec and window")
         x = line.exact.tensor
         return self.rotary(x, 0, inverse=True) if kind == "keys" else x
@@ -248,29 +285,21 @@ class Cache:
     def _span(self) -> int:
         return self.policy.span * self.layout.chunk
 
-    def nbytes(self, kind: Literal["exact", "packed", "all"] = "all") -> int:
-        """Bytes of all layers' keys and values: tokens as they are, encoded spans, or both."""
+    def nbytes(self, kind: Literal["exact", "packed", "all", "reserved"] = "all") -> int:
+        """Bytes of all layers' keys and values: tokens as they are, encoded spans, or both.
+
+        ``reserved`` are those of memory that waits for more encoded spans, which the others leave out.
+        """
         lines = (*self.keys, *self.values)
+        spans = [line.spans for line in lines if line.spans is not None]
+        if kind == "reserved":
+            return sum(found.reserved for found in spans)
         exact = sum(line.exact.nbytes + (0 if line.sink is None else line.sink.nbytes) for line in lines)
         exact += sum(origin.numel() * origin.element_size() for origin in self.origins)
-        packed = sum(_nbytes(line.records) for line in lines)
+        packed = sum(found.record.nbytes for found in spans)
         return {"exact": exact, "packed": packed, "all": exact + packed}[kind]
 
     @property
     def moved(self) -> int:
         """Bytes that were copied from one place to another since the cache was empty."""
         return sum(line.exact.buffer.moved for line in (*self.keys, *self.values))
-
-
-def _nbytes(records: Sequence[Record]) -> int:
-    """Bytes of spans of one video batch; what is stored once a video counts once."""
-    seen: set[int] = set()
-    total = 0
-    for record in records:
-        for field in record.fields:
-            tensor = record.tensors[field.name]
-            if field.per == "model" or (field.per == "video" and id(tensor) in seen):
-                continue
-            seen.add(id(tensor))
-            total += tensor.numel() * tensor.element_size()
-    return total

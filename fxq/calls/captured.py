@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import fx
@@ -98,6 +98,18 @@ def convention(module: fx.GraphModule) -> tuple[list[str], pytree.TreeSpec]:
     """Names of a captured call's arguments, and the structure of (args, kwargs)."""
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     return [name for name in info.orig_args if name != "self"], info.in_spec
+
+
+def set_convention(
+    module: fx.GraphModule,
+    names: Sequence[str],
+    spec: pytree.TreeSpec,
+    rules: CallRules,
+    results: pytree.TreeSpec | None = None,
+) -> None:
+    """Give a graph whose inputs, or results, were changed other ones; the module has to be compiled again."""
+    out_spec = results or module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    module.graph.set_codegen(CheckedCalls(_PyTreeInfo(list(names), spec, out_spec), rules))
 
 
 def rules_of(module: fx.GraphModule) -> CallRules | None:

@@ -42,10 +42,11 @@ class Rewrite(Pass):
     """Changes the graph's structure; notes of nodes that stay are kept.
 
     A ``repeatable`` rewrite may run on a graph that is at the stage it gives: fusions do, in any order. So may one that
-    gives the stage it needs.
+    gives the stage it needs. One of ``any_stage`` may run from the stage it needs on, and leaves the graph at its own.
     """
 
     repeatable: ClassVar[bool] = False
+    any_stage: ClassVar[bool] = False
 
 
 class Fusion(Rewrite):
@@ -54,6 +55,11 @@ class Fusion(Rewrite):
     needs: ClassVar[Stage] = Stage.FROZEN
     gives: ClassVar[Stage] = Stage.FUSED
     repeatable: ClassVar[bool] = True
+
+
+def _given(step: Rewrite, stage: Stage) -> bool:
+    """Whether a graph of this stage is past a rewrite."""
+    return stage >= step.gives + (step.repeatable or step.gives == step.needs)
 
 
 def _structure(graph: QuantGraph) -> str:
@@ -82,7 +88,7 @@ def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str
             raise PassError(
                 f"{step.name} needs a {step.needs.name} graph, this one is {graph.stage.name}; run the passes before it"
             )
-        if isinstance(step, Rewrite) and graph.stage >= step.gives + (step.repeatable or step.gives == step.needs):
+        if isinstance(step, Rewrite) and not step.any_stage and _given(step, graph.stage):
             raise PassError(f"{step.name} gives a {step.gives.name} graph, this one is {graph.stage.name} already")
         if on_pass is not None:
             on_pass(step.name)

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim
 
+from fxq.cache.absorb import Absorption, Watch
+from fxq.cache.inputs import MAPS, TABLES, LayerPrefix, Packing, added_arguments, graph_of, packed_inputs, takes_maps
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
-from fxq.models.causal_wan import CausalWan, rope_tables
+from fxq.models.causal_wan import CausalWan, CausalWanBlock, rope_tables
 from fxq.models.schedule import FlowSchedule
 from fxq.models.wan_rotary import WanRotary
+from fxq.passes.absorb_cache import observed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +58,12 @@ class SamplerConfig:
         return self.schedule.warp(steps) if self.warp else tuple(float(s) for s in steps)
 
 
-Prefix = tuple[list[Tensor], list[Tensor]]
-"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each."""
+Prefix = tuple[Sequence[LayerPrefix], Sequence[LayerPrefix]]
+"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each, or what a packed graph takes of them."""
+
+
+Added = tuple[Tensor | list[Tensor], ...]
+"""Arguments that the running graph takes beside the model's: tables of encoded tokens, maps of absorbed layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +74,7 @@ class SelfForcingState(State):
     cross_k: tuple[Tensor, ...]
     cross_v: tuple[Tensor, ...]
     calls: int
+    absorption: Absorption | None = None
 
 
 class SelfForcingRollout(Rollout):
@@ -81,6 +89,8 @@ class SelfForcingRollout(Rollout):
         sampler: the loop's settings.
         any_size: capture a graph for frames of any height and width, on small ones; else for those of the draws.
         cache_tables: what the codecs of the cache learned from calibration, see :func:`fxq.cache.choose.cache_tables`.
+        absorb_priors: per layer, the map of calibration videos that those of a video are drawn towards; see
+            :class:`fxq.cache.absorb.Absorption`.
     """
 
     def __init__(
@@ -91,12 +101,15 @@ class SelfForcingRollout(Rollout):
         *,
         any_size: bool = False,
         cache_tables: Memories | None = None,
+        absorb_priors: Sequence[Tensor] = (),
     ) -> None:
         super().__init__(model, batches)
         self.model = model
         self.sampler = sampler or SamplerConfig()
         self.any_size = any_size
         self.cache_tables = cache_tables
+        self.absorb_priors = tuple(absorb_priors)
+        self._observed: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
     def _given(self, condition: Condition) -> int:
         latent = condition.get("initial_latent")
@@ -134,7 +147,10 @@ class SelfForcingRollout(Rollout):
         rotary = WanRotary(config.head_dim, draws.shape[2] // rows, draws.shape[3] // columns)
         layout = Layout(rotary.tokens, self.sampler.frames_per_chunk)
         cache = Cache.empty(self.sampler.cache, layout, rotary, none, self.cache_tables)
-        return SelfForcingState(condition, draws, 0, latents, cache, none, none, 0)
+        settings, absorption = self.sampler.cache.absorb, None
+        if settings is not None:
+            absorption = Absorption.begin(settings, config.num_layers, config.num_heads, empty, self.absorb_priors)
+        return SelfForcingState(condition, draws, 0, latents, cache, none, none, 0, absorption)
 
     def fork(self, state: State) -> SelfForcingState:
         """An independent continuation; the state's cache is then never written over."""
@@ -144,12 +160,21 @@ class SelfForcingRollout(Rollout):
     def advance(self, state: State, on_call: OnCall | None = None) -> SelfForcingState:
         """One chunk: denoising calls, then the context call; a given chunk is one context-like call."""
         state = cast(SelfForcingState, state)
+        state = dataclasses.replace(state, cache=state.cache.evict())
+        prefix, watch = self._prefix(state), self._watch(state)
+        if watch is None:
+            return self._chunk(state, prefix, on_call)
+        with self.using(watch):
+            after = self._chunk(state, prefix, on_call)
+        absorption = watch.absorption.leaving(state.next_unit)
+        cache = after.cache.closing(absorption.converted) if absorption.converted else after.cache
+        return dataclasses.replace(after, absorption=absorption, cache=cache)
+
+    def _chunk(self, state: SelfForcingState, prefix: tuple[Prefix, Added], on_call: OnCall | None) -> SelfForcingState:
         sampler, weight = self.sampler, self.model.patch_embedding.weight
         size, unit = sampler.frames_per_chunk, state.next_unit
         given = self._given(state.condition) // size
         lo, hi = unit * size, (unit + 1) * size
-        state = dataclasses.replace(state, cache=state.cache.evict())
-        prefix = state.cache.prefix()
         if unit < given:
             latents = state.condition["initial_latent"][:, lo:hi].to(weight.device, weight.dtype)
             state = self._write(state, prefix, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
@@ -171,9 +196,54 @@ class SelfForcingRollout(Rollout):
             state = self._write(state, prefix, latents, "context", span, on_call)
         return dataclasses.replace(state, next_unit=unit + 1, latents=torch.cat((state.latents, latents), dim=1))
 
+    def _prefix(self, state: SelfForcingState) -> tuple[Prefix, Added]:
+        """What the running module takes of a cache: dense keys and values, or encoded ones; and what else it takes.
+
+        Raises:
+            ValueError: when the module was packed for another cache, or takes no maps where layers absorb.
+        """
+        cache, packing = state.cache, Packing.of(self._running)
+        maps = {} if state.absorption is None else {MAPS: list(state.absorption.maps)}
+        if maps and not takes_maps(self._running):
+            raise ValueError(
+                "the cache policy absorbs layers and the module takes no maps: make one that does, "
+                "fxq.passes.absorb_cache(module, policy)"
+            )
+        if takes_maps(self._running) and not maps:
+            raise ValueError("the module takes maps and the cache policy absorbs no layer: set its absorb")
+        if packing is None:
+            return cache.prefix(), tuple(maps.values())
+        chunk = cache.layout.tokens * cache.layout.chunk
+        if packing != (wanted := Packing.for_cache(cache.policy, len(cache.keys), chunk)):
+            raise ValueError(
+                f"the module was packed for a cache of {packing}, the rollout keeps one of {wanted}: pack it with the "
+                "cache policy of the sampler"
+            )
+        found = packed_inputs(cache)
+        added = {TABLES[0]: found.cos, TABLES[1]: found.sin} | maps
+        return (found.keys, found.values), tuple(added[name] for name in added_arguments(self._running))
+
+    def _watch(self, state: SelfForcingState) -> Watch | None:
+        """The running module with what its layers' maps are fitted to, in a warm-up with something to see."""
+        absorption, cache, graph = state.absorption, state.cache, graph_of(self._running)
+        if absorption is None or graph is None:
+            return None
+        if not absorption.observes(state.next_unit, cache.kept > cache.sink):
+            return None
+        if self._observed is None or self._observed[0] is not graph:
+            self._observed = graph, observed(graph, cache.policy.sink * cache.layout.tokens)
+        weights = [cast(CausalWanBlock, block).self_attn.o.weight.T for block in self.model.blocks]
+        return Watch(self._observed[1], absorption.entering(state.next_unit), weights)
+
     def _call(
-        self, state: SelfForcingState, prefix: Prefix, x: Tensor, kind: Kind, span: Span, on_call: OnCall | None
-    ) -> tuple[Tensor, SelfForcingState, Prefix]:
+        self,
+        state: SelfForcingState,
+        prefix: tuple[Prefix, Added],
+        x: Tensor,
+        kind: Kind,
+        span: Span,
+        on_call: OnCall | None,
+    ) -> tuple[Tensor, SelfForcingState, tuple[list[Tensor], list[Tensor]]]:
         config, weight = self.model.config, self.model.patch_embedding.weight
         prompt = state.condition["prompt_embeds"].to(weight.device, weight.dtype)
         if state.calls:
@@ -189,16 +259,23 @@ class SelfForcingRollout(Rollout):
             prompt,
             list(state.cross_k),
             list(state.cross_v),
-            *prefix,
+            *prefix[0],
             cos.to(x.device),
             sin.to(x.device),
+            *prefix[1],
             on_call=on_call,
         )
         after = dataclasses.replace(state, cross_k=tuple(cross_k), cross_v=tuple(cross_v), calls=state.calls + 1)
         return output, after, (list(k), list(v))
 
     def _write(
-        self, state: SelfForcingState, prefix: Prefix, latents: Tensor, kind: Kind, span: Span, on_call: OnCall | None
+        self,
+        state: SelfForcingState,
+        prefix: tuple[Prefix, Added],
+        latents: Tensor,
+        kind: Kind,
+        span: Span,
+        on_call: OnCall | None,
     ) -> SelfForcingState:
         _, state, new = self._call(state, prefix, latents, kind, span, on_call)
         return dataclasses.replace(state, cache=state.cache.append(*new).commit())

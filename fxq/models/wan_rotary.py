@@ -24,8 +24,9 @@ class WanRotary:
 
     def __call__(self, x: Tensor, first_frame: int, inverse: bool = False) -> Tensor:
         """Rotate keys [B, T, heads, head_dim] of whole frames to their places, or back."""
-        frames = x.shape[1] // self.tokens
-        cos, sin = (
-            table.to(x.device) for table in rope_tables(self.head_dim, frames, self.rows, self.columns, first_frame)
-        )
+        cos, sin = (table.to(x.device) for table in self.tables(x.shape[1] // self.tokens, first_frame))
         return apply_rope(x, cos, -sin if inverse else sin)
+
+    def tables(self, frames: int, first_frame: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, see :func:`~fxq.models.causal_wan.rope_tables`."""
+        return rope_tables(self.head_dim, frames, self.rows, self.columns, first_frame)

@@ -14,7 +14,8 @@ from fxq.kernels.op import declare
 from fxq.kernels.quantize.op import FLOATS
 
 
-def _supports(a: Attention) -> str:
+def supports(a: Attention) -> str:
+    """The reason why arguments are not supported, or ""."""
     q, k, v = a
     if q.ndim != 4 or q.dtype not in FLOATS:
         return f"q is {q.dtype} {tuple(q.shape)}: expected float32, bfloat16 or float16 [B, S, heads, head_dim]"
@@ -55,7 +56,7 @@ def _samples() -> Sequence[Attention]:
     return cases
 
 
-@declare(Attention, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+@declare(Attention, fake=_fake, samples=_samples, supports=supports, max_error=2**-6)
 def attention(a: Attention) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v in order, no mask.
 

@@ -34,7 +34,7 @@ class FuseAttention(Fusion):
         for node in patterns.calls(graph, _ATTENTION):
             name = _name(node)
             try:
-                pieces = _fuse(graph, node)
+                pieces = fuse(graph, node)
             except Unfit as reason:
                 graph.note(name, f"attention left as it is: {reason}")
                 continue
@@ -53,12 +53,16 @@ def _name(node: fx.Node) -> str:
     return module_path(node) or "attention"
 
 
-def _fuse(graph: QuantGraph, node: fx.Node) -> int:
-    """Replace one attention; returns the number of pieces."""
+def fuse(graph: QuantGraph, node: fx.Node) -> int:
+    """Replace one attention; returns the number of pieces.
+
+    Raises:
+        Unfit: when the operator cannot say what it computes.
+    """
     named = arguments(node)
     q, k, v = (_untransposed(named[name], name) for name in ("query", "key", "value"))
     _check_plain(named, shape_of(q), shape_of(k), shape_of(v))
-    result = _result(node, shape_of(q))
+    result = result_of(node)
     keys, values = _pieces(k, named["key"]), _pieces(v, named["value"])
     if not keys or not values or not _aligned(keys, values):
         keys, values = [k], [v]
@@ -110,13 +114,18 @@ def _untransposed(node: fx.Node, name: str) -> fx.Node:
     raise Unfit(f"its {name} does not come from [B, S, heads, head_dim] through a transpose")
 
 
-def _result(node: fx.Node, q: tuple[int, ...]) -> fx.Node:
-    """The ``[B, S, heads * head_dim]`` node after attention."""
+def result_of(node: fx.Node) -> fx.Node:
+    """The ``[B, S, heads * head_dim]`` node after attention.
+
+    Raises:
+        Unfit: when there is none.
+    """
+    batch, heads, rows, width = shape_of(node)
     back = patterns.only_user(node)
     if back is None or not _swapped(back):
         raise Unfit("its result is not transposed back to [B, S, heads, head_dim]")
     for step in patterns.ahead(back, patterns.RESHAPES):
-        if same(shape_of(step), (*q[:2], q[2] * q[3])):
+        if same(shape_of(step), (batch, rows, heads * width)):
             return step
     raise Unfit("its result is not flattened to [B, S, heads * head_dim]")
 

@@ -21,6 +21,9 @@ SCHEMAS = {
     f"dual_scale_linear_add({OPERANDS}, int bits, Tensor residual, Tensor? gate) -> Tensor",
     "rms_norm_rope(Tensor x, Tensor? weight, float eps, Tensor? cos, Tensor? sin, int heads) -> Tensor",
     "attention(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
+    "attention_packed(Tensor q, Tensor[] k, Tensor[] v, Tensor[] packed_k, Tensor[] packed_v, Tensor cos, Tensor sin,"
+    " str codec, int span) -> Tensor",
+    "absorb(Tensor x, Tensor map) -> Tensor",
     "quantize_fp8(Tensor x, Tensor? perm, Tensor scale, int split) -> Tensor",
     f"dual_scale_linear_fp8({OPERANDS}, ScalarType dtype) -> Tensor",
     "quantize_per_token(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",

@@ -97,7 +97,7 @@ class Prq(Codec):
         """What was left, plus one centroid of every stage."""
         x = dequantize_blocks(record, self.grid, self.block).unflatten(1, (record.spans, record.shape.span))
         heads = x.shape[3]
-        names = unpack(record.tensors["ids"], self.id_bits, heads * self.stages).long()
+        names = unpack(record.tensors["ids"], self.id_bits, heads * self.stages).long().clamp_max(self.centroids - 1)
         names = names.unflatten(1, (record.spans, record.shape.span)).unflatten(-1, (heads, self.stages))
         centroids = record.tensors["centroids"].float()  # [B, spans, stages, heads, C, head_dim]
         for stage in range(self.stages):

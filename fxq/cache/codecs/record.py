@@ -37,7 +37,8 @@ class Field:
         return count * math.prod(self.shape) * self.dtype.itemsize
 
 
-_LEAD = {"token": 2, "span": 2, "video": 1, "model": 0}
+LEADING_AXES = {"token": 2, "span": 2, "video": 1, "model": 0}
+"""Axes before those of a field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Record:
         if set(self.tensors) != {field.name for field in self.fields}:
             raise RecordError(f"stored are {sorted(self.tensors)}, declared {sorted(f.name for f in self.fields)}")
         for field in self.fields:
-            tensor, lead = self.tensors[field.name], _LEAD[field.per]
+            tensor, lead = self.tensors[field.name], LEADING_AXES[field.per]
             if tensor.dtype != field.dtype or tuple(tensor.shape[lead:]) != field.shape or tensor.ndim < lead:
                 raise RecordError(
                     f"{field.name} is {tensor.dtype} {tuple(tensor.shape)}: expected {field.dtype} per {field.per} "
@@ -87,7 +88,7 @@ class Record:
                 )
         for field in self.fields:
             tensor = self.tensors[field.name]
-            want = (self.batch, self.tokens if field.per == "token" else self.spans)[: _LEAD[field.per]]
+            want = (self.batch, self.tokens if field.per == "token" else self.spans)[: LEADING_AXES[field.per]]
             if tuple(tensor.shape[: len(want)]) != want:
                 raise RecordError(
                     f"{field.name} {tuple(tensor.shape)} does not hold {self.batch} videos of {self.spans} spans of "

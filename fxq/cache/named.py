@@ -1,0 +1,64 @@
+"""Codecs as operators take them: a text of settings, and what reads the tensors that such codecs store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fxq.cache.codecs.codec import Codec, Kind
+from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.cache.settings import CacheSettingsError, codec_from_json, codec_to_json
+from fxq.kernels.attention.codecs import register
+from fxq.runtime.reading import ReadError, parse_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A codec for keys or for values, as :class:`fxq.kernels.attention.codecs.SpanCodec`."""
+
+    codec: Codec
+    kind: Kind
+
+    def stored(self, heads: int, head_dim: int, span: int) -> Sequence[Field]:
+        """The codec's fields."""
+        return self.codec.fields(Shape(heads, head_dim, span), self.kind)
+
+    def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
+        """The codec's numbers."""
+        shape = Shape(heads, head_dim, span)
+        return self.codec.decode(Record(self.codec.fields(shape, self.kind), tensors, shape), self.kind)
+
+
+def codecs_text(keys: Codec | None, values: Codec | None) -> str:
+    """What operators take for a layer's codecs; the same for equal settings."""
+    found = {"keys": keys, "values": values}
+    settings = {kind: None if codec is None else _plain(codec) for kind, codec in found.items()}
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def _plain(codec: Codec) -> dict[str, object]:
+    """Settings with every number in the type that the codec declares."""
+    return codec_to_json(codec_from_json(codec_to_json(codec)))
+
+
+@register
+def codecs_from_text(text: str) -> tuple[Bound | None, Bound | None]:
+    """Inverse of :func:`codecs_text`.
+
+    Raises:
+        CacheSettingsError: for a text of another form, an unknown codec, or a setting that it does not take.
+    """
+    try:
+        settings = parse_json(text)
+    except ReadError as error:
+        raise CacheSettingsError(f"the settings of the codecs are {error}") from None
+    if not isinstance(settings, dict) or set(settings) != {"keys", "values"}:
+        raise CacheSettingsError('the settings of the codecs: expected {"keys": ..., "values": ...}')
+
+    def bound(kind: Kind) -> Bound | None:
+        return None if settings[kind] is None else Bound(codec_from_json(settings[kind], kind), kind)
+
+    return bound("keys"), bound("values")

@@ -1,0 +1,80 @@
+"""How encoded keys and values are read: the form of a codec, and the one reader of codecs' names.
+
+Codecs are written above this package, so whoever has them registers the reader.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MOST_TEXT = 2000
+"""Longest text of settings."""
+
+
+class StoredTensor(Protocol):
+    """One tensor that a codec stores of spans of tokens."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+
+    @property
+    def per(self) -> str:
+        """What it has slices of: ``token`` [B, T, ...], ``span`` [B, spans, ...], ``video`` [B, ...], ``model``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The axes after those."""
+
+
+class SpanCodec(Protocol):
+    """What reads a layer's encoded keys, or its values."""
+
+    def stored(self, heads: int, head_dim: int, span: int) -> Sequence[StoredTensor]:
+        """The tensors of spans of so many tokens.
+
+        Raises:
+            ValueError: when the settings do not fit.
+        """
+
+    def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
+        """float32 [B, T, heads, head_dim] of whole spans; keys come without their rotary embedding."""
+
+
+Codecs = tuple[SpanCodec | None, SpanCodec | None]
+"""Of keys and of values; None: they are not encoded."""
+
+Reader = Callable[[str], Codecs]
+"""Codecs from the text of their settings; ValueError where there are none such."""
+
+_READERS: list[Reader] = []
+
+
+def register(reader: Reader) -> Reader:
+    """Read codecs by this function from now on."""
+    _READERS[:] = [reader]
+    codecs_of.cache_clear()
+    return reader
+
+
+@functools.lru_cache(maxsize=256)
+def codecs_of(text: str) -> Codecs:
+    """The codecs that a text names.
+
+    Raises:
+        ValueError: when it names none, or is too long to be such a text.
+    """
+    if not _READERS:
+        raise ValueError("no codec is known: import fxq.cache.named")
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"the settings of the codecs have {len(text)} characters, at most {MOST_TEXT}")
+    return _READERS[0](text)

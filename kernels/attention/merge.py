@@ -1,0 +1,42 @@
+"""Attention in parts: each part's result with the logarithm of its weights' sum, and what joins two of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MOST_SCORES = 2**22
+"""Most scores of queries and keys that exist at a time."""
+
+
+def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(q k^T / sqrt(head_dim)) v`` and ``log(sum(exp(q k^T / sqrt(head_dim))))``, computed in float32.
+
+    Args:
+        q: float [B, S, heads, head_dim].
+        k: float [B, L, heads, head_dim]; L may be 0.
+        v: as ``k``.
+
+    Returns:
+        float32 [B, S, heads, head_dim] and [B, S, heads, 1]; 0 and minus infinity where there is no key.
+    """
+    batch, rows, heads, width = q.shape
+    if not k.shape[1]:
+        return q.new_zeros(q.shape, dtype=torch.float32), q.new_full((batch, rows, heads, 1), -torch.inf).float()
+    queries, keys, values = (x.float().transpose(1, 2) for x in (q, k, v))
+    each = max(1, MOST_SCORES // max(1, batch * heads * k.shape[1]))
+    parts = []
+    for some in queries.split(each, dim=2):
+        scores = some @ keys.transpose(-1, -2) * width**-0.5
+        lse = scores.logsumexp(-1, keepdim=True)
+        parts.append((scores.sub_(lse).exp_() @ values, lse))
+    out, lse = (torch.cat(part, dim=2).transpose(1, 2) for part in zip(*parts, strict=True))
+    return out, lse
+
+
+def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to the keys of two parts, from the results of :func:`attention_lse` for each, in the same form."""
+    (a, lse_a), (b, lse_b) = first, second
+    lse = torch.logaddexp(lse_a, lse_b)
+    safe = torch.where(lse == -torch.inf, 0.0, lse)  # no key in either part
+    return a * (lse_a - safe).exp() + b * (lse_b - safe).exp(), lse

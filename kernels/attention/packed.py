@@ -1,0 +1,195 @@
+"""Unmasked attention to a cache whose old tokens are encoded: one span at a time is decoded, read and forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxq.kernels.arguments import Attention, AttentionPacked, RmsNormRope
+from fxq.kernels.attention import op
+from fxq.kernels.attention.codecs import SpanCodec, StoredTensor, codecs_of
+from fxq.kernels.attention.merge import attention_lse, merge
+from fxq.kernels.op import declare
+from fxq.kernels.rope.op import rms_norm_rope
+
+MOST_HEAD_DIM, MOST_SPAN = 1024, 2**30
+"""Limits of what is decoded: channels of a head, tokens of a span."""
+
+_LEAD = {"token": 2, "span": 2, "video": 1, "model": 0}
+
+
+def _supports(a: AttentionPacked) -> str:
+    if reason := op.supports(Attention(a.q, a.k, a.v)):
+        return reason
+    size = a.q.shape[3]
+    if size > MOST_HEAD_DIM or size % 2 or not 1 <= a.span <= MOST_SPAN:
+        return (
+            f"heads of {size} channels and spans of {a.span} tokens: expected an even number up to {MOST_HEAD_DIM} and "
+            f"1 to {MOST_SPAN}"
+        )
+    tokens = a.cos.shape[0]
+    for name, table in (("cos", a.cos), ("sin", a.sin)):
+        if table.dtype != torch.float32 or tuple(table.shape) != (tokens, size // 2):
+            return f"{name} is {table.dtype} {tuple(table.shape)}: expected float32 [tokens, {size // 2}]"
+    try:
+        codecs = codecs_of(a.codec)
+        if codecs == (None, None):
+            return "neither keys nor values have a codec: use fxq::attention"
+        held = [_held(a, kind) for kind in ("keys", "values")]
+        for name, codec, tensors, some in zip(("k", "v"), codecs, (a.packed_k, a.packed_v), held, strict=True):
+            if reason := _misfit(codec, tensors, a, tokens if some else 0):
+                return f"packed_{name}{reason}"
+        if bool(held[0]) != bool(held[1]):
+            return f"{held[0]} encoded tokens have keys, {held[1]} values: expected the same, or none"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPacked, tokens: int) -> str:
+    """Why tensors are not ``tokens`` tokens that a codec stores, or ""."""
+    batch, _, heads, size = a.q.shape
+    if codec is None:
+        want = (batch, tokens, heads, size)
+        if len(tensors) == 1 and tensors[0].dtype == a.q.dtype and tuple(tensors[0].shape) == want:
+            return ""
+        return f" are {_shown(tensors)}: expected {a.q.dtype} {want}, one tensor, as the codec says that it is exact"
+    fields = codec.stored(heads, size, a.span)
+    if len(tensors) != len(fields):
+        return f" are {len(tensors)} tensors: the codec stores {', '.join(field.name for field in fields)}"
+    spans = _spans(fields, tensors, a.span)
+    if tokens and not spans * a.span - a.span < tokens <= spans * a.span:
+        return f" are {spans} spans of {a.span} tokens, cos has {tokens}: expected so many without a part of the first"
+    for field, tensor in zip(fields, tensors, strict=True):
+        lead = (batch, spans * a.span if field.per == "token" else spans)[: _LEAD[field.per]]
+        form = (*lead, *field.shape)
+        if tensor.dtype != field.dtype or tuple(tensor.shape) != form:
+            return f".{field.name} is {tensor.dtype} {tuple(tensor.shape)}: expected {field.dtype} {form}"
+    return ""
+
+
+def _shown(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
+
+
+def _spans(fields: Sequence[StoredTensor], tensors: Sequence[Tensor], span: int) -> int:
+    """Number of spans that tensors hold."""
+    for field, tensor in zip(fields, tensors, strict=False):
+        if field.per in ("token", "span") and tensor.ndim > 1:
+            return tensor.shape[1] // (span if field.per == "token" else 1)
+    return 0
+
+
+def _held(a: AttentionPacked, kind: str) -> int:
+    """Number of tokens whose keys, or values, are stored; those of the first span that are evicted count."""
+    codec = codecs_of(a.codec)[kind == "values"]
+    tensors = a.packed_k if kind == "keys" else a.packed_v
+    if codec is None:
+        return tensors[0].shape[1] if tensors and tensors[0].ndim == 4 else 0
+    return _spans(codec.stored(a.q.shape[2], a.q.shape[3], a.span), tensors, a.span) * a.span
+
+
+def _fake(a: AttentionPacked) -> Tensor:
+    batch, rows, heads, size = a.q.shape
+    return a.q.new_empty((batch, rows, heads * size))
+
+
+def _samples() -> Sequence[AttentionPacked]:
+    random = torch.Generator().manual_seed(6)
+    exact = {"codec": "exact", "dtype": "float32"}
+    settings = {"codec": "per_token", "bits": 8, "block": 8, "asymmetric": False, "scale_dtype": "bfloat16"}
+    cases: list[AttentionPacked] = []
+    for rows, lengths, spans, gone, keys, values, dtype in (
+        (6, (2, 6), 2, 0, exact, exact, torch.float32),
+        (5, (0, 3, 5), 3, 2, settings, exact, torch.float32),
+        (4, (1, 4), 2, 1, exact, settings, torch.bfloat16),
+        (3, (0, 3), 0, 0, settings, None, torch.float32),
+    ):
+
+        def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
+
+        def stored(settings: Mapping[str, object] | None, tokens: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+            if settings is None:
+                return [normal(2, tokens, 2, 16, dtype=dtype)]
+            if settings["codec"] == "exact":
+                return [normal(2, tokens, 2, 16)]
+            codes = torch.randint(0, 255, (2, tokens, 2, 16), generator=random, dtype=torch.uint8)
+            return [codes, normal(2, tokens, 2, 2, dtype=torch.bfloat16).abs() / 127]
+
+        angle = torch.rand(spans * 4 - gone, 8, generator=random, dtype=torch.float32) * 6
+        k, v = ([normal(2, length, 2, 16, dtype=dtype) for length in lengths] for _ in range(2))
+        packed_k, packed_v = stored(keys, 4 * spans), stored(values, 4 * spans)
+        text = json.dumps({"keys": keys, "values": values})
+        q = normal(2, rows, 2, 16, dtype=dtype)
+        cases.append(AttentionPacked(q, k, v, packed_k, packed_v, angle.cos(), angle.sin(), text, 4))
+    return cases
+
+
+@declare(AttentionPacked, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+def attention_packed(a: AttentionPacked) -> Tensor:
+    """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v and the encoded spans, no mask.
+
+    At most one span of keys and values is decoded at a time; what was read of it is merged in float32.
+
+    Returns:
+        [B, S, heads * head_dim] in q's dtype, contiguous.
+
+    Raises:
+        ValueError: on a wrong dtype or shape, and on settings that name no codec or do not fit the shapes.
+    """
+    found = attention_lse(a.q, a.k[0], a.v[0])
+    for k, v in zip(a.k[1:], a.v[1:], strict=True):
+        found = merge(found, attention_lse(a.q, k, v))
+    for part in _parts(a):
+        found = merge(found, attention_lse(a.q, _keys(a, part), _decoded(a, "values", part)))
+    return found[0].to(a.q.dtype).flatten(2).contiguous()
+
+
+class _Part(NamedTuple):
+    """Span ``number``, whose tokens but the first ``skip`` are ``first`` to ``last`` of the tables."""
+
+    number: int
+    first: int
+    last: int
+    skip: int
+
+
+def _parts(a: AttentionPacked) -> Iterator[_Part]:
+    tokens = a.cos.shape[0] if _held(a, "keys") else 0
+    skip = -tokens % a.span
+    for number in range((tokens + skip) // a.span):
+        start = number * a.span - skip
+        yield _Part(number, max(start, 0), start + a.span, max(-start, 0))
+
+
+def _decoded(a: AttentionPacked, kind: str, part: _Part) -> Tensor:
+    """Keys as they are stored, or values, of a part, [B, tokens, heads, head_dim] in q's dtype."""
+    codec = codecs_of(a.codec)[kind == "values"]
+    tensors = a.packed_k if kind == "keys" else a.packed_v
+    if codec is None:
+        return tensors[0][:, part.first : part.last]
+    _, _, heads, size = a.q.shape
+    fields = codec.stored(heads, size, a.span)
+    own = {f.name: _cut(f, tensor, part.number, a.span) for f, tensor in zip(fields, tensors, strict=True)}
+    return codec.decode(own, heads, size, a.span)[:, part.skip :].to(a.q.dtype)
+
+
+def _keys(a: AttentionPacked, part: _Part) -> Tensor:
+    """As :func:`_decoded`, rotated; keys that no codec stored are rotated already."""
+    x = _decoded(a, "keys", part)
+    if codecs_of(a.codec)[0] is None:
+        return x
+    cos, sin = a.cos[part.first : part.last], a.sin[part.first : part.last]
+    return rms_norm_rope.compute(RmsNormRope(x.flatten(2), None, 0.0, cos, sin, x.shape[2]))
+
+
+def _cut(field: StoredTensor, tensor: Tensor, number: int, span: int) -> Tensor:
+    """The part of a stored tensor that belongs to one span."""
+    if field.per == "span":
+        return tensor[:, number : number + 1]
+    return tensor[:, number * span : (number + 1) * span] if field.per == "token" else tensor
