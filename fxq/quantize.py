@@ -32,6 +32,7 @@ from fxq.export.graph.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
 from fxq.job import ForwardLoop, Job, needs_data
 from fxq.passes.line import check_own
+from fxq.passes.with_cache import check_cache, with_cache
 from fxq.recipes import get_recipe, recipe_to_json
 from fxq.runtime.ambient import without_autocast
 from fxq.runtime.progress import Progress
@@ -88,7 +89,8 @@ def quantize(
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
-        fxq.passes.PassError: a pass has no place in the line, or breaks its promise.
+        fxq.passes.PassError: a pass has no place in the line, or breaks its promise; the recipe has a cache that the
+            model cannot have.
         fxq.core.verify.RuleError: a rule is broken after a pass; the message names both.
         OSError: checkpoint_dir cannot be written.
     """
@@ -109,6 +111,8 @@ def quantize(
             graph = _trace(model, example, shapes)
         with bar.step("plan"):
             job.plan(graph)
+        if chosen.cache is not None:
+            check_cache(graph, chosen.cache)
         compare_plans(workers, graph.plans)
         _warn_of_nothing(graph, chosen)
         data = job.calibrate(graph, loader, forward_loop)
@@ -118,7 +122,8 @@ def quantize(
         with bar.step("rewrite"):
             job.rewrite(graph)
     facts = None if alpha is None else alpha.tolist()
-    return finish(graph, chosen, data, facts, _never_called(model, graph))
+    module = finish(graph, chosen, data, facts, _never_called(model, graph))
+    return module if chosen.cache is None else with_cache(module, chosen.cache)
 
 
 def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False) -> Tensor:

@@ -11,7 +11,6 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxq import kernels
-from fxq.cache.inputs import MAPS
 from fxq.cache.policy import CachePolicy
 from fxq.calls.captured import convention, rules_of, set_convention
 from fxq.core.facts import Facts
@@ -21,6 +20,7 @@ from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
+from fxq.passes.match.cache_inputs import MAPS
 from fxq.passes.match.inputs import Maker, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, shape_of, value_of
 from fxq.passes.pack_cache import cached_layers

@@ -12,7 +12,6 @@ from torch import Tensor, fx
 from fxq import kernels
 from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.codecs.record import LEADING_AXES, Field, Shape
-from fxq.cache.inputs import TABLES
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.calls.captured import convention
@@ -23,6 +22,7 @@ from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
+from fxq.passes.match.cache_inputs import TABLES
 from fxq.passes.match.inputs import Maker, Part, Size, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, same, shape_of, value_of
 
@@ -54,8 +54,8 @@ class PackCache(Rewrite):
 
     Found by what is done with them: an input that is joined with the new keys, or values, for attention alone. The
     graph then takes a dict for each where a tensor was, and the rotary tables of the encoded tokens in two arguments
-    more (:func:`fxq.cache.inputs.packed_inputs` makes all of them); ``fxq::attention_packed`` decodes a span at a time.
-    Layers that the policy does not encode keep their inputs.
+    more (:func:`fxq.passes.match.cache_inputs.packed_inputs` makes all of them); ``fxq::attention_packed`` decodes a
+    span at a time. Layers that the policy does not encode keep their inputs.
     """
 
     policy: CachePolicy

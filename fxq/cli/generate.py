@@ -20,6 +20,7 @@ from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY, TINY_SAMPLER, load_tiny
+from fxq.passes.with_cache import policy_of
 from fxq.report.video import FORMATS, write_video
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.streams import stdout_console
@@ -82,15 +83,21 @@ def generate(
         )
     condition, draws = rollout.batches[0]
     batch = (condition, Draws(draws.seeds, (CHUNK * chunks, *SHAPE[1:])))
+    module = None if bundle is None else load(bundle)
+    own = None if module is None else policy_of(module)
+    if own is not None and (kv, window, sink, positions) != (None, -1, 0, "absolute"):
+        raise AdapterError(
+            f"{bundle} has a cache of its own, by its recipe: leave out --kv, --window, --sink, --positions"
+        )
     try:
         policy = CachePolicy(window=window, sink=sink, positions=positions, span=span)
-        sampler = dataclasses.replace(rollout.sampler, cache=_policy(policy, kv, kv_bits, chunks))
+        sampler = dataclasses.replace(rollout.sampler, cache=own or _policy(policy, kv, kv_bits, chunks))
     except AdapterError:
         raise
     except ValueError as error:
         raise AdapterError(f"the cache cannot be so: {error}") from error
     rollout = SelfForcingRollout(model, [batch], sampler)
-    video = generated(rollout, None if bundle is None else load(bundle))
+    video = generated(rollout, module)
     write_video(out, frames_of(video[0]), scale=scale)
     scores = sprites.score(video, conditions).means()
     words = sprites.describe(conditions[0])

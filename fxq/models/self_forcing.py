@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from fxq.cache.absorb import Absorption, Watch
-from fxq.cache.inputs import MAPS, TABLES, LayerPrefix, Packing, added_arguments, graph_of, packed_inputs, takes_maps
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
@@ -24,6 +23,16 @@ from fxq.models.causal_wan import CausalWan, CausalWanBlock, rope_tables
 from fxq.models.schedule import FlowSchedule
 from fxq.models.wan_rotary import WanRotary
 from fxq.passes.absorb_cache import observed
+from fxq.passes.match.cache_inputs import (
+    MAPS,
+    TABLES,
+    LayerPrefix,
+    Packing,
+    added_arguments,
+    graph_of,
+    packed_inputs,
+    takes_maps,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

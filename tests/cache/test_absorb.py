@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from tests.cache.test_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
 
 from fxq.cache.absorb import Absorb, Absorption, Statistics, Watch, solve
 from fxq.cache.codecs import Klt
-from fxq.cache.inputs import packed_inputs
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
-from tests.cache.test_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
+from fxq.passes.match.cache_inputs import packed_inputs
 
 
 def normal(*shape, seed=0):

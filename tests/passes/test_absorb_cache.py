@@ -8,7 +8,6 @@ import torch
 import fxq
 from fxq.cache.absorb import Absorb, Absorption
 from fxq.cache.codecs import Klt
-from fxq.cache.inputs import MAPS, TABLES, packed_inputs
 from fxq.cache.policy import CachePolicy
 from fxq.cache.saved import SavedCacheError
 from fxq.calibration.rollout import Draws
@@ -24,6 +23,7 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
 from fxq.passes import AbsorbCache, PackCache, absorb_cache, pack_cache
 from fxq.passes.absorb_cache import observed
+from fxq.passes.match.cache_inputs import MAPS, TABLES, packed_inputs
 
 PLAIN = CachePolicy(sink=3)
 POLICY = dataclasses.replace(PLAIN, absorb=Absorb())

@@ -11,7 +11,6 @@ import torch
 
 import fxq
 from fxq.cache.codecs import Exact, Klt, PerToken, Prq
-from fxq.cache.inputs import TABLES, Packing
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws
 from fxq.calls.captured import convention, rules_of
@@ -27,6 +26,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.models.tiny import load_tiny
 from fxq.passes import PackCache, pack_cache
+from fxq.passes.match.cache_inputs import TABLES, Packing
 from tests.kernels.attention.test_packed import Sizes
 
 KLT = Klt(1.0, rank=12)

@@ -37,6 +37,11 @@ class Codec(ABC):
             ValueError: when the settings do not fit the shape, with what would.
         """
 
+    @property
+    def needs_tables(self) -> bool:
+        """Whether it does nothing without what :meth:`learned` gives."""
+        return False
+
     def learned(self, x: Tensor) -> Memory:
         """What lies with the model and every video begins with, from calibration tokens [T, heads, head_dim]."""
         return {}

@@ -79,6 +79,11 @@ class Klt(Codec):
             Field("width", torch.uint8, self.fit, (groups, rank)),
         )
 
+    @property
+    def needs_tables(self) -> bool:
+        """Whether its basis comes from calibration."""
+        return self.fit == "model"
+
     def learned(self, x: Tensor) -> Memory:
         """Mean, basis, steps and widths with ``fit="model"``, else nothing."""
         return self.fitted(x) if self.fit == "model" else {}

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fxq.cache.codecs import Klt, PerToken
-from fxq.cache.inputs import Packing, packed_inputs
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout
 from fxq.kernels import attention, attention_packed
 from fxq.models.wan_rotary import WanRotary
+from fxq.passes.match.cache_inputs import Packing, packed_inputs
 
 LAYERS, BATCH, HEADS, DIM, CHUNK = 2, 2, 2, 12, 2
 ROTARY = WanRotary(DIM, 2, 2)
