@@ -89,8 +89,7 @@ def quantize(
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
-        fxq.passes.PassError: a pass has no place in the line, or breaks its promise; the recipe has a cache that the
-            model cannot have.
+        fxq.passes.PassError: a pass has no place in the line or breaks its promise, or the model has no such cache.
         fxq.core.verify.RuleError: a rule is broken after a pass; the message names both.
         OSError: checkpoint_dir cannot be written.
     """

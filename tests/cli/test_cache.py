@@ -74,3 +74,28 @@ def test_settings_that_exclude_each_other_are_refused(words, message, tmp_path):
 def test_a_codec_that_is_not_known_is_refused_with_those_that_are(tmp_path):
     done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--kv", "kvi2"])
     assert isinstance(done.exception, AdapterError) and "did you mean 'kivi2'" in str(done.exception)
+
+
+RECIPE = """
+extends = "w8a8-dynamic"
+name = "w8a8-klt"
+
+[cache]
+window = 21
+sink = 3
+positions = "relative"
+span = 2
+keys = "klt"
+values = "klt"
+"""
+
+
+def test_a_bundle_brings_the_cache_of_its_recipe(tmp_path):
+    (tmp_path / "r.toml").write_text(RECIPE)
+    words = ["quantize", "--out", str(tmp_path / "b"), "--recipe", str(tmp_path / "r.toml"), "--videos", "1", "--quiet"]
+    assert RUN.invoke(app, words).exit_code == 0
+    bundle = ("--bundle", str(tmp_path / "b"))
+    scores = generate(tmp_path, *bundle, "--chunks", "9")
+    assert scores["shape"] == scores["colour"] == 1
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), *bundle, "--kv", "qvg"])
+    assert isinstance(done.exception, AdapterError) and "cache of its own, by its recipe" in str(done.exception)
