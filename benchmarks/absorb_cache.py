@@ -41,6 +41,8 @@ SETTINGS = {
     "map of rank 8": Absorb(warmup=WARMUP, form="low_rank", rank=8),
     "map, a quarter of the layers": Absorb(warmup=WARMUP, ratio=0.25),
     "map, three quarters": Absorb(warmup=WARMUP, ratio=0.75),
+    "48 tokens per head": Absorb(warmup=WARMUP, tokens=48),
+    "16 tokens per head": Absorb(warmup=WARMUP, tokens=16),
 }
 
 
@@ -88,7 +90,7 @@ class Bench:
             "scores": sprites.score(state.latents[:, lo:], self.conditions).means(),
             "layers": [] if absorption is None else list(absorption.converted),
             "left": [] if absorption is None else [verdict.left for verdict in absorption.verdicts],
-            "bytes": state.cache.nbytes(),
+            "bytes": state.cache.nbytes() + (0 if absorption is None else absorption.nbytes),
         }
 
 

@@ -9,6 +9,7 @@ from fxq.kernels import native
 from fxq.kernels.attention.absorb import absorb
 from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.packed import attention_packed
+from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import dual_scale_linear
@@ -28,6 +29,7 @@ OPS: tuple[Op, ...] = (
     attention,
     attention_packed,
     absorb,
+    attention_weighted,
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_per_token,
@@ -40,6 +42,7 @@ __all__ = [
     "absorb",
     "attention",
     "attention_packed",
+    "attention_weighted",
     "dual_scale_linear",
     "dual_scale_linear_add",
     "dual_scale_linear_fp8",

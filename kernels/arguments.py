@@ -160,6 +160,26 @@ class AttentionPacked(NamedTuple):
     span: int
 
 
+class AttentionWeighted(NamedTuple):
+    """Arguments of :func:`fxq.kernels.attention.weighted.attention_weighted`.
+
+    Attributes:
+        q: as in :class:`Attention`.
+        k: as there.
+        v: as there.
+        few_k: of q's dtype [B, T, heads, head_dim]; T may be 0.
+        few_v: as ``few_k``.
+        weight: float32 [B, T, heads], how many keys each of ``few_k`` stands for; 0: none.
+    """
+
+    q: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+    few_k: Tensor
+    few_v: Tensor
+    weight: Tensor
+
+
 class AbsorbMap(NamedTuple):
     """Arguments of :func:`fxq.kernels.attention.absorb.absorb`.
 

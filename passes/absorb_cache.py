@@ -20,13 +20,14 @@ from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.cache_inputs import MAPS
+from fxq.passes.match.cache_inputs import FEW, MAPS
 from fxq.passes.match.inputs import Maker, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, shape_of, value_of
 from fxq.passes.pack_cache import cached_layers
 
 _SDPA, _ATTENTION = ATEN.scaled_dot_product_attention.default, kernels.attention.definition
 _PACKED, _ABSORB = kernels.attention_packed.definition, kernels.absorb.definition
+_WEIGHTED = kernels.attention_weighted.definition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,8 @@ class AbsorbCache(Rewrite):
     """``fxq::absorb`` on the result of every attention to a cache; the maps are one argument more, a list.
 
     It stands before the output projection and what quantizes its input. A map of zeros changes nothing, so layers are
-    converted by other maps and by a shorter cache, in the graph that is there.
+    converted by other maps and by a shorter cache, in the graph that is there. Where the policy asks for keys and
+    values that stand for a history, ``fxq::attention_weighted`` takes them; of none it is what it was.
     """
 
     policy: CachePolicy
@@ -53,12 +55,14 @@ class AbsorbCache(Rewrite):
             raise PassError(
                 "the cache policy absorbs nothing: set its absorb, for example CachePolicy(absorb=Absorb())"
             )
-        if MAPS in convention(graph.module)[0]:
+        if {MAPS, FEW} & set(convention(graph.module)[0]):
             raise PassError("the graph takes maps already: take the module that it was made from")
         try:
             nodes = list(_attentions(graph))
             if not nodes:
                 raise Unfit("no input is joined with new keys and values for attention alone")
+            if self.policy.absorb.tokens:
+                return _weigh(graph, nodes)
             return _insert(graph, nodes, self.policy.absorb.groups(_heads(nodes[0])))
         except (Unfit, ValueError) as error:
             raise PassError(f"this graph cannot take maps: {error}") from error
@@ -118,6 +122,30 @@ def _insert(graph: QuantGraph, nodes: list[fx.Node], groups: int) -> int:
     return len(nodes)
 
 
+def _weigh(graph: QuantGraph, nodes: list[fx.Node]) -> int:
+    """Attention to a few keys more, of which there are none until a layer is converted."""
+    after = graph.module.graph.find_nodes(op="placeholder")[-1].next
+    maker, inputs = Maker(value_of(nodes[0])), []
+    for i, node in enumerate(nodes):
+        if node.target == _PACKED:
+            raise Unfit("tokens that stand for a history do not go with a packed cache; use maps, tokens = 0")
+        attention = fuse_attention.fused(graph, node) if node.target == _SDPA else node
+        named = arguments(attention)
+        batch, _, heads, width = shape_of(named["q"])
+        dtype, few = value_of(named["q"]).dtype, maker.size(f"absorb_few_{i}", 2)
+        form = (batch, few, heads)
+        keys, values = (maker.input(after, f"absorb_{n}_{i}", (*form, width), dtype) for n in ("keys", "values"))
+        weight = maker.input(after, f"absorb_weight_{i}", form, torch.float32)
+        args = (named["q"], named["k"], named["v"], keys, values, weight)
+        edits.check_fits(graph, kernels.attention_weighted, args)
+        weighted = edits.insert(attention, attention, _WEIGHTED, args, value_of(attention))
+        attention.replace_all_uses_with(weighted)
+        graph.module.graph.erase_node(attention)
+        inputs.append({"keys": keys, "values": values, "weight": weight})
+    set_inputs(graph, {}, {FEW: inputs})
+    return len(nodes)
+
+
 @dataclasses.dataclass(frozen=True)
 class ObserveAttention(Rewrite):
     """Gives (local, full) of each layer as a last result: attention to ``sink`` and new tokens, and to everything.
@@ -158,12 +186,12 @@ class ObserveAttention(Rewrite):
     def _local(self, graph: QuantGraph, full: fx.Node) -> fx.Node:
         """Attention to sink and new tokens, beside that to everything."""
         node = full
-        if node.target not in (_ATTENTION, _PACKED):
+        if node.target not in (_ATTENTION, _PACKED, _WEIGHTED):
             raise PassError(f"{full.name} is no attention of fxq")
         named, pieces = arguments(node), []
         for name in ("k", "v"):
             first, *_, last = named[name]
-            if node.target == _ATTENTION:
+            if node.target != _PACKED:
                 value = value_of(first)
                 args = (first, 1, 0, self.sink)
                 sizes = (value.shape[0], self.sink, *value.shape[2:])
@@ -175,14 +203,17 @@ class ObserveAttention(Rewrite):
 
 def _mapped(graph: QuantGraph) -> Iterator[fx.Node]:
     """What a map is applied to, layer by layer, as attention of fxq."""
-    for node in patterns.calls(graph, _ABSORB):
+    for node in patterns.calls(graph, _ABSORB, _WEIGHTED):
+        if node.target == _WEIGHTED:
+            yield node
+            continue
         x = arguments(node)["x"]
         if not is_call(x, _ATTENTION, _PACKED):
             for step in list(
                 patterns.back(x, patterns.RESHAPES | frozenset({ATEN.transpose.int, ATEN.permute.default}))
             ):
                 if is_call(step, _SDPA):
-                    fuse_attention.fuse(graph, step)
+                    fuse_attention.fused(graph, step)
         yield arguments(node)["x"]
 
 

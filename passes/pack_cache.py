@@ -175,9 +175,7 @@ def _replace_attention(
 ) -> None:
     node = layer.attention
     if node.target == _SDPA:
-        before = set(patterns.calls(graph, _ATTENTION))
-        fuse_attention.fuse(graph, node)
-        (node,) = set(patterns.calls(graph, _ATTENTION)) - before
+        node = fuse_attention.fused(graph, node)
     named = arguments(node)
 
     def pieces(name: str, old: fx.Node) -> list[fx.Node]:

@@ -96,6 +96,7 @@ _KERNELS = (
     kernels.dual_scale_linear_per_token,
     kernels.attention_packed,
     kernels.absorb,
+    kernels.attention_weighted,
 )
 
 

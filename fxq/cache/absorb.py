@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxq.cache.compress import Few, compressed
+
 MOST_DOUBLE = 512
 """Widest map whose statistics are summed in float64; wider ones take float32."""
 
@@ -29,6 +31,8 @@ class Absorb:
         alpha: ridge, relative to the mean square of attention's results.
         most: a layer is converted when its map leaves less than this share of what evicting costs, on the last chunk of
             the warm-up, from maps fitted on those before.
+        tokens: in the place of a map, so many keys and values of each head that stand for the history: the means of its
+            clusters. Layers are chosen as for maps.
 
     Raises:
         ValueError: when a setting is out of range.
@@ -40,12 +44,15 @@ class Absorb:
     rank: int = 0
     alpha: float = 1e-2
     most: float = 0.5
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.form not in ("full", "per_head", "low_rank"):
             raise ValueError(f"form = {self.form!r}: expected 'full', 'per_head' or 'low_rank'")
         if (self.form == "low_rank") != (self.rank > 0) or self.rank < 0:
             raise ValueError(f"rank = {self.rank} with form = {self.form!r}: 'low_rank' needs 1 or more, others take 0")
+        if self.tokens < 0 or (self.tokens and self.form != "full"):
+            raise ValueError(f"tokens = {self.tokens} with form = {self.form!r}: expected 0, or 1 or more and 'full'")
         if self.warmup < 3 or not 0 < self.ratio <= 1 or not 0 < self.most <= 1 or not self.alpha > 0:
             raise ValueError(
                 f"warmup = {self.warmup}, ratio = {self.ratio}, most = {self.most}, alpha = {self.alpha}: expected 3 "
@@ -163,6 +170,7 @@ class Absorption:
         statistics: per layer.
         trial: per layer, the map that the last chunk of the warm-up measures; empty before.
         sums: per layer float64 [3, B]: squared errors with the map and without it, and the result's squares.
+        few: per layer, the keys and values that stand for its history; of length 0 for layers with their history.
         priors: per layer, the map that ridge draws towards; empty: zero.
         verdicts: per layer; empty until layers are converted.
     """
@@ -170,6 +178,7 @@ class Absorption:
     settings: Absorb
     maps: tuple[Tensor, ...]
     statistics: tuple[Statistics, ...]
+    few: tuple[Few, ...] = ()
     trial: tuple[Tensor, ...] = ()
     sums: tuple[Tensor, ...] = ()
     priors: tuple[Tensor, ...] = ()
@@ -192,7 +201,8 @@ class Absorption:
         width = heads * like.shape[3] // groups
         none = Statistics.zeros(like.shape[0], groups, width, like.device)
         zero = torch.zeros(like.shape[0], groups, width, width, dtype=torch.float32, device=like.device)
-        return cls(settings, (zero,) * layers, (none,) * layers, priors=tuple(priors))
+        few = (Few.none(like),) * layers
+        return cls(settings, (zero,) * layers, (none,) * layers, few, priors=tuple(priors))
 
     def observes(self, chunk: int, history: bool) -> bool:
         """Whether the calls of a chunk are to be seen; ``history``: there is more than the sink behind it."""
@@ -234,10 +244,34 @@ class Absorption:
         installed = tuple(maps[i] if i in chosen else old for i, old in enumerate(self.maps))
         return dataclasses.replace(self, maps=installed, statistics=(), trial=(), sums=(), verdicts=verdicts)
 
+    def standing_for(self, history: Callable[[int], tuple[Tensor, Tensor]]) -> Absorption:
+        """With keys and values that stand for the history of converted layers, where the settings ask for them.
+
+        Args:
+            history: keys, rotated, and values of a layer [B, L, heads, head_dim] without its sink.
+        """
+        count = self.settings.tokens
+        if not count:
+            return self
+        few = tuple(compressed(*history(i), count) if i in self.converted else old for i, old in enumerate(self.few))
+        return dataclasses.replace(self, few=few)
+
+    @property
+    def inputs(self) -> list[Tensor] | list[dict[str, Tensor]]:
+        """What the graph takes: maps, or keys and values that stand for histories."""
+        return [found.inputs() for found in self.few] if self.settings.tokens else list(self.maps)
+
     @property
     def converted(self) -> tuple[int, ...]:
         """Layers that forget their history."""
         return tuple(i for i, verdict in enumerate(self.verdicts) if verdict.converted)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what stands for the histories of converted layers."""
+        if self.settings.tokens:
+            return sum(self.few[i].nbytes for i in self.converted)
+        return sum(self.maps[i].numel() * self.maps[i].element_size() for i in self.converted)
 
     def _solved(self) -> tuple[Tensor, ...]:
         priors = self.priors or (None,) * len(self.statistics)

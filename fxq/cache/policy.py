@@ -88,6 +88,10 @@ class CachePolicy:
         """
         if self.absorb is not None:
             self.absorb.check(self.sink, chunk)
+            if self.absorb.tokens and self.packs:
+                raise ValueError(
+                    "tokens that stand for a history do not go with codecs: set keys and values to None, or tokens to 0"
+                )
         if self.window == -1:
             return
         if self.window < self.sink + chunk:

@@ -269,6 +269,12 @@ class Cache:
             return line.sink.tensor if moved is None else moved
         return line.sink.tensor
 
+    def history(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys, rotated, and values behind the sink, decoded [B, L, heads, head_dim]."""
+        skip = self.sink * self.layout.tokens
+        keys = self._dense(self.keys[layer], "keys", layer)
+        return keys[:, skip:], self._dense(self.values[layer], "values", layer)[:, skip:]
+
     def exact(self, kind: Kind, layer: int) -> Tensor:
         """What a codec would get of the exact tokens: values, or keys before their rotation [B, T, heads, head_dim].
 

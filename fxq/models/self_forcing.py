@@ -24,6 +24,7 @@ from fxq.models.schedule import FlowSchedule
 from fxq.models.wan_rotary import WanRotary
 from fxq.passes.absorb_cache import observed
 from fxq.passes.match.cache_inputs import (
+    FEW,
     MAPS,
     TABLES,
     LayerPrefix,
@@ -31,7 +32,6 @@ from fxq.passes.match.cache_inputs import (
     added_arguments,
     graph_of,
     packed_inputs,
-    takes_maps,
 )
 
 
@@ -71,7 +71,7 @@ Prefix = tuple[Sequence[LayerPrefix], Sequence[LayerPrefix]]
 """Per layer keys, rotated, and values, [B, P, heads, head_dim] each, or what a packed graph takes of them."""
 
 
-Added = tuple[Tensor | list[Tensor], ...]
+Added = tuple[object, ...]
 """Arguments that the running graph takes beside the model's: tables of encoded tokens, maps of absorbed layers."""
 
 
@@ -176,6 +176,8 @@ class SelfForcingRollout(Rollout):
         with self.using(watch):
             after = self._chunk(state, prefix, on_call)
         absorption = watch.absorption.leaving(state.next_unit)
+        if absorption.converted:
+            absorption = absorption.standing_for(after.cache.history)
         cache = after.cache.closing(absorption.converted) if absorption.converted else after.cache
         return dataclasses.replace(after, absorption=absorption, cache=cache)
 
@@ -211,17 +213,19 @@ class SelfForcingRollout(Rollout):
         Raises:
             ValueError: when the module was packed for another cache, or takes no maps where layers absorb.
         """
-        cache, packing = state.cache, Packing.of(self._running)
-        maps = {} if state.absorption is None else {MAPS: list(state.absorption.maps)}
-        if maps and not takes_maps(self._running):
+        cache, packing, names = state.cache, Packing.of(self._running), added_arguments(self._running)
+        added: dict[str, object] = {}
+        if state.absorption is not None:
+            added[FEW if state.absorption.settings.tokens else MAPS] = state.absorption.inputs
+        if missing := [name for name in added if name not in names]:
             raise ValueError(
-                "the cache policy absorbs layers and the module takes no maps: make one that does, "
+                f"the cache policy absorbs layers and the module does not take {missing[0]}: make one that does, "
                 "fxq.passes.absorb_cache(module, policy)"
             )
-        if takes_maps(self._running) and not maps:
-            raise ValueError("the module takes maps and the cache policy absorbs no layer: set its absorb")
+        if unfit := [name for name in (MAPS, FEW) if name in names and name not in added]:
+            raise ValueError(f"the module takes {unfit[0]} and the cache policy gives none: set its absorb")
         if packing is None:
-            return cache.prefix(), tuple(maps.values())
+            return cache.prefix(), tuple(added.values())
         chunk = cache.layout.tokens * cache.layout.chunk
         if packing != (wanted := Packing.for_cache(cache.policy, len(cache.keys), chunk)):
             raise ValueError(
@@ -229,8 +233,8 @@ class SelfForcingRollout(Rollout):
                 "cache policy of the sampler"
             )
         found = packed_inputs(cache)
-        added = {TABLES[0]: found.cos, TABLES[1]: found.sin} | maps
-        return (found.keys, found.values), tuple(added[name] for name in added_arguments(self._running))
+        added |= {TABLES[0]: found.cos, TABLES[1]: found.sin}
+        return (found.keys, found.values), tuple(added[name] for name in names)
 
     def _watch(self, state: SelfForcingState) -> Watch | None:
         """The running module with what its layers' maps are fitted to, in a warm-up with something to see."""

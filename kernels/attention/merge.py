@@ -9,13 +9,14 @@ MOST_SCORES = 2**22
 """Most scores of queries and keys that exist at a time."""
 
 
-def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def attention_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``softmax(q k^T / sqrt(head_dim)) v`` and ``log(sum(exp(q k^T / sqrt(head_dim))))``, computed in float32.
 
     Args:
         q: float [B, S, heads, head_dim].
         k: float [B, L, heads, head_dim]; L may be 0.
         v: as ``k``.
+        bias: float32 [B, L, heads], added to the scores of each key; minus infinity leaves it out.
 
     Returns:
         float32 [B, S, heads, head_dim] and [B, S, heads, 1]; 0 and minus infinity where there is no key.
@@ -28,8 +29,12 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     parts = []
     for some in queries.split(each, dim=2):
         scores = some @ keys.transpose(-1, -2) * width**-0.5
+        if bias is not None:
+            scores += bias.transpose(1, 2).unsqueeze(2)
         lse = scores.logsumexp(-1, keepdim=True)
-        parts.append((scores.sub_(lse).exp_() @ values, lse))
+        # A bias may leave no key; without one, scores that are all minus infinity come from keys that are not finite.
+        most = lse if bias is None else torch.where(lse == -torch.inf, 0.0, lse)
+        parts.append((scores.sub_(most).exp_() @ values, lse))
     out, lse = (torch.cat(part, dim=2).transpose(1, 2) for part in zip(*parts, strict=True))
     return out, lse
 

@@ -34,7 +34,7 @@ class FuseAttention(Fusion):
         for node in patterns.calls(graph, _ATTENTION):
             name = _name(node)
             try:
-                pieces = fuse(graph, node)
+                pieces = len(arguments(fused(graph, node))["k"])
             except Unfit as reason:
                 graph.note(name, f"attention left as it is: {reason}")
                 continue
@@ -53,8 +53,8 @@ def _name(node: fx.Node) -> str:
     return module_path(node) or "attention"
 
 
-def fuse(graph: QuantGraph, node: fx.Node) -> int:
-    """Replace one attention; returns the number of pieces.
+def fused(graph: QuantGraph, node: fx.Node) -> fx.Node:
+    """The call of ``fxq::attention`` that takes the place of one attention.
 
     Raises:
         Unfit: when the operator cannot say what it computes.
@@ -71,10 +71,10 @@ def fuse(graph: QuantGraph, node: fx.Node) -> int:
     args = (q, keys, values)
     edits.check_fits(graph, kernels.attention, args)
     value = value_of(q).new_empty(shape_of(result))
-    fused = edits.insert(result, node, kernels.attention.definition, args, value)
-    result.replace_all_uses_with(fused)
+    found = edits.insert(result, node, kernels.attention.definition, args, value)
+    result.replace_all_uses_with(found)
     edits.erase_unread(result)
-    return len(keys)
+    return found
 
 
 def _check_plain(named: dict[str, object], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:

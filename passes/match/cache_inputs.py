@@ -23,6 +23,9 @@ TABLES = ("packed_cos", "packed_sin")
 MAPS = "absorb_maps"
 """Argument of a graph whose layers can forget their history: a list of maps, one of each."""
 
+FEW = "absorb_tokens"
+"""As :data:`MAPS`, of keys and values that stand for histories: ``keys``, ``values`` and ``weight`` of each layer."""
+
 LayerPrefix = Tensor | Mapping[str, Tensor | Mapping[str, Tensor]]
 """A layer's keys or values: rotated and joined, or ``sink``, ``recent`` and ``packed``, the stored tensors by name."""
 
@@ -88,16 +91,10 @@ def graph_of(module: object) -> fx.GraphModule | None:
     return module if isinstance(module, fx.GraphModule) else None
 
 
-def takes_maps(module: object) -> bool:
-    """Whether a module's layers can forget their history."""
-    graph = graph_of(module)
-    return graph is not None and MAPS in convention(graph)[0]
-
-
 def added_arguments(module: object) -> list[str]:
     """Names of the arguments that a module takes beside those that a model has."""
     graph = graph_of(module)
-    return [] if graph is None else [name for name in convention(graph)[0] if name in (*TABLES, MAPS)]
+    return [] if graph is None else [name for name in convention(graph)[0] if name in (*TABLES, MAPS, FEW)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,6 +103,7 @@ def test_layers_are_chosen_by_what_is_left_and_guarded():
     assert found.converted == (0, 2)
     assert found.verdicts[0].left < 0.05 and found.verdicts[1].left > 0.5
     assert found.maps[0].any() and not found.maps[1].any() and not found.maps[3].any()
+    assert found.nbytes == 2 * 2 * 12 * 12 * 4
     assert driven(Absorb(ratio=1.0), layers).converted == (0, 2, 3)
     assert driven(Absorb(ratio=0.25), layers).converted == (2,)
     assert driven(Absorb(ratio=0.2), layers).converted == ()
@@ -129,6 +130,8 @@ def test_a_watch_hands_on_the_results_and_takes_in_the_pairs():
         ({"form": "diagonal"}, "form = 'diagonal'"),
         ({"form": "low_rank"}, "'low_rank' needs 1 or more"),
         ({"rank": 3}, "others take 0"),
+        ({"tokens": -1}, "tokens = -1"),
+        ({"tokens": 4, "form": "per_head"}, "expected 0, or 1 or more and 'full'"),
         ({"warmup": 2}, "warmup = 2"),
         ({"ratio": 1.5}, "ratio = 1.5"),
         ({"alpha": 0.0}, "alpha = 0.0"),
@@ -144,6 +147,7 @@ def test_settings_out_of_range_are_refused(settings, message):
     [
         (CachePolicy(absorb=Absorb()), "set sink to a chunk, 3 frames, or absorb=None"),
         (CachePolicy(sink=3, absorb=Absorb(warmup=3)), "set warmup to at least 4"),
+        (CachePolicy(sink=3, keys=Klt(), absorb=Absorb(tokens=4)), "set keys and values to None, or tokens to 0"),
         (CachePolicy(sink=3, window=8, absorb=Absorb()), "use a window of at least 9, or absorb=None"),
     ],
 )

@@ -24,6 +24,7 @@ SCHEMAS = {
     "attention_packed(Tensor q, Tensor[] k, Tensor[] v, Tensor[] packed_k, Tensor[] packed_v, Tensor cos, Tensor sin,"
     " str codec, int span) -> Tensor",
     "absorb(Tensor x, Tensor map) -> Tensor",
+    "attention_weighted(Tensor q, Tensor[] k, Tensor[] v, Tensor few_k, Tensor few_v, Tensor weight) -> Tensor",
     "quantize_fp8(Tensor x, Tensor? perm, Tensor scale, int split) -> Tensor",
     f"dual_scale_linear_fp8({OPERANDS}, ScalarType dtype) -> Tensor",
     "quantize_per_token(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",

@@ -23,7 +23,7 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
 from fxq.passes import AbsorbCache, PackCache, absorb_cache, pack_cache
 from fxq.passes.absorb_cache import observed
-from fxq.passes.match.cache_inputs import MAPS, TABLES, packed_inputs
+from fxq.passes.match.cache_inputs import FEW, MAPS, TABLES, packed_inputs
 
 PLAIN = CachePolicy(sink=3)
 POLICY = dataclasses.replace(PLAIN, absorb=Absorb())
@@ -133,6 +133,28 @@ def test_quantized_layers_and_encoded_caches_absorb_as_well(tiny, quantized):
     assert coded.cache.nbytes() < found.cache.nbytes() / 3
 
 
+def test_tokens_may_stand_for_a_history(tiny, traced):
+    policy = dataclasses.replace(PLAIN, absorb=Absorb(tokens=48))
+    graph = run_passes(traced.fork(), (AbsorbCache(policy),))
+    assert convention(graph.module)[0][-1] == FEW
+    whole, found = made(tiny, tiny, PLAIN, 7, 3), made(tiny, graph.module, policy, 7, 3)
+    assert torch.equal(found.latents[:, :WARM], whole.latents[:, :WARM])
+    assert found.absorption.converted == (0, 3) and psnr(found.latents, whole.latents, (5, 7)) >= 45
+    assert [few.keys.shape[1] for few in found.absorption.few] == [48, 0, 0, 48]
+
+
+@pytest.mark.slow
+def test_tokens_stand_for_histories_of_quantized_graphs_that_are_saved_and_optimized(tiny, quantized, tmp_path):
+    policy = dataclasses.replace(PLAIN, absorb=Absorb(tokens=48))
+    module = absorb_cache(quantized, policy)
+    fxq.save(module, tmp_path / "bundle", fingerprint=False)
+    whole, want = made(tiny, quantized, PLAIN, 7, 4).latents, made(tiny, module, policy, 7, 4).latents
+    loaded = fxq.load(tmp_path / "bundle")
+    assert torch.equal(made(tiny, loaded, policy, 7, 4).latents, want)
+    assert psnr(want, whole, (5, 7)) >= 42
+    assert psnr(made(tiny, fxq.optimize(loaded), policy, 7, 4).latents, whole, (5, 7)) >= 38
+
+
 def test_a_packed_graph_with_maps_equals_a_dense_one(tiny, traced, absorbing):
     graphs = [run_passes(traced.fork(), passes).module for passes in (_ORDER, _ORDER[::-1])]
     assert convention(graphs[0])[0][-3:] == [*TABLES, MAPS] and convention(graphs[1])[0][-3:] == [MAPS, *TABLES]
@@ -225,13 +247,20 @@ def test_what_cannot_absorb_is_named(tiny, absorbing, quantized, traced, tmp_pat
         absorb_cache(quantized, PLAIN)
     with pytest.raises(PassError, match="takes maps already"):
         run_passes(traced.fork(), (AbsorbCache(POLICY), AbsorbCache(POLICY)))
+    tokens = dataclasses.replace(PLAIN, absorb=Absorb(tokens=4))
+    with pytest.raises(PassError, match="do not go with a packed cache; use maps, tokens = 0"):
+        run_passes(traced.fork(), (PackCache(CODED), AbsorbCache(tokens)))
+    with pytest.raises(ValueError, match="does not take absorb_tokens"):
+        made(tiny, absorbing, tokens, 1, 2)
     with pytest.raises(PassError, match="no input is joined with new keys"):
         run_passes(trace(torch.nn.Linear(4, 4), (torch.randn(2, 4),)), (AbsorbCache(POLICY),))
     with pytest.raises(PassError, match="run AbsorbCache before"):
         observed(traced.module, 75)
-    with pytest.raises(ValueError, match=r"takes no maps: make one that does, fxq\.passes\.absorb_cache"):
+    with pytest.raises(ValueError, match=r"does not take absorb_maps: make one that does, fxq\.passes\.absorb_cache"):
         made(tiny, tiny, POLICY, 1, 2)
-    with pytest.raises(ValueError, match="absorbs no layer: set its absorb"):
+    with pytest.raises(
+        ValueError, match="the module takes absorb_maps and the cache policy gives none: set its absorb"
+    ):
         made(tiny, absorbing, PLAIN, 1, 2)
     with pytest.raises(SavedCacheError, match="set absorb=None, or run on"):
         save_state(made(tiny, absorbing, POLICY, 1, 2), tmp_path / "state")
