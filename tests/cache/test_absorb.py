@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tests.cache.test_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
+from tests.passes.match.test_cache_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
 
 from fxq.cache.absorb import Absorb, Absorption, Statistics, Watch, solve
 from fxq.cache.codecs import Klt
