@@ -7,7 +7,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxq import numerics
-from fxq.kernels import OPS, attention, dual_scale_linear, guards, native, quantize_act
+from fxq.kernels import (
+    OPS,
+    absorb,
+    attention,
+    attention_packed,
+    attention_weighted,
+    dual_scale_linear,
+    guards,
+    native,
+    quantize_act,
+)
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.gemm.panels import pack_panels
 
@@ -21,9 +31,9 @@ def tensors_of(sample):
 
 
 def same(op, got, want):
-    """Bit-equal, but for torch's attention, whose sums take another order."""
+    """Bit-equal, but for torch's attention and products, whose sums take another order."""
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
-    if op is attention:
+    if op in (attention, attention_packed, attention_weighted, absorb):
         return all(torch.allclose(a, b, atol=1e-6 if a.dtype == torch.float32 else 1e-2) for a, b in pairs)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs if a.numel())
 
