@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from tests.passes.match.test_cache_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
 
 from fxq.cache.absorb import Absorb, Absorption, Statistics, Watch, solve
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.passes.match.cache_inputs import packed_inputs
+from tests.passes.match.test_cache_inputs import BATCH, CHUNK, DIM, HEADS, LAYERS, LAYOUT, ROTARY, filled
 
 
 def normal(*shape, seed=0):
