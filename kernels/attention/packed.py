@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxq.kernels import native
 from fxq.kernels.arguments import Attention, AttentionPacked, RmsNormRope
 from fxq.kernels.attention import op
 from fxq.kernels.attention.codecs import SpanCodec, StoredTensor, codecs_of
@@ -147,6 +148,18 @@ def attention_packed(a: AttentionPacked) -> Tensor:
         found = merge(found, attention_lse(a.q, k, v))
     for part in _parts(a):
         found = merge(found, attention_lse(a.q, _keys(a, part), _decoded(a, "values", part)))
+    return found[0].to(a.q.dtype).flatten(2).contiguous()
+
+
+@attention_packed.on("cpu", native.or_else("reference"))
+def attention_packed_cpu(a: AttentionPacked) -> Tensor:
+    """Native kernel for bfloat16 pieces and decoded spans, else the reference."""
+    if a.q.dtype != torch.bfloat16 or not native.ready() or not any(k.shape[1] for k in a.k):
+        return attention_packed.compute(a)
+    found = native.attention_lse(Attention(a.q, a.k, a.v))
+    for part in _parts(a):
+        span = Attention(a.q, [_keys(a, part)], [_decoded(a, "values", part)])
+        found = merge(found, native.attention_lse(span))
     return found[0].to(a.q.dtype).flatten(2).contiguous()
 
 

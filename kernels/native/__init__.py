@@ -32,6 +32,7 @@ from fxq.kernels.native.build import library
 __all__ = [
     "activation_code",
     "attention",
+    "attention_lse",
     "linear",
     "linear_add",
     "linear_per_token",
@@ -93,7 +94,7 @@ _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:
 _Piece = _struct("Piece", "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l")
 _Attention = _struct(
     "Attention",
-    "q:p out:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i",
+    "q:p out:p part:p lse:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i",
 )
 
 
@@ -249,6 +250,19 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 def attention(a: Attention, out: Tensor) -> Tensor:
     """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.op.attention`."""
+    _attend(a, out.data_ptr(), None, None)
+    return out
+
+
+def attention_lse(a: Attention) -> tuple[Tensor, Tensor]:
+    """Of bfloat16 pieces with one key at least; see :func:`fxq.kernels.attention.merge.attention_lse`."""
+    part = torch.empty(a.q.shape, dtype=torch.float32)
+    lse = torch.empty((*a.q.shape[:3], 1), dtype=torch.float32)
+    _attend(a, None, part.data_ptr(), lse.data_ptr())
+    return part, lse
+
+
+def _attend(a: Attention, out: int | None, part: int | None, lse: int | None) -> None:
     q = _unit_stride(a.q)
     keys, values = [_unit_stride(t) for t in a.k], [_unit_stride(t) for t in a.v]
     pieces = [
@@ -258,7 +272,9 @@ def attention(a: Attention, out: Tensor) -> Tensor:
     array = (_Piece * len(pieces))(*pieces)
     call = _Attention(
         q.data_ptr(),
-        out.data_ptr(),
+        out,
+        part,
+        lse,
         ctypes.addressof(array),
         len(pieces),
         *q.shape,
@@ -266,4 +282,3 @@ def attention(a: Attention, out: Tensor) -> Tensor:
         torch.get_num_threads(),
     )
     _call("fxq_attention", call)
-    return out

@@ -20,7 +20,9 @@ extern "C" struct Piece {
 
 extern "C" struct Attention {
   const bfloat16* q;  // [batch, rows, heads, size] with unit stride along size
-  bfloat16* out;      // [batch, rows, heads * size]
+  bfloat16* out;      // [batch, rows, heads * size], or null
+  float* part;        // where out is null: the same, to be merged with the results for other keys,
+  float* lse;         // [batch, rows, heads], by the logarithm of the sum of the weights
   const Piece* pieces;
   long piece_count, batch, rows, heads, size;
   long q_batch, q_row, q_head;
@@ -171,9 +173,17 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
   }
   attend(p, s, b, rows, keys, values);
   for (long i = 0; i < rows; i++) {
-    bfloat16* to = p.out + ((batch * p.rows + begin + i) * p.heads + head) * p.size;
+    const long place = (batch * p.rows + begin + i) * p.heads + head;
     const __m512 inverse = _mm512_set1_ps(1.0f / b.total[i]);
-    for (long d = 0; d < p.size; d += 16) store(to + d, _mm512_mul_ps(load(b.out + i * width + d), inverse), lanes(p.size - d));
+    for (long d = 0; d < p.size; d += 16) {
+      const __m512 result = _mm512_mul_ps(load(b.out + i * width + d), inverse);
+      if (p.out != nullptr) {
+        store(p.out + place * p.size + d, result, lanes(p.size - d));
+      } else {
+        store(p.part + place * p.size + d, result, lanes(p.size - d));
+      }
+    }
+    if (p.lse != nullptr) p.lse[place] = b.maximum[i] + std::log(b.total[i]);
   }
 }
 

@@ -22,10 +22,12 @@ from fxq.kernels import (
     quantize_per_token,
     rms_norm_rope,
 )
+from fxq.kernels.arguments import Attention
+from fxq.kernels.attention.merge import attention_lse as reference_lse
 from fxq.kernels.gemm import per_token
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.gemm.panels import pack_panels, panel_shape, unpack_panels
-from fxq.kernels.native import build
+from fxq.kernels.native import attention_lse, build
 from tests.features import needs
 
 needs_native = needs("native")
@@ -259,6 +261,17 @@ def test_attention_of_enough_work_for_several_threads(threads):
     q, k, v = (torch.randn(1, rows, 2, 64).bfloat16() for rows in (500, 900, 900))
     got, want = attention(q, [k], [v]).double(), exact_attention(q, [k], [v])
     assert float((got - want).norm() / want.norm()) < 0.006
+
+
+@needs_native
+@pytest.mark.parametrize(("rows", "lengths", "size"), [(37, (150, 3), 64), (70, (513, 40, 0, 5), 80), (5, (9,), 128)])
+def test_parts_of_attention_come_with_the_logarithm_of_their_weights(rows, lengths, size):
+    q = torch.randn(2, rows, 3, size).bfloat16()
+    pieces = [[torch.randn(2, length, 3, size).bfloat16() for length in lengths] for _ in range(2)]
+    out, lse = attention_lse(Attention(q, *pieces))
+    want, logarithm = reference_lse(q, *(torch.cat(piece, 1) for piece in pieces))
+    torch.testing.assert_close(lse, logarithm, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, want, atol=2**-6, rtol=0)
 
 
 @needs_native
