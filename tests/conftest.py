@@ -40,11 +40,11 @@ def seeded():
 ANY_CPU = (
     "benchmarks",
     "cache",
-    "cli/test_bench.py",
-    "cli/test_cli.py",
-    "cli/test_command.py",
-    "cli/test_recipe.py",
+    "calibration",
+    "capture",
+    "cli",
     "core/test_places.py",
+    "demo",
     "diffusers",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
@@ -72,12 +72,7 @@ ANY_CPU = (
     "planning/test_roofline.py",
     "planning/test_workloads.py",
     "report",
-    "runtime/test_differences.py",
-    "runtime/test_exclusive.py",
-    "runtime/test_messages.py",
-    "runtime/test_progress.py",
-    "runtime/test_streams.py",
-    "runtime/test_writable.py",
+    "runtime",
     "test_advice.py",
     "test_docs_links.py",
     "test_docs_names.py",
@@ -88,8 +83,8 @@ ANY_CPU = (
     "test_layout.py",
     "test_plugins.py",
 )
-"""Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of command line, ranks
-and graph matching: they check what stands above kernels that other tests run."""
+"""Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of captures,
+calibration, command line, ranks and graph matching: they check what stands above kernels that other tests run."""
 
 
 def pytest_collection_modifyitems(items):

@@ -19,7 +19,7 @@ def test_the_example_runs(name, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compile_backend.py", "diffusers_wan.py"])
+@pytest.mark.parametrize("name", ["compile_backend.py", pytest.param("diffusers_wan.py", marks=pytest.mark.sweep)])
 def test_the_compiled_example_runs(name, capsys):
     if name.startswith("diffusers"):
         pytest.importorskip("diffusers")
@@ -51,7 +51,7 @@ def test_the_example_on_two_ranks_makes_the_video_of_one():
     assert len(errors) == 2 and max(errors) < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_training_runs_saves_and_resumes(tmp_path):
     script = [sys.executable, str(EXAMPLES / "tiny_arvd" / "train.py"), "--out", str(tmp_path), "--threads", "1"]
     for stages in (["1:2:2"], ["1:2:2", "2:2:2"]):

@@ -20,10 +20,7 @@ SLOW = (
     "CogView4Transformer2DModel",
     "ZImageTransformer2DModel",
     "SkyReelsV2Transformer3DModel",
-    "StableAudioDiTModel",
-    "MochiTransformer3DModel",
     "SanaTransformer2DModel",
-    "AnyFlowFARTransformer3DModel",
     "HunyuanVideoTransformer3DModel",
 )
 """Names of cases that `make test` takes as well: other attention, modulation and captures; `make test-all` has all."""

@@ -486,7 +486,7 @@ def compile_parts(model, chosen):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["whole", "blocks"])
+@pytest.mark.parametrize("parts", [pytest.param("whole", marks=pytest.mark.sweep), "blocks"])
 def test_with_inductor_a_windowed_rollout_is_compiled_in_its_first_window_only(parts):
     rollout = wan_rollout(frames=18)
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))
@@ -526,7 +526,7 @@ def test_with_inductor_a_block_of_another_kind_follows_dynamic_sizes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["whole", "blocks"])
+@pytest.mark.parametrize("parts", [pytest.param("whole", marks=pytest.mark.sweep), "blocks"])
 def test_with_inductor_a_transformer_of_diffusers_is_right(parts):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

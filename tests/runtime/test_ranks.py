@@ -83,9 +83,9 @@ def results(what, **options):
 @pytest.mark.parametrize(
     ("what", "named"),
     [
-        ("recipe", 'another recipe than rank 0: name is "w4a8", on rank 0 "w8a8"'),
+        pytest.param("recipe", 'another recipe than rank 0: name is "w4a8", on rank 0 "w8a8"', marks=pytest.mark.sweep),
         ("model", "another model than rank 0: blocks.0.up.weight"),
-        ("data", "another calibration data than rank 0: batch 2"),
+        pytest.param("data", "another calibration data than rank 0: batch 2", marks=pytest.mark.sweep),
         ("fewer batches", "another calibration data than rank 0: number of batches is 3, on rank 0 4"),
     ],
 )

@@ -130,7 +130,7 @@ def test_two_ranks_write_the_bundle_of_one(recipe, single, tmp_path):
     assert json.loads(printed)  # one rank prints
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_ranks_measure_the_sensitivity_of_one():
     words = ["sensitivity", "--model", "tiny", "--videos", "2", "--batch", "1", "--json"]
     alone = json.loads(run([sys.executable, "-m", "fxq", *words]))
