@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.gpu.problems import Layer, Sizes, wan_layers
 from benchmarks.gpu.session import Session
+from fxq.cache.codecs import PRESETS, Klt
+from fxq.cache.codecs.codec import Codec, Kind
+from fxq.cache.named import codecs_text
 from fxq.kernels import OPS, Op, quantize_act, rms_norm_rope
 from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm import gluon as gluon_gemm
@@ -93,6 +96,7 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
     batched = q._replace(q=q.q.unsqueeze(0))
     cos, sin = (t.to(device) for t in rope_tables(dim // heads, rows // (sizes.grid[0] * sizes.grid[1]), *sizes.grid))
     head = x.unflatten(-1, (heads, -1))
+    few = head[:, :16], head[:, 16:32]
     found: dict[str, list[Sequence[Any]]] = {
         "quantize_act": [(x, order, scale, zero, q.split, 8) for order in (None, perm)],
         "norm_quantize": [(x, None, None, frames, frames, 1e-6, p, scale, zero, q.split, 8) for p in (None, perm)],
@@ -104,6 +108,9 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         ],
         "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
         "attention": [(head, [head, head], [head, head])],
+        "attention_packed": [_packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Klt(1.0))],
+        "attention_weighted": [(head, [head, head], [head, head], *few, torch.rand(1, 16, heads, device=device) * 9)],
+        "absorb": [(x, torch.randn(1, heads, dim // heads, dim // heads, device=device) / dim)],
         "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],
         "dual_scale_linear_fp8": [(*layer.floats(), torch.bfloat16)],
         "quantize_per_token": [(x, order, q.split, 8) for order in (None, perm)],
@@ -113,6 +120,14 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         ],
     }
     yield from found[op.name]
+
+
+def _packed(head: Tensor, codec: Codec, cos: Tensor, sin: Tensor) -> Sequence[Any]:
+    """Attention to one encoded span of the tokens and to the tokens themselves."""
+    kinds: tuple[Kind, ...] = ("keys", "values")
+    records = [codec.encode(head, kind, {})[0] for kind in kinds]
+    stored = [[record.tensors[field.name] for field in record.fields] for record in records]
+    return (head, [head], [head], *stored, cos, sin, codecs_text(codec, codec), head.shape[1])
 
 
 def check_op(op: Op, sizes: Sizes, device: str) -> dict[str, Any]:
