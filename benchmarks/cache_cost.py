@@ -3,8 +3,8 @@
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
 Everything is measured in one run, round by round one after the other; ratios are of medians. A chunk's compute is five
-calls of the layer: its linears and its attention to the whole history, all in bfloat16. Encoding a span (``commit``)
-happens once in eight chunks; decoding happens in every call, inside ``fxq::attention_packed``.
+calls of the layer: its linears and its attention to the whole history, all in bfloat16. Encoding a span (``commit``; the
+first of a video has no centroids or basis to begin with) happens once in eight chunks; decoding happens in every call, inside ``fxq::attention_packed``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from fxq.cache.codecs import PRESETS, Klt
-from fxq.cache.codecs.codec import Codec
+from fxq.cache.codecs.codec import Codec, Memory
+from fxq.cache.codecs.record import Record
 from fxq.cache.named import codecs_text
 from fxq.environment import environment
 from fxq.kernels import attention, attention_packed
@@ -73,7 +74,9 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     past = tokens(old, 6), tokens(old, 7)
     cos, sin = rope_tables(WIDTH, SPAN * CHUNK, 30, 52)
     dense = linears(new)
-    records = {name: encode(codec, past) for name, codec in CODECS.items()}
+    first = {name: encode(codec, past, ({}, {})) for name, codec in CODECS.items()}
+    records = {name: (keys[0], values[0]) for name, (keys, values) in first.items()}
+    memories = {name: (keys[1], values[1]) for name, (keys, values) in first.items()}
 
     def exact() -> None:
         attention(q, [past[0], recent[0], k], [past[1], recent[1], v])
@@ -85,7 +88,8 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
 
     calls: dict[str, Callable[[], object]] = {"linears": dense, "attention bf16": exact}
     calls |= {f"attention {name}": packed(name) for name in CODECS}
-    calls |= {f"commit {name}": lambda codec=codec: encode(codec, past) for name, codec in CODECS.items()}
+    calls |= {f"first {name}": lambda codec=codec: encode(codec, past, ({}, {})) for name, codec in CODECS.items()}
+    calls |= {f"commit {name}": lambda name=name: encode(CODECS[name], past, memories[name]) for name in CODECS}
     calls |= {f"decode {name}": lambda name=name: decode(CODECS[name], records[name]) for name in CODECS}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -98,18 +102,21 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         result[name] = {
             "attention": found[f"attention {name}"],
             "attention over bf16": found[f"attention {name}"] / found["attention bf16"],
+            "first commit, share of the span's compute": found[f"first {name}"] / (SPAN * chunk),
             "commit, share of the span's compute": found[f"commit {name}"] / (SPAN * chunk),
             "decode, share of a call": found[f"decode {name}"] / (chunk / CALLS),
         }
     return result
 
 
-def encode(codec: Codec, past: tuple[torch.Tensor, torch.Tensor]) -> tuple[object, object]:
-    """Keys and values of one span."""
-    return codec.encode(past[0], "keys", {})[0], codec.encode(past[1], "values", {})[0]
+def encode(
+    codec: Codec, past: tuple[torch.Tensor, torch.Tensor], memories: tuple[Memory, Memory]
+) -> tuple[tuple[Record, Memory], tuple[Record, Memory]]:
+    """Keys and values of one span, with what the span before left: centroids, a basis."""
+    return codec.encode(past[0], "keys", memories[0]), codec.encode(past[1], "values", memories[1])
 
 
-def decode(codec: Codec, records: tuple[object, object]) -> None:
+def decode(codec: Codec, records: tuple[Record, Record]) -> None:
     """The same, back."""
     codec.decode(records[0], "keys")
     codec.decode(records[1], "values")
