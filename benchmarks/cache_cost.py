@@ -3,8 +3,9 @@
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
 Everything is measured in one run, round by round one after the other; ratios are of medians. A chunk's compute is five
-calls of the layer: its linears and its attention to the whole history, all in bfloat16. Encoding a span (``commit``; the
-first of a video has no centroids or basis to begin with) happens once in eight chunks; decoding happens in every call, inside ``fxq::attention_packed``.
+calls of the layer: its linears and its attention to the whole history, all in bfloat16. A span is encoded (``commit``)
+once in eight chunks; the first one of a video has no centroids or basis to begin with. Decoding happens in every call,
+inside ``fxq::attention_packed``.
 """
 
 from __future__ import annotations
