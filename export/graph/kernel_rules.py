@@ -22,6 +22,12 @@ _FLOATS = frozenset(
 """Operators whose first tensor is floating point."""
 _NORMS = frozenset({"native_layer_norm", "native_group_norm", "native_batch_norm"})
 
+_AXES = frozenset(
+    {"_softmax", "_log_softmax", "softmax", "log_softmax", "sort", "argsort"}
+    | {"select_scatter", "slice_scatter", "diagonal_scatter"}
+)
+"""Operators that take any axis of a tensor without data."""
+
 
 def tensors_in(value: object) -> list[Tensor]:
     """Tensors of an argument list or result, in lists too."""
@@ -33,10 +39,12 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 def misfit(func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> str:
-    """Why a kernel would refuse the dtypes of a call whose shapes fit, or ""."""
+    """Why a kernel would refuse the dtypes or axes of a call whose shapes fit, or ""."""
     kind, read = str(func).split(".")[1], tensors_in(args)
     if not read:
         return ""
+    if kind in _AXES and (reason := _axis_out_of_range(func, args, kwargs, read[0])):
+        return reason
     dtypes = [tensor.dtype for tensor in read]
     first = dtypes[0]
     if kind in _FLOATS and not (first.is_floating_point or first.is_complex):
@@ -49,6 +57,21 @@ def misfit(func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> s
         return f"{func} takes parameters of the dtype of its input, not {', '.join(map(str, dtypes))}"
     if torch.Tag.pointwise in func.tags and not kind.endswith("_") and read[0].device.type == "cpu":
         return _probe(func, tuple(dtypes), tuple(map(_form, args)), tuple((k, _form(v)) for k, v in kwargs.items()))
+    return ""
+
+
+def _axis_out_of_range(func: Any, args: Sequence[object], kwargs: Mapping[str, object], first: Tensor) -> str:
+    names = [argument.name for argument in func._schema.arguments]
+    given, rank = dict(zip(names, args, strict=False)) | dict(kwargs), max(1, first.ndim)
+    axes = {name: given[name] for name in ("dim", "dim1", "dim2") if isinstance(given.get(name), int)}
+    for name, axis in axes.items():
+        if not -rank <= axis < rank:
+            return f"{func}: {name} = {axis}, expected an axis of {first.ndim}"
+    index = given.get("index")
+    if "dim" in axes and isinstance(index, int):
+        size = first.shape[axes["dim"]] if first.ndim else 1
+        if isinstance(size, int) and not -size <= index < size:
+            return f"{func}: index = {index}, expected one of {size}"
     return ""
 
 
