@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxq import kernels
 from fxq.cache.codecs.codec import Codec, Kind
-from fxq.cache.codecs.record import LEADING_AXES, Field, Shape
+from fxq.cache.codecs.record import Field, Shape
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.calls.captured import convention
@@ -20,6 +20,7 @@ from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
+from fxq.kernels.attention.codecs import LEADING_AXES
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.cache_inputs import TABLES

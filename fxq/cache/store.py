@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind, Memory
 from fxq.cache.codecs.record import Record
+from fxq.cache.frames import Frames
 from fxq.cache.policy import CachePolicy
 from fxq.cache.spans import Spans
 from fxq.cache.tokens import Tokens, joined, rest_of
@@ -118,6 +119,11 @@ class Cache:
         return min(self.policy.sink, self.frames)
 
     @property
+    def held(self) -> Frames:
+        """Which frames are kept and which of them are encoded."""
+        return Frames(self.frames, self.first, self.first_packed, self.packed)
+
+    @property
     def kept(self) -> int:
         """Frames that the next chunk attends to."""
         return self.sink + max(0, self.frames - self.first)
@@ -156,12 +162,11 @@ class Cache:
 
     def evict(self) -> Cache:
         """Without the oldest frames that the window has no room for beside the next chunk."""
-        excess = 0 if self.policy.window == -1 else self.kept + self.layout.chunk - self.policy.window
-        if excess <= 0:
+        after = self.held.evicted(self.policy, self.layout.chunk)
+        if after == self.held:
             return self
-        first, per_frame = self.first + excess, self.layout.tokens
-        span = self.policy.span * self.layout.chunk
-        gone = max(0, min(first - self.first_packed, self.packed) // span)
+        first, per_frame, excess = after.first, self.layout.tokens, after.first - self.first
+        gone = (self.packed - after.packed) // self._span
         first_exact = self.first_packed + self.packed
         dropped = max(0, first - max(self.first, first_exact)) * per_frame
 
@@ -179,8 +184,8 @@ class Cache:
             keys=tuple(shorter(line, self._sink_keys(i, first)) for i, line in enumerate(self.keys)),
             values=tuple(shorter(line, None) for line in self.values),
             first=first,
-            first_packed=self.first_packed + gone * span,
-            packed=self.packed - gone * span,
+            first_packed=after.first_packed,
+            packed=after.packed,
         )
 
     def _sink_keys(self, layer: int, first: int) -> Tensor | None:
@@ -192,14 +197,11 @@ class Cache:
 
     def commit(self) -> Cache:
         """With every whole span encoded that has grown old enough; each is encoded once."""
-        if not self.policy.packs:
-            return self
-        cache, span = self, self.policy.span * self.layout.chunk
-        while True:
-            begin = cache.first_packed + cache.packed if cache.packed else cache.first
-            if begin + span > cache.frames - cache.policy.recent * cache.layout.chunk:
-                return cache
-            cache = cache._with_span(begin, span)
+        cache, after = self, self.held.committed(self.policy, self.layout.chunk)
+        while cache.packed < after.packed:
+            begin = after.first_packed + cache.packed
+            cache = cache._with_span(begin, self._span)
+        return cache
 
     def _with_span(self, begin: int, span: int) -> Cache:
         count = span * self.layout.tokens

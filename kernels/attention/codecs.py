@@ -12,6 +12,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LEADING_AXES = {"token": 2, "span": 2, "video": 1, "model": 0}
+"""Axes of a stored tensor before its own, by what it has slices of."""
+
 MOST_TEXT = 2000
 """Longest text of settings."""
 

@@ -12,15 +12,13 @@ from torch import Tensor
 from fxq.kernels import native
 from fxq.kernels.arguments import Attention, AttentionPacked, RmsNormRope
 from fxq.kernels.attention import op
-from fxq.kernels.attention.codecs import SpanCodec, StoredTensor, codecs_of
+from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, StoredTensor, codecs_of
 from fxq.kernels.attention.merge import attention_lse, merge
 from fxq.kernels.op import declare
 from fxq.kernels.rope.op import rms_norm_rope
 
 MOST_HEAD_DIM, MOST_SPAN = 1024, 2**30
 """Limits of what is decoded: channels of a head, tokens of a span."""
-
-_LEAD = {"token": 2, "span": 2, "video": 1, "model": 0}
 
 
 def _supports(a: AttentionPacked) -> str:
@@ -66,7 +64,7 @@ def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPack
     if tokens and not spans * a.span - a.span < tokens <= spans * a.span:
         return f" are {spans} spans of {a.span} tokens, cos has {tokens}: expected so many without a part of the first"
     for field, tensor in zip(fields, tensors, strict=True):
-        lead = (batch, spans * a.span if field.per == "token" else spans)[: _LEAD[field.per]]
+        lead = (batch, spans * a.span if field.per == "token" else spans)[: LEADING_AXES[field.per]]
         form = (*lead, *field.shape)
         if tensor.dtype != field.dtype or tuple(tensor.shape) != form:
             return f".{field.name} is {tensor.dtype} {tuple(tensor.shape)}: expected {field.dtype} {form}"

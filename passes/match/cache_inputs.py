@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, fx
 
 from fxq.cache.codecs.codec import Kind
-from fxq.cache.codecs.record import LEADING_AXES, Field, Shape
+from fxq.cache.codecs.record import Field, Shape
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache
 from fxq.calls.captured import convention
 from fxq.core.graph import arguments
 from fxq.kernels import attention_packed
+from fxq.kernels.attention.codecs import LEADING_AXES
 
 TABLES = ("packed_cos", "packed_sin")
 """Arguments of a packed graph beside those of the graph it was made from."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fxq.kernels.attention.codecs import LEADING_AXES
 
 Per = Literal["token", "span", "video", "model"]
 """What a stored tensor has one slice of: ``token`` [B, T, ...], ``span`` [B, spans, ...], ``video`` [B, ...] or
@@ -35,10 +37,6 @@ class Field:
         """Bytes of one video's slice for so many tokens in so many spans."""
         count = {"token": tokens, "span": spans, "video": 1, "model": 0}[self.per]
         return count * math.prod(self.shape) * self.dtype.itemsize
-
-
-LEADING_AXES = {"token": 2, "span": 2, "video": 1, "model": 0}
-"""Axes before those of a field."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,26 +128,3 @@ class Record:
             return tensor[:, start * step : stop * step]
 
         return dataclasses.replace(self, tensors={field.name: cut(field) for field in self.fields})
-
-
-def joined(records: Sequence[Record]) -> Record:
-    """Spans that follow each other, as one record; what is stored once a video must be the same tensor's numbers.
-
-    Raises:
-        RecordError: when there is no record, or they are of different codecs or videos.
-    """
-    if not records:
-        raise RecordError("there is no record to join")
-    first = records[0]
-    if any(record.fields != first.fields or record.shape != first.shape for record in records):
-        raise RecordError("records of different codecs or shapes cannot be joined")
-
-    def join(field: Field) -> Tensor:
-        tensors = [record.tensors[field.name] for record in records]
-        if field.per in ("token", "span"):
-            return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
-        if any(tensor is not tensors[0] and not torch.equal(tensor, tensors[0]) for tensor in tensors):
-            raise RecordError(f"{field.name} is stored once a {field.per} and differs between the records")
-        return tensors[0]
-
-    return Record(first.fields, {field.name: join(field) for field in first.fields}, first.shape)

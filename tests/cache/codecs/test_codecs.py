@@ -8,7 +8,8 @@ import torch
 
 from fxq.cache.codecs import CODECS, PRESETS, Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.codecs.codec import Codec
-from fxq.cache.codecs.record import Shape, joined
+from fxq.cache.codecs.record import Shape
+from fxq.cache.spans import Spans
 
 SHAPE = Shape(3, 32, 64)
 CASES: list[Codec] = [
@@ -87,7 +88,7 @@ class TestEvery:
             assert second.tensors["basis"] is first.tensors["basis"]  # once a video
         alone = torch.cat([codec.decode(record, kind) for record in (first, second)], dim=1)
         if codec.name != "klt":  # its planes are padded to bytes span by span
-            assert torch.allclose(codec.decode(joined([first, second]), kind), alone, atol=1e-5)
+            assert torch.allclose(codec.decode(Spans.of(first).appended(second).record, kind), alone, atol=1e-5)
         assert decibels(x, alone) > 4
 
     def test_what_is_not_finite_is_refused(self, codec, kind):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fxq.cache.codecs.record import Field, Record, RecordError, Shape, joined
+from fxq.cache.codecs.record import Field, Record, RecordError, Shape
+from fxq.cache.spans import Spans
 
 SHAPE = Shape(2, 8, 6)
 FIELDS = (
@@ -26,7 +27,7 @@ def tensors(spans=1, batch=2):
 def test_spans_are_cut_and_joined():
     record = Record(FIELDS, tensors(3), SHAPE)
     assert (record.batch, record.spans, record.tokens) == (2, 3, 18)
-    again = joined([record.spans_of(0, 1), record.spans_of(1, 3)])
+    again = Spans.of(record.spans_of(0, 1)).appended(record.spans_of(1, 3)).record
     assert all(torch.equal(again.tensors[name], record.tensors[name]) for name in record.tensors)
 
 
@@ -52,9 +53,7 @@ def test_a_tensor_that_was_not_declared_is_refused_by_name(name, tensor, message
 
 def test_what_is_stored_once_must_agree():
     first, second = Record(FIELDS, tensors(), SHAPE), Record(FIELDS, tensors() | {"mean": torch.zeros(2, 8)}, SHAPE)
-    with pytest.raises(RecordError, match="mean is stored once a video and differs"):
-        joined([first, second])
-    with pytest.raises(RecordError, match="no record"):
-        joined([])
+    with pytest.raises(RecordError, match="mean is stored once and differs"):
+        Spans.of(first).appended(second)
     with pytest.raises(RecordError, match="different codecs or shapes"):
-        joined([first, Record(FIELDS[:1], {"codes": tensors()["codes"]}, SHAPE)])
+        Spans.of(first).appended(Record(FIELDS[:1], {"codes": tensors()["codes"]}, SHAPE))

@@ -1,5 +1,6 @@
 """Attention to an encoded cache equals attention to the decoded one, and decodes one span at a time."""
 
+import functools
 import weakref
 
 import pytest
@@ -8,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
-from fxq.cache.codecs.record import joined
 from fxq.cache.named import codecs_text
+from fxq.cache.spans import Spans
 from fxq.kernels import attention, attention_packed
 from fxq.models.causal_wan import apply_rope
 
@@ -38,7 +39,7 @@ def stored(codec, x, kind):
     for part in x.split(SPAN, 1):
         record, memory = codec.encode(part, kind, memory)
         records.append(record)
-    whole = joined(records)
+    whole = functools.reduce(Spans.appended, records[1:], Spans.of(records[0])).record
     return [whole.tensors[field.name] for field in whole.fields], codec.decode(whole, kind)
 
 
