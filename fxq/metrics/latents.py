@@ -36,8 +36,8 @@ def psnr(got: Tensor, want: Tensor, low: float = -1.0, high: float = 1.0, ceilin
     return np.minimum(10 * np.log10((high - low) ** 2 / np.maximum(mse, _TINY)), ceiling)
 
 
-def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., object]]) -> dict[str, Floats]:
-    """Error of each module's prediction on the full-precision trajectory, without accumulation.
+def forced_chunks(rollout: Rollout, modules: Mapping[str, Callable[..., object]]) -> tuple[dict[str, Floats], Floats]:
+    """Error of each module's predictions on the full-precision trajectory, chunk by chunk, without accumulation.
 
     The full-precision model drives the rollout; every denoising call is repeated through each module with the same
     inputs and caches.
@@ -47,27 +47,26 @@ def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., object]
         modules: stand-ins of the denoiser by name.
 
     Returns:
-        Per name, float64 [V]: mean squared error over a video's denoising calls (context calls have no prediction
-        that is used).
+        Per name, float64 [V, chunks]: mean squared error over a video's denoising calls of a chunk (context calls have
+        no prediction that is used); and how many calls that were, float64 [V, chunks]. A chunk without one has error 0.
 
     Raises:
         ValueError: when a rollout makes no call of kind "denoise".
     """
-    sums: dict[str, list[Floats]] = {name: [] for name in modules}
+    seen: list[list[tuple[int, dict[str, Floats]]]] = []  # of each batch, per call: its chunk and errors [B] by name
     for condition, draws in rollout.batches:
-        errors = {name: torch.zeros(draws.batch, dtype=torch.float64) for name in modules}
-        calls = 0
+        calls: list[tuple[int, dict[str, Floats]]] = []
 
-        def shadow(*args: object, errors: dict[str, Tensor] = errors) -> object:
-            nonlocal calls
+        def shadow(*args: object, calls: list[tuple[int, dict[str, Floats]]] = calls) -> object:
             output = rollout.denoiser(*args)
             call: Call | None = current_call()
             if call is None or call.kind != "denoise":
                 return output
-            calls += 1
-            for name, module in modules.items():
-                got = _prediction(module(*args)).double()
-                errors[name] += (got - _prediction(output).double()).square().flatten(1).mean(1)
+            want = _prediction(output).double()
+            got = {name: _prediction(module(*args)).double() for name, module in modules.items()}
+            calls.append(
+                (call.chunk, {n: (g - want).square().flatten(1).mean(1).cpu().numpy() for n, g in got.items()})
+            )
             return output
 
         with rollout.using(shadow):
@@ -76,9 +75,34 @@ def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., object]
             raise ValueError(
                 f"{type(rollout).__name__} makes no call of kind 'denoise', so there is no error to measure"
             )
-        for name in modules:
-            sums[name].append((errors[name] / calls).numpy())
-    return {name: np.concatenate(parts) for name, parts in sums.items()}
+        seen.append(calls)
+    chunks = 1 + max(chunk for calls in seen for chunk, _ in calls)
+    sizes = [draws.batch for _, draws in rollout.batches]
+    counts = [np.zeros((size, chunks)) for size in sizes]
+    sums = {name: [np.zeros((size, chunks)) for size in sizes] for name in modules}
+    for i, calls in enumerate(seen):
+        for chunk, errors in calls:
+            counts[i][:, chunk] += 1
+            for name, values in errors.items():
+                sums[name][i][:, chunk] += values
+    made = np.concatenate(counts)
+    return {name: np.concatenate(parts) / np.maximum(made, 1) for name, parts in sums.items()}, made
+
+
+def teacher_forced(rollout: Rollout, modules: Mapping[str, Callable[..., object]]) -> dict[str, Floats]:
+    """:func:`forced_chunks`, the mean over all of a video's denoising calls: per name float64 [V].
+
+    Raises:
+        ValueError: when a rollout makes no call of kind "denoise".
+    """
+    errors, calls = forced_chunks(rollout, modules)
+    return {name: mean_of_calls(values, calls) for name, values in errors.items()}
+
+
+def mean_of_calls(errors: Floats, calls: Floats) -> Floats:
+    """Errors of chunks [V, chunks], each weighted by its number of calls [V, chunks]: float64 [V]."""
+    mean: Floats = (errors * calls).sum(1) / calls.sum(1)
+    return mean
 
 
 def _prediction(output: Any) -> Tensor:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fxq.calibration.rollout import Call, Draws, Rollout, Span, State
-from fxq.metrics.latents import teacher_forced
+from fxq.calibration.rollout import Call, Draws, Rollout, Span, State, current_call
+from fxq.metrics.latents import forced_chunks, mean_of_calls, teacher_forced
 
 
 class Doubling(Rollout):
@@ -52,3 +52,17 @@ def test_a_rollout_without_denoising_calls_is_refused():
     rollout.kinds = ("context",)
     with pytest.raises(ValueError, match="Doubling makes no call of kind 'denoise'"):
         teacher_forced(rollout, {"same": lambda x: x})
+
+
+def test_errors_of_chunks_are_those_of_their_own_calls():
+    def off_in_the_second_chunk(x):
+        return x + 3.0 * (current_call().chunk == 1)
+
+    errors, calls = forced_chunks(doubling(), {"off": off_in_the_second_chunk})
+    assert np.allclose(errors["off"], [[0, 9], [0, 9]]) and np.array_equal(calls, np.ones((2, 2)))
+    assert np.allclose(teacher_forced(doubling(), {"off": off_in_the_second_chunk})["off"], 4.5)
+
+
+def test_chunks_weigh_as_many_times_as_they_have_calls():
+    errors, calls = np.array([[1.0, 5.0], [2.0, 2.0]]), np.array([[3.0, 1.0], [0.0, 4.0]])
+    assert mean_of_calls(errors, calls).tolist() == [2.0, 2.0]
