@@ -17,10 +17,9 @@ import shlex
 import sys
 
 import numpy as np
-import torch
 
 from fxq.environment import environment
-from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, tiny_rollout, weighting_recipes
+from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, latents_of, tiny_rollout, weighting_recipes
 from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
 from fxq.recipes import PRESETS, with_iterations
@@ -38,7 +37,7 @@ def run_seed(bits: str, seed: int, videos: int, iterations: int) -> dict[str, di
     with Progress(prefix=f"seed {seed} ") as bar:
         lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], preset, bar)
         rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
-        reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
+        reference = latents_of(rollout)
         candidates = []
         for name, chosen in recipes.items():
             module, seconds = lab.quantized(dataclasses.replace(chosen, name=name), bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 
@@ -19,13 +20,14 @@ from fxq.core.ir import QuantGraph
 from fxq.core.summary import summary
 from fxq.job import Job
 from fxq.metrics import sprites
-from fxq.metrics.latents import chunk_mse, latent_mse, paired_ratio, psnr, teacher_forced
+from fxq.metrics.latents import chunk_mse, forced_chunks, latent_mse, mean_of_calls, paired_ratio, psnr
+from fxq.metrics.similarity import ssim
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.quantize import finish
-from fxq.recipes import PRESETS, single_scale
+from fxq.recipes import get_recipe, recipe_to_json, single_scale
 from fxq.report.data import Comparison, Variant
 from fxq.runtime.progress import Progress
 
@@ -60,21 +62,30 @@ def frames_of(video: Tensor) -> NDArray[np.uint8]:
 
 
 class Lab:
-    """One traced and calibrated model, quantized in many ways without tracing or calibrating again."""
+    """One traced and calibrated model, quantized in many ways without tracing or calibrating again.
 
-    def __init__(self, calibration: Rollout, recipe: Recipe, bar: Progress) -> None:
+    ``bits`` below is a preset's name, or a recipe: what chunk sensitivities are measured with.
+    """
+
+    def __init__(self, calibration: Rollout, recipe: Recipe, bar: Progress, traced: QuantGraph | None = None) -> None:
         """Trace the rollout's denoiser and collect statistics of every linear that ``recipe`` quantizes.
 
-        Sensitivities and initialised models share inputs as ``recipe`` does.
+        Sensitivities and initialised models share inputs as ``recipe`` does. A graph that another lab ``traced`` is not
+        traced again.
         """
         self.calibration, self.bar, self.share_inputs = calibration, bar, recipe.share_inputs
-        args, shapes = calibration.example_call()
-        with bar.step("trace"):
-            self.traced = trace(calibration.denoiser, args, None, shapes)
+        self.traced = self._trace() if traced is None else traced
         prepared = self._planned(recipe)
+        start = time.perf_counter()
         self.calibration_hash = Job(recipe, bar).calibrate(prepared, calibration)
         self.statistics = prepared.statistics
-        self._measured: dict[str, ChunkSensitivity] = {}
+        self.seconds = time.perf_counter() - start
+        self._measured: dict[str, tuple[ChunkSensitivity, float]] = {}
+
+    def _trace(self) -> QuantGraph:
+        args, shapes = self.calibration.example_call()
+        with self.bar.step("trace"):
+            return trace(self.calibration.denoiser, args, None, shapes)
 
     def _planned(self, recipe: Recipe) -> QuantGraph:
         graph = self.traced.fork()
@@ -86,23 +97,30 @@ class Lab:
         graph.adopt(self.statistics)
         return graph
 
-    def _preset(self, bits: str) -> Recipe:
-        return dataclasses.replace(PRESETS[bits], share_inputs=self.share_inputs)
+    def _recipe(self, bits: str | Recipe) -> Recipe:
+        return dataclasses.replace(get_recipe(bits), share_inputs=self.share_inputs)
 
-    def sensitivity(self, bits: str) -> ChunkSensitivity:
-        """Sensitivity on the calibration videos; measured once per bit width."""
-        if bits not in self._measured:
-            recipe = self._preset(bits)
-            job = Job(recipe, self.bar, label=f"{bits} ")
-            self._measured[bits] = job.measure(self._calibrated(recipe), self.calibration, self.calibration_hash)
-        return self._measured[bits]
+    def timed_sensitivity(self, bits: str | Recipe) -> tuple[ChunkSensitivity, float]:
+        """Sensitivity on the calibration videos, measured once for each ``bits``, and the seconds that took."""
+        recipe = self._recipe(bits)
+        key = json.dumps(recipe_to_json(recipe), sort_keys=True)
+        if key not in self._measured:
+            start = time.perf_counter()
+            job = Job(recipe, self.bar, label=f"{recipe.name} ")
+            measured = job.measure(self._calibrated(recipe), self.calibration, self.calibration_hash)
+            self._measured[key] = measured, time.perf_counter() - start
+        return self._measured[key]
 
-    def initialised(self, bits: str) -> fx.GraphModule:
+    def sensitivity(self, bits: str | Recipe) -> ChunkSensitivity:
+        """Sensitivity on the calibration videos, measured once for each ``bits``."""
+        return self.timed_sensitivity(bits)[0]
+
+    def initialised(self, bits: str | Recipe) -> fx.GraphModule:
         """The model with searched ranges and round-to-nearest integers: what sensitivity is measured with."""
-        recipe = self._preset(bits)
+        recipe = self._recipe(bits)
         return Job(recipe, self.bar).initialised(self._calibrated(recipe)).module
 
-    def quantized(self, recipe: Recipe, bits: str) -> tuple[fx.GraphModule, float]:
+    def quantized(self, recipe: Recipe, bits: str | Recipe) -> tuple[fx.GraphModule, float]:
         """A frozen model and the seconds its methods, rewrite and freeze took."""
         alpha = None
         if recipe.chunk_weighting.needs_sensitivity:
@@ -159,33 +177,69 @@ class Candidate:
         return f"{self.method} {self.bits.upper()}"
 
 
+def latents_of(rollout: Rollout) -> Tensor:
+    """Latents of every video of the rollout by the module that runs, on the CPU, [V, F, C, H, W]."""
+    return torch.cat([rollout.rollout(c, d).cpu() for c, d in rollout.batches])
+
+
+def object_scores(videos: Tensor, conditions: Tensor) -> dict[str, float]:
+    """The scorer's shares on videos [V, F, 3, 20, 20] of the sprite world, asked for by ``conditions`` [V, 7].
+
+    Longer videos than those of the training are scored chunk by chunk, and the mean is taken: in the whole of one a
+    single step that is missed puts the sprite off its track for the rest.
+    """
+    if videos.shape[1] <= sprites.FRAMES:
+        return sprites.score(videos, conditions).means()
+    chunks = [sprites.score(chunk, conditions).means() for chunk in videos.split(CHUNK, dim=1)]
+    return {name: float(np.mean([scores[name] for scores in chunks])) for name in chunks[0]}
+
+
 def evaluate(
-    rollout: SelfForcingRollout, conditions: Tensor, reference: Tensor, candidates: Sequence[Candidate], bar: Progress
+    rollout: Rollout,
+    conditions: Tensor | None,
+    reference: Tensor,
+    candidates: Sequence[Candidate],
+    bar: Progress,
+    limits: tuple[float, float] = (-1.0, 1.0),
 ) -> tuple[list[Variant], dict[str, Tensor]]:
-    """Measure candidates free-running and teacher-forced; returns their rows and their videos by name."""
+    """Measure candidates free-running and teacher-forced; returns their rows and their videos by name.
+
+    Args:
+        rollout: prompts and noise.
+        conditions: what the videos were asked to show, for the scorer of the sprite world; None: other videos.
+        reference: :func:`latents_of` the rollout in full precision.
+        candidates: quantized modules.
+        bar: shows progress.
+        limits: of latents, for PSNR and SSIM.
+    """
     with bar.step("teacher-forced errors"):
-        forced = teacher_forced(rollout, {c.name: c.module for c in candidates})
+        forced, calls = forced_chunks(rollout, {c.name: c.module for c in candidates})
+    units = max(rollout.units(c, d) for c, d in rollout.batches)
     variants, videos = [], {}
     with bar.step("rollouts") as on_progress:
         for done, candidate in enumerate(candidates):
             on_progress(done, len(candidates))
             with rollout.using(candidate.module):
-                video = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
+                video = latents_of(rollout)
             videos[candidate.name] = video
             facts = summary(candidate.module)
+            kept = [row for row in facts.kept if row not in facts.others]
             variants.append(
                 Variant(
                     method=candidate.method,
                     bits=candidate.bits.upper(),
                     size_ratio=facts.ratio,
                     bytes=sum(row.bytes for row in facts.quantized),
+                    kept_bytes=sum(row.bf16_bytes for row in kept),
                     latent_mse=latent_mse(video, reference),
-                    teacher_forced=forced[candidate.name],
-                    chunk_mse=chunk_mse(video, reference, CHUNK),
-                    psnr=psnr(video, reference),
-                    scores=sprites.score(video, conditions).means(),
+                    teacher_forced=mean_of_calls(forced[candidate.name], calls),
+                    forced_chunks=forced[candidate.name],
+                    chunk_mse=chunk_mse(video, reference, video.shape[1] // units),
+                    psnr=psnr(video, reference, *limits),
+                    ssim=ssim(video, reference, *limits),
+                    scores={} if conditions is None else object_scores(video, conditions),
                     quantized=len(facts.quantized),
-                    kept=len(facts.kept) - len(facts.others),
+                    kept=len(kept),
                     seconds=candidate.seconds,
                 )
             )

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from fxq import plugins
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
-from fxq.core.method import Method
+from fxq.core.method import LearningMethod, Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
@@ -87,9 +87,9 @@ def single_scale(recipe: Recipe) -> Recipe:
 
 
 def with_iterations(recipe: Recipe, iterations: int) -> Recipe:
-    """The recipe with another number of reconstruction iterations."""
+    """The recipe with another number of iterations of the methods that learn."""
     methods = tuple(
-        dataclasses.replace(m, iterations=iterations) if isinstance(m, AdaRound) else m for m in recipe.methods
+        dataclasses.replace(m, iterations=iterations) if isinstance(m, LearningMethod) else m for m in recipe.methods
     )
     return dataclasses.replace(recipe, methods=methods)
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 
 from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity
@@ -15,7 +14,7 @@ from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph
 from fxq.core.summary import summary
 from fxq.environment import environment
-from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_of, tiny_rollout
+from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_of, latents_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.tiny import CHUNK, load_tiny, tiny_facts
 from fxq.passes import detect_outliers
@@ -110,7 +109,7 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
         lab = Lab(calibration, PRESETS[settings.bits[0]], bar)
         rollout, conditions = tiny_rollout(model, settings.evaluation_videos, seed=settings.seed + 1, unseen=True)
         with bar.step("full-precision videos"):
-            reference = torch.cat([rollout.rollout(c, d) for c, d in rollout.batches])
+            reference = latents_of(rollout)
         candidates, modules = [], {}
         for bits in settings.bits:
             recipe = with_iterations(PRESETS[bits], settings.iterations)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,10 +62,11 @@ def forced_chunks(rollout: Rollout, modules: Mapping[str, Callable[..., object]]
             if call is None or call.kind != "denoise":
                 return output
             want = _prediction(output).double()
-            got = {name: _prediction(module(*args)).double() for name, module in modules.items()}
-            calls.append(
-                (call.chunk, {n: (g - want).square().flatten(1).mean(1).cpu().numpy() for n, g in got.items()})
-            )
+            errors = {}
+            for name, module in modules.items():
+                error = (_prediction(module(*args)).double() - want).square()
+                errors[name] = error.flatten(1).mean(1).cpu().numpy()
+            calls.append((call.chunk, errors))
             return output
 
         with rollout.using(shadow):

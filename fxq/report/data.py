@@ -13,8 +13,9 @@ class Variant:
     """One quantized model on the evaluation videos.
 
     ``method`` and ``bits`` name it (``Q-ARVD``, ``W4A8``); ``size_ratio`` is bytes of the quantized linears over bf16;
-    ``latent_mse`` and ``teacher_forced`` are per video, float64 [V], against full precision with the same noise;
-    ``chunk_mse`` float64 [V, chunks]; ``psnr`` in dB, per video, on values in -1..1; ``scores`` the scorer's shares;
+    ``kept_bytes`` those of the linears that are kept, in bf16; ``latent_mse`` and ``teacher_forced`` are per video,
+    float64 [V], against full precision with the same noise; ``chunk_mse`` and ``forced_chunks`` are these errors by
+    chunk, float64 [V, chunks]; ``psnr`` (dB) and ``ssim`` are per video; ``scores`` the scorer's shares;
     ``quantized``/``kept`` count linears; ``seconds`` is the quantization time.
     """
 
@@ -22,10 +23,13 @@ class Variant:
     bits: str
     size_ratio: float
     bytes: int
+    kept_bytes: int
     latent_mse: NDArray[np.float64]
     teacher_forced: NDArray[np.float64]
+    forced_chunks: NDArray[np.float64]
     chunk_mse: NDArray[np.float64]
     psnr: NDArray[np.float64]
+    ssim: NDArray[np.float64]
     scores: dict[str, float]
     quantized: int
     kept: int
