@@ -16,7 +16,7 @@ from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import trace
 from fxq.core.config import Recipe
-from fxq.core.ir import QuantGraph
+from fxq.core.ir import QuantGraph, planned
 from fxq.core.summary import summary
 from fxq.job import Job
 from fxq.metrics import sprites
@@ -76,6 +76,7 @@ class Lab:
         self.calibration, self.bar, self.share_inputs = calibration, bar, recipe.share_inputs
         self.traced = self._trace() if traced is None else traced
         prepared = self._planned(recipe)
+        self._collected = _collected(recipe, prepared)
         start = time.perf_counter()
         self.calibration_hash = Job(recipe, bar).calibrate(prepared, calibration)
         self.statistics = prepared.statistics
@@ -96,6 +97,10 @@ class Lab:
         graph = self._planned(recipe)
         graph.adopt(self.statistics)
         return graph
+
+    def covers(self, recipe: Recipe) -> bool:
+        """Whether the statistics are those that the recipe asks for: of the same layers and rows."""
+        return _collected(recipe, self._planned(recipe)) == self._collected
 
     def _recipe(self, bits: str | Recipe) -> Recipe:
         return dataclasses.replace(get_recipe(bits), share_inputs=self.share_inputs)
@@ -134,6 +139,12 @@ class Lab:
         job.rewrite(graph)
         seconds = time.perf_counter() - start
         return finish(graph, recipe, self.calibration_hash, None if alpha is None else alpha.tolist(), []), seconds
+
+
+def _collected(recipe: Recipe, graph: QuantGraph) -> tuple[object, ...]:
+    """What the statistics of a PLANNED graph depend on beside the data."""
+    layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
+    return layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, recipe.seed
 
 
 def ablation_recipes(recipe: Recipe) -> dict[str, Recipe]:

@@ -35,6 +35,12 @@ class Variant:
     kept: int
     seconds: float
 
+    @property
+    def whole_ratio(self) -> float:
+        """Bytes of all linears over bf16, those that are kept as bf16."""
+        bf16 = self.bytes / self.size_ratio if self.bytes else 0.0
+        return (self.bytes + self.kept_bytes) / (bf16 + self.kept_bytes) if bf16 + self.kept_bytes else 1.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
