@@ -7,6 +7,7 @@ import dataclasses
 from fxq.comparison.methods import ComparisonError, Entry
 from fxq.comparison.subject import Subject, chunks_of, with_chunks
 from fxq.core.config import Recipe
+from fxq.core.ir import QuantGraph
 from fxq.lab import Candidate, Lab, evaluate, latents_of, object_scores
 from fxq.report.data import Variant
 from fxq.runtime.progress import Progress
@@ -55,8 +56,8 @@ class Seconds:
 class Bench:
     """A model bound to the prompts and noise of one seed, to quantize and measure in any way."""
 
-    def __init__(self, subject: Subject, budget: Budget, seed: int, bar: Progress) -> None:
-        """Generate the full-precision videos.
+    def __init__(self, subject: Subject, budget: Budget, seed: int, bar: Progress, before: Bench | None = None) -> None:
+        """Generate the full-precision videos. What the bench of another seed has traced is not traced again.
 
         Raises:
             ComparisonError: when the videos cannot have the asked length, or are no whole chunks.
@@ -76,15 +77,19 @@ class Bench:
         limits = subject.limits or (float(self.latents.min()), float(self.latents.max()))
         self.reference = Reference(scores=scores, limits=limits, chunks=chunks, trained=trained)
         self._labs: list[Lab] = []
+        self._traced: QuantGraph | None = None
+        if before is not None and before.calibration.denoiser is self.calibration.denoiser:
+            self._traced = before._traced
 
     def _lab(self, recipe: Recipe, bar: Progress) -> Lab:
         for lab in self._labs:
             lab.bar = bar
             if lab.covers(recipe):
                 return lab
-        traced = self._labs[0].traced if self._labs else None
-        self._labs.append(Lab(self.calibration, recipe, bar, traced))
-        return self._labs[-1]
+        lab = Lab(self.calibration, recipe, bar, self._traced)
+        self._traced = lab.traced
+        self._labs.append(lab)
+        return lab
 
     def measure(self, entry: Entry, bar: Progress) -> tuple[Variant, Seconds]:
         """Quantize one way, and measure; every random choice follows from the seed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def means_of(variant: Variant) -> dict[str, float]:
 
 def pool(variants: Sequence[Variant]) -> Variant:
     """One method at one width on the videos of several seeds, which are equally many."""
-    arrays = {name: np.concatenate([getattr(v, name) for v in variants]) for name in _POOLED}
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(v, name) for v in variants]) for name in _POOLED}
     scores = {name: float(np.mean([v.scores[name] for v in variants])) for name in variants[0].scores}
     seconds = float(np.mean([v.seconds for v in variants]))
     return dataclasses.replace(variants[0], **arrays, scores=scores, seconds=seconds)

@@ -78,12 +78,19 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
     shared = dict(subject.identity) | dataclasses.asdict(plan.budget) | {"iterations": plan.iterations}
     store = Store(folder, shared | {"environment": versions})
     store.open()
-    total = len(rows) * len(plan.seeds)
-    for turn, seed in enumerate(plan.seeds):
-        missing = [entry for entry in rows if store.row(entry, seed) is None]
-        if missing or not store.has_reference(seed):
-            done = total - len(missing) - (len(plan.seeds) - turn - 1) * len(rows)
-            _measure(store, subject, plan.budget, seed, missing, (done, total), progress)
+    missing = {seed: [entry for entry in rows if store.row(entry, seed) is None] for seed in plan.seeds}
+    done, total = 0, sum(map(len, missing.values()))
+    bench = None
+    for seed, left in missing.items():
+        if not left and store.has_reference(seed):
+            continue
+        with Progress(progress, prefix=f"seed {seed} ") as bar:
+            bench = Bench(subject, plan.budget, seed, bar, bench)
+        store.write_reference(seed, bench.reference)
+        for entry in left:
+            done += 1
+            with Progress(progress, prefix=f"{done}/{total} ") as bar:
+                store.write_row(entry, seed, *bench.measure(entry, bar))
     measured = [{seed: found for seed in plan.seeds if (found := store.row(entry, seed)) is not None} for entry in rows]
     references = [store.reference(seed) for seed in plan.seeds]
     made, full = rows_of(measured, base), full_precision_of(references)
@@ -101,21 +108,3 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
         chunks=references[0].chunks,
         trained=references[0].trained,
     )
-
-
-def _measure(
-    store: Store,
-    subject: Subject,
-    budget: Budget,
-    seed: int,
-    missing: Sequence[Entry],
-    progress: tuple[int, int],
-    shown: bool,
-) -> None:
-    """Measure rows of one seed; ``progress`` are rows that are done and all of them."""
-    with Progress(shown, prefix=f"seed {seed} ") as bar:
-        bench = Bench(subject, budget, seed, bar)
-    store.write_reference(seed, bench.reference)
-    for i, entry in enumerate(missing, progress[0] + 1):
-        with Progress(shown, prefix=f"{i}/{progress[1]} ") as bar:
-            store.write_row(entry, seed, *bench.measure(entry, bar))

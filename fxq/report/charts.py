@@ -19,11 +19,11 @@ from fxq.metrics.latents import bootstrap
 from fxq.report.data import PUBLISHED_SENSITIVITY, Comparison, LayerView, SensitivityView, Variant
 from fxq.report.verdict import bit_widths, metric_name, outcome, ratio_text
 
-# Placeholder colours: matplotlib draws with them, _inline turns them into CSS variables.
+# Placeholder colours: matplotlib draws with them, inline turns them into CSS variables.
 INK, MUTED, LINE, GOOD, BAD = "#fe0101", "#fe0202", "#fe0303", "#fe0404", "#fe0505"
-SERIES = ("#fe0601", "#fe0602", "#fe0603", "#fe0604")
+SERIES = tuple(f"#fe06{i:02}" for i in range(1, 9))
 OUTLIER, PAGE = "#fe0701", "#fe0801"
-_VARIABLES = {
+VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
     LINE: "--line",
@@ -34,7 +34,7 @@ _VARIABLES = {
     PAGE: "--page",
 }
 WIDE, NARROW = 760, 350
-_STYLE: dict[Any, object] = {
+STYLE: dict[Any, object] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fxq",
     "text.parse_math": False,
@@ -54,11 +54,12 @@ _STYLE: dict[Any, object] = {
 _LIMITS = (1e-4, 1e4)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in units of the drawing."""
     return Figure(figsize=(width / 72, height / 72), facecolor="none")
 
 
-def _axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
+def place_axes(figure: Figure, left: float, right: float, top: float, bottom: float) -> Axes:
     """Axes with margins in units of the drawing."""
     width, height = figure.get_size_inches() * 72
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height))
@@ -70,7 +71,7 @@ def _short(number: re.Match[str]) -> str:
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def _inline(figure: Figure, label: str) -> Markup:
+def inline(figure: Figure, label: str) -> Markup:
     """The figure as an <svg> element with short numbers, no ids that nothing refers to, and CSS variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -86,7 +87,7 @@ def _inline(figure: Figure, label: str) -> Markup:
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     text = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", text)
     text = re.sub(r"<[^>]+>", lambda m: re.sub(r"-?\d+\.\d{3,}", _short, m[0]), text)
-    text = re.sub(r"#fe0[0-9a-f]{3}", lambda m: f"var({_VARIABLES[m[0]]})", text)
+    text = re.sub(r"#fe0[0-9a-f]{3}", lambda m: f"var({VARIABLES[m[0]]})", text)
     text = re.sub(r" ?transform=\"rotate\(-?0(?:\.0)? [^\"]*\"|<g>\s*</g>|<!--.*?-->", "", text)
     return Markup(re.sub(r"\n\s*", "\n", text))
 
@@ -112,7 +113,7 @@ def _ratio_ticks(low: float, high: float, length: float, gap: float = 34) -> lis
 
 def forest(comparisons: Sequence[Comparison], width: int) -> Markup:
     """Ratios with their intervals on a log axis, a line at 1; grouped by metric."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         return _forest(comparisons, width)
 
 
@@ -133,8 +134,8 @@ def _forest(comparisons: Sequence[Comparison], width: int) -> Markup:
     left = 12 if narrow and several_pairs else 30 + longest * 6.1
     right = 12 if narrow and several_pairs else 128
     height = 48 + pitch * len(rows)
-    figure = _figure(width, height)
-    axes = _axes(figure, left, right, 6, 42)
+    figure = new_figure(width, height)
+    axes = place_axes(figure, left, right, 6, 42)
     bounds = [float(np.clip(x, *_LIMITS)) for c in comparisons for x in (c.low, c.high, c.ratio) if math.isfinite(x)]
     low, high = min([*bounds, 1.0]), max([*bounds, 1.0])
     low, high = (max(low, _LIMITS[0]), min(high, _LIMITS[1]))
@@ -168,14 +169,14 @@ def _forest(comparisons: Sequence[Comparison], width: int) -> Markup:
     axes.set_axisbelow(True)
     pairs = dict.fromkeys(f"{c.a} / {c.b}" for c in comparisons)
     axes.set_xlabel(f"error ratio, {next(iter(pairs))}" if len(pairs) == 1 else "error ratio")
-    return _inline(figure, "Forest plot of paired error ratios with 95 % intervals")
+    return inline(figure, "Forest plot of paired error ratios with 95 % intervals")
 
 
 def sensitivity(views: Sequence[SensitivityView], width: int) -> Markup:
     """Chunk sensitivities as bars with intervals, the published curve as diamonds."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(width, 280 if width > 500 else 250)
-        axes = _axes(figure, 40, 4, 10, 42)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(width, 280 if width > 500 else 250)
+        axes = place_axes(figure, 40, 4, 10, 42)
         colours = series([v.bits for v in views])
         share = 0.8 / max(1, len(views))
         for i, view in enumerate(views):
@@ -192,14 +193,14 @@ def sensitivity(views: Sequence[SensitivityView], width: int) -> Markup:
         axes.grid(axis="y", color=LINE, linewidth=0.6)
         axes.set_axisbelow(True)
         axes.legend(loc="upper right", fontsize=11.5 if width > 500 else 10.5)
-        return _inline(figure, "Sensitivity of each chunk, measured and published")
+        return inline(figure, "Sensitivity of each chunk, measured and published")
 
 
 def chunk_errors(variants: Sequence[Variant], width: int) -> Markup:
     """Latent MSE of each chunk by variant, mean over videos with 95 % bands, log axis."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(width, 300)
-        axes = _axes(figure, 62, 4, 12 + 18 * math.ceil(len(variants) / (3 if width > 500 else 2)), 42)
+    with matplotlib.rc_context(STYLE):
+        figure = new_figure(width, 300)
+        axes = place_axes(figure, 62, 4, 12 + 18 * math.ceil(len(variants) / (3 if width > 500 else 2)), 42)
         colours = series([v.bits for v in variants])
         for group in bit_widths(variants).values():
             for i, v in enumerate(group):
@@ -223,7 +224,7 @@ def chunk_errors(variants: Sequence[Variant], width: int) -> Markup:
             handlelength=2.2,
             columnspacing=1.4,
         )
-        return _inline(figure, "Latent MSE of each chunk by variant")
+        return inline(figure, "Latent MSE of each chunk by variant")
 
 
 def outlier_curve(view: LayerView, top: float) -> Markup:
@@ -236,9 +237,9 @@ def outlier_curve(view: LayerView, top: float) -> Markup:
     assert view.norms is not None
     unit = view.median or 1.0
     norms = view.norms / unit
-    with matplotlib.rc_context(_STYLE | {"font.size": 10}):
-        figure = _figure(230, 108)
-        axes = _axes(figure, 24, 2, 6, 18)
+    with matplotlib.rc_context(STYLE | {"font.size": 10}):
+        figure = new_figure(230, 108)
+        axes = place_axes(figure, 24, 2, 6, 18)
         x = np.arange(len(norms)) + 1
         if view.outliers:
             axes.axvspan(0.5, view.outliers + 0.5, color=OUTLIER, alpha=0.16, linewidth=0)
@@ -255,4 +256,4 @@ def outlier_curve(view: LayerView, top: float) -> Markup:
         first.set_horizontalalignment("left")
         last.set_horizontalalignment("right")
         axes.tick_params(length=0, pad=3)
-        return _inline(figure, f"Channel norms of {view.layer}")
+        return inline(figure, f"Channel norms of {view.layer}")

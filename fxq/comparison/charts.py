@@ -1,0 +1,206 @@
+"""The drawings of a comparison: size against error, and the error of each chunk; as SVG for the page, and as PNG."""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+from fxq.comparison.results import ERRORS, Results, Row
+from fxq.metrics.latents import bootstrap
+from fxq.report.charts import INK, LINE, MUTED, PAGE, SERIES, STYLE, VARIABLES, WIDE, inline, new_figure, place_axes
+from fxq.report.data import Variant
+from fxq.report.verdict import metric_name
+from fxq.runtime.writable import whole_file
+
+Paint = Callable[[str], str]
+"""From a colour's placeholder to what is drawn with."""
+
+_MARKERS = "osD^vPX*"
+
+
+def _light() -> dict[str, str]:
+    """The page's own light colours by placeholder."""
+    css = importlib.resources.files("fxq.report").joinpath("templates/report.css").read_text(encoding="utf-8")
+    values = dict(re.findall(r"(--[\w-]+): (#\w+);", css[: css.index("}")]))
+    return {placeholder: values[name] for placeholder, name in VARIABLES.items()}
+
+
+def as_svg(draw: Callable[[Results, int, Paint], Figure], results: Results, width: int, label: str) -> Markup:
+    """A drawing in the page's colours."""
+    with matplotlib.rc_context(STYLE):
+        return inline(draw(results, width, lambda colour: colour), label)
+
+
+def as_png(draw: Callable[[Results, int, Paint], Figure], results: Results, path: pathlib.Path) -> pathlib.Path:
+    """Write a drawing as PNG, in the page's light colours, whole or not at all.
+
+    Raises:
+        OSError: when it cannot be written.
+    """
+    colours = _light()
+    style: dict[Any, object] = {
+        key: colours.get(value, value) if isinstance(value, str) else value for key, value in STYLE.items()
+    }
+    with matplotlib.rc_context(style):
+        figure = draw(results, WIDE, colours.__getitem__)
+        with whole_file(path) as part:
+            figure.savefig(part, format="png", dpi=144, facecolor=colours[PAGE])
+    return path
+
+
+def method_colours(rows: Sequence[Row]) -> dict[str, str]:
+    """Placeholder colour of each method."""
+    return {name: SERIES[i % len(SERIES)] for i, name in enumerate(dict.fromkeys(r.variant.method for r in rows))}
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The (size, error) points that no other is better than in both, by size."""
+    kept: list[tuple[float, float]] = []
+    for size, error in sorted(points):
+        if not kept or error < kept[-1][1]:
+            kept.append((size, error))
+    return kept
+
+
+def _legend(figure: Figure, entries: Mapping[str, Line2D], width: int, top: float) -> None:
+    """Entries in as many columns as fit, in the upper ``top`` of the figure."""
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=_columns(entries, width),
+        fontsize=10.5,
+        handlelength=1.6,
+        columnspacing=1.4,
+        borderaxespad=0.3,
+    )
+
+
+def _columns(names: Mapping[str, Line2D], width: int) -> int:
+    return max(1, int(width // (40 + 6.2 * max(map(len, names)))))
+
+
+def _log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A log axis from below the least to above the largest value, with numbers at 1, 2 and 5."""
+    known = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
+    low, high = min(known), max(known)
+    pad = max((high / low) ** 0.08, 1.15)
+    axes.set(yscale="log", ylim=(low / pad, high * pad))
+    few = high / low > 300
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-") if y < 1e-3 else f"{y:g}")
+    )
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
+
+
+def pareto(results: Results, width: int, paint: Paint) -> Figure:
+    """Size against both errors: a colour for each method, a shape for each width, the best of each size joined."""
+    narrow = width < 500
+    colours = method_colours(results.rows)
+    shapes = {b: _MARKERS[i % len(_MARKERS)] for i, b in enumerate(dict.fromkeys(v.bits for v in results.variants))}
+
+    entries = {name: Line2D([], [], color=paint(colour), linewidth=5) for name, colour in colours.items()}
+    for bits, shape in shapes.items():
+        entries[bits] = Line2D([], [], color=paint(MUTED), marker=shape, linestyle="", markersize=7)
+    entries["no other is smaller and better"] = Line2D([], [], color=paint(MUTED), linewidth=1, linestyle="--")
+    top = 22 + 17 * math.ceil(len(entries) / _columns(entries, width))
+    panel = 250
+    height = top + (2 * panel if narrow else panel) + 48
+    figure = new_figure(width, height)
+    _legend(figure, entries, width, top)
+    for i, metric in enumerate(ERRORS):
+        if narrow:
+            axes = place_axes(figure, 58, 8, top + 14 + i * (panel + 20), 44 + (1 - i) * (panel + 20))
+        else:
+            axes = place_axes(figure, 58 + i * width / 2, 8 + (1 - i) * width / 2, top + 14, 44)
+        _pareto_panel(axes, results.variants, metric, colours, shapes, paint)
+    return figure
+
+
+def _pareto_panel(
+    axes: Axes,
+    variants: Sequence[Variant],
+    metric: str,
+    colours: Mapping[str, str],
+    shapes: Mapping[str, str],
+    paint: Paint,
+) -> None:
+    points, values = [], []
+    for variant in variants:
+        errors = getattr(variant, metric)
+        mean = float(errors.mean())
+        low, high = (float(bound) for bound in bootstrap(errors))
+        points.append((variant.whole_ratio, mean))
+        values += [mean, low, high]
+        colour = paint(colours[variant.method])
+        axes.plot([variant.whole_ratio] * 2, [low, high], color=colour, linewidth=1.2, alpha=0.7)
+        axes.plot(*points[-1], shapes[variant.bits], color=colour, markersize=7.5, alpha=0.9, zorder=3)
+    best = front(points)
+    axes.plot(*zip(*best, strict=True), color=paint(MUTED), linewidth=1, linestyle="--", zorder=1)
+    sizes = [size for size, _ in points]
+    pad = max(0.08 * (max(sizes) - min(sizes)), 0.01)
+    axes.set(xlim=(min(sizes) - pad, max(sizes) + pad), xlabel="bytes of all linears, of bf16")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    _log_axis(axes, values)
+    axes.set_title(metric_name(metric), loc="left", fontsize=11.5, color=paint(INK))
+    axes.grid(color=paint(LINE), linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def drift(results: Results, width: int, paint: Paint) -> Figure:
+    """Latent MSE of each chunk in free rollouts, a panel for each width, mean over videos with 95 % bands."""
+    colours = method_colours(results.rows)
+    groups: dict[str, list[Variant]] = {}
+    for variant in results.variants:
+        groups.setdefault(variant.bits, []).append(variant)
+    entries = {n: Line2D([], [], color=paint(c), linewidth=2, linestyle="-") for n, c in colours.items()}
+    columns = 1 if width < 500 else min(2, len(groups))
+    rows = math.ceil(len(groups) / columns)
+    top = 22 + 17 * math.ceil(len(entries) / _columns(entries, width))
+    panel, gap = 190, 62
+    height = top + rows * (panel + gap)
+    figure = new_figure(width, height)
+    _legend(figure, entries, width, top)
+    means = [np.maximum(v.chunk_mse.mean(0), 1e-12) for v in results.variants]
+    for i, (bits, group) in enumerate(groups.items()):
+        row, column = divmod(i, columns)
+        left, above = column * width / columns, top + 14 + row * (panel + gap)
+        axes = place_axes(figure, 58 + left, width - (column + 1) * width / columns + 8, above, height - above - panel)
+        for v in group:
+            mean = np.maximum(v.chunk_mse.mean(0), 1e-12)
+            low, high = (np.maximum(bound, 1e-12) for bound in bootstrap(v.chunk_mse))
+            x = np.arange(len(mean)) + 1
+            axes.fill_between(x, low, high, color=paint(colours[v.method]), alpha=0.12, linewidth=0)
+            marker = "o" if len(mean) <= 12 else ""
+            axes.plot(x, mean, color=paint(colours[v.method]), linewidth=1.8, marker=marker, markersize=3.5)
+        _log_axis(axes, [float(value) for mean in means for value in mean])
+        axes.set(xlabel="chunk", xlim=(0.7, results.chunks + 0.3))
+        axes.set_title(f"{bits}, latent MSE", loc="left", fontsize=11.5, color=paint(INK))
+        if results.chunks > results.trained:
+            axes.axvline(results.trained + 0.5, color=paint(MUTED), linewidth=1, linestyle=":")
+            axes.annotate(
+                " longer than trained",
+                (results.trained + 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                size=9.5,
+                color=paint(MUTED),
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y", color=paint(LINE), linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure
