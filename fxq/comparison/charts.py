@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from fxq.comparison.results import ERRORS, Results, Row
-from fxq.metrics.latents import bootstrap
+from fxq.metrics.latents import Floats, bootstrap
 from fxq.report.charts import INK, LINE, MUTED, PAGE, SERIES, STYLE, VARIABLES, WIDE, inline, new_figure, place_axes
 from fxq.report.data import Variant
 from fxq.report.verdict import metric_name
@@ -28,6 +28,7 @@ Paint = Callable[[str], str]
 """From a colour's placeholder to what is drawn with."""
 
 _MARKERS = "osD^vPX*"
+_LEAST = 1e-15
 
 
 def _light() -> dict[str, str]:
@@ -74,6 +75,26 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
+def geometric(errors: Floats) -> tuple[Floats, Floats, Floats]:
+    """Geometric mean over videos [V, ...] with its 95 % bootstrap interval: as paired ratios are made of."""
+    logs = np.log(np.maximum(errors, _LEAST))
+    low, high = bootstrap(logs)
+    return np.exp(logs.mean(0)), np.exp(low), np.exp(high)
+
+
+def side_by_side(sizes: Sequence[float], near: float, step: float) -> list[float]:
+    """Where to draw points so that those of about one size, ``near`` by each other, lie ``step`` apart."""
+    drawn = list(sizes)
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    while order:
+        cluster = [i for i in order if sizes[i] - sizes[order[0]] <= near]
+        middle = float(np.mean([sizes[i] for i in cluster]))
+        for place, i in enumerate(cluster):
+            drawn[i] = middle + (place - (len(cluster) - 1) / 2) * step
+        order = order[len(cluster) :]
+    return drawn
+
+
 def _legend(figure: Figure, entries: Mapping[str, Line2D], width: int, top: float) -> None:
     """Entries in as many columns as fit, in the upper ``top`` of the figure."""
     figure.legend(
@@ -116,7 +137,7 @@ def pareto(results: Results, width: int, paint: Paint) -> Figure:
     entries = {name: Line2D([], [], color=paint(colour), linewidth=5) for name, colour in colours.items()}
     for bits, shape in shapes.items():
         entries[bits] = Line2D([], [], color=paint(MUTED), marker=shape, linestyle="", markersize=7)
-    entries["no other is smaller and better"] = Line2D([], [], color=paint(MUTED), linewidth=1, linestyle="--")
+    entries["Pareto front"] = Line2D([], [], color=paint(MUTED), linewidth=1, linestyle="--")
     top = 22 + 17 * math.ceil(len(entries) / _columns(entries, width))
     panel = 250
     height = top + (2 * panel if narrow else panel) + 48
@@ -139,21 +160,24 @@ def _pareto_panel(
     shapes: Mapping[str, str],
     paint: Paint,
 ) -> None:
-    points, values = [], []
-    for variant in variants:
-        errors = getattr(variant, metric)
-        mean = float(errors.mean())
-        low, high = (float(bound) for bound in bootstrap(errors))
-        points.append((variant.whole_ratio, mean))
+    sizes = [variant.whole_ratio for variant in variants]
+    reach = max(max(sizes) - min(sizes), 0.02)
+    by_bits = {bits: [i for i, v in enumerate(variants) if v.bits == bits] for bits in shapes}
+    drawn = list(sizes)
+    for members in by_bits.values():
+        for i, x in zip(members, side_by_side([sizes[i] for i in members], 0.1 * reach, 0.035 * reach), strict=True):
+            drawn[i] = x
+    values, points = [], {}
+    for variant, size, x in zip(variants, sizes, drawn, strict=True):
+        mean, low, high = (float(value) for value in geometric(getattr(variant, metric)))
+        points[size, mean] = x
         values += [mean, low, high]
         colour = paint(colours[variant.method])
-        axes.plot([variant.whole_ratio] * 2, [low, high], color=colour, linewidth=1.2, alpha=0.7)
-        axes.plot(*points[-1], shapes[variant.bits], color=colour, markersize=7.5, alpha=0.9, zorder=3)
-    best = front(points)
+        axes.plot([x, x], [low, high], color=colour, linewidth=1.4, alpha=0.8)
+        axes.plot(x, mean, shapes[variant.bits], color=colour, markersize=7, alpha=0.9, zorder=3)
+    best = [(points[point], point[1]) for point in front(list(points))]
     axes.plot(*zip(*best, strict=True), color=paint(MUTED), linewidth=1, linestyle="--", zorder=1)
-    sizes = [size for size, _ in points]
-    pad = max(0.08 * (max(sizes) - min(sizes)), 0.01)
-    axes.set(xlim=(min(sizes) - pad, max(sizes) + pad), xlabel="bytes of all linears, of bf16")
+    axes.set(xlim=(min(drawn) - 0.08 * reach, max(drawn) + 0.08 * reach), xlabel="bytes of all linears, of bf16")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _log_axis(axes, values)
     axes.set_title(metric_name(metric), loc="left", fontsize=11.5, color=paint(INK))
@@ -162,7 +186,7 @@ def _pareto_panel(
 
 
 def drift(results: Results, width: int, paint: Paint) -> Figure:
-    """Latent MSE of each chunk in free rollouts, a panel for each width, mean over videos with 95 % bands."""
+    """Latent MSE of each chunk in free rollouts, a panel for each width, geometric mean over videos, 95 % bands."""
     colours = method_colours(results.rows)
     groups: dict[str, list[Variant]] = {}
     for variant in results.variants:
@@ -175,19 +199,18 @@ def drift(results: Results, width: int, paint: Paint) -> Figure:
     height = top + rows * (panel + gap)
     figure = new_figure(width, height)
     _legend(figure, entries, width, top)
-    means = [np.maximum(v.chunk_mse.mean(0), 1e-12) for v in results.variants]
+    curves = {id(v): geometric(v.chunk_mse) for v in results.variants}
     for i, (bits, group) in enumerate(groups.items()):
         row, column = divmod(i, columns)
         left, above = column * width / columns, top + 14 + row * (panel + gap)
         axes = place_axes(figure, 58 + left, width - (column + 1) * width / columns + 8, above, height - above - panel)
         for v in group:
-            mean = np.maximum(v.chunk_mse.mean(0), 1e-12)
-            low, high = (np.maximum(bound, 1e-12) for bound in bootstrap(v.chunk_mse))
+            mean, low, high = curves[id(v)]
             x = np.arange(len(mean)) + 1
             axes.fill_between(x, low, high, color=paint(colours[v.method]), alpha=0.12, linewidth=0)
             marker = "o" if len(mean) <= 12 else ""
             axes.plot(x, mean, color=paint(colours[v.method]), linewidth=1.8, marker=marker, markersize=3.5)
-        _log_axis(axes, [float(value) for mean in means for value in mean])
+        _log_axis(axes, [float(x) for curve in curves.values() for x in np.concatenate(curve)])
         axes.set(xlabel="chunk", xlim=(0.7, results.chunks + 0.3))
         axes.set_title(f"{bits}, latent MSE", loc="left", fontsize=11.5, color=paint(INK))
         if results.chunks > results.trained:
