@@ -177,7 +177,10 @@ def _pareto_panel(
         axes.plot(x, mean, shapes[variant.bits], color=colour, markersize=7, alpha=0.9, zorder=3)
     best = [(points[point], point[1]) for point in front(list(points))]
     axes.plot(*zip(*best, strict=True), color=paint(MUTED), linewidth=1, linestyle="--", zorder=1)
-    axes.set(xlim=(min(drawn) - 0.08 * reach, max(drawn) + 0.08 * reach), xlabel="bytes of all linears, of bf16")
+    axes.set(
+        xlim=(min(drawn) - 0.08 * reach, max(drawn) + 0.08 * reach),
+        xlabel="bytes of all linears, of bf16; those of one size side by side",
+    )
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _log_axis(axes, values)
     axes.set_title(metric_name(metric), loc="left", fontsize=11.5, color=paint(INK))
@@ -199,18 +202,19 @@ def drift(results: Results, width: int, paint: Paint) -> Figure:
     height = top + rows * (panel + gap)
     figure = new_figure(width, height)
     _legend(figure, entries, width, top)
-    curves = {id(v): geometric(v.chunk_mse) for v in results.variants}
     for i, (bits, group) in enumerate(groups.items()):
         row, column = divmod(i, columns)
         left, above = column * width / columns, top + 14 + row * (panel + gap)
         axes = place_axes(figure, 58 + left, width - (column + 1) * width / columns + 8, above, height - above - panel)
+        seen: list[float] = []
         for v in group:
-            mean, low, high = curves[id(v)]
+            mean, low, high = geometric(v.chunk_mse)
+            seen += [*low.tolist(), *high.tolist()]
             x = np.arange(len(mean)) + 1
             axes.fill_between(x, low, high, color=paint(colours[v.method]), alpha=0.12, linewidth=0)
             marker = "o" if len(mean) <= 12 else ""
             axes.plot(x, mean, color=paint(colours[v.method]), linewidth=1.8, marker=marker, markersize=3.5)
-        _log_axis(axes, [float(x) for curve in curves.values() for x in np.concatenate(curve)])
+        _log_axis(axes, seen)
         axes.set(xlabel="chunk", xlim=(0.7, results.chunks + 0.3))
         axes.set_title(f"{bits}, latent MSE", loc="left", fontsize=11.5, color=paint(INK))
         if results.chunks > results.trained:

@@ -198,13 +198,13 @@ def _outlier_panels(layers: Sequence[LayerView]) -> list[dict[str, Any]]:
     return panels
 
 
-def _facts(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
+def flat_facts(settings: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:
     """Settings as flat name and value pairs; nested mappings get dotted names."""
     rows: list[tuple[str, str]] = []
     for key, value in plain(settings).items():
         name = f"{prefix}{key}".replace("_", " ")
         if isinstance(value, dict):
-            rows += _facts(value, f"{prefix}{key}, ")
+            rows += flat_facts(value, f"{prefix}{key}, ")
         elif isinstance(value, list):
             rows.append((name, ", ".join(map(str, value))))
         elif isinstance(value, float):
@@ -230,9 +230,9 @@ def _context(report: Report) -> dict[str, object]:
         "verdict": verdict(report),
         "written": written,
         "videos": videos,
-        "settings": _facts(report.settings),
-        "environment": _facts(report.environment),
-        "seconds": _facts(report.seconds),
+        "settings": flat_facts(report.settings),
+        "environment": flat_facts(report.environment),
+        "seconds": flat_facts(report.seconds),
         "main": _variant_table(report, report.variants, reference=True),
         "ablation": _variant_table(report, report.ablation, reference=False),
         "ablation_bits": ", ".join(bit_widths(report.ablation)),
@@ -250,8 +250,8 @@ def _context(report: Report) -> dict[str, object]:
     }
 
 
-def render(report: Report) -> str:
-    """The page as text."""
+def page_template(name: str) -> jinja2.Template:
+    """A template of the pages; values are escaped, and unknown names are errors."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fxq.report", "templates"),
         autoescape=True,
@@ -261,7 +261,12 @@ def render(report: Report) -> str:
     )
     environment.policies["json.dumps_function"] = json.dumps
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment.get_template("report.html.j2").render(_context(report))
+    return environment.get_template(name)
+
+
+def render(report: Report) -> str:
+    """The page as text."""
+    return page_template("report.html.j2").render(_context(report))
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> pathlib.Path:

@@ -15,6 +15,7 @@ METRICS = {
     "teacher_forced": "teacher-forced error",
     "latent_mse": "latent MSE of the free rollout",
     "psnr": "PSNR",
+    "ssim": "SSIM",
 }
 """Metric names in words."""
 
