@@ -31,6 +31,8 @@ COMMANDS = {
     "export": ("fxq.cli.export", "Write a bundle in the format of another runtime and say what that costs per layer."),
     "cache": ("fxq.cli.cache", "Compare codecs of the key-value cache on a model's own rollouts, and choose one per "
               "layer within --bits."),
+    "compare": ("fxq.cli.compare", "Quantize one model by several methods at several widths and measure all of them "
+                "side by side."),
     "recipe": ("fxq.cli.recipe", "Show recipes: the presets, or what a recipe file comes to."),
     "plan": ("fxq.cli.plan", "Estimate from shapes alone what fits a GPU at which minute and how fast it may be. "
              "Nothing is loaded or run."),

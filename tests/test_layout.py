@@ -33,7 +33,7 @@ FLOORS = (
     ("job", "handshake", "optimize", "parallel", "planning"),
     ("quantize", "integrations"),
     ("fxq", "lab", "bench"),
-    ("demo",),
+    ("demo", "comparison"),
     ("cli",),
     ("__main__",),
 )

@@ -12,6 +12,7 @@ from fxq.calibration.collect import CalibrationError
 from fxq.calibration.record import RecordError
 from fxq.capture.trace import TraceError
 from fxq.cli.models import AdapterError
+from fxq.comparison.methods import ComparisonError
 from fxq.core.config import RecipeError
 from fxq.core.pipeline import PassError
 from fxq.core.verify import RuleError
@@ -29,6 +30,7 @@ _REFUSALS = (
     BundleError,
     CalibrationError,
     CheckpointError,
+    ComparisonError,
     ExportError,
     LoweringError,
     OSError,

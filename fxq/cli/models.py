@@ -193,13 +193,29 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
     return rollout
 
 
+def other_videos(
+    rollout: SelfForcingRollout, name: str, files: ModelFiles, videos: int, seed: int, first: int = 0
+) -> SelfForcingRollout:
+    """The rollout of :func:`family_rollout` with other noise, on the prompts from number ``first`` on.
+
+    Raises:
+        AdapterError, PromptError: as there.
+    """
+    family = find_family(name, files)
+    assert files.prompts is not None
+    config = family.config
+    prompts = load_prompts(files.prompts, config.text_dim, config.text_len, first + videos, seed)
+    batches = _batches(family, prompts, videos, seed, files.batch or 1, first)
+    return SelfForcingRollout(rollout.model, batches, rollout.sampler, any_size=rollout.any_size)
+
+
 def _batches(
-    family: Family, prompts: Prompts, videos: int, seed: int, batch: int
+    family: Family, prompts: Prompts, videos: int, seed: int, batch: int, first: int = 0
 ) -> list[tuple[dict[str, Any], Draws]]:
     shape = (family.frames, *family.latent)
     pairs = []
-    for start in range(0, videos, batch):
-        numbers = range(start, min(start + batch, videos))
+    for start in range(first, first + videos, batch):
+        numbers = range(start, min(start + batch, first + videos))
         embeddings = prompts.batch([i % len(prompts) for i in numbers], family.config.text_len)
         pairs.append(({"prompt_embeds": embeddings}, Draws([1000 * seed + i for i in numbers], shape)))
     return pairs

@@ -1,0 +1,141 @@
+"""The ``compare`` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+from torch import Tensor
+
+from fxq.calibration.rollout import Rollout
+from fxq.cli.common import JsonOption, QuietOption, emit_json
+from fxq.cli.models import AdapterError, ModelFiles, family_rollout, make_rollout, other_videos, parse_device
+from fxq.cli.quantize import IterationsOption, ModelOption
+from fxq.cli.source import with_model_files
+from fxq.comparison.measure import Budget
+from fxq.comparison.methods import METHODS, ComparisonError
+from fxq.comparison.page import write
+from fxq.comparison.run import Plan, run
+from fxq.comparison.subject import Subject, tiny_subject
+from fxq.comparison.tables import reliability_table, sentences, terminal_table, to_json
+from fxq.models.families import FAMILIES
+from fxq.models.self_forcing import SelfForcingRollout
+from fxq.runtime.streams import stdout_console
+from fxq.runtime.writable import writable_file
+
+_WHOLE, _QUICK = Budget(videos=64, calibration_videos=16), Budget(videos=16, calibration_videos=4)
+_QUICK_ITERATIONS = 40
+
+
+@with_model_files
+def compare(
+    methods: Annotated[
+        list[str],
+        typer.Argument(help=f"{', '.join(METHODS)}; presets; recipe files. METHOD:weighting=uniform is a variant."),
+    ],
+    files: ModelFiles,
+    model: ModelOption = "tiny",
+    bits: Annotated[str, typer.Option(help="Widths such as w8a8,w4a8; presets and recipe files have their own.")] = (
+        "w8a8,w4a8,w4a6"
+    ),
+    seeds: Annotated[str | None, typer.Option(help="Calibration seeds; 1,2 by default, 1 with --quick.")] = None,
+    videos: Annotated[
+        int | None,
+        typer.Option("--videos", "-n", min=2, help="Videos to measure on a seed; 64 by default, 16 with --quick."),
+    ] = None,
+    calibration_videos: Annotated[
+        int | None, typer.Option(min=1, help="Videos to calibrate on a seed; 16 by default, 4 with --quick.")
+    ] = None,
+    iterations: IterationsOption = None,
+    chunks: Annotated[
+        int | None, typer.Option(min=1, help="Length of the videos to measure on; the model's own by default.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The method that others are compared with; the first.")] = None,
+    out: Annotated[
+        pathlib.Path, typer.Option(help="Folder for finished rows, tables, pictures and the page.")
+    ] = pathlib.Path("out/compare"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One seed, few videos and iterations: for a first look.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize one model by several methods at several widths and measure all of them side by side.
+
+    A killed run goes on where it was, and an --out folder can be given more methods, widths and seeds.
+    """
+    usual = _QUICK if quick else _WHOLE
+    plan = Plan(
+        methods=methods,
+        bits=[word for word in bits.split(",") if word],
+        seeds=_numbers(seeds or ("1" if quick else "1,2")),
+        base=base,
+        iterations=iterations or (_QUICK_ITERATIONS if quick else None),
+        budget=Budget(
+            videos=videos or usual.videos,
+            calibration_videos=calibration_videos or usual.calibration_videos,
+            chunks=chunks,
+        ),
+    )
+    plan.base_among(plan.entries())
+    writable_file(out / "compare.html")
+    results = run(plan, _subject(model, files, plan.budget), out, shlex.join(["fxq", *sys.argv[1:]]), not quiet)
+    written = write(results, out)
+    if as_json:
+        emit_json(to_json(results))
+        return
+    console = stdout_console()
+    console.print(terminal_table(results))
+    console.print(reliability_table(results))
+    for width, text in sentences(results).items():
+        console.print(f"{width}: {text}", markup=False, highlight=False)
+    console.print(f"page: {written[0]}   all files: {out}", markup=False, highlight=False)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise ComparisonError(f"seeds {text!r}: expected numbers such as 1,2,3") from None
+
+
+def _subject(model: str, files: ModelFiles, budget: Budget) -> Subject:
+    """The model by the options of ``fxq quantize``.
+
+    Raises:
+        AdapterError, CheckpointError, PluginError, PromptError: as :func:`fxq.cli.models.make_rollout`.
+    """
+    if model == "diffusers":
+        raise AdapterError("model 'diffusers' is calibrated on recorded calls and makes no videos to compare")
+    if model == "tiny":
+        make_rollout(model, 1, 0, files)
+        return tiny_subject(files.batch or 64, parse_device(files.device))
+    loaded: list[SelfForcingRollout] = []
+
+    def rollouts(videos: int, seed: int, unseen: bool) -> tuple[Rollout, Tensor | None]:
+        if model not in FAMILIES:
+            return make_rollout(model, videos, seed, files), None
+        if not loaded:
+            loaded.append(family_rollout(model, 1, seed, files))
+        first = budget.calibration_videos if unseen else 0
+        return other_videos(loaded[0], model, files, videos, seed, first), None
+
+    return Subject(name=model, identity={"model": model} | _identity(files), rollouts=rollouts)
+
+
+def _identity(files: ModelFiles) -> dict[str, object]:
+    """The options that are given; of a file its name and size."""
+    given: dict[str, object] = {}
+    for name, value in dataclasses.asdict(files).items():
+        if isinstance(value, pathlib.Path) or (name == "prompts" and value is not None):
+            path = pathlib.Path(value)
+            size = f", {os.path.getsize(path)} bytes" if path.is_file() else ""
+            given[name] = f"{path}{size}"
+        elif value not in (None, False, {}):
+            given[name] = value
+    return given | {"device": str(parse_device(files.device))}
