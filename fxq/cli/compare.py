@@ -46,10 +46,10 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Calibration seeds; 1,2 by default, 1 with --quick.")] = None,
     videos: Annotated[
         int | None,
-        typer.Option("--videos", "-n", min=2, help="Videos to measure on a seed; 64 by default, 16 with --quick."),
+        typer.Option("--videos", "-n", min=2, help="Videos of a seed to measure on; 64, or 16 with --quick."),
     ] = None,
     calibration_videos: Annotated[
-        int | None, typer.Option(min=1, help="Videos to calibrate on a seed; 16 by default, 4 with --quick.")
+        int | None, typer.Option(min=1, help="Videos of a seed to calibrate on; 16, or 4 with --quick.")
     ] = None,
     iterations: IterationsOption = None,
     chunks: Annotated[

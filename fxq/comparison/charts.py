@@ -115,15 +115,16 @@ def _columns(names: Mapping[str, Line2D], width: int) -> int:
 
 
 def _log_axis(axes: Axes, values: Sequence[float]) -> None:
-    """A log axis from below the least to above the largest value, with numbers at 1, 2 and 5."""
+    """A log axis from below the least to above the largest value, with more numbers the shorter it is."""
     known = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
     low, high = min(known), max(known)
     pad = max((high / low) ** 0.08, 1.15)
     axes.set(yscale="log", ylim=(low / pad, high * pad))
-    few = high / low > 300
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if few else (1.0, 2.0, 5.0)))
+    span = high / low
+    subs = (1.0,) if span > 300 else (1.0, 2.0, 5.0) if span > 5 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(
-        FuncFormatter(lambda y, _: f"{y:.0e}".replace("e-0", "e-") if y < 1e-3 else f"{y:g}")
+        FuncFormatter(lambda y, _: f"{y:.1e}".replace(".0e", "e").replace("e-0", "e-") if y < 1e-3 else f"{y:g}")
     )
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: ""))
 
@@ -139,13 +140,13 @@ def pareto(results: Results, width: int, paint: Paint) -> Figure:
         entries[bits] = Line2D([], [], color=paint(MUTED), marker=shape, linestyle="", markersize=7)
     entries["Pareto front"] = Line2D([], [], color=paint(MUTED), linewidth=1, linestyle="--")
     top = 22 + 17 * math.ceil(len(entries) / _columns(entries, width))
-    panel = 250
-    height = top + (2 * panel if narrow else panel) + 48
+    panel, gap = 250, 66
+    height = top + 14 + (2 * panel + gap if narrow else panel) + 44
     figure = new_figure(width, height)
     _legend(figure, entries, width, top)
     for i, metric in enumerate(ERRORS):
         if narrow:
-            axes = place_axes(figure, 58, 8, top + 14 + i * (panel + 20), 44 + (1 - i) * (panel + 20))
+            axes = place_axes(figure, 58, 8, top + 14 + i * (panel + gap), 44 + (1 - i) * (panel + gap))
         else:
             axes = place_axes(figure, 58 + i * width / 2, 8 + (1 - i) * width / 2, top + 14, 44)
         _pareto_panel(axes, results.variants, metric, colours, shapes, paint)

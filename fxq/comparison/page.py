@@ -10,10 +10,9 @@ from collections.abc import Callable
 from markupsafe import Markup
 
 from fxq.comparison import charts, tables
-from fxq.comparison.results import ERRORS, Results
+from fxq.comparison.results import Results
 from fxq.report.charts import NARROW, WIDE, forest
 from fxq.report.html import flat_facts, page_template
-from fxq.report.tables import mean_interval, significant
 from fxq.runtime.writable import whole_file
 
 PICTURES = {"pareto.png": charts.pareto, "drift.png": charts.drift}
@@ -25,30 +24,21 @@ def _both(draw: Callable[[int], Markup]) -> dict[str, Markup]:
 
 def _rows(results: Results) -> list[dict[str, object]]:
     """Cells of the table: what is shown, what stands below it, and what a click on the heading sorts by."""
-    columns = tables.columns(results)
+    columns = tables.short_columns(results)
     marks = [tables.best(results, column) for column in columns]
     found: list[dict[str, object]] = []
     if results.full_precision:
-        shown = [
-            {"text": text, "below": "", "sort": "", "best": False} for text in tables.full_precision_cells(results)
-        ]
+        texts = tables.full_precision_cells(columns)
+        shown = [{"text": text, "below": "", "sort": "", "best": False} for text in texts]
         found.append({"method": "full precision", "bits": "", "cells": shown, "start": False})
     previous = None
     for i, row in enumerate(results.rows):
-        cells: list[dict[str, object]] = []
+        cells = []
         for column, marked in zip(columns, marks, strict=True):
-            value, below = column.value(row), ""
-            if column.key in (*ERRORS, "psnr", "ssim"):
-                _, *bounds = mean_interval(getattr(row.variant, column.key))
-                below = " to ".join(significant(bound) for bound in bounds)
-            elif column.key == "teacher_forced_worst_chunk":
-                below = f"chunk {row.worst_chunk}"
+            value = column.value(row)
             sort = "" if math.isnan(value) else value
-            cells.append({"text": column.cell(value), "below": below, "sort": sort, "best": i in marked})
-        for metric in ERRORS:
-            text, _, interval = tables.ratio_cell(row, metric, results.base).partition(" ")
-            ratio = row.paired[metric].ratio if metric in row.paired else ""
-            cells.append({"text": text, "below": interval.strip("()"), "sort": ratio, "best": False})
+            text = column.shown(value)
+            cells.append({"text": text, "below": column.below(row), "sort": sort, "best": i in marked})
         v = row.variant
         found.append({"method": v.method, "bits": v.bits, "cells": cells, "start": v.bits != previous})
         previous = v.bits
@@ -60,10 +50,10 @@ def render(results: Results) -> str:
     context = {
         "results": results,
         "sentences": tables.sentences(results),
-        "settings": flat_facts(results.settings),
+        "settings": flat_facts({k: v for k, v in results.settings.items() if v is not None}),
         "environment": flat_facts(results.environment),
         "videos": len(results.rows[0].variant.psnr),
-        "headings": tables.headings(results),
+        "columns": tables.short_columns(results),
         "rows": _rows(results),
         "pareto": _both(lambda width: charts.as_svg(charts.pareto, results, width, "Size against error")),
         "drift": _both(lambda width: charts.as_svg(charts.drift, results, width, "Latent MSE of each chunk")),

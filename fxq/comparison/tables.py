@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from rich import box
@@ -16,17 +16,22 @@ from rich.table import Table
 
 from fxq.comparison.results import ERRORS, Results, Row
 from fxq.report.tables import mean_interval, plain, significant
-from fxq.report.verdict import bit_widths, comparison_sentence, interval_text, metric_name
+from fxq.report.verdict import bit_widths, comparison_sentence, metric_name, ratio_text
 
 _NONE = "-"
+
+
+def _nothing(row: Row) -> str:
+    return ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
     """One number of every row.
 
-    ``key`` in files, ``heading`` and ``unit`` in tables, where ``text`` writes ``value``, NaN as a dash; ``better`` is
-    the direction of good values, empty where there is none; ``full``: the value of full precision.
+    ``key`` in files, ``heading`` and ``unit`` in tables, where ``text`` writes ``value``, NaN as a dash, and ``below``
+    says more, in one line with it where ``inline``; ``better`` is the direction of good values, empty where there is none;
+    ``full``: the value of full precision.
     """
 
     key: str
@@ -34,55 +39,92 @@ class Column:
     value: Callable[[Row], float]
     text: Callable[[float], str]
     unit: str = ""
+    below: Callable[[Row], str] = _nothing
+    inline: bool = False
     better: str = ""
     full: float = math.nan
 
-    def cell(self, value: float) -> str:
+    def shown(self, value: float) -> str:
         """A value as tables show it."""
         return _NONE if math.isnan(value) else self.text(value)
+
+    def cell(self, row: Row) -> str:
+        """What a table of one line a row shows."""
+        below = self.below(row) if self.inline else ""
+        return self.shown(self.value(row)) + (f" ({below})" if below else "")
 
 
 def _decimals(count: int) -> Callable[[float], str]:
     return lambda value: f"{value:.{count}f}"
 
 
-def _error(key: str, heading: str, unit: str, value: Callable[[Row], float]) -> Column:
-    return Column(key=key, heading=heading, unit=unit, value=value, text=significant, better="lower")
+def _mean(metric: str) -> Callable[[Row], float]:
+    return lambda row: float(getattr(row.variant, metric).mean())
 
 
-def _similarity(
-    key: str,
-    heading: str,
-    unit: str,
-    value: Callable[[Row], float],
-    text: Callable[[float], str],
-    full: float = math.nan,
-) -> Column:
-    return Column(key=key, heading=heading, unit=unit, value=value, text=text, better="higher", full=full)
-
-
-def columns(results: Results) -> list[Column]:
-    """The columns of a table, object scores among them where they were measured."""
-    three = _decimals(3)
-    found = [
-        Column(key="size_ratio", heading="size", unit="of bf16", value=lambda r: r.variant.whole_ratio, text=three),
-        _error("teacher_forced", "forced error", "mean", lambda r: float(r.variant.teacher_forced.mean())),
-        _error(
-            "teacher_forced_median_chunk", "forced error", "median chunk", lambda r: float(np.median(r.forced_by_chunk))
-        ),
-        _error("teacher_forced_worst_chunk", "forced error", "worst chunk", lambda r: max(r.forced_by_chunk)),
-        _error("latent_mse", "latent MSE", "mean", lambda r: float(r.variant.latent_mse.mean())),
-        _similarity("psnr", "PSNR", "dB", lambda r: float(r.variant.psnr.mean()), _decimals(1)),
-        _similarity("ssim", "SSIM", "", lambda r: float(r.variant.ssim.mean()), _decimals(4)),
-    ]
-    for name, share in results.full_precision.items():
-        found.append(_similarity(name, name.replace("_", " "), "score", _score(name), three, share))
-    found.append(Column(key="seconds", heading="time", unit="s", value=lambda r: r.seconds.total, text=_decimals(1)))
-    return found
+def _interval(metric: str) -> Callable[[Row], str]:
+    return lambda row: " to ".join(map(significant, mean_interval(getattr(row.variant, metric))[1:]))
 
 
 def _score(name: str) -> Callable[[Row], float]:
     return lambda row: row.variant.scores[name]
+
+
+def _ratio(metric: str, heading: str) -> Column:
+    """The paired ratio of an error to the base's."""
+
+    def interval(row: Row) -> str:
+        found = row.paired.get(metric)
+        # The base against itself: 1 and nothing to say.
+        return (
+            "" if found is None or found.low == found.high else f"{ratio_text(found.low)} to {ratio_text(found.high)}"
+        )
+
+    return Column(
+        key=f"{metric}_to_base",
+        heading=heading,
+        unit="/ base",
+        value=lambda row: row.paired[metric].ratio if metric in row.paired else math.nan,
+        text=ratio_text,
+        below=interval,
+        inline=True,
+    )
+
+
+def columns(results: Results) -> list[Column]:
+    """The columns of a table, object scores among them where they were measured."""
+    forced, free = ERRORS
+    error = functools.partial(Column, text=significant, better="lower")
+    alike = functools.partial(Column, better="higher")
+    found = [
+        Column(
+            key="size_ratio", heading="size", unit="of bf16", value=lambda r: r.variant.whole_ratio, text=_decimals(3)
+        ),
+        error(key=forced, heading="forced error", unit="mean", value=_mean(forced), below=_interval(forced)),
+        _ratio(forced, "forced error"),
+        error(
+            key=f"{forced}_median_chunk",
+            heading="forced error",
+            unit="median chunk",
+            value=lambda r: float(np.median(r.forced_by_chunk)),
+        ),
+        error(
+            key=f"{forced}_worst_chunk",
+            heading="forced error",
+            unit="worst chunk",
+            value=lambda r: max(r.forced_by_chunk),
+            below=lambda r: f"chunk {r.worst_chunk}",
+        ),
+        error(key=free, heading="latent MSE", unit="mean", value=_mean(free), below=_interval(free)),
+        _ratio(free, "latent MSE"),
+        alike(key="psnr", heading="PSNR", unit="dB", value=_mean("psnr"), text=_decimals(1), below=_interval("psnr")),
+        alike(key="ssim", heading="SSIM", value=_mean("ssim"), text=_decimals(4), below=_interval("ssim")),
+    ]
+    for name, share in results.full_precision.items():
+        heading, value = name.replace("_", " "), _score(name)
+        found.append(alike(key=name, heading=heading, unit="score", value=value, text=_decimals(3), full=share))
+    seconds = Column(key="seconds", heading="time", unit="s", value=lambda r: r.seconds.total, text=_decimals(1))
+    return [*found, seconds]
 
 
 def best(results: Results, column: Column) -> set[int]:
@@ -93,61 +135,39 @@ def best(results: Results, column: Column) -> set[int]:
     values = [column.value(row) for row in results.rows]
     for bits in bit_widths(results.variants):
         rows = [i for i, row in enumerate(results.rows) if row.variant.bits == bits and not math.isnan(values[i])]
-        shown = {column.cell(values[i]) for i in rows}
-        if len(shown) > 1:
+        if len({column.shown(values[i]) for i in rows}) > 1:
             top = (min if column.better == "lower" else max)(values[i] for i in rows)
-            marked |= {i for i in rows if column.cell(values[i]) == column.cell(top)}
+            marked |= {i for i in rows if column.shown(values[i]) == column.shown(top)}
     return marked
 
 
-def ratio_cell(row: Row, metric: str, base: str) -> str:
-    """The paired ratio of an error to the base's, with its interval; 1 for the base itself."""
-    if row.variant.method == base:
-        return "1"
-    return interval_text(row.paired[metric]) if metric in row.paired else _NONE
+def full_precision_cells(columns: Sequence[Column]) -> list[str]:
+    """What columns show of full precision: its object scores."""
+    return ["1" if column.key == "size_ratio" else column.shown(column.full) for column in columns]
 
 
-def headings(results: Results) -> list[tuple[str, str]]:
-    """Heading and unit of every column behind the row's name, the two paired ratios last."""
-    last = [(f"{heading} / base", "95 %") for heading in ("forced error", "latent MSE")]
-    return [(column.heading, column.unit) for column in columns(results)] + last
-
-
-def cells(results: Results, row: Row) -> list[str]:
-    """What every column shows of a row, the two paired ratios last."""
-    return [column.cell(column.value(row)) for column in columns(results)] + [
-        ratio_cell(row, metric, results.base) for metric in ERRORS
-    ]
-
-
-def full_precision_cells(results: Results) -> list[str]:
-    """What every column shows of full precision: its object scores."""
-    return ["1", *(column.cell(column.full) for column in columns(results)[1:]), _NONE, _NONE]
+def short_columns(results: Results) -> list[Column]:
+    """The columns that fit a terminal or a page; the files have all."""
+    return [column for column in columns(results) if column.key != "exact_steps"]
 
 
 def terminal_table(results: Results) -> Table:
-    """A table for the terminal, the best of each width bold; what does not fit is in the files."""
+    """A table for the terminal, the best of each width bold."""
     title = escape(f"{results.title}; base: {results.base}")
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold", padding=0)
-    names = [("method", ""), ("bits", ""), *headings(results)]
-    left_out = next((i for i, (heading, _) in enumerate(names) if heading == "exact steps"), len(names))
-    for i, (heading, unit) in enumerate(names):
-        if i != left_out:
-            justify: Literal["left", "right"] = "left" if i < 2 else "right"
-            table.add_column(escape(f"{heading}\n{unit}"), justify=justify, no_wrap=i < 2 or i > len(names) - 3)
-
-    def add(texts: Sequence[str], end_section: bool) -> None:
-        table.add_row(*(text for i, text in enumerate(texts) if i != left_out), end_section=end_section)
-
+    table.add_column("method", no_wrap=True)
+    table.add_column("bits", no_wrap=True)
+    shown = short_columns(results)
+    for column in shown:
+        table.add_column(escape(f"{column.heading}\n{column.unit}"), justify="right", no_wrap=column.inline)
     if results.full_precision:
-        add(["full precision", "", *full_precision_cells(results)], True)
-    marks = [best(results, column) for column in columns(results)]
+        table.add_row("full precision", "", *full_precision_cells(shown), end_section=True)
+    marks = [best(results, column) for column in shown]
     for i, row in enumerate(results.rows):
-        shown = [escape(text) for text in cells(results, row)]
-        for j, marked in enumerate(marks):
-            shown[j] = f"[bold]{shown[j]}[/bold]" if i in marked else shown[j]
+        cells = [escape(column.cell(row)) for column in shown]
+        cells = [f"[bold]{cell}[/bold]" if i in mark else cell for cell, mark in zip(cells, marks, strict=True)]
         ends = i + 1 < len(results.rows) and results.rows[i + 1].variant.bits != row.variant.bits
-        add([escape(row.variant.method), row.variant.bits, *shown], ends)
+        table.add_row(escape(row.variant.method), row.variant.bits, *cells, end_section=ends)
     return table
 
 
@@ -194,8 +214,8 @@ def record(results: Results, row: Row) -> dict[str, object]:
             _, numbers[f"{column.key}_low"], numbers[f"{column.key}_high"] = mean_interval(getattr(v, column.key))
     for metric in ERRORS:
         paired = row.paired.get(metric)
-        for part in ("ratio", "low", "high"):
-            numbers[f"{metric}_{part}_to_base"] = math.nan if paired is None else getattr(paired, part)
+        for part in ("low", "high"):
+            numbers[f"{metric}_to_base_{part}"] = math.nan if paired is None else getattr(paired, part)
     numbers |= {"worst_chunk": row.worst_chunk, "bytes": v.bytes, "kept_bytes": v.kept_bytes}
     numbers |= {"linears_quantized": v.quantized, "linears_kept": v.kept}
     return numbers | {f"seconds_{f.name}": getattr(row.seconds, f.name) for f in dataclasses.fields(row.seconds)}
@@ -242,13 +262,14 @@ def to_markdown(results: Results, pictures: Sequence[str] = ()) -> str:
     """The tables, the command that makes them again, and where; with links to ``pictures``."""
     lines = [f"# {_markdown(results.title)}", ""]
     lines += [f"* **{bits}**: {_markdown(text)}" for bits, text in sentences(results).items()]
-    names = ["method", "bits", *(f"{heading} {unit}".strip() for heading, unit in headings(results))]
+    shown = columns(results)
+    names = ["method", "bits", *(f"{column.heading} {column.unit}".strip() for column in shown)]
     lines += ["", f"Ratios are to {_markdown(results.base)}. Forced error is the teacher-forced one.", ""]
     lines += [*_markdown_row(names), "| --- | --- |" + " ---: |" * (len(names) - 2)]
     if results.full_precision:
-        lines += _markdown_row(["full precision", "", *full_precision_cells(results)])
+        lines += _markdown_row(["full precision", "", *full_precision_cells(shown)])
     for row in results.rows:
-        lines += _markdown_row([row.variant.method, row.variant.bits, *cells(results, row)])
+        lines += _markdown_row([row.variant.method, row.variant.bits, *(column.cell(row) for column in shown)])
     lines += ["", "Metric reliability:", "", *_markdown_row(RELIABILITY), "| --- | ---: | ---: | ---: | ---: |"]
     for found in reliability_rows(results):
         lines += _markdown_row(found)
