@@ -180,7 +180,7 @@ def _pareto_panel(
     axes.plot(*zip(*best, strict=True), color=paint(MUTED), linewidth=1, linestyle="--", zorder=1)
     axes.set(
         xlim=(min(drawn) - 0.08 * reach, max(drawn) + 0.08 * reach),
-        xlabel="bytes of all linears, of bf16; those of one size side by side",
+        xlabel="bytes of linears / bf16; equal sizes side by side",
     )
     axes.xaxis.set_major_locator(MaxNLocator(6))
     _log_axis(axes, values)

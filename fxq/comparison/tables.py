@@ -30,8 +30,8 @@ class Column:
     """One number of every row.
 
     ``key`` in files, ``heading`` and ``unit`` in tables, where ``text`` writes ``value``, NaN as a dash, and ``below``
-    says more, in one line with it where ``inline``; ``better`` is the direction of good values, empty where there is none;
-    ``full``: the value of full precision.
+    says more, in one line with it where ``inline``; ``better`` is the direction of good values, empty where there is
+    none; ``full``: the value of full precision.
     """
 
     key: str

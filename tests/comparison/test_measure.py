@@ -1,0 +1,88 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import fxq
+from fxq.comparison.measure import UNSEEN, Bench, Budget
+from fxq.comparison.methods import entries
+from fxq.comparison.subject import Subject
+from fxq.lab import latents_of
+from fxq.runtime.progress import Progress
+from tests.toys import wan_rollout
+
+BUDGET = Budget(videos=3, calibration_videos=2)
+
+
+def rollouts(videos, seed, unseen):
+    return wan_rollout(tuple(range(10 * seed, 10 * seed + videos))), None
+
+
+SUBJECT = Subject(name="toy", identity={}, rollouts=rollouts)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(SUBJECT, BUDGET, 1, Progress(False))
+
+
+def measured(bench, *words, bits="w4a8"):
+    return [bench.measure(entry, Progress(False)) for entry in entries(words, [bits], iterations=3)]
+
+
+def test_full_precision_is_measured_with_the_limits_of_its_own_latents(bench):
+    found = bench.reference
+    assert (found.scores, found.chunks, found.trained) == ({}, 3, 3)
+    assert found.limits == (float(bench.latents.min()), float(bench.latents.max()))
+    assert torch.equal(bench.latents, latents_of(rollouts(3, UNSEEN + 1, True)[0]))
+
+
+def test_a_row_is_what_fxq_quantize_makes_on_the_same_calibration_videos(bench):
+    ((variant, seconds),) = measured(bench, "q_arvd")
+    (entry,) = entries(["q_arvd"], ["w4a8"], iterations=3)
+    calibration = rollouts(2, 1, False)[0]
+    module = fxq.quantize(calibration.denoiser, calibration, dataclasses.replace(entry.recipe, seed=1), progress=False)
+    rollout = rollouts(3, UNSEEN + 1, True)[0]
+    with rollout.using(module):
+        videos = latents_of(rollout)
+    error = (videos - bench.latents).double().square().flatten(1).mean(1)
+    assert variant.latent_mse == pytest.approx(error.numpy(), rel=1e-9)
+    assert variant.chunk_mse.mean(1) == pytest.approx(variant.latent_mse)
+    assert seconds.sensitivity > 0 and variant.seconds == seconds.total
+
+
+def test_every_row_has_all_measures_of_its_own_module(bench):
+    rows = [variant for variant, _ in measured(bench, "minmax", "nearest", "w8a8-dynamic")]
+    for v in rows:
+        assert v.teacher_forced.shape == v.psnr.shape == v.ssim.shape == (3,)
+        assert v.forced_chunks.shape == v.chunk_mse.shape == (3, 3)
+        assert (v.latent_mse > 0).all() and (v.ssim < 1).all() and v.scores == {}
+        assert 0 < v.whole_ratio < 1 and v.quantized > v.kept
+    by_name = {v.method: v for v in rows}
+    assert (by_name["w8a8-dynamic"].teacher_forced < by_name["minmax"].teacher_forced).all()
+    assert by_name["w8a8-dynamic"].whole_ratio > by_name["minmax"].whole_ratio
+
+
+def test_rows_do_not_depend_on_what_was_measured_before(bench):
+    words = ("q_arvd:share_inputs=false", "minmax")
+    late = measured(bench, *words)
+    for word, (variant, _) in zip(words, late, strict=True):
+        alone = Bench(SUBJECT, BUDGET, 1, Progress(False))
+        ((again, _),) = measured(alone, word)
+        assert np.array_equal(variant.latent_mse, again.latent_mse)
+        assert np.array_equal(variant.forced_chunks, again.forced_chunks)
+
+
+def test_another_seed_calibrates_and_measures_on_other_videos(bench):
+    other = Bench(SUBJECT, BUDGET, 2, Progress(False), bench)
+    assert not torch.equal(other.latents, bench.latents)
+    ((a, _),), ((b, _),) = measured(bench, "minmax"), measured(other, "minmax")
+    assert not np.array_equal(a.latent_mse, b.latent_mse)
+
+
+def test_videos_have_the_asked_length_and_what_came_first_stays():
+    longer = Bench(SUBJECT, dataclasses.replace(BUDGET, chunks=5), 1, Progress(False))
+    assert (longer.reference.chunks, longer.reference.trained) == (5, 3)
+    ((variant, _),) = measured(longer, "minmax")
+    assert variant.chunk_mse.shape == variant.forced_chunks.shape == (3, 5)
