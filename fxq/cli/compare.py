@@ -28,8 +28,8 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file
 
-_WHOLE, _QUICK = Budget(videos=64, calibration_videos=16), Budget(videos=16, calibration_videos=4)
-_QUICK_ITERATIONS = 40
+_WHOLE, _QUICK = Budget(videos=64, calibration_videos=16), Budget(videos=12, calibration_videos=4)
+_QUICK_ITERATIONS = 25
 
 
 @with_model_files
@@ -46,7 +46,7 @@ def compare(
     seeds: Annotated[str | None, typer.Option(help="Calibration seeds; 1,2 by default, 1 with --quick.")] = None,
     videos: Annotated[
         int | None,
-        typer.Option("--videos", "-n", min=2, help="Videos of a seed to measure on; 64, or 16 with --quick."),
+        typer.Option("--videos", "-n", min=2, help="Videos of a seed to measure on; 64, or 12 with --quick."),
     ] = None,
     calibration_videos: Annotated[
         int | None, typer.Option(min=1, help="Videos of a seed to calibrate on; 16, or 4 with --quick.")
@@ -93,8 +93,8 @@ def compare(
     console.print(terminal_table(results))
     console.print(reliability_table(results))
     for width, text in sentences(results).items():
-        console.print(f"{width}: {text}", markup=False, highlight=False)
-    console.print(f"page: {written[0]}   all files: {out}", markup=False, highlight=False)
+        console.print(f"{width}: {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"page: {written[0]}   all files: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _numbers(text: str) -> list[int]:

@@ -94,9 +94,10 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
     measured = [{seed: found for seed in plan.seeds if (found := store.row(entry, seed)) is not None} for entry in rows]
     references = [store.reference(seed) for seed in plan.seeds]
     made, full = rows_of(measured, base), full_precision_of(references)
-    videos = f"{plan.budget.videos * len(plan.seeds)} videos, {len(plan.seeds)} calibration seeds"
+    methods = len(dict.fromkeys(entry.method for entry in rows))
+    counts = {"method": methods, "video": plan.budget.videos * len(plan.seeds), "calibration seed": len(plan.seeds)}
     return Results(
-        title=f"{subject.name}: {len(dict.fromkeys(r.method for r in rows))} methods, {videos}",
+        title=f"{subject.name}: " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items()),
         command=command,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         environment=versions,
