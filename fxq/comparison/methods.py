@@ -123,17 +123,13 @@ def _of_word(word: str, widths: Sequence[str], iterations: int | None) -> list[E
         recipe = recipe if iterations is None else with_iterations(recipe, iterations)
         return _changed(recipe, changes, word)
 
-    if name in METHODS:
-        presets = {width: preset_of(width) for width in widths}
-        return [
-            Entry(
-                method=name + suffix,
-                bits=width,
-                recipe=dataclasses.replace(finished(METHODS[name](preset)), name=f"{width} {name}"),
-                like=preset,
-            )
-            for width, preset in presets.items()
-        ]
+    if (method := METHODS.get(name.lower())) is not None:
+        made = []
+        for width in widths:
+            preset = preset_of(width)
+            recipe = dataclasses.replace(finished(method(preset)), name=f"{width} {name.lower()}")
+            made.append(Entry(method=name.lower() + suffix, bits=width, recipe=recipe, like=preset))
+        return made
     if name.lower() in PRESETS or path.suffix.lower() in (".toml", ".json"):
         recipe = finished(get_recipe(name))
         label = name.lower() if name.lower() in PRESETS else path.stem

@@ -15,6 +15,9 @@ from fxq.report.charts import NARROW, WIDE, forest
 from fxq.report.html import flat_facts, page_template
 from fxq.runtime.writable import whole_file
 
+_LAST = 1e308
+"""Sorts what is not known behind everything else."""
+
 PICTURES = {"pareto.png": charts.pareto, "drift.png": charts.drift}
 
 
@@ -27,16 +30,12 @@ def _rows(results: Results) -> list[dict[str, object]]:
     columns = tables.short_columns(results)
     marks = [tables.best(results, column) for column in columns]
     found: list[dict[str, object]] = []
-    if results.full_precision:
-        texts = tables.full_precision_cells(columns)
-        shown = [{"text": text, "below": "", "sort": "", "best": False} for text in texts]
-        found.append({"method": "full precision", "bits": "", "cells": shown, "start": False})
     previous = None
     for i, row in enumerate(results.rows):
         cells = []
         for column, marked in zip(columns, marks, strict=True):
             value = column.value(row)
-            sort = "" if math.isnan(value) else value
+            sort = _LAST if math.isnan(value) else value
             text = column.shown(value)
             cells.append({"text": text, "below": column.below(row), "sort": sort, "best": i in marked})
         v = row.variant
@@ -54,6 +53,7 @@ def render(results: Results) -> str:
         "environment": flat_facts(results.environment),
         "videos": len(results.rows[0].variant.psnr),
         "columns": tables.short_columns(results),
+        "full_precision": tables.full_precision_cells(tables.short_columns(results)),
         "rows": _rows(results),
         "pareto": _both(lambda width: charts.as_svg(charts.pareto, results, width, "Size against error")),
         "drift": _both(lambda width: charts.as_svg(charts.drift, results, width, "Latent MSE of each chunk")),

@@ -36,7 +36,7 @@ class Store:
     settings: Mapping[str, Any]
 
     def open(self) -> None:
-        """Take the folder, or begin it.
+        """See that the folder can be taken; its settings are written with the first result.
 
         Raises:
             ComparisonError: when its rows were made with other settings, naming what differs.
@@ -44,20 +44,19 @@ class Store:
         """
         writable_folder(self.folder)
         file = self.folder / "settings.json"
-        wanted = json.loads(json.dumps(plain(self.settings)))
         if not file.exists():
             if any(self.folder.glob("rows/*.json")):
                 raise ComparisonError(f"{self.folder} has rows and no settings.json; choose another --out")
-            self._write(file, wanted)
-            return
-        if changed := _differences(_read(file), wanted):
+        elif changed := _differences(_read(file), plain(self.settings)):
             raise ComparisonError(
                 f"{self.folder} holds results of another setting: {'; '.join(changed)}; choose another --out"
             )
 
     def _write(self, file: pathlib.Path, data: object) -> None:
-        with whole_file(file) as part:
-            part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        for path, value in ((self.folder / "settings.json", self.settings), (file, data)):
+            if path == file or not path.exists():
+                with whole_file(path) as part:
+                    part.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
     def _row(self, entry: Entry, seed: int) -> pathlib.Path:
         name = f"{entry.bits}-{entry.method}"
@@ -90,7 +89,7 @@ class Store:
             found = Variant(**variant)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ComparisonError(f"{file} is no row of a comparison ({error}): delete it") from None
-        if changed := _differences(said, json.loads(json.dumps(plain(recipe_to_json(entry.recipe))))):
+        if changed := _differences(said, plain(recipe_to_json(entry.recipe))):
             raise ComparisonError(
                 f"{file} was made with another recipe: {'; '.join(changed)}; delete it, or choose another --out"
             )
@@ -99,7 +98,7 @@ class Store:
     def write_row(self, entry: Entry, seed: int, variant: Variant, seconds: Seconds) -> None:
         """Keep a finished row."""
         data = {"seed": seed, "recipe": recipe_to_json(entry.recipe), "seconds": seconds, "variant": variant}
-        self._write(self._row(entry, seed), plain(data))
+        self._write(self._row(entry, seed), data)
 
     def reference(self, seed: int) -> Reference:
         """Full precision on a seed's videos.
@@ -117,7 +116,7 @@ class Store:
 
     def write_reference(self, seed: int, reference: Reference) -> None:
         """Keep full precision on a seed's videos."""
-        self._write(self._reference(seed), plain(reference))
+        self._write(self._reference(seed), reference)
 
 
 def _read(file: pathlib.Path) -> Any:

@@ -37,12 +37,14 @@ class Subject:
 
 def tiny_subject(batch: int = 64, device: torch.device | None = None) -> Subject:
     """The shipped model, driven in batches of so many videos."""
-    model = load_tiny().to(device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    model = load_tiny().to(device)
 
     def rollouts(videos: int, seed: int, unseen: bool) -> tuple[Rollout, Tensor | None]:
         return tiny_rollout(model, videos, seed=seed, unseen=unseen, batch=batch)
 
-    return Subject(name="tiny", identity={"model": "tiny", "batch": batch}, rollouts=rollouts, limits=(-1.0, 1.0))
+    identity = {"model": "tiny", "batch": batch, "device": str(device)}
+    return Subject(name="tiny", identity=identity, rollouts=rollouts, limits=(-1.0, 1.0))
 
 
 def chunks_of(rollout: Rollout) -> int:

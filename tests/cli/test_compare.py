@@ -106,7 +106,7 @@ def test_prompts_to_measure_on_come_behind_those_to_calibrate_on(published, tmp_
 def test_what_cannot_be_is_refused_before_anything_runs(words, error, message, tmp_path):
     with pytest.raises(error, match=message):
         compare(*words, "--quiet", "--out", tmp_path / "out")
-    assert not (tmp_path / "out" / "rows").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

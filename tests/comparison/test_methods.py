@@ -7,7 +7,7 @@ from fxq.recipes import PRESETS, RecipeError, recipe_to_toml
 
 
 def test_every_method_makes_a_row_at_each_width_in_the_order_of_the_widths():
-    rows = entries(["q_arvd", "minmax"], ["W4A8", "w8a8"])
+    rows = entries(["q_arvd", "MinMax"], ["W4A8", "w8a8"])
     assert [(r.bits, r.method) for r in rows] == [
         ("w4a8", "q_arvd"),
         ("w4a8", "minmax"),
