@@ -81,7 +81,8 @@ class Job:
         leaders = {site.layer: first.layer for first, *others in groups for site in others}
         collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder)
         with self.bar.step(f"{self.label}calibrate") as on_progress:
-            return calibrate(graph, loader, forward_loop, collector, on_progress, self.workers)
+            gradients = recipe.chunk_weighting is Weighting.GRADIENT
+            return calibrate(graph, loader, forward_loop, collector, on_progress, self.workers, gradients)
 
     def weigh_chunks(
         self, graph: QuantGraph, loader: Iterable[object] | Rollout | None, alpha: Tensor | None, data: str

@@ -15,14 +15,19 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_j
 from fxq.core.config import Recipe, RecipeError, Rule, Scheme
 from fxq.core.method import LearningMethod, Method
 from fxq.passes.methods.adaround import AdaRound
+from fxq.passes.methods.descent import CoordinateDescent
+from fxq.passes.methods.gptq import GPTQ
+from fxq.passes.methods.input_search import InputSearch
 from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.passes.methods.refit import RefitScales
 from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in (MinMax, RangeSearch, AdaRound)}
+_SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales)
+METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
 _KEPT = (
@@ -38,24 +43,33 @@ _KEPT = (
 _ONCE = ("*cross_attn.k", "*cross_attn.v")
 
 
+LEAST_ERROR: tuple[Method, ...] = (RangeSearch(), InputSearch(), GPTQ(), CoordinateDescent(), RefitScales())
+"""The methods of the presets: no other composition tried has less error at its cost (docs/compare.md)."""
+
+Q_ARVD: tuple[Method, ...] = (RangeSearch(), AdaRound())
+"""Those of arXiv 2605.21072."""
+
+
 def wan_recipe(
     name: str,
     scheme: Scheme,
-    methods: tuple[Method, ...] = (RangeSearch(), AdaRound()),
-    weighting: str = "sensitivity",
+    methods: tuple[Method, ...] = LEAST_ERROR,
+    weighting: str = "gradient",
     seed: int = 0,
+    reconstruct_once: bool = True,
 ) -> Recipe:
     """The default rules for Wan-like transformers around one scheme.
 
-    Time embedding, time projection and prediction head stay in model dtype; text embedding and cross-attention keys
-    and values, which run once per prompt, are quantized but not reconstructed, and the text embedding, which is in no
-    transformer block, has one scale (arXiv 2605.21072). These rules hold inside wrappers too (``wrapped`` of
-    :class:`~fxq.core.config.Rule`).
+    Time embedding, time projection and prediction head stay in model dtype. The text embedding, which is in no
+    transformer block, has one scale. With ``reconstruct_once=False`` it and the cross-attention keys and values, which
+    run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold inside wrappers too
+    (``wrapped`` of :class:`~fxq.core.config.Rule`).
     """
-    once = dataclasses.replace(scheme, reconstruct=False)
+    once = dataclasses.replace(scheme, reconstruct=scheme.reconstruct and reconstruct_once)
     rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
     rules += (Rule("text_embedding*", dataclasses.replace(once, dual_scale=False), optional=True, wrapped=True),)
-    rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
+    if once != scheme:
+        rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 
@@ -65,14 +79,23 @@ def _without_data(name: str, weight_bits: int) -> Recipe:
     return wan_recipe(name, scheme, methods=(RangeSearch(),), weighting="uniform")
 
 
+def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
+    """The published method as it is (arXiv 2605.21072)."""
+    return wan_recipe(f"q_arvd-{bits}", scheme, Q_ARVD, "sensitivity", reconstruct_once=False)
+
+
+_WIDTHS = {"w8a8": Scheme(), "w4a8": Scheme(weight_bits=4), "w4a6": Scheme(weight_bits=4, input_bits=6)}
+
 PRESETS: dict[str, Recipe] = {
-    "w8a8": wan_recipe("w8a8", Scheme(weight_bits=8, input_bits=8)),
-    "w4a8": wan_recipe("w4a8", Scheme(weight_bits=4, input_bits=8)),
-    "w4a6": wan_recipe("w4a6", Scheme(weight_bits=4, input_bits=6)),
+    # At 8 bits the rounding of inputs makes most of the error, and all rows have it alike.
+    "w8a8": wan_recipe("w8a8", _WIDTHS["w8a8"], weighting="uniform"),
+    "w4a8": wan_recipe("w4a8", _WIDTHS["w4a8"]),
+    "w4a6": wan_recipe("w4a6", _WIDTHS["w4a6"]),
     "w8a8-dynamic": _without_data("w8a8-dynamic", 8),
     "w4a8-dynamic": _without_data("w4a8-dynamic", 4),
+    **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
-"""Recipes by name; those called ``dynamic`` need no calibration data."""
+"""Recipes by name; those called ``dynamic`` need no calibration data, ``q_arvd`` are the published method."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

@@ -23,6 +23,8 @@ from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.residency import Residency, trim
 from fxq.runtime.workers import Workers
 
+_LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
+
 
 def group_order(plan: LayerPlan) -> Tensor:
     """Permutation int64 [K] that puts normal channels first and outliers last, each ascending."""
@@ -57,7 +59,7 @@ class ApplyMethods(Analysis):
         """Returns the number of layers worked on.
 
         Raises:
-            ValueError: when there is no method.
+            ValueError: when there is no method, or gradients are asked for that calibration did not measure.
             fxq.runtime.workers.WorkerError: when a rank is gone.
         """
         if not self.methods:
@@ -143,6 +145,10 @@ class ApplyMethods(Analysis):
         row_weights, counts, bias = weights[chunk].float(), statistics.weights, site.bias(graph.module)
         if counts is not None and len(counts):
             row_weights = row_weights * (counts / counts.mean())
+        if self.weighting is Weighting.GRADIENT and len(statistics.rows):
+            if statistics.gradients is None:
+                raise ValueError(f"layer {plan.layer} was calibrated without gradients, and the weighting needs them")
+            row_weights = row_weights * _relative(statistics.gradients, counts)
         return LayerProblem(
             layer=plan.layer,
             weight=weight,
@@ -156,6 +162,16 @@ class ApplyMethods(Analysis):
             counts=None if counts is None else counts.to(device),
             bias=None if bias is None else bias.float().to(device),
         )
+
+
+def _relative(gradients: Tensor, counts: Tensor | None) -> Tensor:
+    """Weights float32 [R] of mean 1 from squared gradients: no row counts for nothing, and none for all."""
+    mass = torch.ones_like(gradients) if counts is None else counts
+    mean = float((gradients * mass).sum() / mass.sum())
+    if not mean > 0:
+        return torch.ones_like(gradients)
+    weights = (gradients / mean).clamp(max=_MOST_GRADIENT) + _LEAST_GRADIENT
+    return weights * (mass.sum() / (weights * mass).sum())
 
 
 def _no_data(width: int) -> LayerStatistics:
@@ -205,7 +221,11 @@ def _stacked_bias(problems: list[LayerProblem]) -> Tensor | None:
 def _split(update: LayerUpdate, sizes: list[int]) -> list[LayerUpdate]:
     """The update of each layer of a stacked problem, by its number of outputs."""
     rows, scales = update.weight.split(sizes), update.weight_scale.split(sizes, 1)
-    return [dataclasses.replace(update, weight=row, weight_scale=s) for row, s in zip(rows, scales, strict=True)]
+    shifts = [None] * len(sizes) if update.bias_shift is None else update.bias_shift.split(sizes)
+    return [
+        dataclasses.replace(update, weight=row, weight_scale=scale, bias_shift=shift)
+        for row, scale, shift in zip(rows, scales, shifts, strict=True)
+    ]
 
 
 def _to_tensors(updates: list[LayerUpdate]) -> dict[str, Tensor]:

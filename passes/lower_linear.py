@@ -73,6 +73,8 @@ class LowerLinear(Rewrite):
         _check_range(plan, update)
         bias = site.bias(module)
         bias = None if bias is None else bias.to(update.weight.device)
+        if update.bias_shift is not None:
+            bias = update.bias_shift if bias is None else bias.float() + update.bias_shift
         tensors: dict[str, Tensor] = {"weight_int": update.weight, "weight_scale": update.weight_scale}
         if update.input_scale is None or update.input_zero_point is None:
             zeros = torch.zeros(plan.out_features, dtype=torch.float32, device="cpu")

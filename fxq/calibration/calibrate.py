@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from fxq.calibration.agreement import describe
 from fxq.calibration.collect import CalibrationError, Collector
+from fxq.calibration.observers import GradientObserver, Observer
 from fxq.calibration.rollout import Rollout, current_call
-from fxq.core.interpret import SparingInterpreter
-from fxq.core.ir import LayerStatistics, QuantGraph, plan_of
+from fxq.core.ir import LayerStatistics, QuantGraph
 from fxq.core.signature import call_rules, flatten_call, rules_of
 from fxq.runtime.messages import first_line
 from fxq.runtime.workers import Workers
@@ -90,29 +90,10 @@ def _plain(leaf: object) -> object:
     return leaf.clone() if leaf.is_inference() else leaf
 
 
-class _Observer(SparingInterpreter):
-    """Runs the graph as it is and shows the collector the input of every planned linear."""
-
-    def __init__(self, module: fx.GraphModule, collector: Collector) -> None:
-        super().__init__(module)
-        self.collector = collector
-        self.layers = {
-            node: plan.layer
-            for node in module.graph.nodes
-            if (plan := plan_of(node)) is not None and plan.scheme is not None
-        }
-
-    def run_node(self, n: fx.Node) -> object:
-        if (layer := self.layers.get(n)) is not None:
-            x = n.args[0]
-            assert isinstance(x, fx.Node)
-            self.collector.add(layer, self.env[x])
-        return super().run_node(n)
-
-
-def observed(module: fx.GraphModule, collector: Collector) -> Callable[..., object]:
-    """A callable like ``module`` that also feeds ``collector``."""
-    observer, rules = _Observer(module, collector), rules_of(module) or call_rules(module)
+def observed(module: fx.GraphModule, collector: Collector, gradients: bool = False) -> Callable[..., object]:
+    """A callable like ``module`` that also feeds ``collector``, with gradients or without."""
+    observer = GradientObserver(module, collector) if gradients else Observer(module, collector)
+    rules = rules_of(module) or call_rules(module)
 
     def call(*args: object, **kwargs: object) -> object:
         if (current := current_call()) is not None:
@@ -133,6 +114,7 @@ def calibrate(
     collector: Collector,
     on_progress: OnProgress | None = None,
     workers: Workers | None = None,
+    gradients: bool = False,
 ) -> str:
     """Collect statistics of every planned linear into ``graph.statistics``.
 
@@ -143,6 +125,7 @@ def calibrate(
         collector: bounds and seed.
         on_progress: told the work done.
         workers: ranks that take turns with the batches; a forward_loop runs whole on each.
+        gradients: whether to measure how much the model's output depends on each row.
 
     Returns:
         sha256 of what was collected, the calibration hash of manifests.
@@ -152,7 +135,7 @@ def calibrate(
             received no row.
         fxq.runtime.workers.WorkerError: when a rank is gone.
     """
-    run, workers = observed(graph.module, collector), workers or Workers()
+    run, workers = observed(graph.module, collector, gradients), workers or Workers()
     with torch.no_grad():
         if forward_loop is not None:
             forward_loop(run)
@@ -227,12 +210,12 @@ def _drive_batches(
 
 
 def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
-    """sha256 over layer names, extremes, sampled rows and their weights."""
+    """sha256 over layer names, extremes, sampled rows, their weights and gradients."""
     digest = hashlib.sha256()
     for layer in sorted(statistics):
         s = statistics[layer]
         digest.update(f"{layer}:{s.seen}:{tuple(s.rows.shape)}".encode())
-        for tensor in (s.low, s.high, s.rows, *(() if s.weights is None else (s.weights,))):
+        for tensor in (s.low, s.high, s.rows, *(t for t in (s.weights, s.gradients) if t is not None)):
             for part in tensor.split(4096):
                 digest.update(part.float().contiguous().numpy().data)
     return digest.hexdigest()

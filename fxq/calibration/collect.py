@@ -49,9 +49,10 @@ class Collector:
         self._samples: dict[str, RowSample] = {}
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
         self._calls: dict[str, tuple[int, int]] = {}
+        self._gradients = False
 
-    def add(self, layer: str, x: Tensor) -> None:
-        """Fold the input ``x`` [..., K] of one call.
+    def add(self, layer: str, x: Tensor, gradients: Tensor | None = None) -> None:
+        """Fold the input ``x`` [..., K] of one call, with ``gradients`` [rows of x] (:mod:`fxq.calibration.gradients`).
 
         Raises:
             CalibrationError: when it has NaN or infinity.
@@ -72,7 +73,8 @@ class Collector:
                 f"layer {layer}: its input has NaN or infinity{self._where()}; check inputs and dtype"
             )
         self._widen(layer, low, high)
-        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed)
+        self._gradients |= gradients is not None
+        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
 
     def _where(self) -> str:
         if (current := current_call()) is not None:
@@ -86,10 +88,11 @@ class Collector:
 
     def _sample(self, layer: str) -> RowSample:
         if layer not in self._samples:
-            self._samples[layer] = RowSample(self.max_rows, self.rows_per_call, self._allocate)
+            self._samples[layer] = RowSample(self.max_rows, self.rows_per_call, self.allocate)
         return self._samples[layer]
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any values on the CPU, in a file of the ``folder`` if there is one."""
         if self.folder is None:
             return torch.empty(shape, dtype=dtype, device="cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -125,9 +128,15 @@ class Collector:
         statistics = {}
         for layer, sample in self._samples.items():
             low, high = self._extremes[layer]
-            rows, chunks, weights = sample.finish()
+            rows, chunks, weights, gradients = sample.finish()
             statistics[layer] = LayerStatistics(
-                low=low, high=high, rows=rows, chunks=chunks, weights=weights, seen=sample.seen
+                low=low,
+                high=high,
+                rows=rows,
+                chunks=chunks,
+                weights=weights,
+                gradients=gradients if self._gradients else None,
+                seen=sample.seen,
             )
         followers = {layer: statistics[leader] for layer, leader in self.leaders.items() if leader in statistics}
         return statistics | followers

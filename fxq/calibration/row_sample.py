@@ -14,7 +14,7 @@ Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-_PLACE, _CHUNK, _DRAW, _SIZE, _STRATUM = range(5)  # columns of a sample's marks
+_PLACE, _CHUNK, _DRAW, _SIZE, _STRATUM, _GRADIENT = range(6)  # columns of a sample's marks; the last are bits
 _RESOLUTION = 2.0**53  # of draws
 _RESERVE = 64  # rows kept of every stratum
 _ZERO = -10_000  # stratum of rows of zeros
@@ -69,7 +69,7 @@ class RowSample:
         self._least: dict[int, Integers] = {}  # by stratum the least draws, one more than the reserve
         self._bound = 1.0  # of draw / share: no row at or above it is kept for its call's share
         self._rows: Tensor | None = None
-        self._marks: Integers = np.empty((0, 5), np.int64)
+        self._marks: Integers = np.empty((0, 6), np.int64)
 
     @property
     def rows(self) -> Tensor:
@@ -82,12 +82,24 @@ class RowSample:
         """Number of rows offered."""
         return sum(self.counts.values())
 
-    def add(self, rows: Tensor, norms: Tensor, place: int, chunk: int, seed: int) -> None:
-        """Offer the rows [R, K] of a call, with their norms as :func:`measure` gives them."""
+    def add(
+        self, rows: Tensor, norms: Tensor, place: int, chunk: int, seed: int, gradients: Tensor | None = None
+    ) -> None:
+        """Offer the rows [R, K] of a call, with their norms as :func:`measure` gives them.
+
+        Args:
+            rows: of the input.
+            norms: float64 [R].
+            place: batch and call.
+            chunk: of the call.
+            seed: of the draws.
+            gradients: [R], kept beside the rows; None: ones.
+        """
         size = len(rows)
         generator = np.random.default_rng((seed % 2**63, place))
         rank = generator.permutation(size)
-        marks = np.empty((size, 5), np.int64)
+        marks = np.empty((size, 6), np.int64)
+        marks[:, _GRADIENT] = (np.ones(size) if gradients is None else gradients.double().numpy()).view(np.int64)
         marks[:, _PLACE], marks[:, _CHUNK], marks[:, _SIZE], marks[:, _STRATUM] = place, chunk, size, strata(norms)
         marks[:, _DRAW] = np.minimum((rank + generator.random(size)) * (_RESOLUTION / size), _RESOLUTION - 1)
         for number, count in zip(*(a.tolist() for a in np.unique(marks[:, _STRATUM], return_counts=True)), strict=True):
@@ -111,8 +123,12 @@ class RowSample:
         for rows, marks in zip(state["rows"].split(4096), state["marks"].split(4096), strict=True):
             self._append(rows, marks.numpy())
 
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [R, K] in order of their places, their chunks int64 [R], and how many rows each stands for, float32."""
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows [R, K] in order of their places, with values [R] of each.
+
+        Returns:
+            Rows, chunks int64, how many rows each stands for float32, and what was kept beside them float32.
+        """
         self._thin()
         marks, share, priority = self._marks, self._share(self._marks), self._priority(self._marks)
         reserve = min(self.reserve, self.limit // (2 * len(self.counts)))
@@ -128,7 +144,8 @@ class RowSample:
         weights = 1 / np.minimum(np.maximum(least, bound * share), 1.0)
         self._keep(kept.nonzero()[0])
         counts = torch.from_numpy(self._calibrated(weights[kept])).float()
-        return self.rows, torch.from_numpy(self._marks[:, _CHUNK].copy()), counts
+        gradients = torch.from_numpy(self._marks[:, _GRADIENT].copy().view(np.float64)).float()
+        return self.rows, torch.from_numpy(self._marks[:, _CHUNK].copy()), counts, gradients
 
     def _calibrated(self, weights: Floats) -> Floats:
         """The weights scaled so that those of each stratum add up to the rows seen of it, and all to all rows."""

@@ -17,6 +17,7 @@ from fxq.core.config import Recipe
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
+from fxq.core.method import LearningMethod
 from fxq.core.summary import summary
 from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
@@ -27,7 +28,7 @@ from fxq.quantize import quantize as quantize_model
 from fxq.recipes import get_recipe, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
-from fxq.runtime.streams import emit, stdout_console
+from fxq.runtime.streams import emit, stdout_console, warn
 from fxq.runtime.workers import launched
 
 ModelOption = Annotated[
@@ -51,7 +52,11 @@ IterationsOption = Annotated[
 
 def _recipe(name: str, iterations: int | None) -> Recipe:
     recipe = get_recipe(name)
-    return recipe if iterations is None else with_iterations(recipe, iterations)
+    if iterations is None:
+        return recipe
+    if not any(isinstance(method, LearningMethod) for method in recipe.methods):
+        warn(f"--iterations has no effect: no method of recipe {recipe.name!r} learns step by step")
+    return with_iterations(recipe, iterations)
 
 
 @with_model_files

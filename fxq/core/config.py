@@ -94,11 +94,12 @@ def _has_number(parts: Sequence[str]) -> bool:
 
 
 class Weighting(enum.StrEnum):
-    """Loss weight of a calibration row by its chunk.
+    """Loss weight of a calibration row, by its chunk unless said.
 
     ``SENSITIVITY`` measures it by forked rollouts, ``UNIFORM`` is 1, ``EXPONENTIAL`` is 2^-i, ``REVERSED`` is the
     measured one backwards, and ``SINGLE_SCALE_ONLY`` is the measured one in single-scale layers and 1 elsewhere (the
-    released code of arXiv 2605.21072).
+    released code of arXiv 2605.21072). ``GRADIENT`` weighs rows, not chunks: by the squared gradient of the model's
+    output (:mod:`fxq.calibration.observers`).
     """
 
     SENSITIVITY = "sensitivity"
@@ -106,11 +107,12 @@ class Weighting(enum.StrEnum):
     EXPONENTIAL = "exponential"
     REVERSED = "reversed"
     SINGLE_SCALE_ONLY = "single_scale_only"
+    GRADIENT = "gradient"
 
     @property
     def needs_sensitivity(self) -> bool:
         """Whether the weights follow from measured sensitivities."""
-        return self not in (Weighting.UNIFORM, Weighting.EXPONENTIAL)
+        return self not in (Weighting.UNIFORM, Weighting.EXPONENTIAL, Weighting.GRADIENT)
 
     def of_chunks(self, alpha: Tensor | None, chunks: int) -> Tensor:
         """Loss weight of each chunk, float32 [chunks] with mean 1.
@@ -122,7 +124,7 @@ class Weighting(enum.StrEnum):
         Raises:
             ValueError: when sensitivities are needed and not given.
         """
-        if self is Weighting.UNIFORM:
+        if self in (Weighting.UNIFORM, Weighting.GRADIENT):
             raw = torch.ones(chunks, dtype=torch.float32, device="cpu")
         elif self is Weighting.EXPONENTIAL:
             raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)

@@ -200,7 +200,8 @@ class LayerStatistics:
 
     ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
     model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
-    float32 [R] how many of them each sampled row stands for; None: all the same.
+    float32 [R] how many of them each sampled row stands for; None: all the same. ``gradients`` float32 [R]: how much
+    the model's output depends on the layer's output for the row, where calibration measured it.
     """
 
     low: Tensor
@@ -209,6 +210,7 @@ class LayerStatistics:
     chunks: Tensor
     seen: int
     weights: Tensor | None = None
+    gradients: Tensor | None = None
 
 
 @dataclasses.dataclass

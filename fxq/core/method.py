@@ -61,7 +61,8 @@ class LayerProblem:
     calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
 
     ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
-    have it in them. ``bias`` float32 [N] or None is there to measure outputs.
+    have it in them. ``bias`` float32 [N] or None is there to measure outputs. ``cache`` is for what methods derive from
+    the problem and others can use again; a changed copy of the problem has an empty one.
     """
 
     layer: str
@@ -75,6 +76,7 @@ class LayerProblem:
     seed: int
     counts: Tensor | None = None
     bias: Tensor | None = None
+    cache: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def groups(self) -> tuple[slice, ...]:
@@ -87,13 +89,15 @@ class LayerUpdate:
     """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
 
     ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
-    int32 [G]; both None where the scheme measures input scales per token.
+    int32 [G]; both None where the scheme measures input scales per token. ``bias_shift`` float32 [N] is added to the
+    layer's bias, None: nothing.
     """
 
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    bias_shift: Tensor | None = None
 
 
 @runtime_checkable
@@ -126,3 +130,11 @@ class LearningMethod(Method, Protocol):
     @property
     def rows(self) -> int:
         """Calibration rows of a step."""
+
+
+@runtime_checkable
+class SolvingMethod(Method, Protocol):
+    """A method that learns from all rows at once (``reconstruct``), by linear algebra of a known size."""
+
+    def operations(self, rows: int, width: int, outputs: int) -> float:
+        """Floating-point operations of a layer [outputs, width] with that many calibration rows, at most."""

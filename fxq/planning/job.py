@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxq.core.config import Recipe, Scheme
-from fxq.core.method import LearningMethod
+from fxq.core.config import Recipe, Scheme, Weighting
+from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.numerics import PACK_BLOCK
 from fxq.planning.drive import Drive
 from fxq.planning.estimate import JobEstimate
@@ -24,9 +24,11 @@ from fxq.runtime.residency import Residency
 _PROCESS = int(0.6e9)  # Python, torch, the graph; measured on 300 linears
 _REMNANTS = 6  # times the largest weight: what the allocator keeps of earlier matrix products; measured at 1.3B and 14B
 _SEARCH, _LEARN = 11, 100  # bytes per weight of a layer: float32 copies and integers; gradients and moments beside them
+_SOLVE = 28, 24  # bytes per weight of a layer and per entry of a matrix of its inputs: float64 sums, factor, orders
 _SCRATCH = int(0.1e9)  # of a search, which works on a part of the weights at a time
 _TOGETHER = 3  # layers of one module that read the same input and are solved together: queries, keys and values
 _SAMPLED = 1 << 20  # calibration values of a layer that are searched for its range
+_BACKWARD = 2  # times the calls: a backward pass without gradients of weights costs as much as they do
 _CAPTURE = 0.05  # seconds per linear that torch.export takes
 
 
@@ -127,7 +129,9 @@ def _ram(
     base = _PROCESS + _unmapped_bytes(model) + _REMNANTS * widest
     phases = {"tracing": base + 2 * example.call_bytes + widest}
     if drive.calls:
-        phases["calibration"] = base + drive.call_bytes + widest + sum(held)
+        phases["calibration"] = (
+            base + drive.call_bytes + widest + sum(held) + (0 if folder else _graph(recipe, layers, drive))
+        )
     if twice:
         phases["sensitivity"] = base + drive.call_bytes + drive.kept_bytes + sum(held) + integers
     work = max((_working_set(recipe, layer, rows) for layer in layers), default=0)
@@ -136,12 +140,23 @@ def _ram(
     return phases
 
 
+def _graph(recipe: Recipe, layers: list[_Layer], drive: Drive) -> int:
+    """Bytes that a call keeps for its backward pass: in float32, of each layer its output and what was made of it."""
+    if recipe.chunk_weighting is not Weighting.GRADIENT:
+        return 0
+    return sum(3 * 4 * drive.tokens * layer.outputs for layer in layers)
+
+
 def _working_set(recipe: Recipe, layer: _Layer, rows: int) -> int:
     """Bytes of solving a layer and those that are solved with it."""
-    learns = layer.scheme.reconstruct and rows and any(isinstance(method, LearningMethod) for method in recipe.methods)
+    methods = recipe.methods if layer.scheme.reconstruct and rows else ()
+    learns = any(isinstance(method, LearningMethod) for method in methods)
     weights = layer.group * layer.weights
     targets = 4 * rows * layer.group * layer.outputs if learns else 0
-    return _SCRATCH + weights * (_LEARN if learns else _SEARCH) + 8 * rows * layer.width + targets
+    work = weights * (_LEARN if learns else _SEARCH)
+    if any(isinstance(method, SolvingMethod) for method in methods):
+        work = max(work, weights * _SOLVE[0] + layer.width**2 * _SOLVE[1])
+    return _SCRATCH + work + 8 * rows * layer.width + targets
 
 
 def _unmapped_bytes(model: nn.Module) -> int:
@@ -177,13 +192,19 @@ def _time(
     sampled = sum(min(_SAMPLED, inputs * layer.width) for layer in layers if layer.leads)
     learned = sum(layer.weights for layer in layers if layer.scheme.reconstruct) if inputs else 0
     iterations = sum(method.iterations for method in recipe.methods if isinstance(method, LearningMethod))
+    solved = [layer for layer in layers if layer.leads and layer.scheme.reconstruct] if inputs else []
+    solvers = [method for method in recipe.methods if isinstance(method, SolvingMethod)]
+    operations = sum(
+        method.operations(inputs, layer.width, layer.group * layer.outputs) for method in solvers for layer in solved
+    )
+    passes = _BACKWARD if recipe.chunk_weighting is Weighting.GRADIENT else 1
     search = weights * speed.search + sampled * speed.inputs
     seconds = {
         "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,
-        "calibration": drive.flops / speed.flops,
+        "calibration": passes * drive.flops / speed.flops,
         "sensitivity": search + drive.sensitivity_flops / speed.flops if twice else 0.0,
         "search": search,
-        "reconstruction": learned * iterations * speed.learn,
+        "reconstruction": learned * iterations * speed.learn + operations / speed.flops,
     }
     return {name: value for name, value in seconds.items() if value}
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fxq.core.config import Recipe, Scheme
-from fxq.core.method import LayerProblem, LayerUpdate, LearningMethod, Method
+from fxq.core.method import LayerProblem, LayerUpdate, LearningMethod, Method, SolvingMethod
 
 _WIDTH = 2048
 _SEARCHED, _LEARNED = 384, 96  # outputs of the slices; their weights do not fit a core's own cache
@@ -43,7 +43,7 @@ def measure_speed(recipe: Recipe, dtype: torch.dtype) -> Speed:
         dtype: of the model.
     """
     scheme = next((rule.scheme for rule in reversed(recipe.rules) if rule.scheme is not None), Scheme())
-    search = [method for method in recipe.methods if not isinstance(method, LearningMethod)]
+    search = [method for method in recipe.methods if not isinstance(method, LearningMethod | SolvingMethod)]
     learn = [method for method in recipe.methods if isinstance(method, LearningMethod) and scheme.reconstruct]
     few, more = (_search_seconds(scheme, rows, search) for rows in (16, 80))
     iteration = sum(_iteration(method, _problem(scheme, _LEARNED, method.rows), search) for method in learn)

@@ -63,7 +63,10 @@ class Units:
         """An update's scales in these units, or ``back`` in those of the model."""
         inputs, weights = (1 / self.inputs, 1 / self.weights) if back else (self.inputs, self.weights)
         scales = None if update.input_scale is None else update.input_scale / inputs
-        return dataclasses.replace(update, weight_scale=update.weight_scale / weights, input_scale=scales)
+        shift = None if update.bias_shift is None else update.bias_shift / inputs / weights
+        return dataclasses.replace(
+            update, weight_scale=update.weight_scale / weights, input_scale=scales, bias_shift=shift
+        )
 
 
 def amounts(energy: Tensor, mass: Tensor, total: float, most: float) -> Tensor:
@@ -149,9 +152,9 @@ def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -
     update = units.update(update)
     w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
     want = problem.rows @ problem.weight.T
-    noise = (want - simulated_input(problem, update, problem.rows) @ w_hat.T).double().square().sum(
-        1
-    ) @ weights.double()
+    got = simulated_input(problem, update, problem.rows) @ w_hat.T
+    got = got if update.bias_shift is None else got + update.bias_shift
+    noise = (want - got).double().square().sum(1) @ weights.double()
     output = want.double()
     if problem.bias is not None:
         output += problem.bias.double() / units.inputs / units.weights

@@ -24,7 +24,7 @@ def energy(x):
 
 def test_all_rows_are_kept_with_weight_one_where_there_is_room():
     calls = [rows(n, 5, seed=n) for n in (3, 17, 30)]
-    kept, chunks, weights = fill(calls).finish()
+    kept, chunks, weights, _ = fill(calls).finish()
     assert torch.equal(kept, torch.cat(calls)) and torch.equal(weights, torch.ones(50))
     assert chunks.tolist() == [0] * 3 + [1] * 17 + [2] * 30
 
@@ -33,7 +33,7 @@ def test_all_rows_are_kept_with_weight_one_where_there_is_room():
     counts=st.lists(st.integers(1, 90), min_size=1, max_size=12), limit=st.integers(1, 120), per_call=st.integers(1, 40)
 )
 def test_the_sample_is_bounded_and_its_weights_count_every_row(counts, limit, per_call):
-    kept, chunks, weights = fill([rows(n, 3, seed=n) for n in counts], limit, per_call).finish()
+    kept, chunks, weights, _ = fill([rows(n, 3, seed=n) for n in counts], limit, per_call).finish()
     assert 1 <= len(kept) == len(chunks) == len(weights) <= limit
     assert float(weights.sum()) == pytest.approx(sum(counts), rel=1e-5) and bool((weights > 0).all())
 
@@ -50,14 +50,14 @@ def spiky(calls=40, count=300, seed=0):
 def test_one_huge_row_is_always_there_and_stands_for_itself(at):
     calls = [rows(300, 8, seed=i) for i in range(20)]
     calls[13][at] *= 200
-    kept, _, weights = fill(calls).finish()
+    kept, _, weights, _ = fill(calls).finish()
     largest = int(energy(kept).argmax())
     assert torch.equal(kept[largest], calls[13][at]) and float(weights[largest]) == pytest.approx(1)
 
 
 def test_weighted_sums_are_those_of_all_rows():
     for calls in (spiky(), [rows(n, 8, seed=n) * s for n, s in ((4000, 1.0), (20, 30.0), (20, 0.01), (300, 3.0))]):
-        kept, _, weights = fill(calls).finish()
+        kept, _, weights, _ = fill(calls).finish()
         want = float(energy(torch.cat(calls)).sum())
         assert float((energy(kept) * weights).sum()) == pytest.approx(want, rel=0.12)
 
@@ -68,7 +68,7 @@ def test_weighted_sums_have_no_bias():
     want = float(energy(torch.cat(calls)).sum())
     found = []
     for seed in range(300):
-        kept, _, weights = fill(calls, 60, 32, seed=seed).finish()
+        kept, _, weights, _ = fill(calls, 60, 32, seed=seed).finish()
         found.append(float((energy(kept) * weights).sum()) / want)
     found = torch.tensor(found)
     assert abs(float(found.mean()) - 1) < 4 * float(found.std()) / 300**0.5 + 0.005
@@ -91,7 +91,7 @@ def test_neither_the_order_of_calls_nor_who_saw_them_matters():
 
 def test_every_call_has_the_same_share_of_rows_alike():
     calls = [rows(n, 64, seed=i) for i, n in enumerate([32] * 20 + [3200] * 20)]
-    _, chunks, weights = fill(calls, 400).finish()
+    _, chunks, weights, _ = fill(calls, 400).finish()
     large = chunks >= 20
     assert 0.35 < large.float().mean() < 0.65
     assert float(weights[large].mean() / weights[~large].mean()) == pytest.approx(100, rel=0.5)

@@ -19,7 +19,8 @@ def weight_error(p, update):
 
 
 def same(a, b):
-    return all(torch.equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
+    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
 
 
 @given(h=st.floats(0, 1, width=32))

@@ -1,0 +1,148 @@
+"""Run a graph as it is and show a collector the input of every planned linear, with gradients or without."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.node import Argument, Target
+from torch.utils import _pytree as pytree
+
+from fxq.calibration.collect import CalibrationError, Collector
+from fxq.calibration.rollout import current_call
+from fxq.core.interpret import SparingInterpreter
+from fxq.core.ir import plan_of
+from fxq.runtime.messages import first_line
+from fxq.runtime.residency import give_back
+
+_LARGE = 1 << 20  # bytes from which on a tensor that backward needs goes to a file
+
+
+class Observer(SparingInterpreter):
+    """Shows the collector the input of every planned linear."""
+
+    def __init__(self, module: fx.GraphModule, collector: Collector) -> None:
+        super().__init__(module)
+        self.collector = collector
+        self.layers = {
+            node: plan.layer
+            for node in module.graph.nodes
+            if (plan := plan_of(node)) is not None and plan.scheme is not None
+        }
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node; the input of a planned linear is shown before."""
+        if (layer := self.layers.get(n)) is not None:
+            x = n.args[0]
+            assert isinstance(x, fx.Node)
+            self.collector.add(layer, self.env[x])
+        return super().run_node(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """A planned linear in a call: its input's node and value, and zeros that were added to its output."""
+
+    layer: str
+    node: fx.Node
+    x: Tensor
+    probe: Tensor
+
+
+class GradientObserver(Observer):
+    """Shows the collector the inputs of a call with how much the call's output depends on each row.
+
+    For a random vector v the squared gradient of ``v . output`` by a linear's output is, in the mean over v, the
+    squared Frobenius norm of the Jacobian between the two: what an error of the linear's output costs in squared error
+    of the model's (Gauss and Newton's approximation). One backward pass gives it for every row, averaged over the outputs of
+    the linear and of those that share its input. Of denoising calls the prediction counts; other calls of a rollout,
+    whose prediction is not used, have gradients of zero. Calls outside of a rollout count with all their outputs.
+
+    With a collector's ``folder`` what the backward pass needs lies in files there, which leave no trace.
+    """
+
+    def __init__(self, module: fx.GraphModule, collector: Collector) -> None:
+        super().__init__(module, collector)
+        self.place = (-1, 0)
+        self.seen: list[_Seen] = []
+        self.stored = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+
+    def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
+        """A stored tensor, of which no gradient is wanted."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> object:
+        """Run one node; zeros that remember their gradient are added to the output of a planned linear."""
+        x = n.args[0] if n in self.layers else None
+        value = self.env[x] if isinstance(x, fx.Node) else None
+        result = SparingInterpreter.run_node(self, n)
+        if not isinstance(x, fx.Node):
+            return result
+        assert isinstance(value, Tensor) and isinstance(result, Tensor)
+        probe = torch.zeros_like(result, requires_grad=True)
+        self.seen.append(_Seen(self.layers[n], x, value.detach(), probe))
+        return result + probe
+
+    def call(self, *leaves: object) -> object:
+        """The graph's result for flat inputs, without gradients.
+
+        Raises:
+            CalibrationError: when the graph has an operator without a gradient.
+        """
+        batch = self.collector.batch
+        self.place = (batch, self.place[1] + 1 if self.place[0] == batch else 0)
+        self.seen = []
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
+                result = super().call(*leaves)
+                squares = self._squares(result)
+        except CalibrationError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise CalibrationError(
+                f"weighting = 'gradient' takes gradients of the model, and this fails: {first_line(error)}. If the "
+                "model runs without them, choose another weighting in the recipe, as 'uniform'"
+            ) from error
+        for seen, square in zip(self.seen, squares, strict=True):
+            self.collector.add(seen.layer, seen.x, square)
+        self.seen = []
+        return pytree.tree_map_only(Tensor, Tensor.detach, result)
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
+        """What is kept of a tensor until the backward pass."""
+        small = tensor.untyped_storage().nbytes() < _LARGE
+        if self.collector.folder is None or small or tensor.untyped_storage().data_ptr() in self.stored:
+            return tensor
+        kept = self.collector.allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
+        give_back(kept)
+        return kept, tensor.device
+
+    def _squares(self, result: object) -> list[Tensor]:
+        """The squared gradient of each seen linear's rows, float64 [R] on the CPU."""
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()]
+        if (current := current_call()) is not None:
+            outputs = outputs[:1] if current.kind == "denoise" else []
+        outputs = [t for t in outputs if t.requires_grad]
+        rows = [seen.x.shape[:-1].numel() for seen in self.seen]
+        if not outputs:
+            return [torch.zeros(count, dtype=torch.float64) for count in rows]
+        number = (self.collector.seed * 1_000_003 + self.place[0]) * 1_000_003 + self.place[1]
+        generator = torch.Generator().manual_seed(number % 2**63)
+        vectors = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t) for t in outputs]
+        gradients = torch.autograd.grad(outputs, [seen.probe for seen in self.seen], vectors, allow_unused=True)
+        keys = [(self.collector.leaders.get(seen.layer, seen.layer), seen.node) for seen in self.seen]
+        sums = {key: torch.zeros(count, dtype=torch.float64) for key, count in zip(keys, rows, strict=True)}
+        widths = dict.fromkeys(keys, 0)
+        for key, seen, gradient in zip(keys, self.seen, gradients, strict=True):
+            widths[key] += seen.probe.shape[-1]
+            if gradient is not None:
+                sums[key] += gradient.reshape(-1, seen.probe.shape[-1]).double().square().sum(1).cpu()
+        return [sums[key] / widths[key] for key in keys]
+
+
+def _unpack(kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])

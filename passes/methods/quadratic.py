@@ -1,0 +1,179 @@
+"""The output error of a layer as a quadratic form of its quantized weights, and what methods that minimise it share.
+
+With rows x_i of loss weights w_i (sum 1), x'_i their quantized values and a free shift of the output,
+``sum_i w_i |W x_i - W' x'_i - shift|^2 = tr((W' - T) G (W' - T)^T) + const`` where ``G`` is the weighted covariance of
+x' and ``T = W cov(x, x') G^-1`` the weight that undoes the inputs' quantization as far as a linear map can. All
+calibration rows that are kept are in G and T; none is needed afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxq import numerics
+from fxq.core.method import LayerUpdate
+from fxq.passes.methods import LayerProblem, Units, simulated_input
+from fxq.passes.methods.units import TINY
+
+BLOCK = 128
+"""Input channels whose products with all others are made at once."""
+
+_DAMPING = 1e-3  # of the mean diagonal: directions that no row has keep their weights
+_ROWS = 4096  # rows multiplied at a time
+_DOUBLE = 4096  # most channels whose sums are kept in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadratic:
+    """The form of one layer, in the :class:`~fxq.passes.methods.Units` of its problem.
+
+    ``gram`` float32 [K, K] is G, damped; ``target`` float32 [N, K] is T; ``shift_of_float`` float32 [N] the mean
+    output of the float weights and ``mean`` float32 [K] the mean of the quantized inputs.
+    """
+
+    gram: Tensor
+    target: Tensor
+    shift_of_float: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, problem: LayerProblem, update: LayerUpdate) -> Quadratic:
+        """The form under an update's input scales; made once for a problem and these scales.
+
+        Args:
+            problem: with at least one row.
+            update: its input scales say what the quantized inputs are.
+        """
+        scales = [t.tolist() for t in (update.input_scale, update.input_zero_point) if t is not None]
+        known = problem.cache.get("quadratic")
+        if known is None or known[0] != scales:
+            units = Units.of(problem)
+            known = scales, cls._of(units.problem(problem), units.update(update))
+            problem.cache["quadratic"] = known
+        form = known[1]
+        assert isinstance(form, cls)
+        return form
+
+    @classmethod
+    def _of(cls, problem: LayerProblem, update: LayerUpdate) -> Quadratic:
+        width, device = problem.weight.shape[1], problem.weight.device
+        sums = torch.float64 if width <= _DOUBLE else torch.float32
+        weights = problem.row_weights.double() / problem.row_weights.double().sum()
+        gram = torch.zeros(width, width, dtype=sums, device=device)
+        cross = torch.zeros(problem.weight.shape, dtype=sums, device=device)  # [N, K]: sum of W x x'^T
+        mean = torch.zeros(width, dtype=torch.float64, device=device)
+        mean_output = torch.zeros(len(problem.weight), dtype=torch.float64, device=device)
+        for rows, w in zip(problem.rows.split(_ROWS), weights.float().split(_ROWS), strict=True):
+            quantized, output = simulated_input(problem, update, rows), rows @ problem.weight.T
+            weighted = quantized * w[:, None]
+            gram += weighted.T @ quantized
+            cross += output.T @ weighted
+            mean += weighted.sum(0)
+            mean_output += w.double() @ output.double()
+        gram -= torch.outer(mean, mean).to(sums)
+        cross -= torch.outer(mean_output, mean).to(sums)
+        damping = max(float(gram.diagonal().mean()) * _DAMPING, TINY)
+        gram.diagonal().add_(damping)
+        cross.add_(problem.weight, alpha=damping)
+        target = torch.cholesky_solve(cross.T, _factor(gram)).T.float()
+        return cls(gram.float(), target.contiguous(), mean_output.float(), mean.float())
+
+    def loss(self, weight: Tensor) -> Tensor:
+        """The form's value for each output, float32 [N], of dequantized weights [N, K]."""
+        difference = weight - self.target
+        return ((difference @ self.gram) * difference).sum(1)
+
+    def shift(self, weight: Tensor) -> Tensor:
+        """What is to be added to the bias so that the mean outputs of dequantized weights [N, K] are right, [N]."""
+        return self.shift_of_float - weight @ self.mean
+
+
+def _factor(gram: Tensor) -> Tensor:
+    """Lower Cholesky factor of a positive matrix that rounding may have made a little indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    damping = float(gram.diagonal().mean()) * _DAMPING
+    while int(failed):
+        damping *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram), dtype=gram.dtype).to(gram))
+    return factor
+
+
+def cholesky(gram: Tensor, damping: float) -> Tensor:
+    """Lower Cholesky factor [K, K] of a form's matrix with ``damping`` times its mean diagonal added, float32."""
+    double = gram.double() if len(gram) <= _DOUBLE else gram.clone()
+    double.diagonal().add_(float(gram.diagonal().mean()) * damping)
+    return _factor(double).float()
+
+
+def steps(problem: LayerProblem, scale: Tensor) -> Tensor:
+    """Value of one integer of each weight, float32 [N, K], of weight scales [G, N]."""
+    parts = [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(scale, problem.groups, strict=True)]
+    return torch.cat(parts, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """Integers as float32 [N, K] and weight scales float32 [G, N], in units."""
+
+    integers: Tensor
+    scale: Tensor
+
+
+class QuadraticMethod(ABC):
+    """Base of methods that lower a layer's :class:`Quadratic` under input scales chosen before them.
+
+    An output whose error a method would raise keeps its integers and scales. The outputs' means are made right by the
+    update's ``bias_shift``.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+    def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
+        """Refine ``update``; layers without rows or whose scheme says ``reconstruct=False`` pass unchanged.
+
+        Raises:
+            ValueError: when no method has chosen scales before.
+        """
+        if update is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} refines scales chosen before it: put RangeSearch or MinMax first in the recipe")
+        if not problem.scheme.reconstruct or not len(problem.rows):
+            return update
+        units, form = Units.of(problem), Quadratic.of(problem, update)
+        start = Solution(update.weight.float(), update.weight_scale / units.weights)
+        found = self.solve(problem, form, start)
+        found = dataclasses.replace(found, scale=_within_limit(problem, update, found.scale))
+        before = form.loss(start.integers * steps(problem, start.scale))
+        after = form.loss(found.integers * steps(problem, found.scale))
+        better = (after < before) & (found.scale * units.weights >= TINY).all(0)
+        integers = torch.where(better[:, None], found.integers, start.integers)
+        scale = torch.where(better, found.scale * units.weights, update.weight_scale)
+        shift = form.shift(integers * steps(problem, scale / units.weights)) * units.inputs * units.weights
+        return dataclasses.replace(update, weight=integers.to(torch.int8), weight_scale=scale, bias_shift=shift)
+
+    def operations(self, rows: int, width: int, outputs: int) -> float:
+        """Floating-point operations of a layer with that many calibration rows, at most: the form, and the solution."""
+        form = 2.0 * rows * width * (width + 2 * outputs) + width**3 / 3
+        return form + self.solving(width, outputs)
+
+    @abstractmethod
+    def solving(self, width: int, outputs: int) -> float:
+        """Floating-point operations of :meth:`solve`, at most."""
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
+        """Integers and scales of less error than ``start``, if the method finds some."""
+
+
+def _within_limit(problem: LayerProblem, update: LayerUpdate, scale: Tensor) -> Tensor:
+    """Weight scales [G, N] under which the sums of both groups fit an int32, see :func:`fxq.numerics.ratio_limit`."""
+    if len(scale) < 2 or update.input_scale is None:
+        return scale
+    limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
+    least = scale[1] * float(update.input_scale[1].double() / update.input_scale[0].double() / limit)
+    return torch.stack((torch.maximum(scale[0], least), scale[1]))

@@ -1,0 +1,136 @@
+import dataclasses
+
+import pytest
+import torch
+
+from fxq import numerics
+from fxq.passes.methods import Units, output_sqnr, simulated_input
+from fxq.passes.methods.descent import CoordinateDescent
+from fxq.passes.methods.gptq import GPTQ
+from fxq.passes.methods.quadratic import Quadratic, steps
+from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.passes.methods.refit import RefitScales
+from tests.toys import problem
+
+METHODS = (GPTQ(), CoordinateDescent(), RefitScales())
+
+
+def weighted(p, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    return dataclasses.replace(p, row_weights=torch.rand(len(p.rows), generator=generator) + 0.1)
+
+
+def dequantized(p, update):
+    return numerics.dequantize_weight(update.weight, update.weight_scale, p.split)
+
+
+def output_error(p, update, weight):
+    """The weighted squared error of each output by its definition, its mean taken out, float64 [N]."""
+    x, q = p.rows.double(), simulated_input(p, update, p.rows).double()
+    w = p.row_weights.double() / p.row_weights.double().sum()
+    error = x @ p.weight.double().T - q @ weight.double().T
+    return w @ (error - w @ error).square()
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("outliers", [0, 32])
+def test_the_form_is_the_output_error_up_to_a_constant(outliers, per_token):
+    p = weighted(problem(outliers=outliers, count=400, per_token=per_token))
+    update, units = RangeSearch().apply(p, None), Units.of(p)
+    form = Quadratic.of(p, update)
+    generator = torch.Generator().manual_seed(0)
+    weights = [dequantized(p, update) + 0.05 * torch.randn(p.weight.shape, generator=generator) for _ in range(3)]
+    real = torch.stack([output_error(p, update, weight) for weight in weights])
+    told = torch.stack([form.loss(weight / units.weights).double() for weight in weights])
+    told *= (units.inputs * units.weights) ** 2
+    torch.testing.assert_close((real[1:] - real[0]) / real[0], (told[1:] - told[0]) / real[0], atol=5e-3, rtol=0)
+
+
+def test_no_linear_map_of_the_quantized_input_is_better_than_the_target():
+    p = weighted(problem(count=400, input_bits=4))
+    update = RangeSearch().apply(p, None)
+    form = Quadratic.of(p, update)
+    best = form.loss(form.target)
+    for seed in range(3):
+        noise = torch.randn(p.weight.shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+        assert bool((form.loss(form.target + noise) > best).all())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(("bits", "input_bits", "outliers"), [(4, 8, 0), (4, 8, 32), (8, 8, 32), (4, 4, 0)])
+def test_every_output_is_at_least_as_good_as_before(method, bits, input_bits, outliers):
+    p = weighted(problem(bits=bits, input_bits=input_bits, outliers=outliers, count=500))
+    before = RangeSearch().apply(p, None)
+    after = method.apply(p, before)
+    form, unit = Quadratic.of(p, before), Units.of(p).weights
+    old, new = (form.loss(u.weight * steps(p, u.weight_scale / unit)) for u in (before, after))
+    assert bool((new <= old * (1 + 1e-5)).all()) and float(new.sum()) < 0.8 * float(old.sum())
+    assert output_sqnr(p, after) > output_sqnr(p, before)
+    low, high = numerics.integer_range(bits)
+    assert after.weight.dtype == torch.int8 and int(after.weight.min()) >= low and int(after.weight.max()) <= high
+    assert torch.equal(after.input_scale, before.input_scale)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_the_mean_output_is_right(method):
+    p = weighted(problem(count=300, input_bits=3))
+    p = dataclasses.replace(p, rows=p.rows + 0.7)
+    update = method.apply(p, RangeSearch().apply(p, None))
+    w = p.row_weights / p.row_weights.sum()
+    got = simulated_input(p, update, p.rows) @ dequantized(p, update).T + update.bias_shift
+    torch.testing.assert_close(w @ got, w @ (p.rows @ p.weight.T), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-3, 1e18])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_nothing_has_a_unit(method, unit):
+    p = problem(outliers=32, count=300)
+    power = 2.0 ** round(torch.tensor(unit).log2().item())
+    scaled = dataclasses.replace(p, rows=p.rows * power, low=p.low * power, high=p.high * power)
+    a, b = (method.apply(q, MinMax().apply(q, None)) for q in (p, scaled))
+    assert torch.equal(a.weight, b.weight) and torch.equal(a.weight_scale, b.weight_scale)
+    torch.testing.assert_close(a.bias_shift * power, b.bias_shift)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_what_is_not_to_be_reconstructed_passes_unchanged(method):
+    p = problem(reconstruct=False)
+    update = RangeSearch().apply(p, None)
+    assert method.apply(p, update) is update
+    empty = dataclasses.replace(problem(), rows=p.rows[:0], row_weights=p.row_weights[:0])
+    assert method.apply(empty, update) is update
+    with pytest.raises(ValueError, match="put RangeSearch or MinMax first"):
+        method.apply(problem(), None)
+
+
+def test_the_form_is_made_once_for_the_scales_it_was_made_for():
+    p = problem(input_bits=4)
+    a, b = RangeSearch((0.99,)).apply(p, None), MinMax().apply(p, None)
+    first = Quadratic.of(p, a)
+    assert Quadratic.of(p, GPTQ().apply(p, a)) is first
+    assert Quadratic.of(p, b) is not first
+    assert not dataclasses.replace(p, seed=1).cache
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_rows_of_one_value_and_dead_channels_do_no_harm(method):
+    p = problem(count=300)
+    x = p.rows.clone()
+    x[:, 5:40] = 0
+    x[:, 50] = 3.0
+    p = dataclasses.replace(p, rows=x, low=x.amin(0), high=x.amax(0))
+    before = RangeSearch().apply(p, None)
+    after = method.apply(p, before)
+    assert bool(after.weight_scale.isfinite().all() and after.bias_shift.isfinite().all())
+    assert output_sqnr(p, after) >= output_sqnr(p, before)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_the_sums_of_both_groups_still_fit(method):
+    p = problem(outliers=32, count=300)
+    x = p.rows.clone()
+    x[:, -32:] *= 3e4
+    p = dataclasses.replace(p, rows=x, low=x.amin(0), high=x.amax(0))
+    update = method.apply(p, RangeSearch().apply(p, None))
+    scale = update.input_scale[:, None] * update.weight_scale
+    assert float((scale[1] / scale[0]).max()) <= numerics.ratio_limit(p.weight.shape[1], p.split)
