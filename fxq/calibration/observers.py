@@ -57,9 +57,9 @@ class GradientObserver(Observer):
 
     For a random vector v the squared gradient of ``v . output`` by a linear's output is, in the mean over v, the
     squared Frobenius norm of the Jacobian between the two: what an error of the linear's output costs in squared error
-    of the model's (Gauss and Newton's approximation). One backward pass gives it for every row, averaged over the outputs of
-    the linear and of those that share its input. Of denoising calls the prediction counts; other calls of a rollout,
-    whose prediction is not used, have gradients of zero. Calls outside of a rollout count with all their outputs.
+    of the model's (Gauss and Newton's approximation). One backward pass gives it for every row, averaged over the
+    outputs of the linear and of those that share its input. Of denoising calls the prediction counts; other calls of a
+    rollout, whose prediction is not used, have gradients of zero. Calls outside of a rollout count with all outputs.
 
     With a collector's ``folder`` what the backward pass needs lies in files there, which leave no trace.
     """
