@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import trace
-from fxq.core.config import Recipe
-from fxq.core.ir import QuantGraph, planned
+from fxq.core.config import Recipe, Weighting
+from fxq.core.ir import LayerStatistics, QuantGraph, planned
 from fxq.core.summary import summary
 from fxq.job import Job
 from fxq.metrics import sprites
@@ -27,7 +27,7 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.quantize import finish
-from fxq.recipes import get_recipe, recipe_to_json, single_scale
+from fxq.recipes import PRESETS, recipe_to_json, single_scale
 from fxq.report.data import Comparison, Variant
 from fxq.runtime.progress import Progress
 
@@ -61,27 +61,32 @@ def frames_of(video: Tensor) -> NDArray[np.uint8]:
     return pixels.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+@dataclasses.dataclass(frozen=True)
+class Collected:
+    """Statistics of a model's layers, the hash of the data they are of, and the seconds that took."""
+
+    statistics: dict[str, LayerStatistics]
+    data: str
+    seconds: float
+
+
 class Lab:
     """One traced and calibrated model, quantized in many ways without tracing or calibrating again.
 
-    ``bits`` below is a preset's name, or a recipe: what chunk sensitivities are measured with.
+    Another calibration is run for a recipe that asks for other layers, other rows or gradients. ``bits`` below is a
+    preset's name, or a recipe: what chunk sensitivities are measured with.
     """
 
     def __init__(self, calibration: Rollout, recipe: Recipe, bar: Progress, traced: QuantGraph | None = None) -> None:
         """Trace the rollout's denoiser and collect statistics of every linear that ``recipe`` quantizes.
 
-        Sensitivities and initialised models share inputs as ``recipe`` does. A graph that another lab ``traced`` is not
-        traced again.
+        Presets by name share inputs as ``recipe`` does. A graph that another lab ``traced`` is not traced again.
         """
         self.calibration, self.bar, self.share_inputs = calibration, bar, recipe.share_inputs
         self.traced = self._trace() if traced is None else traced
-        prepared = self._planned(recipe)
-        self._collected = _collected(recipe, prepared)
-        start = time.perf_counter()
-        self.calibration_hash = Job(recipe, bar).calibrate(prepared, calibration)
-        self.statistics = prepared.statistics
-        self.seconds = time.perf_counter() - start
+        self._collected: dict[tuple[object, ...], Collected] = {}
         self._measured: dict[str, tuple[ChunkSensitivity, float]] = {}
+        self.collected(recipe)
 
     def _trace(self) -> QuantGraph:
         args, shapes = self.calibration.example_call()
@@ -93,31 +98,41 @@ class Lab:
         Job(recipe, self.bar).plan(graph)
         return graph
 
+    def collected(self, recipe: Recipe) -> Collected:
+        """The statistics that a recipe asks for."""
+        graph = self._planned(recipe)
+        layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
+        gradients = recipe.chunk_weighting is Weighting.GRADIENT
+        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients
+        if key not in self._collected:
+            start = time.perf_counter()
+            data = Job(recipe, self.bar).calibrate(graph, self.calibration)
+            self._collected[key] = Collected(graph.statistics, data, time.perf_counter() - start)
+        return self._collected[key]
+
     def _calibrated(self, recipe: Recipe) -> QuantGraph:
         graph = self._planned(recipe)
-        graph.adopt(self.statistics)
+        graph.adopt(self.collected(recipe).statistics)
         return graph
 
-    def covers(self, recipe: Recipe) -> bool:
-        """Whether the statistics are those that the recipe asks for: of the same layers and rows."""
-        return _collected(recipe, self._planned(recipe)) == self._collected
-
     def _recipe(self, bits: str | Recipe) -> Recipe:
-        return dataclasses.replace(get_recipe(bits), share_inputs=self.share_inputs)
+        return bits if isinstance(bits, Recipe) else dataclasses.replace(PRESETS[bits], share_inputs=self.share_inputs)
 
     def timed_sensitivity(self, bits: str | Recipe) -> tuple[ChunkSensitivity, float]:
-        """Sensitivity on the calibration videos, measured once for each ``bits``, and the seconds that took."""
+        """Sensitivity on the calibration videos and the seconds that took; measured once for each first method."""
+        # What it is measured with is not reconstructed, and gradients do not matter for it.
         recipe = self._recipe(bits)
-        key = json.dumps(recipe_to_json(recipe), sort_keys=True)
+        recipe = dataclasses.replace(recipe, methods=recipe.methods[:1], weighting=Weighting.UNIFORM.value)
+        key = json.dumps(recipe_to_json(recipe) | {"name": ""}, sort_keys=True)
         if key not in self._measured:
             start = time.perf_counter()
             job = Job(recipe, self.bar, label=f"{recipe.name} ")
-            measured = job.measure(self._calibrated(recipe), self.calibration, self.calibration_hash)
+            measured = job.measure(self._calibrated(recipe), self.calibration, self.collected(recipe).data)
             self._measured[key] = measured, time.perf_counter() - start
         return self._measured[key]
 
     def sensitivity(self, bits: str | Recipe) -> ChunkSensitivity:
-        """Sensitivity on the calibration videos, measured once for each ``bits``."""
+        """Sensitivity on the calibration videos, measured once for each first method."""
         return self.timed_sensitivity(bits)[0]
 
     def initialised(self, bits: str | Recipe) -> fx.GraphModule:
@@ -138,13 +153,8 @@ class Lab:
         job.choose_integers(graph)
         job.rewrite(graph)
         seconds = time.perf_counter() - start
-        return finish(graph, recipe, self.calibration_hash, None if alpha is None else alpha.tolist(), []), seconds
-
-
-def _collected(recipe: Recipe, graph: QuantGraph) -> tuple[object, ...]:
-    """What the statistics of a PLANNED graph depend on beside the data."""
-    layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
-    return layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, recipe.seed
+        told = None if alpha is None else alpha.tolist()
+        return finish(graph, recipe, self.collected(recipe).data, told, []), seconds
 
 
 def ablation_recipes(recipe: Recipe) -> dict[str, Recipe]:

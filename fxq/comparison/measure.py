@@ -1,4 +1,4 @@
-"""One calibration seed: its rollouts and labs, and the measures of one row after the other on them."""
+"""One calibration seed: its rollouts and its lab, and the measures of one row after the other on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 
 from fxq.comparison.methods import ComparisonError, Entry
 from fxq.comparison.subject import Subject, chunks_of, with_chunks
-from fxq.core.config import Recipe
 from fxq.core.ir import QuantGraph
 from fxq.lab import Candidate, Lab, evaluate, latents_of, object_scores
 from fxq.report.data import Variant
@@ -76,28 +75,22 @@ class Bench:
         scores = {} if self.conditions is None else object_scores(self.latents, self.conditions)
         limits = subject.limits or (float(self.latents.min()), float(self.latents.max()))
         self.reference = Reference(scores=scores, limits=limits, chunks=chunks, trained=trained)
-        self._labs: list[Lab] = []
+        self._lab: Lab | None = None
         self._traced: QuantGraph | None = None
         if before is not None and before.calibration.denoiser is self.calibration.denoiser:
             self._traced = before._traced
 
-    def _lab(self, recipe: Recipe, bar: Progress) -> Lab:
-        for lab in self._labs:
-            lab.bar = bar
-            if lab.covers(recipe):
-                return lab
-        lab = Lab(self.calibration, recipe, bar, self._traced)
-        self._traced = lab.traced
-        self._labs.append(lab)
-        return lab
-
     def measure(self, entry: Entry, bar: Progress) -> tuple[Variant, Seconds]:
         """Quantize one way, and measure; every random choice follows from the seed."""
-        recipe, like = (dataclasses.replace(r, seed=self.seed) for r in (entry.recipe, entry.like))
-        lab = self._lab(recipe, bar)
-        sensitivity = lab.timed_sensitivity(like)[1] if recipe.chunk_weighting.needs_sensitivity else 0.0
-        module, methods = lab.quantized(recipe, like)
-        seconds = Seconds(statistics=lab.seconds, sensitivity=sensitivity, methods=methods)
+        recipe = dataclasses.replace(entry.recipe, seed=self.seed)
+        if self._lab is None:
+            self._lab = Lab(self.calibration, recipe, bar, self._traced)
+            self._traced = self._lab.traced
+        lab, lab.bar = self._lab, bar
+        statistics = lab.collected(recipe).seconds
+        sensitivity = lab.timed_sensitivity(recipe)[1] if recipe.chunk_weighting.needs_sensitivity else 0.0
+        module, methods = lab.quantized(recipe, recipe)
+        seconds = Seconds(statistics=statistics, sensitivity=sensitivity, methods=methods)
         candidate = Candidate(method=entry.method, bits=entry.bits, module=module, seconds=seconds.total)
         limits = self.reference.limits
         (variant,), _ = evaluate(self.rollout, self.conditions, self.latents, [candidate], bar, limits)

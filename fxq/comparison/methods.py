@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from fxq.core.config import Recipe, RecipeError, Scheme
 from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
+from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.recipes import (
     PRESETS,
+    Q_ARVD,
     get_recipe,
     minmax,
     recipe_from_json,
@@ -25,17 +27,25 @@ from fxq.runtime.messages import did_you_mean
 
 
 def _plain(preset: Recipe, *methods: Method) -> Recipe:
-    """One scale a layer and chunks that weigh the same, with other methods."""
+    """One scale a layer and rows that weigh the same, with other methods."""
     return dataclasses.replace(single_scale(preset), methods=methods, weighting="uniform")
+
+
+def _q_arvd(preset: Recipe) -> Recipe:
+    """The published method at the preset's width (arXiv 2605.21072)."""
+    (scheme,) = {rule.scheme for rule in preset.rules if rule.pattern == "*" and rule.scheme is not None}
+    return wan_recipe(preset.name, scheme, Q_ARVD, "sensitivity", reconstruct_once=False)
 
 
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "minmax": minmax,
     "nearest": lambda preset: _plain(preset, RangeSearch()),
     "adaround": lambda preset: _plain(preset, RangeSearch(), AdaRound()),
-    "q_arvd": lambda preset: preset,
+    "gptq": lambda preset: _plain(preset, RangeSearch(), GPTQ()),
+    "q_arvd": _q_arvd,
+    "least_error": lambda preset: preset,
 }
-"""By name: the recipe of a method from the preset of a width, which has the width's rules and Q-ARVD's methods."""
+"""By name: the recipe of a method from the preset of a width."""
 
 VARIED = ("weighting", "share_inputs", "rows_per_call", "max_rows")
 """Keys of a recipe that ``METHOD:KEY=VALUE`` may set."""
@@ -53,14 +63,12 @@ class ComparisonError(ValueError):
 class Entry:
     """A row before it is measured.
 
-    ``method`` and ``bits`` (``w4a8``) name it; ``recipe`` makes it; chunk sensitivities are measured with ``like``, the
-    preset of the width, or the recipe itself where that has widths of its own.
+    ``method`` and ``bits`` (``w4a8``) name it, ``recipe`` makes it.
     """
 
     method: str
     bits: str
     recipe: Recipe
-    like: Recipe
 
 
 def preset_of(bits: str) -> Recipe:
@@ -126,14 +134,13 @@ def _of_word(word: str, widths: Sequence[str], iterations: int | None) -> list[E
     if (method := METHODS.get(name.lower())) is not None:
         made = []
         for width in widths:
-            preset = preset_of(width)
-            recipe = dataclasses.replace(finished(method(preset)), name=f"{width} {name.lower()}")
-            made.append(Entry(method=name.lower() + suffix, bits=width, recipe=recipe, like=preset))
+            recipe = dataclasses.replace(finished(method(preset_of(width))), name=f"{width} {name.lower()}")
+            made.append(Entry(method=name.lower() + suffix, bits=width, recipe=recipe))
         return made
     if name.lower() in PRESETS or path.suffix.lower() in (".toml", ".json"):
         recipe = finished(get_recipe(name))
         label = name.lower() if name.lower() in PRESETS else path.stem
-        return [Entry(method=label + suffix, bits=width_of(recipe), recipe=recipe, like=recipe)]
+        return [Entry(method=label + suffix, bits=width_of(recipe), recipe=recipe)]
     close = did_you_mean(name, [*METHODS, *PRESETS])
     raise ComparisonError(
         f"unknown method {name!r}; {close + ' ' if close else ''}Methods: {', '.join(METHODS)}; or a preset, or a "
