@@ -19,7 +19,7 @@ from fxq.core.config import Recipe, Weighting
 from fxq.core.interpret import sparing_call
 from fxq.core.ir import QuantGraph, Stage
 from fxq.core.pipeline import Pass, run_passes
-from fxq.passes import ApplyMethods
+from fxq.passes import ApplyMethods, ChooseWidths
 from fxq.passes.line import line
 from fxq.passes.share_inputs import input_groups
 from fxq.recipes import recipe_to_json
@@ -58,7 +58,8 @@ class Job:
         Raises:
             PassError: when one of a user's passes has no place.
         """
-        return line(self.recipe, self.methods(first_only=first_only), self.passes)
+        methods = self.methods(first_only=first_only)
+        return line(self.recipe, methods if first_only else self.chooser(methods), self.passes)
 
     def plan(self, graph: QuantGraph) -> None:
         """Take a TRACED graph to PLANNED."""
@@ -156,11 +157,15 @@ class Job:
             self.workers,
         )
 
+    def chooser(self, methods: ApplyMethods) -> ApplyMethods | ChooseWidths:
+        """The pass that chooses integers, and widths where the recipe has a budget."""
+        return methods if self.recipe.budget is None else ChooseWidths(methods, self.recipe.budget)
+
     def choose_integers(self, graph: QuantGraph) -> None:
         """Run the recipe's methods on a CALIBRATED graph."""
         with self.bar.step(f"{self.label}reconstruct") as on_layer:
             methods = dataclasses.replace(self.methods(), on_layer=lambda _, done, total: on_layer(done, total))
-            steps = line(self.recipe, methods, self.passes)
+            steps = line(self.recipe, self.chooser(methods), self.passes)
             run_passes(graph, (step for step in steps if step.needs == step.gives == Stage.CALIBRATED))
 
     def initialised(self, graph: QuantGraph) -> QuantGraph:

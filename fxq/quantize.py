@@ -182,6 +182,11 @@ def _check_sources(
 ) -> None:
     if calib_loader is not None and forward_loop is not None:
         raise CalibrationError("give exactly one of calib_loader and forward_loop")
+    if calib_loader is None and forward_loop is None and recipe.budget is not None:
+        raise CalibrationError(
+            f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has a budget, and errors of "
+            "layers are measured on data"
+        )
     if calib_loader is None and forward_loop is None and (static := needs_data(recipe)):
         raise CalibrationError(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
@@ -306,6 +311,7 @@ def finish(
         sensitivity=alpha,
         chunk_weights=graph.chunk_weights.tolist(),
         never_called=never_called,
+        others=graph.found,
     )
     facts.after(graph).attach(graph.module)
     return guard_inputs(graph.module)

@@ -9,10 +9,13 @@ import tomllib
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from torch import fx
 
 from fxq import plugins
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
-from fxq.core.config import Recipe, RecipeError, Rule, Scheme
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
+from fxq.core.facts import Facts
+from fxq.core.ir import planned
 from fxq.core.method import LearningMethod, Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
@@ -124,6 +127,39 @@ def minmax(recipe: Recipe) -> Recipe:
     )
 
 
+def with_budget(
+    recipe: Recipe,
+    *,
+    bits_per_weight: float | None = None,
+    ratio: float | None = None,
+    max_error: float | None = None,
+) -> Recipe:
+    """The recipe with one limit of :class:`~fxq.core.config.Budget`; widths are its own budget's, where it has one.
+
+    Raises:
+        RecipeError: when there is not one limit.
+    """
+    budget = Budget(bits_per_weight=bits_per_weight, ratio=ratio, max_error=max_error)
+    widths = budget.widths if recipe.budget is None else recipe.budget.widths
+    return dataclasses.replace(recipe, budget=dataclasses.replace(budget, widths=widths))
+
+
+def plain_recipe(module: fx.GraphModule) -> Recipe:
+    """The recipe of a quantized module with a rule by name for each of its linears and no budget.
+
+    It gives the same integers from the same data without a search. Where chunks are weighed by sensitivities these have
+    to be given to :func:`fxq.quantize` too: they are measured before widths are chosen.
+
+    Raises:
+        RecipeError: when the recipe has a method that recipe files do not know.
+        ValueError: when fxq did not make the module.
+    """
+    recipe = recipe_from_json(dict(Facts.of(module).recipe))
+    plans = [plan for plan, _ in planned(module).values()]
+    rules = tuple(Rule(plan.layer, plan.scheme, "" if plan.scheme else plan.reason) for plan in plans)
+    return dataclasses.replace(recipe, rules=rules, budget=None)
+
+
 def get_recipe(recipe: Recipe | str | pathlib.Path) -> Recipe:
     """A recipe from itself, a preset's name, or a path to a TOML or JSON file.
 
@@ -173,8 +209,10 @@ def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[path
 
 def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
-    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), cache=None))
-    del data["cache"]
+    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), cache=None, budget=None))
+    del data["cache"], data["budget"]
+    if recipe.budget is not None:
+        data["budget"] = {key: value for key, value in dataclasses.asdict(recipe.budget).items() if value is not None}
     if recipe.cache is not None:
         data["cache"] = policy_to_json(recipe.cache)
     data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
@@ -258,6 +296,9 @@ def _parsed(data: dict[str, object]) -> dict[str, Any]:
             made["cache"] = policy_from_json(data["cache"])
         except CacheSettingsError as error:
             raise RecipeError(str(error)) from error
+    if data.get("budget") is not None:
+        _refuse_unknown(data["budget"], Budget, "budget")
+        made["budget"] = _validated(Budget, data["budget"], "budget")
     return {key: made.get(key, value) for key, value in data.items()}
 
 

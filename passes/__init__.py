@@ -9,6 +9,7 @@ from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, planned, set_plan
 from fxq.core.pipeline import Analysis, Pass, PassError, Rewrite, run_passes
 from fxq.passes.absorb_cache import AbsorbCache, ObserveAttention, absorb_cache
 from fxq.passes.apply_methods import ApplyMethods
+from fxq.passes.choose_widths import ChooseWidths
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
 from fxq.passes.freeze import Freeze
 from fxq.passes.fusions.fold_permutations import FoldPermutations
@@ -43,6 +44,7 @@ __all__ = [
     "AbsorbCache",
     "Analysis",
     "ApplyMethods",
+    "ChooseWidths",
     "DetectOutliers",
     "FoldPermutations",
     "Freeze",

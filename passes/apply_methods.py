@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +24,18 @@ from fxq.runtime.residency import Residency, trim
 from fxq.runtime.workers import Workers
 
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
+
+
+class Judge(Protocol):
+    """Measures a group's result while its calibration rows are at hand."""
+
+    def reads(self, graph: QuantGraph, layer: str) -> tuple[Tensor, ...]:
+        """What it reads of a layer beside the problem; checkpoints of other values do not count."""
+
+    def judge(
+        self, problem: LayerProblem, update: LayerUpdate, sizes: list[int], reads: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
+        """Tensors by name, of a problem of stacked layers with ``sizes`` outputs."""
 
 
 def group_order(plan: LayerPlan) -> Tensor:
@@ -64,28 +76,31 @@ class ApplyMethods(Analysis):
         """
         if not self.methods:
             raise ValueError("the recipe has no method; RangeSearch() or MinMax() is the least")
-        groups = self._groups(graph)
+        groups = self.groups(graph)
         plans = graph.quantized_plans
-        owners = self.workers.owners([self._cost(plans, group) for group in groups])
+        owners = self.owners(groups, plans)
         mine = [group for group, owner in zip(groups, owners, strict=True) if owner == self.workers.rank]
         solved, done, total = {}, 0, sum(map(len, mine))
         for group in mine:
             if self.on_layer is not None:
                 self.on_layer(group[0].layer, done, total)
-            solved[group[0].layer] = self._solve(graph, group, plans)
+            solved[group[0].layer] = self.solve(graph, group, plans)
             done += len(group)
         if self.on_layer is not None and total:
             self.on_layer("", total, total)
         notes = planned(graph.module)
         for group, owner in zip(groups, owners, strict=True):
-            self._record(graph, group, notes, self.workers.share(solved.pop(group[0].layer, None), owner))
+            self.record(graph, group, notes, self.workers.share(solved.pop(group[0].layer, None), owner))
         return len(plans)
 
-    def _cost(self, plans: dict[str, LayerPlan], group: list[LinearSite]) -> float:
-        members = [plans[site.layer] for site in group]
-        return float(sum(plan.in_features * plan.out_features for plan in members))
+    def owners(self, groups: list[list[LinearSite]], plans: dict[str, LayerPlan]) -> list[int]:
+        """The rank that solves each group, such that the numbers of weights are spread evenly."""
+        members = [[plans[site.layer] for site in group] for group in groups]
+        return self.workers.owners(
+            [float(sum(plan.in_features * plan.out_features for plan in group)) for group in members]
+        )
 
-    def _groups(self, graph: QuantGraph) -> list[list[LinearSite]]:
+    def groups(self, graph: QuantGraph) -> list[list[LinearSite]]:
         """Layers to be quantized, in graph order, each with those that are solved with it."""
         plans = graph.quantized_plans
         sites = {site.layer: site for site in linear_sites(graph.module)}
@@ -98,13 +113,25 @@ class ApplyMethods(Analysis):
                     del groups[layer]
         return list(groups.values())
 
-    def _solve(self, graph: QuantGraph, group: list[LinearSite], plans: dict[str, LayerPlan]) -> dict[str, Tensor]:
-        """Integers and scales of each layer of a group, by its number, and their quality."""
+    def solve(
+        self, graph: QuantGraph, group: list[LinearSite], plans: dict[str, LayerPlan], judge: Judge | None = None
+    ) -> dict[str, Tensor]:
+        """Integers and scales of each layer of a group, by its number, and their quality.
+
+        Args:
+            graph: CALIBRATED.
+            group: one of :meth:`groups`.
+            plans: by layer; what is asked of the group need not be what the graph's notes say.
+            judge: what else is to be known of the result; its tensors are added to it, and a checkpoint of it has a
+                file of its own.
+        """
         residency = Residency()
         problems = [self._problem(graph, site, plans[site.layer]) for site in group]
         joint = _stacked(problems)
-        key = _key(joint, self.methods) if self.checkpoint is not None else ""
-        tensors = None if self.checkpoint is None else self.checkpoint.read(joint.layer, key)
+        judged = () if judge is None else judge.reads(graph, group[0].layer)
+        key = _key(joint, self.methods, judged) if self.checkpoint is not None else ""
+        name = joint.layer if judge is None else f"{joint.layer} {joint.scheme.label}"
+        tensors = None if self.checkpoint is None else self.checkpoint.read(name, key)
         if tensors is None:
             update: LayerUpdate | None = None
             for method in self.methods:
@@ -113,8 +140,10 @@ class ApplyMethods(Analysis):
             parts = _split(update, [len(problem.weight) for problem in problems])
             quality = [_quality(problem, part) for problem, part in zip(problems, parts, strict=True)]
             tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64, device="cpu")}
+            if judge is not None:
+                tensors |= judge.judge(joint, update, [len(problem.weight) for problem in problems], judged)
             if self.checkpoint is not None:
-                tensors = self.checkpoint.write(joint.layer, key, tensors)
+                tensors = self.checkpoint.write(name, key, tensors)
         residency.give_back(*(site.weight(graph.module) for site in group), *tensors.values())
         if (statistics := graph.statistics.get(group[0].layer)) is not None:
             residency.give_back(statistics.rows)
@@ -122,13 +151,14 @@ class ApplyMethods(Analysis):
         trim()
         return tensors
 
-    def _record(
+    def record(
         self,
         graph: QuantGraph,
         group: list[LinearSite],
         notes: dict[str, tuple[LayerPlan, list[fx.Node]]],
         tensors: dict[str, Tensor],
     ) -> None:
+        """Write what :meth:`solve` found for a group into the graph's updates and, with ``notes``, its plans."""
         for i, (site, sqnr) in enumerate(zip(group, tensors["output_sqnr"].tolist(), strict=True)):
             graph.updates[site.layer] = _from_tensors(tensors, i)
             plan, nodes = notes[site.layer]
@@ -186,8 +216,8 @@ def _quality(problem: LayerProblem, update: LayerUpdate) -> float:
     return round(output_sqnr(problem, update), 3) if len(problem.rows) else math.nan
 
 
-def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
-    """Digest of everything that a layer's integers follow from."""
+def _key(problem: LayerProblem, methods: tuple[Method, ...], judged: tuple[Tensor, ...]) -> str:
+    """Digest of everything that a layer's integers, and what is judged of them, follow from."""
     settings = [
         problem.layer,
         problem.split,
@@ -197,7 +227,7 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...]) -> str:
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights)
-    for tensor in (*tensors, *(t for t in (problem.counts, problem.bias) if t is not None)):
+    for tensor in (*tensors, *(t for t in (problem.counts, problem.bias) if t is not None), *judged):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 

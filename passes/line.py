@@ -8,6 +8,7 @@ from fxq.core.config import Recipe
 from fxq.core.ir import Stage
 from fxq.core.pipeline import Pass, PassError
 from fxq.passes.apply_methods import ApplyMethods
+from fxq.passes.choose_widths import ChooseWidths
 from fxq.passes.detect_outliers import DetectOutliers
 from fxq.passes.freeze import Freeze
 from fxq.passes.lower_linear import LowerLinear
@@ -15,14 +16,14 @@ from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.share_inputs import ShareInputs
 
 
-def line(recipe: Recipe, methods: ApplyMethods, own: Sequence[Pass] = ()) -> tuple[Pass, ...]:
+def line(recipe: Recipe, methods: ApplyMethods | ChooseWidths, own: Sequence[Pass] = ()) -> tuple[Pass, ...]:
     """Every pass from a TRACED graph to a FROZEN one, in the order they run.
 
     Calibration is no pass, since it needs data: it comes before the first pass that needs a CALIBRATED graph.
 
     Args:
         recipe: what the layers are planned with.
-        methods: the pass that chooses integers.
+        methods: the pass that chooses integers, or widths and integers.
         own: a user's passes. Each stands behind the last shipped pass that gives the stage it needs, those of one stage
             in the order given.
 

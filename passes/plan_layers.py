@@ -44,7 +44,8 @@ class PlanLayers(Analysis):
         sites = list(linear_sites(graph.module))
         roles = roles_of(graph.module) if any(rule.role for rule in self.recipe.rules) else {}
         self.recipe.check_patterns((site.layer for site in sites), roles)
-        rules = self.recipe.decide((site.layer for site in sites), roles)
+        planned = dataclasses.replace(self.recipe, rules=self.recipe.planned_rules)
+        rules = planned.decide((site.layer for site in sites), roles)
         conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
         chosen, residency = set(), Residency()
         for site in sites:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import fnmatch
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
@@ -17,7 +18,7 @@ from fxq.cache.policy import CachePolicy
 from fxq.core.method import Method, RecipeError, Scheme, is_method
 from fxq.runtime.messages import close_names
 
-__all__ = ["ROLES", "TOOL_NAMES", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
+__all__ = ["ROLES", "TOOL_NAMES", "Budget", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
@@ -140,6 +141,47 @@ class Weighting(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How many bits the weights of each layer get is chosen: the least sum of predicted errors that a limit allows.
+
+    One of three limits: ``bits_per_weight`` is the mean over the weights of the layers that rules quantize (scales not
+    counted), ``ratio`` the bytes of all linears, as they are stored and with those that are kept, over their bytes in
+    bf16; with ``max_error`` the bytes are the least whose predicted error is no greater. ``widths`` are what a layer
+    may get: 4, 8, or 16, which keeps it in model dtype. See :class:`~fxq.passes.choose_widths.ChooseWidths`.
+    """
+
+    bits_per_weight: float | None = None
+    ratio: float | None = None
+    max_error: float | None = None
+    widths: tuple[int, ...] = (4, 8)
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in BUDGET_LIMITS if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            told = ", ".join(given) or "none"
+            raise RecipeError(f"budget: expected one of {', '.join(BUDGET_LIMITS)}, got {told}")
+        name, value = next(iter(given.items()))
+        if not 0 <= value < math.inf:
+            raise RecipeError(f"budget: {name} = {value}: expected a finite number, not negative")
+        known = sorted({4, 8, 16} & set(self.widths))
+        if list(self.widths) != known or len(known) < 2:
+            raise RecipeError(f"budget: widths = {list(self.widths)}: expected two or more of 4, 8, 16, ascending")
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """Name and value of the limit."""
+        return next((name, value) for name in BUDGET_LIMITS if (value := getattr(self, name)) is not None)
+
+    @property
+    def widest(self) -> int:
+        """Bits of the widest integers."""
+        return max(width for width in self.widths if width < 16)
+
+
+BUDGET_LIMITS = ("bits_per_weight", "ratio", "max_error")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that determines a quantized model besides the model and the data.
 
@@ -157,6 +199,7 @@ class Recipe:
             scales and calibration rows. :func:`fxq.optimize` then gives them one quantize and one GEMM.
         cache: what a causal model's rollouts keep of their past and how; the quantized graph then takes keys and values
             as they are stored. None: the rollout's own policy, decoded.
+        budget: a limit for which each layer's bits are chosen; None: those of the rules.
     """
 
     name: str
@@ -168,6 +211,7 @@ class Recipe:
     seed: int = 0
     share_inputs: bool = True
     cache: CachePolicy | None = None
+    budget: Budget | None = None
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # methods are checked here
 
     def __post_init__(self) -> None:
@@ -178,6 +222,8 @@ class Recipe:
                 raise RecipeError(f"{name} = {getattr(self, name)}: expected at least 1")
         if self.cache is not None and not isinstance(self.cache, CachePolicy):
             raise RecipeError(f"cache is {type(self.cache).__name__}, expected CachePolicy or None")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise RecipeError(f"budget is {type(self.budget).__name__}, expected Budget or None")
         for method in self.methods:
             if not is_method(method):
                 raise RecipeError(
@@ -196,6 +242,19 @@ class Recipe:
                     re.compile(rule.pattern[3:])
                 except re.error as error:
                     raise RecipeError(f"pattern {rule.pattern!r} is not a regular expression: {error}") from None
+
+    @property
+    def planned_rules(self) -> tuple[Rule, ...]:
+        """What layers are planned with: the rules, with a budget at its widest integers, which every width fits."""
+        if self.budget is None:
+            return self.rules
+        bits = self.budget.widest
+        return tuple(
+            rule
+            if rule.scheme is None
+            else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, weight_bits=bits))
+            for rule in self.rules
+        )
 
     @property
     def chunk_weighting(self) -> Weighting:

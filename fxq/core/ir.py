@@ -35,7 +35,8 @@ class Stage(enum.IntEnum):
 class LayerPlan:
     """What is to be done, or was done, with one linear.
 
-    ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``.
+    ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``,
+    which of a quantized one says why it has its bits.
     ``outliers`` are input channels with their own scale, ascending. ``input_sqnr``/``output_sqnr`` in dB are
     measured on calibration rows once the integers are chosen.
     """
@@ -220,7 +221,7 @@ class QuantGraph:
     ``statistics`` and ``updates`` map layer names to what calibration saw and what methods chose; ``chunk_weights``
     float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds);
     ``remarks`` tell per layer what the fusion passes did with it, or why they could not; ``notes`` tell the same of
-    modules without a layer.
+    modules without a layer; ``found`` is what analyses found of the whole, in JSON form for the module's facts.
     """
 
     module: fx.GraphModule
@@ -231,6 +232,7 @@ class QuantGraph:
     log: list[tuple[str, int, float]] = dataclasses.field(default_factory=list)
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    found: dict[str, object] = dataclasses.field(default_factory=dict)
     _layers: frozenset[str] = dataclasses.field(default=frozenset(), init=False, repr=False)
 
     @classmethod
@@ -299,6 +301,7 @@ class QuantGraph:
             list(self.log),
             {layer: list(texts) for layer, texts in self.remarks.items()},
             {place: list(texts) for place, texts in self.notes.items()},
+            dict(self.found),
         )
 
 

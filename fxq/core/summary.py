@@ -27,7 +27,8 @@ class LayerRow:
 
     ``output_sqnr`` is that of the layer's output, bias included, over all calibration data, with exact inputs; None
     where nothing was measured. A matrix product that is no linear but reads a stored tensor has a row of its own.
-    ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not.
+    ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not; the ``reason`` of a quantized layer is
+    why a budget gave it its bits.
     """
 
     layer: str
@@ -105,7 +106,7 @@ class Summary:
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
-                "; ".join((row.kernel, *row.remarks)) if row.quantized else row.reason,
+                "; ".join(filter(None, (row.kernel, row.reason, *row.remarks))) if row.quantized else row.reason,
             )
             # As plain text: names and reasons may come from a file, and brackets in them are no markup.
             table.add_row(*map(Text, cells), style=None if row.quantized else "dim")

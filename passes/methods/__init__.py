@@ -22,6 +22,7 @@ __all__ = [
     "Method",
     "Units",
     "amounts",
+    "output_errors",
     "output_sqnr",
     "row_energies",
     "simulated_input",
@@ -30,6 +31,8 @@ __all__ = [
 
 EXACT = 300.0
 """Decibels told of an output without any error."""
+
+_BLOCK = 2048  # rows whose outputs are in memory at a time
 
 
 def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Tensor:
@@ -132,6 +135,32 @@ def subsample(rows: Tensor, weights: Tensor, limit: int, seed: int) -> tuple[Ten
     return index, (mass[index] / chance).float()
 
 
+def output_errors(problem: LayerProblem, update: LayerUpdate, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error and energy of each of the layer's outputs, summed over the problem's rows: float64 [N] both.
+
+    ``sum_i m_i (w x_i - w' x'_i)^2`` and ``sum_i m_i (w x_i + b)^2``, where ``x'`` and ``w'`` are quantized.
+
+    Args:
+        problem: with one row or more.
+        update: integers and scales.
+        mass: float [R], how much each row counts.
+    """
+    units = Units.of(problem)
+    problem, update = units.problem(problem), units.update(update)
+    w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
+    bias = 0.0 if problem.bias is None else problem.bias.double() / units.inputs / units.weights
+    noise = torch.zeros(len(problem.weight), dtype=torch.float64, device=problem.weight.device)
+    signal = torch.zeros_like(noise)
+    for rows, masses in zip(problem.rows.split(_BLOCK), mass.double().split(_BLOCK), strict=True):
+        want = rows @ problem.weight.T
+        got = simulated_input(problem, update, rows) @ w_hat.T
+        got = got if update.bias_shift is None else got + update.bias_shift
+        noise += masses @ (want - got).double().square()
+        signal += masses @ (want.double() + bias).square()
+    size = (units.inputs * units.weights) ** 2
+    return noise * size, signal * size
+
+
 def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -> float:
     """Signal to quantization-noise ratio of the layer's output in dB, over all calibration rows.
 
@@ -147,19 +176,8 @@ def output_sqnr(problem: LayerProblem, update: LayerUpdate, limit: int = 2048) -
         raise ValueError(f"layer {problem.layer}: without calibration rows its output has no measured SQNR")
     counts = problem.rows.new_ones(len(problem.rows)) if problem.counts is None else problem.counts
     index, weights = subsample(problem.rows, counts, limit, problem.seed)
-    units = Units.of(problem)
-    problem = units.problem(dataclasses.replace(problem, rows=problem.rows[index]))
-    update = units.update(update)
-    w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
-    want = problem.rows @ problem.weight.T
-    got = simulated_input(problem, update, problem.rows) @ w_hat.T
-    got = got if update.bias_shift is None else got + update.bias_shift
-    noise = (want - got).double().square().sum(1) @ weights.double()
-    output = want.double()
-    if problem.bias is not None:
-        output += problem.bias.double() / units.inputs / units.weights
-    signal = output.square().sum(1) @ weights.double()
-    found = numerics.decibels(float(signal), float(noise))
+    noise, signal = output_errors(dataclasses.replace(problem, rows=problem.rows[index]), update, weights)
+    found = numerics.decibels(float(signal.sum()), float(noise.sum()))
     return -EXACT if math.isnan(found) else max(-EXACT, min(EXACT, found))
 
 
