@@ -8,7 +8,7 @@ from fxq.calibration.collect import CalibrationError
 from fxq.calibration.record import RecordError, Recording, record
 from fxq.calibration.rollout import Call, Draws, Rollout, Span, State
 from fxq.capture.trace import TraceError
-from fxq.core.config import Recipe, RecipeError, Rule, Scheme
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.core.summary import Summary, summary
 from fxq.export import (
     BundleError,
@@ -40,6 +40,7 @@ __all__ = [
     "BackendError",
     "Batch",
     "Binding",
+    "Budget",
     "BundleError",
     "CalibrationError",
     "Call",

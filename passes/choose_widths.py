@@ -76,6 +76,7 @@ class ChooseWidths(Analysis):
     the groups. Writes the scheme of each layer, the reason for its width, its update, and what was found of the whole
     into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much better another
     choice could be at most; 0: proved), and ``frontier``, pairs of bytes and error, each the least error at its bytes.
+    Errors by gradients are told per row of the layer that sees most rows, which more data do not change.
 
     Layers whose inputs do not fit the packing of int4 stay at the widest integers.
     """
@@ -141,11 +142,12 @@ class ChooseWidths(Analysis):
             done += len(groups[i])
         if total:
             report("", total, total)
+        rows = max((graph.statistics[layer].seen for layer in plans), default=1) if judge.gradients else 1
         nothing = torch.zeros((), dtype=torch.float64, device="cpu")  # of layers in model dtype
         errors = []
         for i, owner in enumerate(owners):
             own = {str(n): result.get("error", nothing) for n, result in enumerate(solved.get(i, ()))}
-            errors.append([float(error) for error in methods.workers.share(own, owner).values()])
+            errors.append([float(error) / rows for error in methods.workers.share(own, owner).values()])
         return errors, solved, owners
 
 

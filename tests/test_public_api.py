@@ -10,6 +10,7 @@ NAMES = {
     "BackendError",
     "Batch",
     "Binding",
+    "Budget",
     "BundleError",
     "CalibrationError",
     "Call",

@@ -13,7 +13,7 @@ from fxq.capture.trace import trace
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
-from fxq.core.config import Recipe
+from fxq.core.config import Recipe, RecipeError
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
@@ -23,13 +23,15 @@ from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
 from fxq.job import Job
 from fxq.passes import detect_outliers
+from fxq.passes.choose_widths import FACT
 from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
-from fxq.recipes import get_recipe, with_iterations
+from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml, with_budget, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import emit, stdout_console, warn
 from fxq.runtime.workers import launched
+from fxq.runtime.writable import whole_file, writable_file
 
 ModelOption = Annotated[
     str,
@@ -50,8 +52,27 @@ IterationsOption = Annotated[
 ]
 
 
-def _recipe(name: str, iterations: int | None) -> Recipe:
+WeightBitsOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="Mixed precision: mean bits per quantized weight, as 5, with the least predicted error."),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option("--budget", min=0, help="Mixed precision: bytes of all linears, as a part of their bytes in bf16."),
+]
+MaxErrorOption = Annotated[
+    float | None, typer.Option(min=0, help="Mixed precision: the least bytes with at most this predicted error.")
+]
+SaveRecipeOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(help="Write the result as a recipe file (.toml) with a rule per layer: the same without a search."),
+]
+
+
+def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe:
     recipe = get_recipe(name)
+    if any(limit is not None for limit in limits.values()):
+        recipe = with_budget(recipe, **limits)
     if iterations is None:
         return recipe
     if not any(isinstance(method, LearningMethod) for method in recipe.methods):
@@ -75,6 +96,10 @@ def quantize(
     calls: Annotated[
         pathlib.Path | None, typer.Option(help="Recorded calls to calibrate on, for --model diffusers.")
     ] = None,
+    bits_per_weight: WeightBitsOption = None,
+    budget: BudgetOption = None,
+    max_error: MaxErrorOption = None,
+    save_recipe: SaveRecipeOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -82,10 +107,16 @@ def quantize(
 
     --model diffusers takes a folder of save_pretrained as --checkpoint and what fxq.record saw as --calls.
     Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
+    --bits-per-weight, --budget or --max-error choose the bits of each layer; what is chosen from is among the facts of
+    --json.
     """
-    chosen = _recipe(recipe, iterations)
+    chosen = _recipe(recipe, iterations, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
+    if save_recipe is not None and save_recipe.suffix.lower() != ".toml":
+        raise RecipeError(f"--save-recipe {save_recipe}: a recipe file ends in .toml")
     with launched() as workers:
         check_bundle_place(out)
+        if save_recipe is not None:
+            writable_file(save_recipe)
         if model == "diffusers":
             source = diffusers_source(files, calls, chosen)
         else:
@@ -105,6 +136,9 @@ def quantize(
         metrics = source.metrics(module) if workers.first else {}
         if workers.first:
             save(module, out, metrics=metrics)
+            if save_recipe is not None:
+                with whole_file(save_recipe) as part:
+                    part.write_text(recipe_to_toml(plain_recipe(module)), encoding="utf-8")
     if not workers.first:
         return
     result = summary(module)
@@ -112,9 +146,22 @@ def quantize(
         emit_json(json.loads(result.to_json()) | metrics)
         return
     stdout_console().print(result)
+    _show_widths(Facts.of(module).others.get(FACT))
     for decibels in metrics.values():
         stdout_console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
     stdout_console().print(f"bundle: {out}", highlight=False)
+
+
+def _show_widths(found: Any) -> None:
+    """A line on the choice of widths, where there was one."""
+    if found is not None:
+        size, bits = f"{found['bytes']:,} bytes ({found['ratio']:.4f}x of bf16)", f"{found['bits_per_weight']:.3f}"
+        narrow, wide = found["frontier"][0], found["frontier"][-1]
+        stdout_console().print(
+            f"{bits} bits per weight, {size}, predicted error {found['error']:.4g}; narrowest {narrow[0]:,} bytes with "
+            f"{narrow[1]:.4g}, least error {wide[1]:.4g} with {wide[0]:,} bytes",
+            highlight=False,
+        )
 
 
 @with_model_files

@@ -35,10 +35,9 @@ class Stage(enum.IntEnum):
 class LayerPlan:
     """What is to be done, or was done, with one linear.
 
-    ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``,
-    which of a quantized one says why it has its bits.
-    ``outliers`` are input channels with their own scale, ascending. ``input_sqnr``/``output_sqnr`` in dB are
-    measured on calibration rows once the integers are chosen.
+    ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``, which of a
+    quantized one says why a budget gave it its bits. ``outliers`` are input channels with their own scale, ascending.
+    ``input_sqnr``/``output_sqnr`` in dB are measured on calibration rows once the integers are chosen.
     """
 
     layer: str

@@ -1,0 +1,121 @@
+"""Mixed precision on the shipped model: budgets of weight bytes between uniform W4A8 and W8A8.
+
+    OMP_NUM_THREADS=1 python benchmarks/mixed.py --out benchmarks/results/mixed.json
+
+Several calibration seeds (other prompts and noise) are pooled; every comparison is paired by video. Errors are of
+unseen prompts: teacher-forced predictions, and latents of free-running videos. A finished seed is one file in
+``--work``; a killed run resumes with the next seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+import numpy as np
+
+from fxq.core.facts import Facts
+from fxq.environment import environment
+from fxq.lab import Candidate, Lab, evaluate, latents_of, tiny_rollout
+from fxq.metrics.latents import paired_ratio
+from fxq.models.tiny import load_tiny
+from fxq.passes.choose_widths import FACT
+from fxq.recipes import PRESETS, with_budget
+from fxq.runtime.progress import Progress
+from fxq.runtime.writable import whole_file
+
+BASE = "uniform W4A8"
+
+
+def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, Any]]:
+    """Per-video errors and sizes of every variant under one calibration seed."""
+    model = load_tiny()
+    base = dataclasses.replace(PRESETS["w4a8"], seed=seed)
+    wide = dataclasses.replace(PRESETS["w8a8"], seed=seed, weighting=base.weighting)
+    recipes = {BASE: base}
+    recipes |= {f"+{part:.0%} weight bytes": with_budget(base, bits_per_weight=4 * (1 + part)) for part in extra}
+    recipes["uniform W8A8, same weighting"] = wide
+    with Progress(prefix=f"seed {seed} ") as bar:
+        lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], base, bar)
+        rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
+        reference = latents_of(rollout)
+        candidates = []
+        for name, recipe in recipes.items():
+            module, seconds = lab.quantized(dataclasses.replace(recipe, name=name), base)
+            candidates.append(Candidate(method=name, bits="mixed", module=module, seconds=seconds))
+        variants, _ = evaluate(rollout, conditions, reference, candidates, bar)
+    result = {}
+    for variant, candidate in zip(variants, candidates, strict=True):
+        found: Any = Facts.of(candidate.module).others.get(FACT, {})
+        result[variant.method] = {
+            "teacher_forced": variant.teacher_forced.tolist(),
+            "latent_mse": variant.latent_mse.tolist(),
+            "size_ratio_of_quantized": variant.size_ratio,
+            "bytes": variant.bytes + variant.kept_bytes,
+            "seconds": candidate.seconds,
+            "chosen": {key: found[key] for key in ("bits_per_weight", "error", "gap") if key in found},
+            "at_8_bits": [layer for layer, bits in found.get("layers", {}).items() if bits == 8],
+            "frontier": found.get("frontier", []),
+        }
+    return result
+
+
+def row(name: str, seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One variant, its errors pooled over seeds and compared with the base."""
+    result: dict[str, Any] = {"variant": name, "against": BASE}
+    for metric in ("teacher_forced", "latent_mse"):
+        a, b = (np.concatenate([seed[n][metric] for seed in seeds]) for n in (name, BASE))
+        ratio, low, high = paired_ratio(a, b)
+        result[metric] = {"mean": float(a.mean()), "ratio": ratio, "low": low, "high": high}
+    for key in ("size_ratio_of_quantized", "bytes", "seconds", "chosen", "at_8_bits"):
+        result[key] = [seed[name][key] for seed in seeds]
+    return result
+
+
+def main() -> None:
+    """Run, pool and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/mixed"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--extra", type=float, nargs="+", default=[0.1, 0.25, 0.5])
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    seeds = []
+    for seed in args.seeds:
+        file = args.work / f"{seed}-{args.videos}-{'-'.join(map(str, args.extra))}.json"
+        if not file.exists():
+            found = run_seed(seed, args.videos, args.extra)
+            with whole_file(file) as part:
+                part.write_text(json.dumps(found), encoding="utf-8")
+        seeds.append(json.loads(file.read_text(encoding="utf-8")))
+    rows = [row(name, seeds) for name in seeds[0]]
+    budgets = [name for name in seeds[0] if seeds[0][name]["frontier"]]
+    result = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "environment": environment(),
+        "seeds": args.seeds,
+        "videos_of_each_seed": args.videos,
+        "variants": rows,
+        "frontiers": [seed[budgets[0]]["frontier"] for seed in seeds] if budgets else [],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for entry in rows:
+        cells = [f"{entry['variant']:<30} {entry['bytes'][0]:>8}"]
+        for metric in ("teacher_forced", "latent_mse"):
+            cell = entry[metric]
+            cells.append(f"{cell['mean']:.3e} x{cell['ratio']:.3f} ({cell['low']:.3f}..{cell['high']:.3f})")
+        print("  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
