@@ -7,7 +7,7 @@ import pytest
 
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
-from fxq.core.config import Recipe, RecipeError, Rule, Scheme
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipes import (
@@ -19,6 +19,7 @@ from fxq.recipes import (
     recipe_from_json,
     recipe_to_json,
     recipe_to_toml,
+    with_budget,
 )
 
 TOML = """
@@ -121,6 +122,44 @@ def test_a_cache_is_a_table_of_a_recipe(tmp_path):
 def test_a_wrong_cache_is_refused_with_the_setting(cache, message):
     with pytest.raises(RecipeError, match=message):
         recipe_from_json({"extends": "w4a8", "cache": cache})
+
+
+@pytest.mark.parametrize(
+    "limit", [{"bits_per_weight": 5.5}, {"ratio": 0.31}, {"max_error": 1e-3, "widths": (4, 8, 16)}]
+)
+def test_a_budget_is_a_table_of_a_recipe(limit, tmp_path):
+    recipe = dataclasses.replace(PRESETS["w4a8"], budget=Budget(**limit))
+    (tmp_path / "r.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert "[budget]" in (tmp_path / "r.toml").read_text()
+    assert (
+        load_recipe(tmp_path / "r.toml") == recipe == recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe))))
+    )
+    assert "budget" not in recipe_to_json(PRESETS["w4a8"])
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"bits_per_wieght": 5}, "budget: unknown key 'bits_per_wieght'; did you mean 'bits_per_weight'"),
+        ({"ratio": "small"}, "budget.ratio: Input should be a valid number"),
+        ({"ratio": 0.3, "max_error": 1}, "expected one of bits_per_weight, ratio, max_error, got ratio, max_error"),
+        ({}, "expected one of bits_per_weight, ratio, max_error, got none"),
+        ({"ratio": 0.3, "widths": [8, 4]}, r"widths = \[8, 4\]: expected two or more of 4, 8, 16, ascending"),
+        ([1], "budget: expected a table"),
+    ],
+)
+def test_a_wrong_budget_is_refused_with_the_key(budget, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_json({"extends": "w4a8", "budget": budget})
+
+
+def test_another_limit_keeps_the_widths_of_a_budget():
+    recipe = with_budget(PRESETS["w4a8"], ratio=0.3)
+    assert recipe == dataclasses.replace(PRESETS["w4a8"], budget=Budget(ratio=0.3))
+    wide = dataclasses.replace(recipe, budget=Budget(ratio=0.3, widths=(8, 16)))
+    assert with_budget(wide, bits_per_weight=9).budget == Budget(bits_per_weight=9, widths=(8, 16))
+    with pytest.raises(RecipeError, match="got bits_per_weight, ratio"):
+        with_budget(recipe, bits_per_weight=5, ratio=0.3)
 
 
 def test_minmax_keeps_layers_and_bits_and_drops_the_rest():
@@ -318,7 +357,8 @@ def page_rows(heading):
 
 
 @pytest.mark.parametrize(
-    ("heading", "cls"), [("The recipe", Recipe), ("A rule", Rule), ("A scheme", Scheme), *METHODS.items()]
+    ("heading", "cls"),
+    [("The recipe", Recipe), ("A rule", Rule), ("A scheme", Scheme), ("A budget", Budget), *METHODS.items()],
 )
 def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
     rows = {key: default.strip() for key, _, default in page_rows(heading)}
@@ -333,7 +373,9 @@ def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
 
 
 def test_the_recipe_on_the_page_loads(tmp_path):
-    text, cache = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    text, cache, budget = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "budget.toml").write_text(budget)
+    assert load_recipe(tmp_path / "budget.toml").budget == Budget(bits_per_weight=5)
     (tmp_path / "cache.toml").write_text(cache)
     assert load_recipe(tmp_path / "cache.toml").cache.codec("keys", 0) == Klt(1.0)
     (tmp_path / "r.toml").write_text(text)

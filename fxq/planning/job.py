@@ -7,7 +7,7 @@ import pathlib
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def estimate_job(
 def _layers(model: nn.Module, recipe: Recipe) -> Iterator[_Layer]:
     found = []
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    rules = recipe.decide(linears)
+    rules = replace(recipe, rules=recipe.planned_rules).decide(linears)
     for name, module in linears.items():
         rule = rules[name]
         if rule is None or rule.scheme is None:
@@ -110,6 +110,11 @@ def _layers(model: nn.Module, recipe: Recipe) -> Iterator[_Layer]:
         counts[kind] += 1
         group = min(_TOGETHER, totals[kind]) if recipe.share_inputs else 1
         yield _Layer(*kind[1:], group=group, leads=counts[kind] == 1 or counts[kind] > group)
+
+
+def _candidates(recipe: Recipe) -> int:
+    """How often a layer is solved: at each width of a budget that is one of integers."""
+    return 1 if recipe.budget is None else sum(width < 16 for width in recipe.budget.widths)
 
 
 def _kept_rows(recipe: Recipe, drive: Drive) -> int:
@@ -135,7 +140,7 @@ def _ram(
     if twice:
         phases["sensitivity"] = base + drive.call_bytes + drive.kept_bytes + sum(held) + integers
     work = max((_working_set(recipe, layer, rows) for layer in layers), default=0)
-    phases["reconstruction"] = base + sum(held) + integers + work
+    phases["reconstruction"] = base + sum(held) + integers * _candidates(recipe) + work
     phases["writing"] = base + integers + packed + _kept_bytes(model, layers)
     return phases
 
@@ -177,7 +182,7 @@ def _disk(
     sizes = {}
     if folder:
         rows = _kept_rows(recipe, drive) * 5 // 4 * next(model.parameters()).dtype.itemsize
-        stored = sum(layer.weights for layer in layers) * (2 if twice else 1)
+        stored = sum(layer.weights for layer in layers) * (_candidates(recipe) + twice)
         sizes["checkpoint files"] = stored + sum(rows * layer.width for layer in layers if layer.leads)
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
@@ -203,8 +208,8 @@ def _time(
         "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,
         "calibration": passes * drive.flops / speed.flops,
         "sensitivity": search + drive.sensitivity_flops / speed.flops if twice else 0.0,
-        "search": search,
-        "reconstruction": learned * iterations * speed.learn + operations / speed.flops,
+        "search": search * _candidates(recipe),
+        "reconstruction": (learned * iterations * speed.learn + operations / speed.flops) * _candidates(recipe),
     }
     return {name: value for name, value in seconds.items() if value}
 

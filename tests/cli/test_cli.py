@@ -60,6 +60,25 @@ def test_inspect_shows_a_bundle(bundle):
     }
 
 
+def test_a_budget_chooses_bits_and_the_saved_recipe_gives_the_same_bundle(tmp_path):
+    (tmp_path / "quick.json").write_text(json.dumps({"extends": "w4a8", "methods": [{"method": "RangeSearch"}]}))
+    common = ["--videos", "2", "--quiet"]
+    file, words = str(tmp_path / "plain.toml"), ["--recipe", str(tmp_path / "quick.json"), "--bits-per-weight", "5"]
+    text = invoke("quantize", "--out", str(tmp_path / "a"), *words, "--save-recipe", file, *common)
+    assert "W8A8" in text and "W4A8" in text and "predicted error" in text
+    assert " bits per weight, " in text and "bytes" in text
+    data = json.loads(invoke("quantize", "--out", str(tmp_path / "b"), "--recipe", file, *common, "--json"))
+    assert "widths" not in data["facts"] and "budget" not in data["facts"]["recipe"]
+    a, b = (fxq.load(tmp_path / name).state_dict() for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    found = json.loads(invoke("inspect", str(tmp_path / "a"), "--json"))["facts"]["widths"]
+    assert found["bits_per_weight"] <= 5 and found["frontier"][0][0] < found["bytes"] < found["frontier"][-1][0]
+    ratio = json.loads(
+        invoke("quantize", "--out", str(tmp_path / "c"), *words[:2], "--budget", str(found["ratio"]), *common, "--json")
+    )
+    assert ratio["facts"]["widths"]["layers"] == found["layers"]
+
+
 def test_inspect_shows_a_plan_without_data():
     rows = json.loads(invoke("inspect", "tiny", "--recipe", "w4a6", "--json"))
     by_layer = {row["layer"]: row for row in rows}
@@ -89,6 +108,8 @@ def test_generate_writes_the_asked_video_from_model_and_bundle(bundle, tmp_path)
         (("quantize", "--out", "x", "--recipe", "w8a9"), "did you mean 'w8a8'"),
         (("quantize", "--out", "x", "--model", "nope"), "unknown model 'nope'"),
         (("quantize", "--out", "x", "--model", "no_such_module:f"), "No module named 'no_such_module'"),
+        (("quantize", "--out", "x", "--bits-per-weight", "5", "--budget", "0.3"), "got bits_per_weight, ratio"),
+        (("quantize", "--out", "x", "--save-recipe", "x.json"), "--save-recipe x.json: a recipe file ends in .toml"),
         (("inspect", "nothing-here"), "unknown model 'nothing-here'"),
         (("generate", "--out", "x.mp4"), ".gif, .webp, .png"),
         (("generate", "--out", "x.gif", "--prompt", "rign red right slow black row1 column2"), "did you mean 'ring'"),

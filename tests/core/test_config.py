@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fxq
-from fxq.core.config import Recipe, RecipeError, Rule, Scheme, Weighting
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, Weighting
 from fxq.recipes import PRESETS, recipe_from_json, recipe_to_json
 from tests.toys import QUICK, recipe
 
@@ -239,3 +239,37 @@ def test_the_published_presets_measure_sensitivities():
     measured = {name for name, made in PRESETS.items() if made.chunk_weighting.needs_sensitivity}
     assert measured == {"q_arvd-w8a8", "q_arvd-w4a8", "q_arvd-w4a6"}
     assert Recipe(name="r", rules=(), methods=()).chunk_weighting is Weighting.SENSITIVITY
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({}, "budget: expected one of bits_per_weight, ratio, max_error, got none"),
+        ({"ratio": 0.3, "bits_per_weight": 5}, "got bits_per_weight, ratio"),
+        ({"ratio": -0.1}, r"ratio = -0\.1: expected a finite number, not negative"),
+        ({"max_error": float("nan")}, "max_error = nan: expected a finite number"),
+        ({"max_error": float("inf")}, "max_error = inf: expected a finite number"),
+        ({"ratio": 1, "widths": (4,)}, r"widths = \[4\]: expected two or more of 4, 8, 16"),
+        ({"ratio": 1, "widths": (4, 6)}, r"widths = \[4, 6\]"),
+        ({"ratio": 1, "widths": (4, 4, 8)}, r"widths = \[4, 4, 8\]"),
+    ],
+)
+def test_an_impossible_budget_is_refused(limits, message):
+    with pytest.raises(RecipeError, match=message):
+        Budget(**limits)
+
+
+def test_a_budget_knows_its_limit_and_its_widest_integers():
+    assert Budget(max_error=0).limit == ("max_error", 0)
+    assert Budget(ratio=0.3, widths=(4, 16)).widest == 4 and Budget(ratio=0.3, widths=(4, 8, 16)).widest == 8
+
+
+def test_layers_are_planned_at_the_widest_integers_of_a_budget():
+    rules = (Rule("head", None, "kept"), Rule("*", Scheme(weight_bits=4)))
+    assert made(*rules).planned_rules == rules
+    assert made(*rules, budget=Budget(ratio=0.3)).planned_rules == (rules[0], Rule("*", Scheme(weight_bits=8)))
+
+
+def test_what_is_no_budget_is_refused():
+    with pytest.raises(RecipeError, match="budget is float, expected Budget or None"):
+        made(budget=5.0)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import chunk_sensitivity
+from fxq.core.config import Budget
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
@@ -213,3 +214,15 @@ def test_the_machine_is_measured_with_the_recipes_own_methods(methods, per_token
     assert 1e-10 < speed.search < 1e-4
     assert (speed.inputs == 0) >= per_token
     assert (speed.learn > 0) == (methods is LEARN)
+
+
+def test_a_budget_solves_every_layer_at_each_width_of_integers(tmp_path):
+    plain = recipe(8, methods=LEARN)
+    three = dataclasses.replace(plain, budget=Budget(ratio=0.4, widths=(4, 8, 16)))
+    one, two = (estimate_job(toy(), chosen, BIG, speed=SPEED, folder=tmp_path) for chosen in (plain, three))
+    for phase in ("search", "reconstruction"):
+        assert two.time[phase] == pytest.approx(2 * one.time[phase])
+    assert two.time["calibration"] == one.time["calibration"]
+    assert two.disk["checkpoint files"] == one.disk["checkpoint files"] + WEIGHTS
+    one, two = (estimate_job(toy(), chosen, BIG, speed=SPEED).ram for chosen in (plain, three))
+    assert two["reconstruction"] == one["reconstruction"] + WEIGHTS and two["writing"] == one["writing"]

@@ -130,6 +130,18 @@ def test_two_ranks_write_the_bundle_of_one(recipe, single, tmp_path):
     assert json.loads(printed)  # one rank prints
 
 
+@pytest.mark.slow
+def test_two_ranks_choose_the_widths_of_one(tmp_path):
+    mixed = {"extends": "w4a8", "methods": [{"method": "RangeSearch"}], "budget": {"bits_per_weight": 5.5}}
+    (tmp_path / "mixed.json").write_text(json.dumps(mixed))
+    words = ["-m", "fxq", "quantize", *QUANTIZE[:-3], "--quiet", "--recipe", str(tmp_path / "mixed.json"), "--json"]
+    alone = json.loads(run([sys.executable, *words, "--out", str(tmp_path / "one")]))
+    both = json.loads(run(torchrun(*words, "--out", str(tmp_path / "two"))))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert alone["facts"]["widths"] == both["facts"]["widths"]
+    assert set(alone["facts"]["widths"]["layers"].values()) == {4, 8}
+
+
 @pytest.mark.sweep
 def test_two_ranks_measure_the_sensitivity_of_one():
     words = ["sensitivity", "--model", "tiny", "--videos", "2", "--batch", "1", "--json"]
