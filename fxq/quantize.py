@@ -84,8 +84,8 @@ def quantize(
         A new GraphModule, callable like the model, that stores int8 or packed int4 weights and computes on integers.
 
     Raises:
-        fxq.RecipeError: recipe unknown, malformed, or matching nothing; weights or biases with NaN; a model that is
-            quantized already.
+        fxq.RecipeError: recipe unknown, malformed, or matching nothing; a budget that cannot be met; weights or
+            biases with NaN; a model that is quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
         fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.

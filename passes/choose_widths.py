@@ -74,9 +74,10 @@ class ChooseWidths(Analysis):
     Stands in the place of :class:`~fxq.passes.ApplyMethods`, whose groups, checkpoints and workers it uses: layers that
     share an input get the same width, every candidate is solved once and has a checkpoint of its own, and ranks divide
     the groups. Writes the scheme of each layer, the reason for its width, its update, and what was found of the whole
-    into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much better another
-    choice could be at most; 0: proved), and ``frontier``, pairs of bytes and error, each the least error at its bytes.
-    Errors by gradients are told per row of the layer that sees most rows, which more data do not change.
+    into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much less error, or
+    bytes where these are minimised, another choice could have at most; 0: proved), and ``frontier``, pairs of bytes and
+    error, each the least error at its bytes. Errors by gradients are told per row of the layer that sees most rows,
+    which more data do not change.
 
     Layers whose inputs do not fit the packing of int4 stay at the widest integers.
     """

@@ -13,7 +13,7 @@ from fxq.capture.trace import trace
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
-from fxq.core.config import Recipe, RecipeError
+from fxq.core.config import Recipe, RecipeError, Scheme
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
@@ -209,19 +209,27 @@ def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:
         stdout_console().print(f"chunk sensitivity {shown}", highlight=False)
 
 
+def _bits(scheme: Scheme, recipe: Recipe) -> str:
+    """What the bits of a planned layer may be: "W4|8A8" under a budget."""
+    if recipe.budget is None:
+        return scheme.detail
+    return scheme.detail.replace(f"W{scheme.weight_bits}", f"W{'|'.join(map(str, recipe.budget.widths))}", 1)
+
+
 def _planned_rows(target: str, files: ModelFiles, recipe: str) -> list[dict[str, Any]]:
     """What a recipe would do to each linear, as JSON."""
     rollout = make_rollout(target, 2, 0, files, driven=False)
     args, shapes = rollout.example_call()
     graph = trace(rollout.denoiser, args, None, shapes)
-    Job(get_recipe(recipe), Progress(False)).plan(graph)
+    chosen = get_recipe(recipe)
+    Job(chosen, Progress(False)).plan(graph)
     weights = {s.layer: s.weight(graph.module) for s in linear_sites(graph.module) if s.weight_name is not None}
     rows = []
     for layer, (plan, _) in planned(graph.module).items():
         scheme = plan.scheme
         row: dict[str, object] = {
             "layer": layer,
-            "bits": scheme.detail if scheme else "-",
+            "bits": _bits(scheme, chosen) if scheme else "-",
             "shape": [plan.out_features, plan.in_features],
             "outliers": len(plan.outliers),
             "reason": plan.reason or plan.outlier_reason,

@@ -88,6 +88,13 @@ def test_inspect_shows_a_plan_without_data():
     assert "threshold" in invoke("inspect", "tiny")
 
 
+def test_inspect_shows_what_a_budget_chooses_from(tmp_path):
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps({"extends": "w4a6", "budget": {"ratio": 0.4, "widths": [4, 8, 16]}}))
+    rows = json.loads(invoke("inspect", "tiny", "--recipe", str(file), "--json"))
+    assert {row["bits"] for row in rows} == {"-", "W4|8|16A6"}
+
+
 def test_sensitivity_prints_shares_that_sum_to_one():
     data = json.loads(invoke("sensitivity", "--videos", "2", "--recipe", "w4a8", "--quiet", "--json"))
     assert len(data["alpha"]) == 7
