@@ -54,12 +54,12 @@ def short_table(report: Mapping[str, Any]) -> str:
 
 
 def ratios_table(report: Mapping[str, Any]) -> str:
-    """Q-ARVD over MinMax for each bit width, with the intervals."""
-    found = {(row["bits"], row["metric"]): row for row in report["comparisons"]}
+    """Every pair of methods for each bit width, with the intervals."""
+    found = {(row["bits"], row["a"], row["b"], row["metric"]): row for row in report["comparisons"]}
     rows = []
-    for bits in dict.fromkeys(bits for bits, _ in found):
-        cells = [found[bits, metric] for metric in ("teacher_forced", "latent_mse")]
-        rows.append([bits, *(f"{c['ratio']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in cells)])
+    for bits, a, b in dict.fromkeys(key[:3] for key in found):
+        cells = [found[bits, a, b, metric] for metric in ("teacher_forced", "latent_mse")]
+        rows.append([f"{a} / {b} {bits}", *(f"{c['ratio']:.2f} ({c['low']:.2f} to {c['high']:.2f})" for c in cells)])
     return _table(RATIO_COLUMNS, rows)
 
 

@@ -179,6 +179,7 @@ def weighting_recipes(recipe: Recipe) -> dict[str, Recipe]:
         "reversed": "reversed",
         "single_scale_only": "measured, single-scale layers only",
         "sensitivity": "measured",
+        "gradient": "squared gradient of each row",
     }
     return {label: dataclasses.replace(recipe, weighting=key) for key, label in names.items()}
 

@@ -4,6 +4,8 @@ import pathlib
 import re
 import sys
 
+import pytest
+
 import fxq
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,7 +54,7 @@ def test_the_tutorial_runs_and_loses_little(capsys, monkeypatch):
     assert all(printed_error(text, name) < 0.03 for name in ("loaded", "optimized", "plain"))
     summary = fxq.summary(names["quantized"])
     assert {row.layer for row in summary.kept} == {"time_embedding", "head", "patch_in"}
-    assert len(summary.facts["sensitivity"]) == 3
+    assert len(names["sensitivity"]) == 3 and float(names["sensitivity"].sum()) == pytest.approx(1)
     remarks = {row.layer: row.remarks for row in fxq.summary(names["fast"]).rows}
     assert "attention to 2 pieces of keys and values" in remarks["blocks.0.o"]
     assert "one GEMM with blocks.1.k, blocks.1.v" in remarks["blocks.1.q"]

@@ -26,12 +26,12 @@ def demo(
     ] = pathlib.Path("out/demo"),
     videos: Annotated[int, typer.Option(min=8, help="Unseen videos to evaluate on.")] = 64,
     calibration_videos: Annotated[int, typer.Option(min=1, help="Videos to calibrate on.")] = 16,
-    iterations: Annotated[int, typer.Option(min=1, help="Reconstruction iterations a layer.")] = 500,
+    iterations: Annotated[int, typer.Option(min=1, help="Iterations of Q-ARVD a layer.")] = 500,
     seed: SeedOption = 1,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax and Q-ARVD and measure everything."""
+    """Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax, Q-ARVD and the presets, and measure everything."""
     settings = DemoSettings(
         calibration_videos=calibration_videos, evaluation_videos=videos, iterations=iterations, seed=seed
     )

@@ -23,6 +23,10 @@ from fxq.report.data import Clip, LayerView, Report, SensitivityView, Variant
 from fxq.runtime.progress import Progress
 
 
+PRESET = "Least error"
+"""What the preset of a width is called in the report, after its methods."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoSettings:
     """Size of the job: videos to calibrate and evaluate on, reconstruction iterations, seed and bit widths."""
@@ -92,7 +96,7 @@ def make_clips(
 
 
 def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tuple[Report, dict[str, fx.GraphModule]]:
-    """Quantize the shipped model at every bit width with MinMax and Q-ARVD, measure, and ablate.
+    """Quantize the shipped model at every bit width with MinMax, Q-ARVD and the preset, measure, and ablate Q-ARVD.
 
     Args:
         settings: size of the job.
@@ -100,7 +104,7 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
         progress: show progress bars on stderr.
 
     Returns:
-        The report and the Q-ARVD modules by bit width.
+        The report and the modules of the presets by bit width.
     """
     start = time.perf_counter()
     model = load_tiny()
@@ -112,14 +116,14 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
             reference = latents_of(rollout)
         candidates, modules = [], {}
         for bits in settings.bits:
-            recipe = with_iterations(PRESETS[bits], settings.iterations)
-            for method, chosen in (("MinMax", minmax(recipe)), ("Q-ARVD", recipe)):
+            preset, published = PRESETS[bits], with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)
+            for method, chosen in (("MinMax", minmax(preset)), ("Q-ARVD", published), (PRESET, preset)):
                 module, seconds = lab.quantized(chosen, bits)
                 candidates.append(Candidate(method=method, bits=bits, module=module, seconds=seconds))
                 modules[f"{method} {bits}"] = module
         bits = settings.ablation_bits
         parts = []
-        for name, chosen in ablation_recipes(with_iterations(PRESETS[bits], settings.iterations)).items():
+        for name, chosen in ablation_recipes(with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)).items():
             if name.endswith("(Q-ARVD)"):
                 continue
             module, seconds = lab.quantized(dataclasses.replace(chosen, name=f"{bits} {name}"), bits)
@@ -133,7 +137,9 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
             with bar.step(f"{name} sensitivity, unseen") as on_progress:
                 measured = chunk_sensitivity(rollout, lab.initialised(name), None, on_progress)
             views.append(sensitivity_view(name, measured))
-    comparisons = [c for m, q in zip(variants[::2], variants[1::2], strict=True) for c in compare(q, m)]
+    comparisons = []
+    for plain, published, best in zip(variants[::3], variants[1::3], variants[2::3], strict=True):
+        comparisons += [*compare(best, published), *compare(published, plain)]
     by_name = {v.method: v for v in ablation}
     pairs = (
         ("+ dual scale", "round to nearest"),
@@ -156,10 +162,10 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
         comparisons=tuple(comparisons),
         ablation_comparisons=tuple(c for a, b in pairs for c in compare(by_name[a], by_name[b])),
         sensitivity=tuple(views),
-        layers_of=f"Q-ARVD {bits.upper()}",
-        layers=tuple(layer_views(modules[f"Q-ARVD {bits}"], lab.traced)),
+        layers_of=f"{PRESET} {bits.upper()}",
+        layers=tuple(layer_views(modules[f"{PRESET} {bits}"], lab.traced)),
         clips=tuple(make_clips(conditions, reference, shown, variants, settings.clips)),
         frames_per_chunk=CHUNK,
         seconds={"total": time.perf_counter() - start},
     )
-    return report, {bits: modules[f"Q-ARVD {bits}"] for bits in settings.bits}
+    return report, {bits: modules[f"{PRESET} {bits}"] for bits in settings.bits}

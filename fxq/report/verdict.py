@@ -99,10 +99,10 @@ def bit_widths(variants: Iterable[Variant]) -> dict[str, list[Variant]]:
 
 
 def candidate_of(report: Report, bits: str) -> Variant:
-    """The variant that a bit width's verdict is about: the first side of its comparisons, else its last row."""
+    """The variant that a bit width's verdict is about: the first side of its first comparison, else its last row."""
     variants = bit_widths(report.variants)[bits]
-    named = {c.a for c in report.comparisons if c.bits == bits}
-    return next((v for v in variants if v.method in named), variants[-1])
+    named = [c.a for c in report.comparisons if c.bits == bits]
+    return next((v for v in variants if v.method in named[:1]), variants[-1])
 
 
 def comparison_sentence(comparison: Comparison) -> str:

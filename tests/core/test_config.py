@@ -215,7 +215,7 @@ def test_measured_weightings_need_a_measurement():
 
 def test_those_that_need_no_measurement_take_none():
     free = [weighting for weighting in Weighting if not weighting.needs_sensitivity]
-    assert free == [Weighting.UNIFORM, Weighting.EXPONENTIAL]
+    assert free == [Weighting.UNIFORM, Weighting.EXPONENTIAL, Weighting.GRADIENT]
     assert all(float(weighting.of_chunks(None, 4).mean()) == pytest.approx(1) for weighting in free)
 
 
@@ -235,7 +235,7 @@ def test_a_recipe_states_it_as_text(weighting):
     assert recipe_from_json(data).chunk_weighting is weighting
 
 
-def test_presets_measure_sensitivities_where_they_have_data():
+def test_the_published_presets_measure_sensitivities():
     measured = {name for name, made in PRESETS.items() if made.chunk_weighting.needs_sensitivity}
-    assert measured == {"w8a8", "w4a8", "w4a6"}
+    assert measured == {"q_arvd-w8a8", "q_arvd-w4a8", "q_arvd-w4a6"}
     assert Recipe(name="r", rules=(), methods=()).chunk_weighting is Weighting.SENSITIVITY
