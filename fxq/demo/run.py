@@ -22,7 +22,6 @@ from fxq.recipes import PRESETS, minmax, with_iterations
 from fxq.report.data import Clip, LayerView, Report, SensitivityView, Variant
 from fxq.runtime.progress import Progress
 
-
 PRESET = "Least error"
 """What the preset of a width is called in the report, after its methods."""
 
@@ -138,8 +137,8 @@ def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tup
                 measured = chunk_sensitivity(rollout, lab.initialised(name), None, on_progress)
             views.append(sensitivity_view(name, measured))
     comparisons = []
-    for plain, published, best in zip(variants[::3], variants[1::3], variants[2::3], strict=True):
-        comparisons += [*compare(best, published), *compare(published, plain)]
+    for plain, q_arvd, best in zip(variants[::3], variants[1::3], variants[2::3], strict=True):
+        comparisons += [*compare(best, q_arvd), *compare(q_arvd, plain)]
     by_name = {v.method: v for v in ablation}
     pairs = (
         ("+ dual scale", "round to nearest"),
