@@ -16,7 +16,6 @@ from fxq.kernels.gemm.triton_kernel import accumulate
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import flat_rows
 
-
 SUMS_BLOCK = (8, 256)
 """Outputs, and stored elements of each, that a program adds up at a time."""
 
