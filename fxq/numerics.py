@@ -10,8 +10,8 @@ Pure tensor math in float32 and int32. Conventions:
 * Or their scale is measured per token, symmetric: ``scale[r, g] = max_k |x[r, k]| / qmax`` over the group's channels (1
   where the row is zero there) and ``q = round(x * (1 / scale[r, g]))``, which stays in ``-qmax..qmax``. Below,
   ``input_scale[g]`` is then ``scale[r, g]``, there are no zero points and the offset is the bias.
-* Or its range is, asymmetric: ``scale[r, g] = (top - least) / (2^bits - 1)`` of what a row spans with 0, and a zero
-  point that makes ``least`` the least integer; the product is of ``q_x - zero_point[r, g]``, exact in int32.
+* Or with a zero point per token, asymmetric: ``scale[r, g] = (top - least) / (2^bits - 1)`` of what a row spans with 0,
+  and ``least`` is the least integer. The product is of ``q_x - zero_point[r, g]``, exact in int32.
 * ``y = sum_g input_scale[g] * weight_scale[g, n] * sum_k q_x q_w + offset[n]`` where the offset holds the bias and the
   zero points: ``offset[n] = bias[n] - sum_g input_scale[g] weight_scale[g, n] zero_point[g] sum_k q_w``.
 * What is not finite stays visible. Integers have no NaN, so a row of a static quantization that holds NaN or infinity
