@@ -299,13 +299,14 @@ def token_scale(top: Tensor, high: int) -> Tensor:
 
 
 def token_range(least: Tensor, top: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale, as :func:`token_scale`, and zero point float32 of rows from ``least`` to ``top``; 0 where it is NaN."""
+    """Scale, as :func:`token_scale`, and zero point, of rows from ``least`` to ``top``; 0 of rows of nothing or NaN."""
     low, high = integer_range(bits)
     least = least.clamp(max=0.0)
     half = top.clamp(min=0.0) * 0.5 - least * 0.5  # the whole may be more than float32 holds
-    scale = torch.where(half <= LEAST_HALF_RANGE, 1.0, half / torch.full_like(half, (high - low) / 2))
-    scale = torch.where(half.isfinite(), scale, torch.nan)
-    return scale, torch.where(scale.isnan(), 0.0, low - (least * scale.reciprocal()).round())
+    spans = (half > LEAST_HALF_RANGE) & half.isfinite()
+    scale = torch.where(spans, half / torch.full_like(half, (high - low) / 2), 1.0)
+    zero = torch.where(spans, low - (least * scale.reciprocal()).round(), 0.0)
+    return torch.where(half.isfinite(), scale, torch.nan), zero
 
 
 def split_scale(scale: Tensor, width: int, split: int) -> tuple[Tensor, Tensor]:

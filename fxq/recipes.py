@@ -75,7 +75,7 @@ PRESETS: dict[str, Recipe] = {
     "w4a8-token": _without_data("w4a8-token", 4, asymmetric=True),
     "w4a6-token": _without_data("w4a6-token", 4, 6, asymmetric=True),
 }
-"""Recipes by name; those called ``dynamic`` or ``token`` need no calibration data, the latter measure zero points too."""
+"""By name; those called ``dynamic`` or ``token`` need no calibration data. The latter measure zero points too."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

@@ -110,6 +110,7 @@ def _misfits(module: fx.GraphModule, layer: QuantizedLayer) -> Iterator[str]:
     plan = layer.plan
     try:
         tensors, split, packed = layer.operands(module), layer.split, layer.bits == 4
+        _ = layer.own_quantize
     except LayerError as error:
         yield str(error)
         return

@@ -285,7 +285,7 @@ inline Group of_range(float top, float least, const Tokens& tokens, int bits, fl
   const float low = -static_cast<float>(1 << (bits - 1)), high = -low - 1.0f;
   const float half = top * 0.5f - least * 0.5f;
   *scale = !std::isfinite(half) ? NAN : half > tokens.least ? half / ((high - low) / 2.0f) : 1.0f;
-  *zero = std::isnan(*scale) ? 0.0f : low - std::nearbyint(least * (1.0f / *scale));
+  *zero = std::isfinite(half) && half > tokens.least ? low - std::nearbyint(least * (1.0f / *scale)) : 0.0f;
   return std::isnan(*scale) ? Group(INFINITY, 0.0f) : Group(1.0f / *scale, *zero, low, high);
 }
 

@@ -79,11 +79,12 @@ def _store_range(
     below = below.to(tl.float32, bitcast=True)
     half = top.to(tl.float32, bitcast=True) * 0.5 + below * 0.5
     finite = half < float("inf")
-    scale = tl.where(half > least, tl.div_rn(half, (HIGH - LOW) / 2), 1.0)
+    spans = half > least
+    scale = tl.where(spans, tl.div_rn(half, (HIGH - LOW) / 2), 1.0)
     inverse = tl.where(finite, tl.div_rn(1.0, scale), 0.0)
     # Steps from the least value to 0, half to even as in to_int8: at most 255, which the mantissa holds.
-    steps = (tl.where(finite, below, 0.0) * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
-    zero = tl.where(finite, LOW + steps, 0)
+    steps = (below * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    zero = tl.where(spans & finite, LOW + steps, 0)
     tl.store(scale_ptr, tl.where(finite, scale, float("nan")))
     tl.store(scale_ptr + GROUPS, zero.to(tl.float32))
     return inverse, zero

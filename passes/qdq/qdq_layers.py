@@ -231,7 +231,7 @@ class PerTokenLayer(Layer):
         floats = self._like(self.x_value, part.weight.shape[1], torch.float32)
         magnitude = self._own(self._call(ATEN.abs.default, (values,), floats), part)
         high = numerics.integer_range(self.input_bits)[1]
-        return self._of_top(self._largest(magnitude), high, numerics.LEAST_MAGNITUDE)
+        return self._of_top(self._largest(magnitude), high, numerics.LEAST_MAGNITUDE)[0]
 
     def _own(self, values: fx.Node, part: Part) -> fx.Node:
         """``values`` with 0 in the channels of the other group."""
@@ -243,12 +243,12 @@ class PerTokenLayer(Layer):
     def _largest(self, values: fx.Node) -> fx.Node:
         return self._call(ATEN.amax.default, (values, [-1], True), self._like(self.x_value, 1, torch.float32))
 
-    def _of_top(self, top: fx.Node, steps: float, least: float) -> fx.Node:
-        """``top`` over ``steps``, 1 where it is not above ``least``."""
+    def _of_top(self, top: fx.Node, steps: float, least: float) -> tuple[fx.Node, fx.Node]:
+        """``top`` over ``steps``, 1 where it is not above ``least``, and where it is."""
         one, above = (self._like(self.x_value, 1, dtype) for dtype in (torch.float32, torch.bool))
         scale = self._call(ATEN.div.Scalar, (top, steps), one)
         seen = self._call(ATEN.gt.Scalar, (top, least), above)
-        return self._call(ATEN.where.ScalarOther, (seen, scale, 1.0), one)
+        return self._call(ATEN.where.ScalarOther, (seen, scale, 1.0), one), seen
 
 
 class AsymmetricLayer(PerTokenLayer):
@@ -267,10 +267,11 @@ class AsymmetricLayer(PerTokenLayer):
         )
         halves = [self._call(ATEN.mul.Tensor, (v, 0.5), one) for v in (top, below)]
         half = self._call(ATEN.add.Tensor, tuple(halves), one)
-        scale = self._of_top(half, (high - low) / 2, numerics.LEAST_HALF_RANGE)
+        scale, seen = self._of_top(half, (high - low) / 2, numerics.LEAST_HALF_RANGE)
         inverse = self._call(ATEN.reciprocal.default, (scale,), one)
         steps = self._call(ATEN.round.default, (self._call(ATEN.mul.Tensor, (below, inverse), one),), one)
         zero = self._call(ATEN.add.Tensor, (steps, float(low)), one)
+        zero = self._call(ATEN.where.ScalarOther, (seen, zero, 0.0), one)
         h = self._call(ATEN.round.default, (self._call(ATEN.mul.Tensor, (values, inverse), floats),), floats)
         h = self._call(ATEN.clamp.default, (self._call(ATEN.add.Tensor, (h, zero), floats), low, high), floats)
         product = self._matmul(self._integers(h, 0, 1.0, part), group, part, result)
