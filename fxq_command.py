@@ -18,8 +18,8 @@ import typer.core
 import typer.main
 
 COMMANDS = {
-    "demo": ("fxq.cli.demo", "Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax and Q-ARVD and measure "
-             "everything."),
+    "demo": ("fxq.cli.demo", "Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax, Q-ARVD and the presets, "
+             "and measure everything."),
     "quantize": ("fxq.cli.quantize", "Quantize a model and write a bundle. Under torchrun the ranks share the work."),
     "inspect": ("fxq.cli.quantize", "Show a bundle's layers, or what a recipe would do to a model: plan, outliers, "
                 "thresholds. Needs no data."),

@@ -42,6 +42,7 @@ class LinearEntry:
     input_bits: int
     outliers: Size = 0
     per_token: bool = False
+    asymmetric: bool = False
     output_sqnr: float | None = None
 
     @classmethod
@@ -55,12 +56,18 @@ class LinearEntry:
             input_bits=scheme.input_bits,
             outliers=len(plan.outliers),
             per_token=scheme.per_token,
+            asymmetric=scheme.asymmetric,
             output_sqnr=plan.output_sqnr,
         )
 
     def plan(self, layer: str, perm: Tensor | None = None) -> LayerPlan:
         """The plan; its outliers are the last channels of ``perm`` [K], or placeholders of the right number."""
-        scheme = Scheme(weight_bits=self.weight_bits, input_bits=self.input_bits, per_token=self.per_token)
+        scheme = Scheme(
+            weight_bits=self.weight_bits,
+            input_bits=self.input_bits,
+            per_token=self.per_token,
+            asymmetric=self.asymmetric,
+        )
         channels = range(self.in_features) if perm is None else perm.tolist()
         return LayerPlan(
             layer=layer,

@@ -10,6 +10,8 @@ Pure tensor math in float32 and int32. Conventions:
 * Or their scale is measured per token, symmetric: ``scale[r, g] = max_k |x[r, k]| / qmax`` over the group's channels (1
   where the row is zero there) and ``q = round(x * (1 / scale[r, g]))``, which stays in ``-qmax..qmax``. Below,
   ``input_scale[g]`` is then ``scale[r, g]``, there are no zero points and the offset is the bias.
+* Or with a zero point per token, asymmetric: ``scale[r, g] = (top - least) / (2^bits - 1)`` of what a row spans with 0,
+  and ``least`` is the least integer. The product is of ``q_x - zero_point[r, g]``, exact in int32.
 * ``y = sum_g input_scale[g] * weight_scale[g, n] * sum_k q_x q_w + offset[n]`` where the offset holds the bias and the
   zero points: ``offset[n] = bias[n] - sum_g input_scale[g] weight_scale[g, n] zero_point[g] sum_k q_w``.
 * What is not finite stays visible. Integers have no NaN, so a row of a static quantization that holds NaN or infinity
@@ -30,6 +32,9 @@ from torch import Tensor
 LEAST_MAGNITUDE = 127 * 2.0**-126
 """A row of a group counts as zero up to it (1.5e-36): its scale would not be a normal float32."""
 
+LEAST_HALF_RANGE = 2.0**-119
+"""As ``LEAST_MAGNITUDE``, half of the range that a row with a zero point of its own spans."""
+
 PACK_BLOCK = 32
 """Channels per packing block of int4 weights; every group's width is a multiple of it."""
 
@@ -47,6 +52,9 @@ POISON_LEAST = 16
 
 MAX_WIDTH = 2**17 - 1
 """Most input channels of an integer product: a product of int8 is at most 2**14 and the sum is an int32."""
+
+MAX_WIDTH_ASYMMETRIC = 2**16
+"""As ``MAX_WIDTH`` where zero points are taken off before the product is scaled: it is then at most 255 * 128."""
 
 
 def integer_range(bits: int) -> tuple[int, int]:
@@ -67,15 +75,16 @@ def group_slices(width: int, split: int) -> tuple[slice, ...]:
     return (slice(0, width),) if split == width else (slice(0, split), slice(split, width))
 
 
-def unfit_width(width: int, per_token: bool = False) -> str:
+def unfit_width(width: int, per_token: bool = False, asymmetric: bool = False) -> str:
     """Why a layer of ``width`` input channels cannot be multiplied in integers, or "".
 
     Args:
         width: input channels.
         per_token: whether scales are measured per token; they hold what is not finite for any width.
+        asymmetric: whether zero points are measured with them.
     """
-    if width > MAX_WIDTH:
-        return f"{width} input channels can overflow the int32 sum of a product: at most {MAX_WIDTH} fit"
+    if width > (most := MAX_WIDTH_ASYMMETRIC if asymmetric else MAX_WIDTH):
+        return f"{width} input channels can overflow the int32 sum of a product: at most {most} fit"
     if width < POISON_LEAST and not per_token:
         return f"fewer than {POISON_LEAST} input channels: its integers cannot show what is not finite"
     return ""
@@ -253,28 +262,33 @@ def dual_scale_matmul(
     return y.reshape(*q_x.shape[:-1], q_w.shape[0])
 
 
-def quantize_per_token(x: Tensor, split: int, bits: int) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, split: int, bits: int, asymmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Quantize activations, channels already in ``[normal | outlier]`` order, with a scale per token and group.
 
     Args:
         x: float [..., K].
         split: number of normal channels.
         bits: 2..8.
+        asymmetric: whether every token and group has a zero point too.
 
     Returns:
-        int8 [..., K] and the scales float32 [..., G]. A row's group with NaN or infinity has the scale NaN and the
-        integers 0.
+        int8 [..., K] and the scales float32 [..., G]; asymmetric ones [..., 2 G], behind the scales the zero points,
+        whole numbers. A row's group with NaN or infinity has the scale NaN, integers and zero point are 0.
     """
-    high = integer_range(bits)[1]
-    parts, scales = [], []
+    low, high = integer_range(bits)
+    parts, scales, zeros = [], [], []
     for part in group_slices(x.shape[-1], split):
         values = x[..., part].float()
-        top = values.abs().amax(-1, keepdim=True)
-        scale = token_scale(top, high)
-        scaled = (values * scale.reciprocal()).clamp(-high, high).round()
+        if asymmetric:
+            scale, zero = token_range(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), bits)
+            zeros.append(zero)
+        else:
+            scale, low = token_scale(values.abs().amax(-1, keepdim=True), high), -high
+            zero = scale.new_zeros(())
+        scaled = (values * scale.reciprocal()).clamp(low - zero, high - zero).round() + zero
         parts.append(torch.where(scale.isnan(), 0.0, scaled).to(torch.int8))
         scales.append(scale)
-    return torch.cat(parts, dim=-1), torch.cat(scales, dim=-1)
+    return torch.cat(parts, dim=-1), torch.cat(scales + zeros, dim=-1)
 
 
 def token_scale(top: Tensor, high: int) -> Tensor:
@@ -284,20 +298,41 @@ def token_scale(top: Tensor, high: int) -> Tensor:
     return torch.where(top.isfinite(), scale, torch.nan)
 
 
+def token_range(least: Tensor, top: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale, as :func:`token_scale`, and zero point, of rows from ``least`` to ``top``; 0 of rows of nothing or NaN."""
+    low, high = integer_range(bits)
+    least = least.clamp(max=0.0)
+    half = top.clamp(min=0.0) * 0.5 - least * 0.5  # the whole may be more than float32 holds
+    spans = (half > LEAST_HALF_RANGE) & half.isfinite()
+    scale = torch.where(spans, half / torch.full_like(half, (high - low) / 2), 1.0)
+    zero = torch.where(spans, low - (least * scale.reciprocal()).round(), 0.0)
+    return torch.where(half.isfinite(), scale, torch.nan), zero
+
+
+def split_scale(scale: Tensor, width: int, split: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points, both [..., G], of what :func:`quantize_per_token` gives: zeros for symmetric scales."""
+    groups = len(group_slices(width, split))
+    scales, zeros = scale[..., :groups], scale[..., groups:]
+    return scales, zeros if zeros.shape[-1] else torch.zeros_like(scales)
+
+
 def dequantize_per_token(q: Tensor, scale: Tensor, split: int) -> Tensor:
-    """float32 [..., K] of int8 activations with ``scale`` [..., G]; inverse of :func:`quantize_per_token`."""
-    parts = [q[..., part].float() * scale[..., g, None] for g, part in enumerate(group_slices(q.shape[-1], split))]
-    return torch.cat(parts, dim=-1)
+    """float32 [..., K] of int8 activations with ``scale`` [..., G or 2 G]; inverse of :func:`quantize_per_token`."""
+    scales, zeros = (part.unsqueeze(-1) for part in split_scale(scale, q.shape[-1], split))
+    parts = group_slices(q.shape[-1], split)
+    return torch.cat([(q[..., p].float() - zeros[..., g, :]) * scales[..., g, :] for g, p in enumerate(parts)], dim=-1)
 
 
 def per_token_matmul(
     q_x: Tensor, scale: Tensor, q_w: Tensor, weight_scale: Tensor, offset: Tensor, split: int
 ) -> Tensor:
-    """As :func:`dual_scale_matmul` with input scales float32 [..., G] of their own for every row of ``q_x``."""
-    flat, scales = q_x.reshape(-1, q_x.shape[-1]), scale.reshape(-1, scale.shape[-1])
+    """As :func:`dual_scale_matmul` with scales float32 [..., G or 2 G] of their own for every row of ``q_x``."""
+    flat = q_x.reshape(-1, q_x.shape[-1])
+    scales, zeros = split_scale(scale.reshape(-1, scale.shape[-1]), q_x.shape[-1], split)
     y = offset.expand(flat.shape[0], -1)
     for g, part in enumerate(group_slices(q_x.shape[-1], split)):
         accumulator = flat[:, part].to(torch.int32) @ q_w[:, part].to(torch.int32).T
+        accumulator -= zeros[:, g, None].to(torch.int32) * q_w[:, part].sum(1, dtype=torch.int32)
         y = y + accumulator.float() * weight_scale[g] * scales[:, g, None]
     return y.reshape(*q_x.shape[:-1], q_w.shape[0])
 

@@ -64,7 +64,7 @@ def quantize(
         calib_loader: any iterable (dict = kwargs, tuple or list = args, Tensor = one argument, :class:`fxq.Batch`), or
             a :class:`fxq.Rollout`, which knows chunks. Exactly one of it and ``forward_loop``; neither is needed by a
             recipe whose inputs are all scaled per token, such as ``"w8a8-dynamic"``.
-        recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``, ``"w8a8-dynamic"``, ``"w4a8-dynamic"``), a
+        recipe: a preset (``"w8a8"``, ``"w4a8"``, ``"w4a6"``, ``"w8a8-dynamic"``, ``"w4a8-token"``, ...), a
             :class:`fxq.Recipe` or a recipe file.
         example_inputs: inputs to trace with, in a loader item's form; default: the rollout's example call or the first
             batch.

@@ -13,7 +13,11 @@ from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import dual_scale_linear
-from fxq.kernels.gemm.per_token import dual_scale_linear_per_token, quantize_per_token
+from fxq.kernels.gemm.per_token import (
+    dual_scale_linear_per_token,
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+)
 from fxq.kernels.norm.op import norm_quantize
 from fxq.kernels.op import Op
 from fxq.kernels.quantize.op import quantize_act
@@ -33,6 +37,7 @@ OPS: tuple[Op, ...] = (
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_per_token,
+    quantize_per_token_asymmetric,
     dual_scale_linear_per_token,
 )
 
@@ -52,6 +57,7 @@ __all__ = [
     "quantize_act",
     "quantize_fp8",
     "quantize_per_token",
+    "quantize_per_token_asymmetric",
     "rms_norm_rope",
     "used",
 ]

@@ -45,7 +45,7 @@ class QuantizeAct(NamedTuple):
 
 
 class QuantizePerToken(NamedTuple):
-    """Arguments of :func:`fxq.kernels.gemm.per_token.quantize_per_token`.
+    """Arguments of :func:`fxq.kernels.gemm.per_token.quantize_per_token` and of ``quantize_per_token_asymmetric``.
 
     Attributes:
         x: float32, bfloat16 or float16 [..., K].
@@ -229,6 +229,11 @@ class Operands(NamedTuple):
         """Whether a byte of the weight holds two channels."""
         return self.weight.dtype == torch.uint8
 
+    @property
+    def asymmetric(self) -> bool:
+        """Whether zero points lie behind the input scales of the rows."""
+        return self.input_scale.shape[-1] > self.weight_scale.shape[0]
+
     def empty(self, dtype: torch.dtype) -> Tensor:
         """An unfilled result, [..., N]."""
         return self.q.new_empty((*self.q.shape[:-1], self.outputs), dtype=dtype)
@@ -290,7 +295,8 @@ class DualScaleLinearPerToken(NamedTuple):
 
     Attributes:
         q: int8 [..., K] in ``[normal | outlier]`` order.
-        input_scale: float32 [..., G], positive, of :func:`fxq.kernels.gemm.per_token.quantize_per_token`.
+        input_scale: float32 [..., G], positive, of :func:`fxq.kernels.gemm.per_token.quantize_per_token`; or [..., 2 G]
+            of ``quantize_per_token_asymmetric``, with the zero points behind the scales.
         weight: as in :class:`Operands`.
         weight_scale: float32 [G, N], positive.
         offset: float32 [N], the bias.
@@ -310,7 +316,7 @@ class DualScaleLinearPerToken(NamedTuple):
 
     @property
     def operands(self) -> Operands:
-        """Of the product, with the input scales [..., G]."""
+        """Of the product, with the input scales [..., G or 2 G]."""
         return Operands(self.q, self.weight, self.weight_scale, self.input_scale, self.offset, self.split, self.bits)
 
 

@@ -23,6 +23,7 @@ from fxq.core.ir import (
     put_tensor,
     set_plan,
 )
+from fxq.core.layer import Operators
 from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import Rewrite
 from fxq.passes.apply_methods import group_order
@@ -41,8 +42,9 @@ class LowerLinear(Rewrite):
     layer's name: ``weight_int`` [N, K], ``weight_scale`` [G, N], ``input_scale`` [G], ``input_zero_point`` [G],
     ``offset`` [N] and, for dual-scale layers, ``perm`` [K].
 
-    Layers whose scheme is per token become ``fxq::quantize_per_token`` and ``fxq::dual_scale_linear_per_token``
-    instead: their input scales are a result of the first and not stored, and ``offset`` is the bias.
+    Layers whose scheme is per token become ``fxq::quantize_per_token``, or ``fxq::quantize_per_token_asymmetric``, and
+    ``fxq::dual_scale_linear_per_token`` instead: their input scales and zero points are a result of the first and not
+    stored, and ``offset`` is the bias.
     """
 
     needs: ClassVar[Stage] = Stage.CALIBRATED
@@ -117,7 +119,7 @@ def _cast(graph: fx.Graph, old: fx.Node, x: Any, dtype: torch.dtype) -> fx.Node:
 
 def _check_range(plan: LayerPlan, update: LayerUpdate) -> None:
     """Refuse integers that could overflow an int32 accumulator; groups with scales per token have one each."""
-    if plan.in_features > numerics.MAX_WIDTH:
+    if plan.in_features > (numerics.MAX_WIDTH_ASYMMETRIC if plan.quantization.asymmetric else numerics.MAX_WIDTH):
         raise LoweringError(
             f"layer {plan.layer}: {plan.in_features} inputs can overflow the int32 accumulator; exclude it by a rule"
         )
@@ -155,22 +157,21 @@ def _static(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: 
 
 
 def _per_token(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
-    """The integer operators in front of a linear whose input scales are measured per token."""
+    """The integer operators in front of a linear whose input scales are measured per token, or its zero points too."""
     assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
-    pair = graph.call_function(
-        kernels.quantize_per_token.definition, (x, perm, plan.split, plan.quantization.input_bits)
-    )
+    operators, scheme = Operators.of(plan.quantization), plan.quantization
+    pair = graph.call_function(operators.quantize.definition, (x, perm, plan.split, scheme.input_bits))
     q, scale = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
     if (value := example_value(x)) is not None:
-        groups = 2 if plan.outliers else 1
+        columns = (2 if plan.outliers else 1) * (2 if scheme.asymmetric else 1)
         integers = value.new_empty(value.shape, dtype=torch.int8)
-        scales = value.new_empty((*value.shape[:-1], groups), dtype=torch.float32)
+        scales = value.new_empty((*value.shape[:-1], columns), dtype=torch.float32)
     else:
         integers = scales = None
     for node, made in ((pair, (integers, scales)), (q, integers), (scale, scales)):
         inherit_meta(node, old, None if value is None else made)
     weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
     return graph.call_function(
-        kernels.dual_scale_linear_per_token.definition, (q, scale, weight, weight_scale, offset, plan.split, 8, dtype)
+        operators.product.definition, (q, scale, weight, weight_scale, offset, plan.split, 8, dtype)
     )

@@ -197,3 +197,99 @@ def test_the_per_token_product_is_that_of_the_dequantized_operands(case):
     got = numerics.per_token_matmul(q, scale, q_w, weight_scale, torch.ones(3), split)
     want = numerics.dequantize_per_token(q, scale, split) @ numerics.dequantize_weight(q_w, weight_scale, split).T + 1
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-2)
+
+
+@st.composite
+def rows_to_one_side(draw):
+    """(x [M, K], split, bits): rows of any magnitude around any center; the first is zero, the second positive."""
+    x, split, bits = draw(rows_of_any_size())
+    x = x + draw(st.integers(-4, 4)) * x.abs().amax(1, keepdim=True)
+    x[1] = x[1].abs()
+    return x, split, bits
+
+
+@given(rows_to_one_side())
+def test_a_token_with_a_zero_point_is_rounded_to_half_a_step(case):
+    x, split, bits = case
+    q, scale = numerics.quantize_per_token(x, split, bits, asymmetric=True)
+    low, high = numerics.integer_range(bits)
+    groups = numerics.group_slices(x.shape[1], split)
+    assert scale.shape == (len(x), 2 * len(groups)) and scale.dtype == torch.float32 and q.dtype == torch.int8
+    for g, part in enumerate(groups):
+        step, zero = (scale[:, i, None].double() for i in (g, len(groups) + g))
+        least, top = (
+            f(x[:, part].double(), 1).clamp(**end) for f, end in ((torch.amin, {"max": 0}), (torch.amax, {"min": 0}))
+        )
+        assert torch.equal(zero, zero.round()) and bool(((zero >= low) & (zero <= high)).all())
+        spans = top > least
+        torch.testing.assert_close(step[spans, 0] * (high - low), (top - least)[spans], rtol=1e-6, atol=0)
+        # The zero point is rounded too, so that a value at an end may be clipped by half a step more.
+        error = ((q[:, part].double() - zero) * step - x[:, part].double()).abs()
+        assert bool((error <= step * (1 + 2**-14)).all())
+        inside = (q[:, part] > low) & (q[:, part] < high)
+        assert bool((error <= step * (0.5 + 2**-14))[inside].all())
+
+
+@given(rows_to_one_side())
+def test_zero_is_exact_and_zero_rows_have_scale_one(case):
+    x, split, bits = case
+    x[2:, 0] = 0
+    q, scale = numerics.quantize_per_token(x, split, bits, asymmetric=True)
+    back = numerics.dequantize_per_token(q, scale, split)
+    assert not back[0].any() and not back[2:, 0].any()
+    groups = len(numerics.group_slices(x.shape[1], split))
+    assert not q[0].any() and scale[0].tolist() == [1.0] * groups + [0.0] * groups
+
+
+@given(rows_to_one_side())
+def test_a_zero_point_halves_the_steps_of_positive_rows(case):
+    x, split, bits = case
+    x[1] += 1e-20
+    symmetric, asymmetric = (numerics.quantize_per_token(x, split, bits, kind)[1] for kind in (False, True))
+    groups = symmetric.shape[1]
+    low, high = numerics.integer_range(bits)
+    torch.testing.assert_close(asymmetric[1, :groups] * (high - low), symmetric[1] * high, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_with_a_zero_point_that_is_not_finite_has_the_scale_nan(bad):
+    x = torch.arange(-12.0, 24).reshape(4, 9)
+    x[2, 7] = bad
+    q, scale = numerics.quantize_per_token(x, 6, 8, asymmetric=True)
+    assert scale.isnan().nonzero().tolist() == [[2, 1]]
+    assert not q[2, 6:].any() and scale[2, 3] == 0 and bool(q[2, :6].any())
+    y = numerics.per_token_matmul(q, scale, torch.ones(1, 9, dtype=torch.int8), torch.ones(2, 1), torch.zeros(1), 6)
+    assert y.isnan().flatten().tolist() == [False, False, True, False]
+
+
+def test_a_range_beyond_float32_has_a_finite_scale():
+    x = torch.tensor([[3e38, -3e38, 1.5e38]])
+    q, scale = numerics.quantize_per_token(x, 3, 8, asymmetric=True)
+    torch.testing.assert_close(numerics.dequantize_per_token(q, scale, 3), x, rtol=0.02, atol=0)
+
+
+@given(rows_to_one_side())
+def test_the_product_with_zero_points_is_that_of_int64(case):
+    x, split, bits = case
+    q, scale = numerics.quantize_per_token(x, split, bits, asymmetric=True)
+    groups = numerics.group_slices(x.shape[1], split)
+    scale[:, : len(groups)] = 1
+    q_w = torch.randint(-128, 128, (3, x.shape[1]), dtype=torch.int8)
+    got = numerics.per_token_matmul(q, scale, q_w, torch.ones(len(groups), 3), torch.zeros(3), split)
+    want = sum(
+        (q[:, p].long() - scale[:, len(groups) + g, None].long()) @ q_w[:, p].long().T for g, p in enumerate(groups)
+    )
+    assert bool((want.abs() < 2**24).all()) and torch.equal(got.long(), want)
+
+
+@given(rows_to_one_side())
+def test_the_product_with_zero_points_is_that_of_the_dequantized_operands(case):
+    x, split, bits = case
+    x = x / x.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    q, scale = numerics.quantize_per_token(x, split, bits, asymmetric=True)
+    weight_scale = torch.rand(scale.shape[1] // 2, 3) + 0.1
+    q_w = torch.randint(-128, 128, (3, x.shape[1]), dtype=torch.int8)
+    got = numerics.per_token_matmul(q, scale, q_w, weight_scale, torch.ones(3), split)
+    inputs = numerics.dequantize_per_token(q, scale, split).double()
+    want = inputs @ numerics.dequantize_weight(q_w, weight_scale, split).double().T + 1
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)

@@ -70,6 +70,23 @@ def test_a_dynamic_preset_needs_no_data(name, bits):
     assert {s.detail for s in schemes} == {f"W{bits}A8 per token"} and {s.label for s in schemes} == {f"W{bits}A8"}
 
 
+@pytest.mark.parametrize(("name", "label"), [("w8a8-token", "W8A8"), ("w4a8-token", "W4A8"), ("w4a6-token", "W4A6")])
+def test_a_token_preset_measures_zero_points_too(name, label):
+    recipe = get_recipe(name)
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
+    assert {s.detail for s in schemes} == {f"{label} per token, asymmetric"} and {s.label for s in schemes} == {label}
+    assert recipe.methods == (RangeSearch(),) and recipe.weighting == "uniform"
+
+
+def test_asymmetric_without_per_token_is_refused(tmp_path):
+    message = "asymmetric without per_token: static inputs always have a zero point"
+    with pytest.raises(RecipeError, match=message):
+        Scheme(asymmetric=True)
+    (tmp_path / "r.toml").write_text('extends = "w8a8"\n[[rules]]\npattern = "*"\nscheme = { asymmetric = true }\n')
+    with pytest.raises(RecipeError, match=rf"r.toml: rules\[0\].scheme: .*{message}"):
+        load_recipe(tmp_path / "r.toml")
+
+
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_recipe_survives_json(name):
     recipe = PRESETS[name]

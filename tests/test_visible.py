@@ -35,6 +35,7 @@ SCHEMES = {
     "static": {"weight_bits": 8},
     "static-4": {"weight_bits": 4, "input_bits": 6},
     "per-token": {"weight_bits": 8, "per_token": True},
+    "asymmetric": {"weight_bits": 4, "per_token": True, "asymmetric": True},
 }
 
 

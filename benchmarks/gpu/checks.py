@@ -114,12 +114,20 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],
         "dual_scale_linear_fp8": [(*layer.floats(), torch.bfloat16)],
         "quantize_per_token": [(x, order, q.split, 8) for order in (None, perm)],
+        "quantize_per_token_asymmetric": [(x, order, q.split, 8) for order in (None, perm)],
         "dual_scale_linear_per_token": [
-            (o.q, torch.rand(rows, len(o.weight_scale), device=device) / 20, *o[1:3], *o[4:], torch.bfloat16)
+            (o.q, scales, *o[1:3], *o[4:], torch.bfloat16)
             for o in (q, layer.integers(False), layer.integers(bits=4))
+            for scales in _token_scales(rows, len(o.weight_scale), device)
         ],
     }
     yield from found[op.name]
+
+
+def _token_scales(rows: int, groups: int, device: str) -> tuple[Tensor, Tensor]:
+    """Scales of tokens, and the same with zero points behind them."""
+    scales = torch.rand(rows, groups, device=device) / 20
+    return scales, torch.cat((scales, torch.randint(-128, 128, scales.shape, device=device).float()), dim=1)
 
 
 def _packed(head: Tensor, codec: Codec, cos: Tensor, sin: Tensor) -> Sequence[Any]:

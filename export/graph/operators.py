@@ -93,6 +93,7 @@ _KERNELS = (
     kernels.quantize_act,
     kernels.dual_scale_linear,
     kernels.quantize_per_token,
+    kernels.quantize_per_token_asymmetric,
     kernels.dual_scale_linear_per_token,
     kernels.attention_packed,
     kernels.absorb,

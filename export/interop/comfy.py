@@ -17,6 +17,7 @@ from fxq.export.interop.layers import (
     float_tensors,
     kept_records,
     layer_names,
+    refuse_asymmetric,
     sqnr,
     to_int8,
 )
@@ -32,6 +33,7 @@ def build(model: StoredModel, options: Options) -> Output:
     Each quantized layer has a marker ``comfy_quant`` (uint8, JSON); the header's ``_quantization_metadata`` repeats
     them. A 4-bit layer whose width no rotation divides is stored as 8 bits.
     """
+    refuse_asymmetric(model, "ComfyUI")
     tensors = float_tensors(model, ORIGINAL, options)
     records = kept_records(model, ORIGINAL)
     markers: dict[str, dict[str, object]] = {}

@@ -15,6 +15,7 @@ from fxq.export.interop.layers import (
     float_tensors,
     kept_records,
     layer_names,
+    refuse_asymmetric,
     refuse_int4,
     to_int8,
 )
@@ -32,6 +33,7 @@ def build(model: StoredModel, options: Options) -> Output:
     ``quantization_config`` only and is to be merged with the model's own.
     """
     refuse_int4(model, "torchao in diffusers", options)
+    refuse_asymmetric(model, "torchao in diffusers")
     tensors = float_tensors(model, DIFFUSERS, options)
     records = kept_records(model, DIFFUSERS)
     kept = [record.name for record in records]

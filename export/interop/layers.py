@@ -24,6 +24,7 @@ from fxq.numerics import decibels, energy
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
 PER_TOKEN = "int8 per token, measured at run time"
+ASYMMETRIC = "int8 per token with a zero point, measured at run time"
 
 
 class InteropError(BundleError):
@@ -197,6 +198,21 @@ def refuse_int4(model: StoredModel, target: str, options: Options) -> None:
             f"{len(four)} layers have 4-bit weights ({', '.join(four[:3])}); {target} has no 4-bit weights with 8-bit "
             "inputs. Quantize with a w8a8 recipe for it, take the target comfy, or allow int4 in bytes (widen=True, "
             "--widen-int4): as large as w8a8 and no better than w4a8"
+        )
+
+
+def refuse_asymmetric(model: StoredModel, target: str) -> None:
+    """Refuse layers that measure zero points for a target that measures scales alone.
+
+    Raises:
+        InteropError: naming layers and what to do.
+    """
+    measured = [name for name, layer in model.layers.items() if layer.plan.quantization.asymmetric]
+    if measured:
+        raise InteropError(
+            f"{len(measured)} layers measure zero points per token ({', '.join(measured[:3])}); {target} measures "
+            "scales alone, and their outputs would be worse than the bundle's. Quantize without asymmetric for it, or "
+            "take the target compressed-tensors, diffusers or onnx"
         )
 
 

@@ -16,6 +16,7 @@ from fxq.export.interop.layers import (
     float_tensors,
     kept_records,
     layer_names,
+    refuse_asymmetric,
     refuse_int4,
     round_per_channel,
     sqnr,
@@ -34,6 +35,7 @@ def build(model: StoredModel, options: Options) -> Output:
     rounded here, one that it quantized elsewhere (the text embedding) is written in floating point.
     """
     refuse_int4(model, "LightX2V", options)
+    refuse_asymmetric(model, "LightX2V")
     wanted = {layer for layer in (*model.layers, *model.kept) if _wants(model, layer)}
     rounded = [layer for layer in model.kept if layer in wanted and f"{layer}.weight" in model.floats]
     tensors = float_tensors(model, ORIGINAL, options, skip=rounded)

@@ -15,7 +15,7 @@ from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
 from fxq.calibration.rollout import Rollout
 from fxq.core.ir import LayerPlan, planned
-from fxq.core.layer import LayerTensors, quantized_layers
+from fxq.core.layer import LayerTensors, Operators, quantized_layers
 from fxq.core.signature import flatten_call
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
@@ -138,9 +138,10 @@ def _static(x: Tensor, stored: LayerTensors) -> Built:
 def _per_token(x: Tensor, stored: LayerTensors) -> Built:
     plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
     rest = weight, stored.weight_scale, stored.offset, plan.split, scheme.weight_bits, torch.bfloat16
+    quantize = Operators.of(scheme).quantize
 
     def call() -> Tensor:
-        q, scale = kernels.quantize_per_token(x, stored.perm, plan.split, scheme.input_bits)
+        q, scale = quantize(x, stored.perm, plan.split, scheme.input_bits)
         return kernels.dual_scale_linear_per_token(q, scale, *rest)
 
     return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device), weight))

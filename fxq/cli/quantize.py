@@ -44,7 +44,7 @@ ModelOption = Annotated[
 ]
 RecipeOption = Annotated[
     str,
-    typer.Option("--recipe", "-r", help="Preset (w8a8, w4a8, w4a6, w8a8-dynamic, w4a8-dynamic) or recipe file."),
+    typer.Option("--recipe", "-r", help="Preset (see fxq recipe list) or recipe file."),
 ]
 VideosOption = Annotated[int, typer.Option("--videos", "-n", min=1, help="Videos to drive.")]
 IterationsOption = Annotated[

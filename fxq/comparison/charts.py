@@ -221,9 +221,11 @@ def drift(results: Results, width: int, paint: Paint) -> Figure:
         if results.chunks > results.trained:
             axes.axvline(results.trained + 0.5, color=paint(MUTED), linewidth=1, linestyle=":")
             axes.annotate(
-                " longer than trained",
+                "longer than trained",
                 (results.trained + 0.5, 1),
+                (4, -1),
                 xycoords=("data", "axes fraction"),
+                textcoords="offset points",
                 va="top",
                 size=9.5,
                 color=paint(MUTED),

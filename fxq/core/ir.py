@@ -66,10 +66,11 @@ class LayerPlan:
         return self.scheme
 
     def to_json(self) -> dict[str, object]:
-        """JSON form; what lies on the node. Static schemes keep the form they had before ``per_token`` existed."""
+        """JSON form; what lies on the node. Schemes keep the form they had before what they do not use existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
-        if self.scheme is not None and not self.scheme.per_token:
-            del data["scheme"]["per_token"]
+        for name in ("per_token", "asymmetric"):
+            if self.scheme is not None and not getattr(self.scheme, name):
+                del data["scheme"][name]
         return data
 
     @classmethod

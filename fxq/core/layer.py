@@ -35,12 +35,16 @@ class Operators(NamedTuple):
     @classmethod
     def of(cls, scheme: Scheme) -> Operators:
         """Those of a scheme."""
-        return PER_TOKEN if scheme.per_token else STATIC
+        measured = ASYMMETRIC if scheme.asymmetric else PER_TOKEN
+        return measured if scheme.per_token else STATIC
 
 
 STATIC = Operators(kernels.quantize_act, kernels.dual_scale_linear)
 PER_TOKEN = Operators(kernels.quantize_per_token, kernels.dual_scale_linear_per_token)
-FROZEN_QUANTIZES: tuple[Target, ...] = tuple(pair.quantize.definition for pair in (STATIC, PER_TOKEN))
+ASYMMETRIC = Operators(kernels.quantize_per_token_asymmetric, kernels.dual_scale_linear_per_token)
+MEASURING: tuple[Target, ...] = tuple(pair.quantize.definition for pair in (PER_TOKEN, ASYMMETRIC))
+"""Operators that give integers and the scales they measure."""
+FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, *MEASURING)
 FROZEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (STATIC, PER_TOKEN))
 """Operators of a layer before fusions."""
 PRODUCTS: tuple[Target, ...] = tuple(
@@ -60,9 +64,9 @@ def _item(node: object, number: int) -> object:
 
 
 def measured_pair(node: object) -> fx.Node | None:
-    """The ``quantize_per_token`` whose integers or scales a node takes, or None."""
+    """The node of :data:`MEASURING` whose integers or scales a node takes, or None."""
     pair = node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else None
-    return pair if isinstance(pair, fx.Node) and pair.target == PER_TOKEN.quantize.definition else None
+    return pair if isinstance(pair, fx.Node) and pair.target in MEASURING else None
 
 
 def quantize_of(product: fx.Node) -> fx.Node | None:
@@ -176,7 +180,7 @@ class QuantizedLayer:
         """
         wanted, named = Operators.of(self.scheme), self.arguments
         sources = {named["q"]}
-        if wanted is PER_TOKEN:
+        if self.scheme.per_token:
             sources = {_item(named["q"], 0), _item(named.get("input_scale"), 1)}
         source = sources.pop()
         fits = self.product is self.node and self.product.target == wanted.product.definition and not sources

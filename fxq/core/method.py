@@ -22,6 +22,7 @@ class Scheme:
     ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
     (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer. With ``per_token`` the input
     scales are measured per token at run time, symmetric: no input scale, zero point or calibration is needed.
+    ``asymmetric`` measures a zero point with each of them; static inputs always have one.
     """
 
     weight_bits: int = 8
@@ -32,6 +33,7 @@ class Scheme:
     align: int = 32
     reconstruct: bool = True
     per_token: bool = False
+    asymmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (4, 8):
@@ -40,6 +42,8 @@ class Scheme:
             raise RecipeError(f"input_bits = {self.input_bits}: expected 2..8")
         if self.align <= 0 or self.align % 32:
             raise RecipeError(f"align = {self.align}: expected a positive multiple of 32, the packing block")
+        if self.asymmetric and not self.per_token:
+            raise RecipeError("asymmetric without per_token: static inputs always have a zero point; set per_token too")
 
     @property
     def label(self) -> str:
@@ -48,8 +52,9 @@ class Scheme:
 
     @property
     def detail(self) -> str:
-        """The label, and how inputs are scaled where that is not static: "W4A8 per token"."""
-        return f"{self.label} per token" if self.per_token else self.label
+        """The label, and how inputs are scaled where that is not static: "W4A8 per token, asymmetric"."""
+        measured = " per token, asymmetric" if self.asymmetric else " per token"
+        return self.label + measured if self.per_token else self.label
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

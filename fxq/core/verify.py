@@ -13,7 +13,7 @@ from fxq import kernels
 from fxq.core.aliasing import read_around_writes, told
 from fxq.core.graph import linear_sites, unused_tensors
 from fxq.core.ir import QuantGraph, Stage, example_value, get_tensor, plan_of, planned
-from fxq.core.layer import FROZEN_PRODUCTS, LayerError, Operators, QuantizedLayer, quantized_layers
+from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, LayerError, Operators, QuantizedLayer, quantized_layers
 
 
 class RuleError(RuntimeError):
@@ -116,6 +116,9 @@ def _misfits(module: fx.GraphModule, layer: QuantizedLayer) -> Iterator[str]:
     except AttributeError as error:
         yield f"a tensor is missing: {error}"
         return
+    source, planned_op = layer.quantize, Operators.of(layer.scheme).quantize.definition
+    if source is not None and source.target in FROZEN_QUANTIZES and source.target != planned_op:
+        yield f"its input is made by {source.target}, the plan says {layer.scheme.detail}"
     stored = tensors.pop("weight")
     width = plan.in_features // 2 if packed else plan.in_features
     if tuple(stored.shape) != (plan.out_features, width):

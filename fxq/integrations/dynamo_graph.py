@@ -204,9 +204,9 @@ def _quantize(graph: fx.Graph, linear: fx.Node, layer: QuantizedLinear, rest: li
         q = graph.call_function(kernels.quantize_act.definition, (x, *rest))
         inherit_meta(q, linear, integers)
         return (q,)
-    groups = 1 if layer.split == layer.in_features else 2
-    values = integers, value.new_empty((*value.shape[:-1], groups), dtype=torch.float32)
-    pair = graph.call_function(kernels.quantize_per_token.definition, (x, *rest))
+    columns = (1 if layer.split == layer.in_features else 2) * (2 if layer.asymmetric else 1)
+    values = integers, value.new_empty((*value.shape[:-1], columns), dtype=torch.float32)
+    pair = graph.call_function(layer.measure, (x, *rest))
     inherit_meta(pair, linear, values)
     made = tuple(graph.call_function(operator.getitem, (pair, i)) for i in range(2))
     for node, part in zip(made, values, strict=True):

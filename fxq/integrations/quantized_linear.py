@@ -117,7 +117,7 @@ class QuantizedLinear(nn.Module):
         if x.dtype == torch.float64:
             return self.compute(x.float()).double()
         if self.per_token:
-            q, scale = kernels.quantize_per_token.definition(x, *self.quantization())
+            q, scale = self.measure(x, *self.quantization())
             return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)
         q = kernels.quantize_act.definition(x, *self.quantization())
         return kernels.dual_scale_linear.definition(q, *self.product(), x.dtype)
@@ -127,8 +127,19 @@ class QuantizedLinear(nn.Module):
         """Whether the scales of the input are measured per token."""
         return self.input_scale is None
 
+    @property
+    def asymmetric(self) -> bool:
+        """Whether zero points are measured with the scales."""
+        return self.plan.scheme is not None and self.plan.scheme.asymmetric
+
+    @property
+    def measure(self) -> Callable[..., Any]:
+        """The operator that measures them and quantizes the input."""
+        op = kernels.quantize_per_token_asymmetric if self.asymmetric else kernels.quantize_per_token
+        return op.definition
+
     def quantization(self) -> tuple[object, ...]:
-        """Arguments of ``fxq::quantize_act``, or of ``fxq::quantize_per_token``, after the input."""
+        """Arguments of ``fxq::quantize_act``, or of :attr:`measure`, after the input."""
         scales = () if self.per_token else (self.input_scale, self.input_zero_point)
         return self.perm, *scales, self.split, self.input_bits
 
@@ -143,13 +154,14 @@ class QuantizedLinear(nn.Module):
     def kind(self) -> tuple[object, ...]:
         """What a graph around the layer depends on; layers of one kind differ in the values of their tensors only."""
         shape = self.product()[0].shape
-        flags = (self.per_token, self.perm is None)
+        flags = (self.per_token, self.asymmetric, self.perm is None)
         return self.split, self.input_bits, self.weight_bits, *flags, self.integers.dtype, tuple(shape)
 
     def quantizes_as(self, other: QuantizedLinear) -> bool:
         """Whether the other layer makes the same integers of the same input."""
         mine, theirs = self.quantization(), other.quantization()
-        return self.per_token == other.per_token and all(
+        alike = (self.per_token, self.asymmetric) == (other.per_token, other.asymmetric)
+        return alike and all(
             torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b
             for a, b in zip(mine, theirs, strict=True)
         )

@@ -13,7 +13,7 @@ from torch import fx
 
 from fxq.core.graph import arguments
 from fxq.core.ir import plan_of
-from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, PER_TOKEN, quantize_of
+from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, MEASURING, PER_TOKEN, quantize_of
 from fxq.parallel.plan import ParallelError
 from fxq.passes.match.axis_groups import Axis, AxisBuilder, AxisGroups
 from fxq.passes.match.axis_rules import pointwise, visit
@@ -64,7 +64,7 @@ class _Builder(AxisBuilder):
 
 
 def _quantize(builder: AxisBuilder, node: fx.Node) -> None:
-    """``fxq::quantize_per_token``: the integers' channels have an order of their own."""
+    """``fxq::quantize_per_token`` and its like: the integers' channels have an order of their own."""
     x = arguments(node)["x"]
     for axis, target in zip(builder.axes(x)[:-1], builder.axes(node)[:-1], strict=True):
         builder.tie(axis, target)
@@ -85,7 +85,7 @@ def _linear(builder: AxisBuilder, node: fx.Node) -> None:
 _RULES: dict[object, Callable[[AxisBuilder, fx.Node], None]] = {
     ATEN.empty_like.default: pointwise,
     ATEN.copy_.default: pointwise,
-    PER_TOKEN.quantize.definition: _quantize,
+    **dict.fromkeys(MEASURING, _quantize),
     PER_TOKEN.product.definition: _linear,
 }
 

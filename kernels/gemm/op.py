@@ -143,6 +143,11 @@ def cpu_matmul(a: Tensor, b: Tensor) -> Tensor:
     return int_mm(a, b) if _HAS_VNNI else exact_product(a, b)
 
 
+def cpu_integers(a: Tensor, b: Tensor) -> Tensor:
+    """int32 [M, N] of :func:`cpu_matmul`."""
+    return int_mm(a, b) if _HAS_VNNI else exact_matmul(a, b)
+
+
 _HAS_VNNI = cpu.has_vnni()
 IN_FLOAT = "float32"
 """Name of the implementation that multiplies integers in float32: exact, and slower than the float model."""

@@ -1,7 +1,7 @@
 """Activations quantized with a scale per token, measured at run time, and the matrix product that goes with them.
 
-Symmetric: no zero points, so the offset of a layer is its bias. A dual-scale layer has two scales per token, of its
-normal and of its outlier channels.
+Symmetric, or asymmetric with a zero point per token behind its scale, which the product takes off: the offset of a
+layer is its bias. A dual-scale layer has two of each per token, of its normal and of its outlier channels.
 """
 
 from __future__ import annotations
@@ -40,9 +40,17 @@ def _groups(width: int, split: int) -> int:
     return 1 if split == width else 2
 
 
-def _empty(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
-    scale = a.x.new_empty((*a.x.shape[:-1], _groups(a.x.shape[-1], a.split)), dtype=torch.float32)
-    return a.x.new_empty(a.x.shape, dtype=torch.int8), scale
+def _empty(a: QuantizePerToken, columns: int = 1) -> tuple[Tensor, Tensor]:
+    shape = (*a.x.shape[:-1], columns * _groups(a.x.shape[-1], a.split))
+    return a.x.new_empty(a.x.shape, dtype=torch.int8), a.x.new_empty(shape, dtype=torch.float32)
+
+
+def _empty_asymmetric(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
+    return _empty(a, 2)
+
+
+def _ordered(a: QuantizePerToken) -> Tensor:
+    return a.x if a.perm is None else a.x.index_select(-1, a.perm)
 
 
 def _quantize_samples() -> Sequence[QuantizePerToken]:
@@ -77,18 +85,52 @@ def quantize_per_token(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    q, scale = numerics.quantize_per_token(a.x if a.perm is None else a.x.index_select(-1, a.perm), a.split, a.bits)
+    q, scale = numerics.quantize_per_token(_ordered(a), a.split, a.bits)
+    return q.contiguous(), scale.contiguous()
+
+
+@declare(
+    QuantizePerToken,
+    fake=_empty_asymmetric,
+    samples=_quantize_samples,
+    supports=_unfit_quantize,
+    results=("q", "scale"),
+)
+def quantize_per_token_asymmetric(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
+    """Quantization of activations with one scale and zero point per token, or with one per token and channel group.
+
+    Every implementation returns the same numbers as :func:`fxq.numerics.quantize_per_token`: what is not finite has the
+    scale NaN.
+
+    Returns:
+        int8 [..., K] and float32 [..., 2 G], contiguous: the scales and behind them the zero points, whole numbers in
+        the range of the integers; G = 2 when ``split < K``, else 1.
+
+    Raises:
+        ValueError: on a wrong dtype or shape.
+    """
+    q, scale = numerics.quantize_per_token(_ordered(a), a.split, a.bits, asymmetric=True)
     return q.contiguous(), scale.contiguous()
 
 
 @quantize_per_token.on("cpu", native.or_else("eager"))
 def quantize_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """Native kernel, else the reference's float operations in its order, in place on chunks of rows."""
-    q, scale = _empty(a)
+    return _quantize_on_cpu(a, *_empty(a), asymmetric=False)
+
+
+@quantize_per_token_asymmetric.on("cpu", native.or_else("eager"))
+def quantize_asymmetric_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_chunks`."""
+    return _quantize_on_cpu(a, *_empty_asymmetric(a), asymmetric=True)
+
+
+def _quantize_on_cpu(a: QuantizePerToken, q: Tensor, scale: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
     x, perm, split, bits = a
     if x.dtype != torch.float16 and native.ready():
-        return native.quantize_per_token(a, numerics.LEAST_MAGNITUDE, q, scale)
-    width, high = x.shape[-1], numerics.integer_range(bits)[1]
+        least = numerics.LEAST_HALF_RANGE if asymmetric else numerics.LEAST_MAGNITUDE
+        return native.quantize_per_token(a, least, q, scale)
+    width, groups = x.shape[-1], numerics.group_slices(x.shape[-1], split)
     rows = x.reshape(-1, width)
     flat_q, flat_scale = q.view(-1, width), scale.view(-1, scale.shape[-1])
     step = max(1, min(len(rows), CHUNK // width))
@@ -101,8 +143,11 @@ def quantize_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
             values.copy_(rows[here])
         else:
             torch.index_select(buffer[: len(values)].copy_(rows[here]), 1, perm, out=values)
-        for g, part in enumerate(numerics.group_slices(width, split)):
-            flat_scale[here, g] = _round_rows(values[:, part], high)
+        for g, part in enumerate(groups):
+            if asymmetric:
+                flat_scale[here, g], flat_scale[here, len(groups) + g] = _round_ranges(values[:, part], bits)
+            else:
+                flat_scale[here, g] = _round_rows(values[:, part], numerics.integer_range(bits)[1])
         flat_q[here] = values
     return q, scale
 
@@ -117,6 +162,17 @@ def _round_rows(values: Tensor, high: int) -> Tensor:
     return scale
 
 
+def _round_ranges(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Replace float32 rows by their integers; returns the scale and the zero point of each."""
+    low, high = numerics.integer_range(bits)
+    scale, zero = numerics.token_range(values.amin(1), values.amax(1), bits)
+    column = zero.unsqueeze(1)
+    values.mul_(scale.reciprocal().unsqueeze(1)).clamp_(low - column, high - column).round_().add_(column)
+    if bool(scale.isnan().any()):
+        values[scale.isnan()] = 0
+    return scale, zero
+
+
 def _unfit_linear(a: DualScaleLinearPerToken) -> str:
     if a.dtype not in gemm.OUTPUTS:
         return f"dtype = {a.dtype}: expected float32, bfloat16 or float16"
@@ -125,8 +181,12 @@ def _unfit_linear(a: DualScaleLinearPerToken) -> str:
     if reason := gemm.unfit(a.operands._replace(input_scale=one_row)):
         return reason
     wanted = (*a.q.shape[:-1], groups)
-    if a.input_scale.dtype != torch.float32 or a.input_scale.shape != wanted:
+    zeros = a.input_scale.shape == (*a.q.shape[:-1], 2 * groups)
+    if a.input_scale.dtype != torch.float32 or not (zeros or a.input_scale.shape == wanted):
         return f"input_scale is {a.input_scale.dtype} {tuple(a.input_scale.shape)}: expected float32 {tuple(wanted)}"
+    width, most = a.q.shape[-1], numerics.MAX_WIDTH_ASYMMETRIC
+    if zeros and width > most:
+        return f"q has {width} channels: with zero points their sum can overflow int32; at most {most} cannot"
     return ""
 
 
@@ -142,21 +202,27 @@ def sample_arguments(
     dtype: torch.dtype,
     random: torch.Generator,
     panels: bool = False,
+    asymmetric: bool = False,
 ) -> DualScaleLinearPerToken:
     """Random arguments of :func:`dual_scale_linear_per_token`, for tests and samples."""
     q, weight, weight_scale, _, offset, *_ = gemm.sample_operands(shape, outputs, split, bits, random, panels)
     scale = torch.rand((*shape[:-1], _groups(shape[-1], split)), generator=random, dtype=torch.float32) * 0.05 + 0.005
+    if asymmetric:
+        scale = torch.cat((scale, torch.randint(-128, 128, scale.shape, generator=random).float()), dim=-1)
     return DualScaleLinearPerToken(q, scale, weight, weight_scale, offset, split, bits, dtype)
 
 
 def _linear_samples() -> Sequence[DualScaleLinearPerToken]:
     random = torch.Generator().manual_seed(0)
-    return [sample_arguments(*case, random) for case in gemm.SAMPLE_CASES]
+    forms = [(case, asymmetric) for asymmetric in (False, True) for case in gemm.SAMPLE_CASES]
+    return [sample_arguments(*case, random, asymmetric=asymmetric) for case, asymmetric in forms]
 
 
 @declare(DualScaleLinearPerToken, fake=_fake_linear, samples=_linear_samples, supports=_unfit_linear, max_error=2**-8)
 def dual_scale_linear_per_token(a: DualScaleLinearPerToken) -> Tensor:
     """Linear layer on integers with scales per token, as :func:`fxq.numerics.per_token_matmul`.
+
+    Zero points are taken off the integer sums, which is exact.
 
     Returns:
         ``dtype`` [..., N], contiguous.
@@ -172,20 +238,28 @@ def linear_chunks(a: DualScaleLinearPerToken) -> Tensor:
     """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
     if a.weight.ndim == 4 and a.dtype != torch.float16 and native.ready():
         return native.linear_per_token(a.operands, _fake_linear(a))
-    return _in_chunks(gemm.cpu_matmul, a.operands, a.dtype)
+    return _in_chunks(gemm.cpu_integers if a.operands.asymmetric else gemm.cpu_matmul, a.operands, a.dtype)
 
 
 def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, dtype: torch.dtype) -> Tensor:
-    """``numerics.per_token_matmul`` over chunks of rows, the same float operations in the same order."""
+    """``numerics.per_token_matmul`` over chunks of rows, the same float operations in the same order.
+
+    Zero points need the int32 of a ``matmul``.
+    """
     q, width, outputs = operands.q, operands.width, operands.outputs
-    rows, scales = q.reshape(-1, width), operands.input_scale.reshape(-1, len(operands.weight_scale))
-    w = gemm.plain_weight(operands)
+    rows, scales = q.reshape(-1, width), operands.input_scale.reshape(-1, operands.input_scale.shape[-1])
+    w, groups = gemm.plain_weight(operands), len(operands.weight_scale)
+    parts = numerics.group_slices(width, operands.split)
+    sums = [w[:, part].sum(1, dtype=torch.int32) for part in parts if operands.asymmetric]
     y = torch.empty(len(rows), outputs, dtype=dtype, device=q.device)
     step = max(1, gemm.CHUNK // max(1, outputs))
     for start in range(0, len(rows), step):
         here, total = slice(start, start + step), operands.offset
-        for g, part in enumerate(numerics.group_slices(width, operands.split)):
-            product = matmul(rows[here, part], w[:, part]) * operands.weight_scale[g]
+        for g, part in enumerate(parts):
+            integers = matmul(rows[here, part], w[:, part])
+            if sums:
+                integers.addr_(scales[here, groups + g].to(torch.int32), sums[g], alpha=-1)
+            product = integers * operands.weight_scale[g]
             total = product.mul_(scales[here, g, None]).add_(total)
         y[here] = total
     return y.reshape(*q.shape[:-1], outputs)
@@ -198,6 +272,12 @@ if HAS_TRITON:
         """Launch on the device that holds x."""
         with torch.cuda.device(a.x.device):
             return per_token_rows.quantize(a)
+
+    @quantize_per_token_asymmetric.on("cuda", "triton")
+    def quantize_asymmetric_cuda(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
+        """As :func:`quantize_cuda`."""
+        with torch.cuda.device(a.x.device):
+            return per_token_rows.quantize(a, asymmetric=True)
 
     @dual_scale_linear_per_token.on("cuda", "triton")
     def linear_cuda(a: DualScaleLinearPerToken) -> Tensor:

@@ -2,6 +2,7 @@
 
 With two groups it has two sums: that of the outliers becomes float32, scaled, before the normal channels begin. Row
 scales forbid the rescaled integer of :mod:`fxq.kernels.gemm.triton_kernel`: its ratio has no bound known in advance.
+Zero points of rows need the sums of the weight's integers, which a kernel of its own adds up before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from fxq.kernels.gemm.tiles import Tiles, choose
 from fxq.kernels.gemm.triton_kernel import accumulate
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import flat_rows
+
+SUMS_BLOCK = (8, 256)
+"""Outputs, and stored elements of each, that a program adds up at a time."""
 
 
 @jit
@@ -28,12 +32,52 @@ def _scaled(acc: Block, row_scale: Block, column_scale: Block, SWAPPED: constexp
 
 
 @jit
+def weight_sums_kernel(
+    w_ptr: Pointer,
+    sums_ptr: Pointer,
+    N: Scalar,
+    w_stride: Scalar,
+    w_width: Scalar,
+    w_split: Scalar,
+    PACKED: constexpr,
+    BLOCK_N: constexpr,
+    BLOCK_K: constexpr,
+) -> None:
+    """Sums of the integers of BLOCK_N outputs and one group, of int32 [G, N]."""
+    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(1)
+    start = tl.where(group == 0, 0, w_split)
+    stop = tl.where(group == 0, w_split, w_width)
+    rows = w_ptr + outputs.to(tl.int64)[:, None] * w_stride
+    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.int32)
+    for k in range(start, stop, BLOCK_K):
+        stored = k + tl.arange(0, BLOCK_K)
+        w = tl.load(rows + stored[None, :], mask=(outputs < N)[:, None] & (stored < stop)[None, :], other=0)
+        if PACKED:
+            # Both nibbles are in two's complement.
+            high = w.to(tl.int8, bitcast=True).to(tl.int32)
+            total += (high >> 4) + ((high << 28) >> 28)
+        else:
+            total += w.to(tl.int32)
+    tl.store(sums_ptr + group * N + outputs, tl.sum(total, 1), mask=outputs < N)
+
+
+@jit
+def _without_zeros(acc: Block, zero: Block, sums: Block, SWAPPED: constexpr) -> Block:
+    """A tile of sums less its rows' zero points times the sums of the weight."""
+    # As ``_scaled``. Integers wrap around, and the difference fits: at most 255 * 128 * 2**16.
+    zero = zero.to(tl.int32)
+    return acc - (sums[:, None] * zero[None, :] if SWAPPED else sums[None, :] * zero[:, None])
+
+
+@jit
 def linear_per_token_kernel(
     q_ptr: Pointer,
     w_ptr: Pointer,
     weight_scale_ptr: Pointer,
     input_scale_ptr: Pointer,
     offset_ptr: Pointer,
+    sums_ptr: Pointer,
     y_ptr: Pointer,
     M: Scalar,
     N: Scalar,
@@ -42,6 +86,7 @@ def linear_per_token_kernel(
     w_width: Scalar,
     w_split: Scalar,
     DUAL: constexpr,
+    ASYMMETRIC: constexpr,
     PACKED: constexpr,
     SWAPPED: constexpr,
     PTX: constexpr,
@@ -53,7 +98,8 @@ def linear_per_token_kernel(
 ) -> None:
     """One [BLOCK_M, BLOCK_N] tile of y.
 
-    Sizes and SWAPPED as in :func:`fxq.kernels.gemm.triton_kernel.linear_kernel`.
+    Sizes and SWAPPED as in :func:`fxq.kernels.gemm.triton_kernel.linear_kernel`. ``sums_ptr`` is None but for
+    ASYMMETRIC.
     """
     program = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -69,6 +115,8 @@ def linear_per_token_kernel(
     in_rows = rows < M
     in_columns = columns < N
     GROUPS: constexpr = 2 if DUAL else 1
+    COLUMNS: constexpr = 2 * GROUPS if ASYMMETRIC else GROUPS
+    STEPS: constexpr = 16 if PACKED else 1
     UNIT: constexpr = 0.0625 if PACKED else 1.0  # nibbles enter the product 16 times too large
     HEIGHT: constexpr = BLOCK_N if SWAPPED else BLOCK_M
     WIDTH: constexpr = BLOCK_M if SWAPPED else BLOCK_N
@@ -76,14 +124,22 @@ def linear_per_token_kernel(
     acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
     if DUAL:
         acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
-        # input_scale is [M, 2], weight_scale [2, N]: value of an integer of a row, and of one of a column.
-        row_scale = tl.load(input_scale_ptr + rows * 2 + 1, mask=in_rows, other=0.0)
+        if ASYMMETRIC:
+            zero = tl.load(input_scale_ptr + rows * COLUMNS + 3, mask=in_rows, other=0.0)
+            sums = tl.load(sums_ptr + N + columns, mask=in_columns, other=0) * STEPS
+            acc = _without_zeros(acc, zero, sums, SWAPPED)
+        # input_scale is [M, COLUMNS], weight_scale [2, N]: value of an integer of a row, and of one of a column.
+        row_scale = tl.load(input_scale_ptr + rows * COLUMNS + 1, mask=in_rows, other=0.0)
         column_scale = tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=0.0) * UNIT
         outlier = _scaled(acc, row_scale, column_scale, SWAPPED)  # [HEIGHT, WIDTH] float32
         acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
     acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
+    if ASYMMETRIC:
+        zero = tl.load(input_scale_ptr + rows * COLUMNS + GROUPS, mask=in_rows, other=0.0)  # [BLOCK_M]
+        sums = tl.load(sums_ptr + columns, mask=in_columns, other=0) * STEPS  # [BLOCK_N]
+        acc = _without_zeros(acc, zero, sums, SWAPPED)
     # A row that is not finite has the scale NaN, and so is all of its result: it needs no mark.
-    row_scale = tl.load(input_scale_ptr + rows * GROUPS, mask=in_rows, other=0.0)  # [BLOCK_M]
+    row_scale = tl.load(input_scale_ptr + rows * COLUMNS, mask=in_rows, other=0.0)  # [BLOCK_M]
     column_scale = tl.load(weight_scale_ptr + columns, mask=in_columns, other=0.0) * UNIT  # [BLOCK_N]
     y = _scaled(acc, row_scale, column_scale, SWAPPED)
     if DUAL:
@@ -95,11 +151,35 @@ def linear_per_token_kernel(
     tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
+def weight_sums(weight: Tensor, width: int, split: int) -> Tensor:
+    """int32 [G, N], on the current device: sums of an int8 [N, K] or packed uint8 [N, K / 2] weight of contiguous rows.
+
+    Args:
+        weight: as it is stored.
+        width: input channels K.
+        split: number of normal channels.
+    """
+    outputs, stored = weight.shape
+    sums = torch.empty(1 if split == width else 2, outputs, dtype=torch.int32, device=weight.device)
+    weight_sums_kernel[(triton.cdiv(outputs, SUMS_BLOCK[0]), len(sums))](
+        weight,
+        sums,
+        N=outputs,
+        w_stride=weight.stride(0),
+        w_width=stored,
+        w_split=split * stored // width,
+        PACKED=stored < width,
+        BLOCK_N=SUMS_BLOCK[0],
+        BLOCK_K=SUMS_BLOCK[1],
+    )
+    return sums
+
+
 def linear(a: Operands, out: Tensor, *, tiles: Tiles) -> Tensor:
     """Run the Triton kernel on the current device.
 
     Args:
-        a: of the product, with the input scales [..., G].
+        a: of the product, with the input scales [..., G or 2 G].
         out: contiguous [..., N], filled and returned.
         tiles: of the programs.
     """
@@ -113,6 +193,7 @@ def linear(a: Operands, out: Tensor, *, tiles: Tiles) -> Tensor:
             a.weight_scale.contiguous(),
             a.input_scale.contiguous(),
             a.offset.contiguous(),
+            weight_sums(weight, a.width, a.split) if a.asymmetric else None,
             out,
             M=rows.shape[0],
             N=a.outputs,
@@ -121,6 +202,7 @@ def linear(a: Operands, out: Tensor, *, tiles: Tiles) -> Tensor:
             w_width=weight.shape[1],
             w_split=a.split // 2 if a.packed else a.split,
             DUAL=a.split < a.width,
+            ASYMMETRIC=a.asymmetric,
             PACKED=a.packed,
             PTX=rows.is_cuda,
             **tiles.constants(),
@@ -132,7 +214,8 @@ def linear_tiled(a: Operands, out: Tensor) -> Tensor:
     """:func:`linear` on the device that holds q, with the tiles of its architecture."""
     with torch.cuda.device(a.q.device):
         major, minor = torch.cuda.get_device_capability()
-        operation = "per_token_dual" if a.split < a.width else "per_token"
+        single = "asymmetric" if a.asymmetric else "per_token"
+        operation = "per_token_dual" if a.split < a.width else single
         rows = out.numel() // max(1, a.outputs)
         tiles = choose(rows, a.outputs, a.width, 10 * major + minor, packed=a.packed, operation=operation)
         return linear(a, out, tiles=tiles)

@@ -84,10 +84,10 @@ _Linear = _struct(
     "Linear",
     "q:p panels:p weight_scale:p input_scale:p offset:p out:p rows:l outputs:l width:l split:l q_stride:l store:i"
     " threads:i out_scale:p out_zero_point:p out_split:l out_bits:i activation:i residual:p gate:p residual_stride:l"
-    " gate_rows:l gate_is_bfloat16:i per_token:i",
+    " gate_rows:l gate_is_bfloat16:i per_token:i asymmetric:i",
 )
 _Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
-_Tokens = _struct("Tokens", "scale:p least:f")
+_Tokens = _struct("Tokens", "scale:p least:f asymmetric:i")
 _Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
 _Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
 _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
@@ -155,11 +155,11 @@ def linear(operands: Operands, out: Tensor) -> Tensor:
 
 
 def linear_per_token(operands: Operands, out: Tensor) -> Tensor:
-    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G].
+    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G or 2 G].
 
     See :mod:`fxq.kernels.gemm.per_token`.
     """
-    return _run_linear(operands, out, _STORES[out.dtype], per_token=True)
+    return _run_linear(operands, out, _STORES[out.dtype], per_token=True, asymmetric=operands.asymmetric)
 
 
 def linear_quantize(a: DualScaleLinearQuantize, out: Tensor) -> Tensor:
@@ -218,11 +218,15 @@ def quantize_act(a: QuantizeAct, out: Tensor) -> Tensor:
 
 
 def quantize_per_token(a: QuantizePerToken, least: float, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` int8 [..., K] and ``scale`` [..., G] of float32 or bfloat16 x; see :mod:`fxq.kernels.gemm.per_token`."""
+    """``out`` int8 [..., K] and ``scale`` [..., G or 2 G] of float32 or bfloat16 x.
+
+    Zero points where ``scale`` has room for them; see :mod:`fxq.kernels.gemm.per_token`.
+    """
     x, perm, split, bits = a
+    asymmetric = scale.shape[-1] > (2 if split < x.shape[-1] else 1)
     rows, order = _rows(x), None if perm is None else perm.contiguous()
     quantization = _Quantization(_address(order), None, None, x.shape[-1], split, bits)
-    _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least))
+    _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least, asymmetric))
     return out, scale
 
 

@@ -139,6 +139,13 @@ struct Group {
     broken = !std::isfinite(1.0f / scale);
   }
 
+  // Asymmetric, measured: the scale's reciprocal and a zero point in the range of the integers.
+  Group(float inverse, float zero_point, float least, float most)
+      : inverse(_mm512_set1_ps(inverse)),
+        low(_mm512_set1_ps(least - zero_point)),
+        high(_mm512_set1_ps(most - zero_point)),
+        zero(_mm512_set1_epi32(static_cast<int32_t>(zero_point))) {}
+
   // Symmetric: clip(round(x / scale), -high, high), as fxq.numerics.quantize_per_token.
   Group(float scale, float high)
       : inverse(_mm512_set1_ps(1.0f / scale)),

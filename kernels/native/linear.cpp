@@ -20,7 +20,7 @@ extern "C" struct Linear {
   const int8_t* q;      // [rows, width], rows q_stride bytes apart
   const int8_t* panels;
   const float* weight_scale;  // [groups, outputs]
-  const float* input_scale;   // [groups], or [rows, groups] where it is per token
+  const float* input_scale;   // [groups]; [rows, groups] per token; asymmetric [rows, 2 * groups], zero points behind the scales
   const float* offset;        // [outputs]
   void* out;                  // [rows, outputs]
   long rows, outputs, width, split, q_stride;
@@ -36,7 +36,7 @@ extern "C" struct Linear {
   long residual_stride, gate_rows;
   int32_t gate_is_bfloat16;
   // FLOAT32 and BFLOAT16 only
-  int32_t per_token;
+  int32_t per_token, asymmetric;
 };
 
 namespace {
@@ -119,7 +119,15 @@ struct Marks {
   void set(long row) { __atomic_store_n(&rows[row], 1, __ATOMIC_RELAXED); }
 };
 
-template <int STORE, bool PER_TOKEN>
+// What the scales of rows are: one of all, one of each, or one of each with a zero point.
+enum Scales { STATIC, SYMMETRIC, ASYMMETRIC };
+
+// A sum of a row without its zero point's share; the panel's sum is 128 times that of the weight.
+inline __m512i without_zero(__m512i total, float zero, __m512i sum) {
+  return _mm512_sub_epi32(total, _mm512_mullo_epi32(_mm512_set1_epi32(static_cast<int32_t>(zero)), _mm512_srai_epi32(sum, 7)));
+}
+
+template <int STORE, Scales SCALES>
 void finish(const Linear& p, const Group& first, const Group& second, const Tile& tile, Marks& marks) {
   for (int j = 0; j < TILE_COLUMNS / 16; j++) {
     const long column = tile.column + 16 * j;
@@ -127,26 +135,29 @@ void finish(const Linear& p, const Group& first, const Group& second, const Tile
     const __mmask16 mask = lanes(p.outputs - column);
     const __m512 offset = load(p.offset + column, mask);
     __m512 scale0 = load(p.weight_scale + column, mask);
-    if (!PER_TOKEN) scale0 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[0]), scale0);
+    if (SCALES == STATIC) scale0 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[0]), scale0);
     const __m512i sum0 = _mm512_loadu_si512(tile.sums + 16 * j);
     __m512 scale1 = _mm512_setzero_ps();
     __m512i sum1 = _mm512_setzero_si512();
     if (tile.outlier != nullptr) {
       scale1 = load(p.weight_scale + p.outputs + column, mask);
-      if (!PER_TOKEN) scale1 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[1]), scale1);
+      if (SCALES == STATIC) scale1 = _mm512_mul_ps(_mm512_set1_ps(p.input_scale[1]), scale1);
       sum1 = _mm512_loadu_si512(tile.sums + TILE_COLUMNS + 16 * j);
     }
     for (int i = 0; i < tile.rows; i++) {
       const long row = tile.row + i, place = row * p.outputs + column;
-      const __m512i total0 = _mm512_sub_epi32(_mm512_loadu_si512(tile.normal + i * TILE_COLUMNS + 16 * j), sum0);
-      const float* token = p.input_scale + row * (tile.outlier != nullptr ? 2 : 1);
+      __m512i total0 = _mm512_sub_epi32(_mm512_loadu_si512(tile.normal + i * TILE_COLUMNS + 16 * j), sum0);
+      const int groups = tile.outlier != nullptr ? 2 : 1;
+      const float* token = p.input_scale + row * (SCALES == ASYMMETRIC ? 2 * groups : groups);
+      if (SCALES == ASYMMETRIC) total0 = without_zero(total0, token[groups], sum0);
       __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(total0), scale0);
-      if (PER_TOKEN) y = _mm512_mul_ps(y, _mm512_set1_ps(token[0]));
+      if (SCALES != STATIC) y = _mm512_mul_ps(y, _mm512_set1_ps(token[0]));
       y = _mm512_add_ps(y, offset);
       if (tile.outlier != nullptr) {
-        const __m512i total1 = _mm512_sub_epi32(_mm512_loadu_si512(tile.outlier + i * TILE_COLUMNS + 16 * j), sum1);
+        __m512i total1 = _mm512_sub_epi32(_mm512_loadu_si512(tile.outlier + i * TILE_COLUMNS + 16 * j), sum1);
+        if (SCALES == ASYMMETRIC) total1 = without_zero(total1, token[3], sum1);
         __m512 rest = _mm512_mul_ps(_mm512_cvtepi32_ps(total1), scale1);
-        if (PER_TOKEN) rest = _mm512_mul_ps(rest, _mm512_set1_ps(token[1]));
+        if (SCALES != STATIC) rest = _mm512_mul_ps(rest, _mm512_set1_ps(token[1]));
         y = _mm512_add_ps(rest, y);
       }
       if (STORE == FLOAT32) store(static_cast<float*>(p.out) + place, y, mask);
@@ -198,7 +209,7 @@ void spoil(const Linear& p, long row, long column, long last, Marks& marks) {
   }
 }
 
-template <int STORE, bool PER_TOKEN = false>
+template <int STORE, Scales SCALES = STATIC>
 void run(const Linear& p) {
   const long threads = busy_threads(p.threads, static_cast<double>(p.rows) * p.outputs * p.width, PRODUCT_WORK);
   const long normal = ceil_div(p.split, 4), outlier = ceil_div(p.width - p.split, 4), steps = normal + outlier;
@@ -235,10 +246,10 @@ void run(const Linear& p) {
         multiply_int8(a, stride, weights, normal, sum_normal, 256);
         if (outlier) multiply_int8(a + 4 * normal, stride, weights + normal * 256, outlier, sum_outlier, 256);
         const int height = static_cast<int>(std::min<long>(TILE_ROWS, end - row));
-        finish<STORE, PER_TOKEN>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums}, marks);
+        finish<STORE, SCALES>(p, first, second, {row, panel * TILE_COLUMNS, height, sum_normal, outlier ? sum_outlier : nullptr, sums}, marks);
       }
     }
-    for (long row = begin; row < end && !PER_TOKEN; row++) {
+    for (long row = begin; row < end && SCALES == STATIC; row++) {
       if (!poisoned(p.q + row * p.q_stride, p.width)) continue;
       spoil<STORE>(p, row, from * TILE_COLUMNS, std::min(p.outputs, to * TILE_COLUMNS), marks);
     }
@@ -248,10 +259,16 @@ void run(const Linear& p) {
   }
 }
 
+template <int STORE>
+void run_rows(const Linear& p) {
+  if (!p.per_token) return run<STORE>(p);
+  return p.asymmetric ? run<STORE, ASYMMETRIC>(p) : run<STORE, SYMMETRIC>(p);
+}
+
 void choose(const Linear& p) {
   switch (p.store) {
-    case FLOAT32: return p.per_token ? run<FLOAT32, true>(p) : run<FLOAT32>(p);
-    case BFLOAT16: return p.per_token ? run<BFLOAT16, true>(p) : run<BFLOAT16>(p);
+    case FLOAT32: return run_rows<FLOAT32>(p);
+    case BFLOAT16: return run_rows<BFLOAT16>(p);
     case QUANTIZE: return run<QUANTIZE>(p);
     case ADD_FLOAT32: return run<ADD_FLOAT32>(p);
     default: return run<ADD_BFLOAT16>(p);

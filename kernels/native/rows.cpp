@@ -14,8 +14,9 @@ extern "C" struct Quantization {
 };
 
 extern "C" struct Tokens {
-  float* scale;  // [rows, groups], written
-  float least;   // a row whose largest magnitude is not above it counts as zero and gets scale 1
+  float* scale;  // [rows, groups], or asymmetric [rows, 2 * groups] with the zero points behind the scales; written
+  float least;   // a row whose largest magnitude, or half range, is not above it counts as zero and gets scale 1
+  int32_t asymmetric;
 };
 
 extern "C" struct Rows {
@@ -116,6 +117,29 @@ class Quantizer {
     }
     const int32_t bits[2] = {_mm512_reduce_max_epi32(normal), _mm512_reduce_max_epi32(outlier)};
     std::memcpy(top, bits, sizeof(bits));
+  }
+
+  // Largest and least values of the normal and of the outlier channels, or 0. As signed integers positive floats are
+  // ordered and above the negative ones, as unsigned ones these are above all others, the least on top: NaN, of its
+  // sign, is the largest or the least.
+  template <typename T>
+  void range(const T* row, float* top, float* least) const {
+    __m512i tops[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    __m512i leasts[2] = {_mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN)};  // -0.0
+    for (long k = 0; k < q_.width; k += 16) {
+      const __mmask16 mask = lanes(q_.width - k), first = normal_lanes(k), second = static_cast<__mmask16>(~first);
+      const __m512i v = _mm512_castps_si512(masks_.empty() && q_.perm ? gathered(row, k, mask) : load(row + k, mask));
+      tops[0] = _mm512_mask_max_epi32(tops[0], first, tops[0], v);
+      tops[1] = _mm512_mask_max_epi32(tops[1], second, tops[1], v);
+      leasts[0] = _mm512_mask_max_epu32(leasts[0], first, leasts[0], v);
+      leasts[1] = _mm512_mask_max_epu32(leasts[1], second, leasts[1], v);
+    }
+    for (int g = 0; g < 2; g++) {
+      const int32_t most = _mm512_reduce_max_epi32(tops[g]);
+      const uint32_t fewest = _mm512_reduce_max_epu32(leasts[g]);
+      std::memcpy(top + g, &most, sizeof(most));
+      std::memcpy(least + g, &fewest, sizeof(fewest));
+    }
   }
 
  private:
@@ -256,6 +280,15 @@ int quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
 // Integers of a token; all 0 where it is not finite.
 inline Group of_token(float scale, float high) { return std::isnan(scale) ? Group(INFINITY, 0.0f) : Group(scale, high); }
 
+// The same of a token with a zero point, and both, as fxq.numerics.token_range.
+inline Group of_range(float top, float least, const Tokens& tokens, int bits, float* scale, float* zero) {
+  const float low = -static_cast<float>(1 << (bits - 1)), high = -low - 1.0f;
+  const float half = top * 0.5f - least * 0.5f;
+  *scale = !std::isfinite(half) ? NAN : half > tokens.least ? half / ((high - low) / 2.0f) : 1.0f;
+  *zero = std::isfinite(half) && half > tokens.least ? low - std::nearbyint(least * (1.0f / *scale)) : 0.0f;
+  return std::isnan(*scale) ? Group(INFINITY, 0.0f) : Group(1.0f / *scale, *zero, low, high);
+}
+
 template <typename T>
 int quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) {
   const Quantizer quantizer(q);
@@ -266,12 +299,23 @@ int quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
     const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
+    int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
+    Watch unread;
+    if (tokens.asymmetric) {
+      float top[2], least[2], measured[4];
+      quantizer.range(from, top, least);
+      const Group normal = of_range(top[0], least[0], tokens, q.bits, measured, measured + groups);
+      float* rest = groups == 2 ? measured + 1 : measured + 2;  // of the group that there is not
+      const Group outlier = of_range(top[1], least[1], tokens, q.bits, rest, rest + groups);
+      std::copy(measured, measured + 2 * groups, tokens.scale + 2 * groups * i);
+      quantizer.run(normal, outlier, from, to, unread);
+      continue;
+    }
     float scale[2];
     quantizer.largest(from, scale);
     for (float& s : scale) s = !std::isfinite(s) ? NAN : s > tokens.least ? s / high : 1.0f;
     std::copy(scale, scale + groups, tokens.scale + i * groups);
-    Watch unread;
-    quantizer.run(of_token(scale[0], high), of_token(scale[1], high), from, static_cast<int8_t*>(r.out) + i * r.width, unread);
+    quantizer.run(of_token(scale[0], high), of_token(scale[1], high), from, to, unread);
   }
   return DONE;
 }

@@ -1,6 +1,7 @@
-"""The Triton kernel behind ``quantize_per_token``: a row stays in registers from its load to the store of its integers.
+"""The Triton kernel behind ``quantize_per_token`` and ``quantize_per_token_asymmetric``.
 
-Rows that are too wide for that are read twice, the second time from the cache.
+A row stays in registers from its load to the store of its integers. Rows that are too wide for that are read twice, the
+second time from the cache.
 """
 
 from __future__ import annotations
@@ -52,6 +53,44 @@ def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[
 
 
 @jit
+def _range(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Bits of the largest value and of the least one without its sign, of the normal channels and of the outliers."""
+    # [BLOCK] -> scalars. Bits of floats whose sign is set are negative: they count as 0 does. NaN is on top.
+    bits = x.to(tl.int32, bitcast=True)
+    negated = bits ^ -2147483648
+    if DUAL:
+        normal = columns < split
+        result = (
+            tl.maximum(tl.max(tl.where(normal, bits, 0)), 0),
+            tl.maximum(tl.max(tl.where(normal, negated, 0)), 0),
+            tl.maximum(tl.max(tl.where(normal, 0, bits)), 0),
+            tl.maximum(tl.max(tl.where(normal, 0, negated)), 0),
+        )
+    else:
+        result = tl.maximum(tl.max(bits), 0), tl.maximum(tl.max(negated), 0), 0, 0
+    return result
+
+
+@jit
+def _store_range(
+    scale_ptr: Pointer, top: Scalar, below: Scalar, least: Scalar, LOW: constexpr, HIGH: constexpr, GROUPS: constexpr
+) -> tuple[Scalar, Scalar]:
+    """As :func:`_store_scale` of a row from ``-below`` to ``top``, with its zero point behind; returns that too."""
+    below = below.to(tl.float32, bitcast=True)
+    half = top.to(tl.float32, bitcast=True) * 0.5 + below * 0.5
+    finite = half < float("inf")
+    spans = half > least
+    scale = tl.where(spans, tl.div_rn(half, (HIGH - LOW) / 2), 1.0)
+    inverse = tl.where(finite, tl.div_rn(1.0, scale), 0.0)
+    # Steps from the least value to 0, half to even as in to_int8: at most 255, which the mantissa holds.
+    steps = (below * inverse + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    zero = tl.where(spans & finite, LOW + steps, 0)
+    tl.store(scale_ptr, tl.where(finite, scale, float("nan")))
+    tl.store(scale_ptr + GROUPS, zero.to(tl.float32))
+    return inverse, zero
+
+
+@jit
 def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
     """Store the scale of a row and group, NaN where it is not finite; returns its reciprocal, 0 for NaN."""
     top = top.to(tl.float32, bitcast=True)
@@ -63,10 +102,10 @@ def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr
 
 
 @jit
-def _integers(x: Block, factor: Block, LOW: constexpr, HIGH: constexpr) -> Block:
-    """int8 of a row's channels, 0 where the factor is."""
+def _integers(x: Block, factor: Block, zero: Block, LOW: constexpr, HIGH: constexpr) -> Block:
+    """int8 of a row's channels, the zero point where the factor is 0."""
     # Where the scale is NaN the factor is 0; x is zeroed there because 0 * infinity is NaN, which to_int8 makes LOW.
-    return to_int8(tl.where(factor == 0.0, 0.0, x), factor, tl.full((), 0, tl.int32), LOW, HIGH)
+    return to_int8(tl.where(factor == 0.0, 0.0, x), factor, zero, LOW, HIGH)
 
 
 @jit
@@ -85,46 +124,76 @@ def quantize_per_token_kernel(
     DUAL: constexpr,
     WHOLE: constexpr,
     BLOCK: constexpr,
+    ASYMMETRIC: constexpr,
 ) -> None:
-    """One row; WHOLE says that it is not wider than a block, else it is read twice in blocks."""
+    """One row; WHOLE says that it is not wider than a block, else it is read twice in blocks.
+
+    LOW is ``-HIGH``, but for ASYMMETRIC, which stores zero points behind the scales.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
     q_row = q_ptr + row * K
     columns = tl.arange(0, BLOCK)
-    # The scales of all groups are known before the first integer is: one pass for the maxima, then the integers.
+    # The scales of all groups are known before the first integer is: one pass for what a row spans, then the integers.
+    # ``below`` is the magnitude of its least value, for ASYMMETRIC alone.
+    below = 0
+    outlier_below = 0
     if WHOLE:
         x = _whole_row(x_row, perm_ptr, columns, K, GATHER)
-        top, outlier_top = _largest(x, columns, split, DUAL)
+        if ASYMMETRIC:
+            top, below, outlier_top, outlier_below = _range(x, columns, split, DUAL)
+        else:
+            top, outlier_top = _largest(x, columns, split, DUAL)
     else:
         top = 0
         outlier_top = 0
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
-            found, outlier_found = _largest(x, start + columns, split, DUAL)
+            if ASYMMETRIC:
+                found, under, outlier_found, outlier_under = _range(x, start + columns, split, DUAL)
+                below = tl.maximum(below, under)
+                outlier_below = tl.maximum(outlier_below, outlier_under)
+            else:
+                found, outlier_found = _largest(x, start + columns, split, DUAL)
             top = tl.maximum(top, found)
             outlier_top = tl.maximum(outlier_top, outlier_found)
     GROUPS: constexpr = 2 if DUAL else 1
-    inverse = _store_scale(scale_ptr + row * GROUPS, top, least, HIGH)
+    scale_row = scale_ptr + row * (2 * GROUPS if ASYMMETRIC else GROUPS)
+    zero = tl.full((), 0, tl.int32)
+    if ASYMMETRIC:
+        inverse, zero = _store_range(scale_row, top, below, least, LOW, HIGH, GROUPS)
+    else:
+        inverse = _store_scale(scale_row, top, least, HIGH)
     outlier_inverse = inverse
+    outlier_zero = zero
     if DUAL:
-        outlier_inverse = _store_scale(scale_ptr + row * GROUPS + 1, outlier_top, least, HIGH)
+        if ASYMMETRIC:
+            outlier_inverse, outlier_zero = _store_range(
+                scale_row + 1, outlier_top, outlier_below, least, LOW, HIGH, GROUPS
+            )
+        else:
+            outlier_inverse = _store_scale(scale_row + 1, outlier_top, least, HIGH)
     if WHOLE:
         factor = tl.where(columns < split, inverse, outlier_inverse)  # [BLOCK], integers per unit of x
-        tl.store(q_row + columns, _integers(x, factor, LOW, HIGH), mask=columns < K)
+        q = _integers(x, factor, tl.where(columns < split, zero, outlier_zero), LOW, HIGH)
+        tl.store(q_row + columns, q, mask=columns < K)
     else:
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
-            factor = tl.where(start + columns < split, inverse, outlier_inverse)
-            tl.store(q_row + start + columns, _integers(x, factor, LOW, HIGH), mask=start + columns < K)
+            normal = start + columns < split
+            factor = tl.where(normal, inverse, outlier_inverse)
+            q = _integers(x, factor, tl.where(normal, zero, outlier_zero), LOW, HIGH)
+            tl.store(q_row + start + columns, q, mask=start + columns < K)
 
 
-def quantize(a: QuantizePerToken, *, max_block: int = MAX_BLOCK) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.per_token.quantize_per_token`."""
+def quantize(a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = MAX_BLOCK) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel on the current device; see :mod:`fxq.kernels.gemm.per_token`."""
     x, perm, split, bits = a
-    width, high = x.shape[-1], numerics.integer_range(bits)[1]
+    width, (low, high) = x.shape[-1], numerics.integer_range(bits)
     rows, dual = flat_rows(x), split < width
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty((*x.shape[:-1], 2 if dual else 1), dtype=torch.float32, device=x.device)
+    columns = (2 if dual else 1) * (2 if asymmetric else 1)
+    scale = torch.empty((*x.shape[:-1], columns), dtype=torch.float32, device=x.device)
     block = block_of(width, max_block)
     if q.numel():
         quantize_per_token_kernel[(rows.shape[0],)](
@@ -135,13 +204,14 @@ def quantize(a: QuantizePerToken, *, max_block: int = MAX_BLOCK) -> tuple[Tensor
             K=width,
             split=split,
             x_stride=rows.stride(0),
-            least=numerics.LEAST_MAGNITUDE,
-            LOW=-high,
+            least=numerics.LEAST_HALF_RANGE if asymmetric else numerics.LEAST_MAGNITUDE,
+            LOW=low if asymmetric else -high,
             HIGH=high,
             GATHER=perm is not None,
             DUAL=dual,
             WHOLE=width <= block,
             BLOCK=block,
+            ASYMMETRIC=asymmetric,
             num_warps=warps_of(block),
         )
     return q, scale

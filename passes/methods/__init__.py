@@ -39,7 +39,8 @@ def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Te
     """float32 [R, K]: rows ``x`` quantized as the scheme says, and dequantized."""
     split, bits = problem.split, problem.scheme.input_bits
     if update.input_scale is None or update.input_zero_point is None:
-        return numerics.dequantize_per_token(*numerics.quantize_per_token(x, split, bits), split)
+        q, scale = numerics.quantize_per_token(x, split, bits, problem.scheme.asymmetric)
+        return numerics.dequantize_per_token(q, scale, split)
     q = numerics.quantize_input(x, update.input_scale, update.input_zero_point, split, bits)
     return numerics.dequantize_input(q, update.input_scale, update.input_zero_point, split)
 

@@ -32,7 +32,7 @@ def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
     return low, weight - low
 
 
-_OF_A_GROUP = ("weight", "weight_scale", "weight_rest")
+_OF_A_GROUP = ("weight", "weight_scale", "weight_rest", "weight_sum")
 LOWERED_TENSORS = (*_OF_A_GROUP, *(f"outlier_{name}" for name in _OF_A_GROUP), "offset", "outliers", "normal")
 """What a lowered layer may store under its name."""
 
@@ -229,12 +229,54 @@ class PerTokenLayer(Layer):
     def _scale(self, values: fx.Node, part: Part) -> fx.Node:
         """float32 [..., 1]: the largest magnitude of the group's own channels over the largest integer."""
         floats = self._like(self.x_value, part.weight.shape[1], torch.float32)
-        one, above = (self._like(self.x_value, 1, dtype) for dtype in (torch.float32, torch.bool))
-        magnitude = self._call(ATEN.abs.default, (values,), floats)
-        if part.own is not None:
-            magnitude = self._call(ATEN.mul.Tensor, (magnitude, self._get("normal", part.own)), floats)
-        top = self._call(ATEN.amax.default, (magnitude, [-1], True), one)
+        magnitude = self._own(self._call(ATEN.abs.default, (values,), floats), part)
         high = numerics.integer_range(self.input_bits)[1]
-        scale = self._call(ATEN.div.Scalar, (top, high), one)
-        seen = self._call(ATEN.gt.Scalar, (top, numerics.LEAST_MAGNITUDE), above)
-        return self._call(ATEN.where.ScalarOther, (seen, scale, 1.0), one)
+        return self._of_top(self._largest(magnitude), high, numerics.LEAST_MAGNITUDE)[0]
+
+    def _own(self, values: fx.Node, part: Part) -> fx.Node:
+        """``values`` with 0 in the channels of the other group."""
+        if part.own is None:
+            return values
+        floats = self._like(self.x_value, part.weight.shape[1], torch.float32)
+        return self._call(ATEN.mul.Tensor, (values, self._get("normal", part.own)), floats)
+
+    def _largest(self, values: fx.Node) -> fx.Node:
+        return self._call(ATEN.amax.default, (values, [-1], True), self._like(self.x_value, 1, torch.float32))
+
+    def _of_top(self, top: fx.Node, steps: float, least: float) -> tuple[fx.Node, fx.Node]:
+        """``top`` over ``steps``, 1 where it is not above ``least``, and where it is."""
+        one, above = (self._like(self.x_value, 1, dtype) for dtype in (torch.float32, torch.bool))
+        scale = self._call(ATEN.div.Scalar, (top, steps), one)
+        seen = self._call(ATEN.gt.Scalar, (top, least), above)
+        return self._call(ATEN.where.ScalarOther, (seen, scale, 1.0), one), seen
+
+
+class AsymmetricLayer(PerTokenLayer):
+    """As :class:`PerTokenLayer` with zero points: their share of the weights' sums is taken off the product."""
+
+    def _product(self, x: fx.Node, group: int, part: Part) -> fx.Node:
+        outputs, width = part.weight.shape
+        floats, one, result = (self._like(self.x_value, n, torch.float32) for n in (width, 1, outputs))
+        low, high = numerics.integer_range(self.input_bits)
+        values = self._channels(x, part)
+        own = self._own(values, part)
+        # The least value as a largest one, which ONNX Runtime computes on empty inputs in another form.
+        top, below = (
+            self._call(ATEN.relu.default, (self._largest(v),), one)
+            for v in (own, self._call(ATEN.neg.default, (own,), floats))
+        )
+        halves = [self._call(ATEN.mul.Tensor, (v, 0.5), one) for v in (top, below)]
+        half = self._call(ATEN.add.Tensor, tuple(halves), one)
+        scale, seen = self._of_top(half, (high - low) / 2, numerics.LEAST_HALF_RANGE)
+        inverse = self._call(ATEN.reciprocal.default, (scale,), one)
+        steps = self._call(ATEN.round.default, (self._call(ATEN.mul.Tensor, (below, inverse), one),), one)
+        zero = self._call(ATEN.add.Tensor, (steps, float(low)), one)
+        zero = self._call(ATEN.where.ScalarOther, (seen, zero, 0.0), one)
+        h = self._call(ATEN.round.default, (self._call(ATEN.mul.Tensor, (values, inverse), floats),), floats)
+        h = self._call(ATEN.clamp.default, (self._call(ATEN.add.Tensor, (h, zero), floats), low, high), floats)
+        product = self._matmul(self._integers(h, 0, 1.0, part), group, part, result)
+        sums = part.weight_scale * part.weight.sum(1, dtype=torch.int32)
+        name = "outlier_weight_sum" if group else "weight_sum"
+        share = self._call(ATEN.mul.Tensor, (zero, self._get(name, sums)), result)
+        product = self._call(ATEN.sub.Tensor, (product, share), result)
+        return self._call(ATEN.mul.Tensor, (product, scale), result)

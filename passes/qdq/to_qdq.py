@@ -11,7 +11,7 @@ from fxq.core.graph import drop_unread_attributes, unused_tensors
 from fxq.core.ir import QuantGraph, Stage, drop_tensor, put_tensor
 from fxq.core.layer import FROZEN_QUANTIZES, LayerError, measured_pair, quantized_layers
 from fxq.core.pipeline import Rewrite
-from fxq.passes.qdq.qdq_layers import PerTokenLayer, StaticLayer
+from fxq.passes.qdq.qdq_layers import AsymmetricLayer, PerTokenLayer, StaticLayer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +29,11 @@ class ToQdq(Rewrite):
     its weights become a sum of two of 7 bits, ``weight`` and ``weight_rest``, each with a product of its own.
 
     With scales per token the graph measures them: rows are multiplied by the reciprocal of their own scale, quantized
-    with scale 1 and zero point 128, and each group's product is multiplied by the scale.
+    with scale 1 and zero point 128, and each group's product is multiplied by the scale. Zero points of rows are added
+    to the rounded values, and ``weight_sum`` float32 [N] times them is taken off the product.
 
     A layer's tensors are then ``weight``, ``weight_scale`` and ``offset``, and with two groups
-    ``outlier_weight`` [N, K - split] and ``outlier_weight_scale``, with a permutation ``outliers`` int64, and
+    ``outlier_weight`` [N, K - split], ``outlier_weight_scale`` and its sum, with a permutation ``outliers`` int64, and
     with scales per token ``normal`` float32 [K], 0 at the outliers.
     """
 
@@ -53,7 +54,8 @@ class ToQdq(Rewrite):
                 reason = f"{layer.product.target} does not read a quantize of its own"
                 graph.remark(layer.name, f"not lowered: {reason}")
                 continue
-            made = PerTokenLayer if layer.per_token else StaticLayer
+            measured = AsymmetricLayer if layer.scheme.asymmetric else PerTokenLayer
+            made = measured if layer.per_token else StaticLayer
             made(graph, layer, quantize, stored, self.in_halves).replace()
             graph.remark(layer.name, "lowered to quantize, dequantize and matmul")
             count += 1

@@ -69,6 +69,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, fxq.Batch, fxq.Recipe]]] = {
     "w8": _toy,
     "w4": lambda: _toy(4),
     "per-token": lambda: _toy(8, per_token=True),
+    "asymmetric": lambda: _toy(4, per_token=True, asymmetric=True),
     "nested": _nested,
 }
 

@@ -8,7 +8,8 @@ import fxq
 from fxq.comparison.measure import UNSEEN, Bench, Budget
 from fxq.comparison.methods import entries
 from fxq.comparison.subject import Subject
-from fxq.lab import latents_of
+from fxq.lab import Lab, latents_of
+from fxq.recipes import PRESETS
 from fxq.runtime.progress import Progress
 from tests.toys import wan_rollout
 
@@ -86,3 +87,16 @@ def test_videos_have_the_asked_length_and_what_came_first_stays():
     assert (longer.reference.chunks, longer.reference.trained) == (5, 3)
     ((variant, _),) = measured(longer, "minmax")
     assert variant.chunk_mse.shape == variant.forced_chunks.shape == (3, 5)
+
+
+def test_a_lab_calibrates_again_only_for_other_layers_rows_or_gradients():
+    recipes = {row.method: row.recipe for row in entries(["minmax", "adaround", "least_error"], ["w4a8"])}
+    lab = Lab(rollouts(2, 1, False)[0], recipes["minmax"], Progress(False))
+    first = lab.collected(recipes["minmax"])
+    assert lab.collected(recipes["adaround"]) is first
+    assert lab.collected(dataclasses.replace(recipes["minmax"], seed=7)) is first
+    weighed = lab.collected(recipes["least_error"])
+    assert weighed is not first
+    assert all(s.gradients is not None for s in weighed.statistics.values())
+    for change in ({"max_rows": 9}, {"share_inputs": False}, {"rules": PRESETS["w4a8"].rules[-1:]}):
+        assert lab.collected(dataclasses.replace(recipes["minmax"], **change)) is not first

@@ -35,6 +35,9 @@ def test_a_plan_of_before_per_token_is_read_and_written_as_it_was():
     assert "per_token" not in data["scheme"] and LayerPlan.from_json(data) == PLAN
     measured = dataclasses.replace(PLAN, scheme=Scheme(per_token=True))
     assert measured.to_json()["scheme"]["per_token"] is True and LayerPlan.from_json(measured.to_json()) == measured
+    assert "asymmetric" not in measured.to_json()["scheme"]
+    ranges = dataclasses.replace(PLAN, scheme=Scheme(per_token=True, asymmetric=True))
+    assert ranges.to_json()["scheme"]["asymmetric"] is True and LayerPlan.from_json(ranges.to_json()) == ranges
 
 
 @pytest.mark.parametrize(

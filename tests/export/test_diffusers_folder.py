@@ -76,13 +76,17 @@ def configuration(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("per_token", [False, True], ids=["static", "per token"])
+@pytest.mark.parametrize(
+    "scheme",
+    [{}, {"per_token": True}, {"per_token": True, "asymmetric": True}],
+    ids=["static", "per token", "asymmetric"],
+)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_from_pretrained_computes_what_the_quantized_graph_does(bits, dtype, per_token, tmp_path):
+def test_from_pretrained_computes_what_the_quantized_graph_does(bits, dtype, scheme, tmp_path):
     make_model().save_pretrained(tmp_path / "original")
     model = load_folder(tmp_path / "original", dtype)
-    quantized = quantize(model, bits, dtype, per_token=per_token)
+    quantized = quantize(model, bits, dtype, **scheme)
     assert quantized(**call(9, dtype))[0].dtype == dtype
     reloaded = read_back(save_diffusers(quantized, model, tmp_path / "folder"))
     assert type(reloaded) is type(model)

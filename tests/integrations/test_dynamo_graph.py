@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
-from fxq import kernels
 from fxq.core.ir import compiled_value
+from fxq.core.layer import ASYMMETRIC, PER_TOKEN, STATIC
 from fxq.integrations.binding import BackendError, bind
 from fxq.integrations.dynamo_graph import (
     Site,
@@ -182,11 +182,15 @@ def test_layers_that_quantize_in_another_way_or_not_at_all_share_nothing(layers)
     assert shared_inputs(graph_of(), SITES, list(layers)) == [0, 1]
 
 
-@pytest.mark.parametrize("per_token", [False, True])
-def test_operators_take_the_place_of_linears_and_compute_the_same(per_token):
+@pytest.mark.parametrize(
+    ("operators", "options"),
+    [(STATIC, {}), (PER_TOKEN, {"per_token": True}), (ASYMMETRIC, {"per_token": True, "asymmetric": True})],
+    ids=["static", "per_token", "asymmetric"],
+)
+def test_operators_take_the_place_of_linears_and_compute_the_same(operators, options):
     model = siblings().eval()
     x = rows(6, 96)
-    bundle = fxq.quantize(model, [x], recipe(per_token=per_token), progress=False)
+    bundle = fxq.quantize(model, [x], recipe(**options), progress=False)
     binding = bind(model, bundle)
     gm, inputs = captured(model, x)
     sites = find_sites(gm, inputs)
@@ -196,13 +200,8 @@ def test_operators_take_the_place_of_linears_and_compute_the_same(per_token):
     tensors = operands(layers)
     replace(gm, sites, layers, shared, tensors)
     names = [str(node.target) for node in gm.graph.nodes if "fxq" in str(node.target)]
-    quantize, product = (
-        (kernels.quantize_per_token, kernels.dual_scale_linear_per_token)
-        if per_token
-        else (kernels.quantize_act, kernels.dual_scale_linear)
-    )
-    assert names.count(str(product.definition)) == len(sites) - 1
-    assert names.count(str(quantize.definition)) == len(set(shared[:-1])) < len(sites) - 1
+    assert names.count(str(operators.product.definition)) == len(sites) - 1
+    assert names.count(str(operators.quantize.definition)) == len(set(shared[:-1])) < len(sites) - 1
     inside = gm.graph.find_nodes(op="placeholder")[len(inputs) :]
     assert [compiled_value(node) is tensor for node, tensor in zip(inside, tensors, strict=True)] == [True] * len(
         inside

@@ -570,10 +570,12 @@ def test_an_installed_entry_point_makes_the_backend_known_by_name(tmp_path):
     assert "backend fxq runs calibrated models only" in done.stderr
 
 
+@pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_layers_with_scales_per_token_are_compiled(bits, compiled):
+def test_layers_with_scales_per_token_are_compiled(bits, asymmetric, compiled):
     model = toy(blocks=2)
-    module = fxq.quantize(model, None, recipe(bits, per_token=True), example_inputs=DATA[0], progress=False)
+    chosen = recipe(bits, per_token=True, asymmetric=asymmetric)
+    module = fxq.quantize(model, None, chosen, example_inputs=DATA[0], progress=False)
     compile_blocks(model, fxq.bind(model, module))
     assert torch.equal(model(DATA[1]), module(DATA[1]))
     called = [name for gm, *_ in compiled for name in targets(gm)]
@@ -591,7 +593,9 @@ def test_linears_on_one_input_share_what_is_measured_of_it(compiled):
 
 
 @pytest.mark.slow
-def test_inductor_compiles_layers_with_scales_per_token():
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_inductor_compiles_layers_with_scales_per_token(asymmetric):
     model = toy(blocks=2)
-    module = fxq.quantize(model, None, recipe(4, per_token=True), example_inputs=DATA[0], progress=False)
+    chosen = recipe(4, per_token=True, asymmetric=asymmetric)
+    module = fxq.quantize(model, None, chosen, example_inputs=DATA[0], progress=False)
     assert relative_error(module, compile_whole(model, module), DATA[1]) < 1e-5

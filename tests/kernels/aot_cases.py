@@ -11,7 +11,7 @@ from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
 from fxq.kernels.gemm.triton import STORE
 from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel
 from fxq.kernels.gemm.triton_kernel import linear_kernel
-from fxq.kernels.gemm.triton_per_token import linear_per_token_kernel
+from fxq.kernels.gemm.triton_per_token import SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
 from fxq.kernels.norm.triton import norm_quantize_kernel
 from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
 from fxq.kernels.quantize.triton_per_token import block_of, quantize_per_token_kernel
@@ -84,24 +84,36 @@ def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool
     return Case(linear_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
-def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True) -> Case:
+def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymmetric: bool = False) -> Case:
     """A case of the GEMM with scales per token, compiled where a launch may choose these tiles."""
     own = ("q_ptr", "w_ptr", "weight_scale_ptr", "input_scale_ptr", "offset_ptr", "y_ptr")
     types = {name: kind for name, kind in (LINEAR_TYPES | STORED[weight]).items() if name in own}
-    constants = tiles.constants() | {"DUAL": dual, "PACKED": weight == "w4"}
+    constants = tiles.constants() | {"DUAL": dual, "PACKED": weight == "w4", "ASYMMETRIC": asymmetric}
+    if asymmetric:
+        types["sums_ptr"] = "*i32"
+    else:
+        constants["sums_ptr"] = None
     for name in ("num_warps", "num_stages"):
         del constants[name]
-    plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else "per_token"
+    single = "asymmetric" if asymmetric else "per_token"
+    plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else single
     targets = (t for t in ALL if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
     return Case(linear_per_token_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
-def quantize_per_token(width: int, gather: bool) -> Case:
-    """A case of quantize_per_token."""
+def weight_sums(packed: bool) -> Case:
+    """A case of the sums that the GEMM needs where rows have zero points."""
+    constants = {"PACKED": packed, "BLOCK_N": SUMS_BLOCK[0], "BLOCK_K": SUMS_BLOCK[1]}
+    return Case(weight_sums_kernel, {"w_ptr": "*u8" if packed else "*i8", "sums_ptr": "*i32"}, constants, 4, 3)
+
+
+def quantize_per_token(width: int, gather: bool, asymmetric: bool = False) -> Case:
+    """A case of quantize_per_token, or of quantize_per_token_asymmetric."""
     block = block_of(width)
     types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "q_ptr": "*i8", "scale_ptr": "*fp32", "least": "fp32"}
     constants: dict[str, object] = {"GATHER": gather, "DUAL": True, "WHOLE": width <= block, "BLOCK": block}
-    constants |= {"LOW": -127, "HIGH": 127} | ({} if gather else {"perm_ptr": None})
+    constants |= {"LOW": -128 if asymmetric else -127, "HIGH": 127, "ASYMMETRIC": asymmetric}
+    constants |= {} if gather else {"perm_ptr": None}
     return Case(quantize_per_token_kernel, types, constants, warps_of(block), 3)
 
 
@@ -164,6 +176,9 @@ def linears() -> dict[str, Case]:
         cases[f"linear-w4-store-{size}"] = linear(swapped, "w4")
         cases[f"linear-per-token-w8-single-{size}"] = linear_per_token(tiles, dual=False)
         cases[f"linear-per-token-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False)
+        if i in (1, 2, len(TABLE) - 1):
+            cases[f"linear-asymmetric-w8-single-{size}"] = linear_per_token(tiles, dual=False, asymmetric=True)
+            cases[f"linear-asymmetric-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False, asymmetric=True)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
         if i < 2:
@@ -180,6 +195,10 @@ def linears() -> dict[str, Case]:
     for tiles in TWO_SUMS:
         cases[f"linear-per-token-w8-dual-{label(tiles)}"] = linear_per_token(tiles)
         cases[f"linear-per-token-w4-dual-{label(tiles)}"] = linear_per_token(replace(tiles, swapped=True), "w4")
+    for tiles in TWO_SUMS[:2]:
+        swapped = replace(tiles, swapped=True)
+        cases[f"linear-asymmetric-w8-dual-{label(tiles)}"] = linear_per_token(tiles, asymmetric=True)
+        cases[f"linear-asymmetric-w4-dual-{label(tiles)}"] = linear_per_token(swapped, "w4", asymmetric=True)
     return cases
 
 
@@ -197,5 +216,10 @@ CASES = linears() | {
     "quantize-per-token-gather-1536": quantize_per_token(1536, gather=True),
     "quantize-per-token-gather-8960": quantize_per_token(8960, gather=True),
     "quantize-per-token-gather-20480": quantize_per_token(20480, gather=True),
+    "quantize-asymmetric-1536": quantize_per_token(1536, gather=False, asymmetric=True),
+    "quantize-asymmetric-gather-8960": quantize_per_token(8960, gather=True, asymmetric=True),
+    "quantize-asymmetric-gather-20480": quantize_per_token(20480, gather=True, asymmetric=True),
+    "weight-sums-w8": weight_sums(packed=False),
+    "weight-sums-w4": weight_sums(packed=True),
 }
 """Name -> case of everything that ships; the largest tile first, so that a pool of processes ends evenly."""

@@ -285,22 +285,35 @@ def linear_fp8(m: int, n: int, k: int, split: int) -> None:
     close(y, want, 2**-18 * float(want.abs().max()))
 
 
-def quantize_per_token(x: Tensor, split: int, bits: int, gather: bool, max_block: int = 4096) -> None:
-    """Bit-equal integers and scales; a narrow block reads a row in several steps."""
+def quantize_per_token(
+    x: Tensor, split: int, bits: int, gather: bool, max_block: int = 4096, asymmetric: bool = False
+) -> None:
+    """Bit-equal integers, scales and zero points; a narrow block reads a row in several steps."""
     width = x.shape[-1]
     perm = torch.randperm(width, generator=generator()).to(torch.int32) if gather else None
-    q, scale = per_token_rows.quantize(QuantizePerToken(x, perm, split, bits), max_block=max_block)
-    expected, scales = numerics.quantize_per_token(x if perm is None else x[..., perm], split, bits)
+    arguments = QuantizePerToken(x, perm, split, bits)
+    q, scale = per_token_rows.quantize(arguments, asymmetric=asymmetric, max_block=max_block)
+    expected, scales = numerics.quantize_per_token(x if perm is None else x[..., perm], split, bits, asymmetric)
     assert q.shape == x.shape and torch.equal(q, expected), f"{int((q != expected).sum())} integers differ"
     assert scale.shape == scales.shape and torch.equal(scale, scales)
 
 
-def linear_per_token(m: int, n: int, k: int, split: int, bits: int, exact: bool = False, tiles: Tiles = TILES) -> None:
+def linear_per_token(
+    m: int,
+    n: int,
+    k: int,
+    split: int,
+    bits: int,
+    exact: bool = False,
+    tiles: Tiles = TILES,
+    asymmetric: bool = False,
+) -> None:
     """Scales per row and group: exact for integer scales, else within the rounding of float32."""
-    sample = per_token.sample_arguments((m, k), n, split, bits, F32, generator())
+    sample = per_token.sample_arguments((m, k), n, split, bits, F32, generator(), asymmetric=asymmetric)
     q, scale, w, weight_scale, offset, *_ = sample
     if exact:
-        scale = torch.randint(1, 4, scale.shape, generator=generator()).float()
+        groups = len(weight_scale)
+        scale[..., :groups] = torch.randint(1, 4, scale[..., :groups].shape, generator=generator()).float()
         weight_scale = torch.randint(1, 4, weight_scale.shape, generator=generator()).float()
         offset = torch.randint(-1000, 1000, (n,), generator=generator()).float()
     operands = sample._replace(input_scale=scale, weight_scale=weight_scale, offset=offset).operands
@@ -312,6 +325,8 @@ def linear_per_token(m: int, n: int, k: int, split: int, bits: int, exact: bool 
 
 
 swapped = replace(TILES, swapped=True)
+ranges = partial(quantize_per_token, asymmetric=True)
+zeros = partial(linear_per_token, asymmetric=True)
 packed = partial(linear, tiles=replace(TILES, swapped=True))
 CASES: dict[str, Callable[[], None]] = NOT_FINITE | {
     "linear-w8-single-exact": lambda: linear(37, 45, 200, 200, 8, exact=True),
@@ -385,6 +400,26 @@ CASES: dict[str, Callable[[], None]] = NOT_FINITE | {
     "per-token-linear-w4-dual-not-swapped": lambda: linear_per_token(17, 20, 192, 32, 4),
     "per-token-linear-w8-wide": lambda: linear_per_token(9, 275, 96, 96, 8, tiles=WIDE),
     "per-token-linear-no-rows": lambda: linear_per_token(0, 5, 64, 32, 8),
+    "asymmetric-quantize-f32": lambda: ranges(noise(7, 131), 131, 8, gather=False),
+    "asymmetric-quantize-positive-dual-gather": lambda: ranges(noise(2, 3, 130).abs(), 97, 8, gather=True),
+    "asymmetric-quantize-bf16-in-steps": lambda: ranges(noise(5, 100).bfloat16() + 2, 64, 8, True, max_block=64),
+    "asymmetric-quantize-f16-4-bits": lambda: ranges(noise(4, 70).half() - 9, 6, 4, gather=True),
+    "asymmetric-quantize-2-bits": lambda: ranges(noise(4, 70), 6, 2, gather=False),
+    "asymmetric-quantize-zero-rows": lambda: ranges(noise(6, 40) * torch.eye(6)[:, :1], 9, 8, True),
+    "asymmetric-quantize-tiny-and-huge": lambda: ranges(
+        torch.tensor([[1e-38, -1e-38], [2e-30, 1e-30], [3e38, -3e38], [-0.0, 0.0], [-3e38, 1.0]]), 2, 8, gather=False
+    ),
+    "asymmetric-quantize-no-rows": lambda: ranges(torch.empty(0, 64), 32, 8, gather=False),
+    "asymmetric-linear-w8-single": lambda: zeros(37, 45, 600, 600, 8),
+    "asymmetric-linear-w8-dual": lambda: zeros(65, 33, 224, 192, 8),
+    "asymmetric-linear-w8-dual-odd-split-exact": lambda: zeros(33, 31, 131, 101, 8, exact=True),
+    "asymmetric-linear-w5-dual-narrow-exact": lambda: zeros(1, 5, 40, 7, 5, exact=True),
+    "asymmetric-linear-w8-swapped-dual-exact": lambda: zeros(33, 39, 131, 101, 8, exact=True, tiles=swapped),
+    "asymmetric-linear-w4-single-exact": lambda: zeros(37, 45, 224, 224, 4, exact=True, tiles=swapped),
+    "asymmetric-linear-w4-dual": lambda: zeros(33, 65, 224, 192, 4, tiles=swapped),
+    "asymmetric-linear-w4-dual-not-swapped": lambda: zeros(17, 20, 192, 32, 4),
+    "asymmetric-linear-w8-wide": lambda: zeros(9, 275, 96, 96, 8, tiles=WIDE),
+    "asymmetric-linear-no-rows": lambda: zeros(0, 5, 64, 32, 8),
     "fp8-quantize-dual-gather": lambda: quantize_fp8((7, 130), [2**-6, 0.25], 97, F32, gather=True),
     "fp8-quantize-single-bf16": lambda: quantize_fp8((2, 3, 40), [0.5], 40, BF16, gather=False),
     "fp8-linear-dual": lambda: linear_fp8(33, 39, 131, 101),

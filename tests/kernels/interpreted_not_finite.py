@@ -123,12 +123,13 @@ def rope() -> None:
         assert shown.tolist() == [True, True, False, False, True, False, False, True, False]
 
 
-def per_token(width: int, split: int, gather: bool, max_block: int = 4096) -> None:
-    """Bit-equal integers, and scales but for NaN."""
+def per_token(width: int, split: int, gather: bool, max_block: int = 4096, asymmetric: bool = False) -> None:
+    """Bit-equal integers, zero points, and scales but for NaN."""
     x = rows(9, width)
     perm = torch.randperm(width, generator=generator()).int() if gather else None
-    q, scale = per_token_rows.quantize(QuantizePerToken(x, perm, split, 8), max_block=max_block)
-    want, scales = numerics.quantize_per_token(x if perm is None else x[:, perm], split, 8)
+    arguments = QuantizePerToken(x, perm, split, 8)
+    q, scale = per_token_rows.quantize(arguments, asymmetric=asymmetric, max_block=max_block)
+    want, scales = numerics.quantize_per_token(x if perm is None else x[:, perm], split, 8, asymmetric)
     assert torch.equal(scale.isnan().any(1), broken(9))
     assert torch.equal(scale.nan_to_num(7.0), scales.nan_to_num(7.0)) and torch.equal(q, want)
     operands = sample_operands((9, width), 40, split, 8, generator())._replace(q=q, input_scale=scale)
@@ -198,6 +199,9 @@ CASES: dict[str, Callable[[], None]] = {
     "not-finite-per-token-single": lambda: per_token(96, 96, gather=False),
     "not-finite-per-token-dual-gather": lambda: per_token(131, 97, gather=True),
     "not-finite-per-token-in-steps": lambda: per_token(100, 64, gather=True, max_block=64),
+    "not-finite-asymmetric-single": lambda: per_token(96, 96, gather=False, asymmetric=True),
+    "not-finite-asymmetric-dual-gather": lambda: per_token(131, 97, gather=True, asymmetric=True),
+    "not-finite-asymmetric-in-steps": lambda: per_token(100, 64, gather=True, max_block=64, asymmetric=True),
     "not-finite-linear-w8": lambda: linear(8, "store"),
     "not-finite-linear-w8-odd": lambda: linear(8, "store", width=71),
     "not-finite-linear-w4": lambda: linear(4, "store"),

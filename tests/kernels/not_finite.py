@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import OPS, Op, attention, native, quantize_per_token
+from fxq.kernels import OPS, Op, attention, native, quantize_per_token, quantize_per_token_asymmetric
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-READ_BY_ROWS = ("quantize_act", "norm_quantize", "quantize_per_token", "quantize_fp8", "rms_norm_rope", "attention")
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric)
+READ_BY_ROWS = ("quantize_act", "norm_quantize", "quantize_fp8", "rms_norm_rope", "attention")
 MULTIPLY = ("dual_scale_linear", "dual_scale_linear_quantize", "dual_scale_linear_add")
 
 Implementation = Callable[..., Any]
@@ -41,7 +42,7 @@ def by_rows(x: Tensor) -> Tensor:
 
 def shows(op: Op, result: Any, rows: int) -> Tensor:
     """bool [rows]: whether a result shows that the row is not finite."""
-    if op is quantize_per_token:
+    if op in MEASURING:
         return ~by_rows(result[1]).isfinite().all(1)
     result = result.float() if result.dtype == torch.float8_e4m3fn else result
     flat = result.reshape(rows, -1)
@@ -74,6 +75,6 @@ def broken_inputs(op: Op) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...
 def every_case() -> Iterator[tuple[str, Op, tuple[Any, ...], tuple[Any, ...], Tensor]]:
     """(name, operator, sound arguments, broken ones, rows) of the operators that show it by their first argument."""
     for op in OPS:
-        if op.name in (*READ_BY_ROWS, *MULTIPLY, "dual_scale_linear_fp8"):
+        if op in MEASURING or op.name in (*READ_BY_ROWS, *MULTIPLY, "dual_scale_linear_fp8"):
             for name, sound, broken, rows in broken_inputs(op):
                 yield name, op, sound, broken, rows

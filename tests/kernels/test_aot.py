@@ -34,6 +34,9 @@ FAST = (
     "gluon-256x128x128 sm_90",
     "linear-w4-gelu-128x256x64 sm_90",
     "quantize-fp8-gather sm_90",
+    "norm-1536 sm_90",
+    "quantize-asymmetric-1536 sm_90",
+    "weight-sums-w8 sm_90",
 )
 
 

@@ -15,6 +15,7 @@ from fxq.kernels import (
     norm_quantize,
     quantize_act,
     quantize_per_token,
+    quantize_per_token_asymmetric,
 )
 from fxq.kernels.gemm.op import sample_operands
 
@@ -160,4 +161,7 @@ def test_scales_per_token_are_on_the_tape():
     q, scale = quantize_per_token(x, None, 48, 8)
     assert scale.requires_grad and not q.requires_grad
     with pytest.raises(RuntimeError, match="fxq::quantize_per_token has no gradient"):
+        scale.sum().backward()
+    q, scale = quantize_per_token_asymmetric(x, None, 48, 8)
+    with pytest.raises(RuntimeError, match="fxq::quantize_per_token_asymmetric has no gradient"):
         scale.sum().backward()

@@ -20,6 +20,7 @@ from fxq.kernels import (
     norm_quantize,
     quantize_act,
     quantize_per_token,
+    quantize_per_token_asymmetric,
     rms_norm_rope,
 )
 from fxq.kernels.arguments import Attention
@@ -31,6 +32,7 @@ from fxq.kernels.native import attention_lse, build
 from tests.features import needs
 
 needs_native = needs("native")
+RANGES = quantize_per_token_asymmetric
 
 
 @pytest.fixture(params=[1, 2, 5], ids=lambda n: f"{n}-threads")
@@ -79,9 +81,10 @@ def test_linear_equals_the_reference(shape, outputs, split, dtype, threads):
 @pytest.mark.parametrize(("shape", "outputs", "split"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_linear_per_token_equals_the_reference(shape, outputs, split, dtype, threads):
-    arguments = per_token.sample_arguments(shape, outputs, split, 8, dtype, random(1), panels=True)
-    got, want = dual_scale_linear_per_token(*arguments), dual_scale_linear_per_token.reference(*arguments)
-    assert torch.equal(got, want) and got.dtype == dtype
+    for asymmetric in (False, True):
+        arguments = per_token.sample_arguments(shape, outputs, split, 8, dtype, random(1), True, asymmetric)
+        got, want = dual_scale_linear_per_token(*arguments), dual_scale_linear_per_token.reference(*arguments)
+        assert torch.equal(got, want) and got.dtype == dtype
 
 
 @needs_native
@@ -174,6 +177,35 @@ def test_rows_get_the_scales_and_integers_of_the_reference(order, width, split, 
     for bits in (8, 5):
         got, want = (f(x, perm, split, bits) for f in (quantize_per_token, quantize_per_token.reference))
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("order", PERMUTATIONS)
+@pytest.mark.parametrize(("width", "split"), [(1, 1), (63, 40), (64, 32), (130, 129), (200, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_get_the_zero_points_of_the_reference(order, width, split, dtype, threads):
+    torch.manual_seed(width)
+    perm = PERMUTATIONS[order](width, split)
+    perm = None if perm is None else perm.int()
+    sides = (torch.arange(900) % 5 - 2)[:, None]
+    wide = ((torch.randn(900, 3 * width) + 3 * sides) * torch.logspace(-6, 4, 900)[:, None]).to(dtype)
+    wide[5], wide[6, width : 2 * width], wide[7] = 0, -1e-30, -0.0
+    wide[8, width : 2 * width], wide[8, width] = 3e38, -3e38
+    x = wide[:, width : 2 * width]
+    for bits in (8, 5, 2):
+        got, want = (f(x, perm, split, bits) for f in (RANGES, RANGES.reference))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_native
+def test_zero_points_of_extreme_integers_do_not_overflow():
+    width = 2**16
+    q, w = torch.full((2, width), -128, dtype=torch.int8), torch.full((1, width), -128, dtype=torch.int8)
+    q[1] = 127
+    scale = torch.tensor([[1.0, 127], [1, -128]])
+    rest = (torch.ones(1, 1), torch.zeros(1), width, 8, torch.float32)
+    for weight in (w, pack_panels(w, width)):
+        assert dual_scale_linear_per_token(q, scale, weight, *rest).tolist() == [[2139095040.0], [-2139095040.0]]
 
 
 @needs_native

@@ -10,7 +10,6 @@ from torch.utils import _pytree as pytree
 
 from fxq import numerics
 from fxq.kernels import (
-    OPS,
     attention,
     dual_scale_linear,
     dual_scale_linear_add,
@@ -23,7 +22,7 @@ from fxq.kernels import (
     rms_norm_rope,
 )
 from fxq.kernels.gemm.op import sample_operands
-from tests.kernels.not_finite import BAD, every_case, implementations, shows
+from tests.kernels.not_finite import BAD, MEASURING, every_case, implementations, shows
 
 CASES = [
     pytest.param(op, run, sound, broken, rows, id=f"{name}-{kind}")
@@ -51,7 +50,7 @@ def test_a_row_that_is_not_finite_shows_it_and_the_others_do_not_change(op, run,
         assert torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.name in ("quantize_act", "quantize_per_token")])
+@pytest.mark.parametrize("op", [quantize_act, *MEASURING])
 def test_all_implementations_agree_on_every_integer_of_broken_rows(op):
     for _, case, _, broken, _ in every_case():
         if case is op:

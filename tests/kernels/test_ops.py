@@ -24,6 +24,7 @@ from fxq.kernels import (
     quantize_act,
     quantize_fp8,
     quantize_per_token,
+    quantize_per_token_asymmetric,
     used,
 )
 from fxq.kernels.gemm import op as gemm
@@ -32,7 +33,8 @@ from fxq.kernels.gemm.panels import pack_panels
 from tests.features import demand, needs
 
 HERE = [op for op in OPS if op not in (quantize_fp8, dual_scale_linear_fp8)]  # those have test_fp8.py
-EXACT = (quantize_act, dual_scale_linear, quantize_per_token, dual_scale_linear_per_token)  # bit-equal on a CPU
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric)
+EXACT = (quantize_act, dual_scale_linear, *MEASURING, dual_scale_linear_per_token)  # bit-equal on a CPU
 EVERY_SAMPLE = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in HERE for i, sample in enumerate(op.samples())]
 
 
@@ -45,9 +47,10 @@ def expected(op: Op, arguments: tuple) -> torch.Tensor | tuple[torch.Tensor, ...
         q, weight, weight_scale, input_scale, offset, split, bits, dtype = arguments
         w = numerics.unpack_int4(weight) if bits <= 4 else weight
         return numerics.dual_scale_matmul(q, w, weight_scale, input_scale, offset, split).to(dtype)
-    if op is quantize_per_token:
+    if op in MEASURING:
         x, perm, *rest = arguments
-        return numerics.quantize_per_token(x if perm is None else x[..., perm], *rest)
+        asymmetric = op is quantize_per_token_asymmetric
+        return numerics.quantize_per_token(x if perm is None else x[..., perm], *rest, asymmetric)
     if op is dual_scale_linear_per_token:
         q, input_scale, weight, weight_scale, offset, split, bits, dtype = arguments
         w = numerics.unpack_int4(weight) if bits <= 4 else weight
@@ -178,21 +181,25 @@ def test_the_per_token_operators_equal_numerics_for_any_shape(data):
     lead = data.draw(st.sampled_from([(), (0,), (1,), (5,), (2, 3), (33,)]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     perm = torch.randperm(k).to(torch.int32) if data.draw(st.booleans()) else None
-    quantization = ((torch.randn(*lead, k) * 3).to(dtype), perm, split, data.draw(st.integers(2, 8)))
-    q, scale = quantize_per_token(*quantization)
-    for got, want in zip((q, scale), expected(quantize_per_token, quantization), strict=True):
+    op, shift = data.draw(st.sampled_from(MEASURING)), data.draw(st.integers(-9, 9))
+    quantization = ((torch.randn(*lead, k) * 3 + shift).to(dtype), perm, split, data.draw(st.integers(2, 8)))
+    q, scale = op(*quantization)
+    for got, want in zip((q, scale), expected(op, quantization), strict=True):
         assert torch.equal(got, want) and got.is_contiguous()
     _, weight, weight_scale, _, offset, *rest = linear_arguments(1, data.draw(st.integers(1, 40)), k, split, bits)
     product = (q, scale, weight, weight_scale, offset, *rest)
     assert torch.equal(dual_scale_linear_per_token(*product), expected(dual_scale_linear_per_token, product))
 
 
-def test_the_per_token_operators_in_several_chunks_of_strided_rows(monkeypatch):
+@pytest.mark.parametrize("op", MEASURING)
+@pytest.mark.parametrize("ready", [pytest.param(True, marks=needs("native")), False])
+def test_the_per_token_operators_in_several_chunks_of_strided_rows(monkeypatch, op, ready):
+    monkeypatch.setattr(native, "ready", lambda: ready)
     monkeypatch.setattr(per_token, "CHUNK", 100)
     monkeypatch.setattr(gemm, "CHUNK", 70)
     quantization = (torch.randn(40, 13).T, torch.randperm(40).to(torch.int32), 30, 8)
-    q, scale = quantize_per_token(*quantization)
-    want = expected(quantize_per_token, quantization)
+    q, scale = op(*quantization)
+    want = expected(op, quantization)
     assert torch.equal(q, want[0]) and torch.equal(scale, want[1])
     _, weight, weight_scale, _, offset, *rest = linear_arguments(1, 19, 40, 30, 8)
     wide = torch.zeros(13, 50, dtype=torch.int8)
@@ -338,6 +345,8 @@ def test_wrong_arguments_of_quantize_per_token_are_named(position, value, messag
     arguments[position] = value
     with pytest.raises(ValueError, match=f"fxq::quantize_per_token: .*{message}"):
         quantize_per_token(*arguments)
+    with pytest.raises(ValueError, match=f"fxq::quantize_per_token_asymmetric: .*{message}"):
+        quantize_per_token_asymmetric(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +355,7 @@ def test_wrong_arguments_of_quantize_per_token_are_named(position, value, messag
         (0, torch.zeros(2, 96), r"q is torch.float32 \(2, 96\): expected int8"),
         (1, torch.ones(2), r"input_scale is torch.float32 \(2,\): expected float32 \(2, 2\)"),
         (1, torch.ones(2, 2).double(), "input_scale is torch.float64"),
+        (1, torch.ones(2, 3), r"input_scale is torch.float32 \(2, 3\): expected float32 \(2, 2\)"),
         (
             2,
             pack_panels(torch.zeros(8, 96, dtype=torch.int8), 60)[:, 1:],
@@ -412,3 +422,13 @@ print(k.used("dual_scale_linear", "cuda"))
 
 def test_the_folder_is_imported_as_part_of_fxq():
     assert "ImportError: import fxq.kernels" in run("import kernels")
+
+
+def test_zero_points_allow_half_the_channels():
+    q = torch.zeros(1, 2**16 + 1, dtype=torch.int8)
+    rest = (q, torch.ones(1, 1), torch.zeros(1), 2**16 + 1, 8, torch.float32)
+    dual_scale_linear_per_token(q, torch.ones(1, 1), *rest)
+    with pytest.raises(
+        ValueError, match="q has 65537 channels: with zero points their sum can overflow int32; at most 65"
+    ):
+        dual_scale_linear_per_token(q, torch.ones(1, 2), *rest)

@@ -51,6 +51,7 @@ VARIANTS = {
     "FFN in floats": ({"bits": 8, "kept": ("*.ffn.*",)}, 1e-5, [OPTIMIZED]),
     # A rank measures the scales of its own channels.
     "per token": ({"bits": 8, "per_token": True}, 0.01, [LOADED]),
+    "asymmetric": ({"bits": 4, "per_token": True, "asymmetric": True}, 0.01, [LOADED]),
 }
 
 

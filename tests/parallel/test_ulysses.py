@@ -19,7 +19,11 @@ def assert_same(results, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}, {"bits": 8, "per_token": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 8}, {"bits": 4}, {"bits": 8, "per_token": True}, {"bits": 4, "per_token": True, "asymmetric": True}],
+    ids=str,
+)
 def test_a_quantized_video_is_that_of_one_process(options, two_ranks, tmp_path):
     rollout = wan(frames=6)
     module = fxq.quantize(rollout.denoiser, rollout, recipe(**options), progress=False)
