@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/mixed.py --out benchmarks/results/mixed.json
 
 Several calibration seeds (other prompts and noise) are pooled; every comparison is paired by video. Errors are of
-unseen prompts: teacher-forced predictions, and latents of free-running videos. A finished seed is one file in
-``--work``; a killed run resumes with the next seed.
+unseen prompts: teacher-forced predictions, and latents of free-running videos; and teacher-forced predictions of the
+calibration videos. A finished seed is one file in ``--work``; a killed run resumes with the next seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from fxq.core.facts import Facts
 from fxq.environment import environment
 from fxq.lab import Candidate, Lab, evaluate, latents_of, tiny_rollout
-from fxq.metrics.latents import paired_ratio
+from fxq.metrics.latents import paired_ratio, teacher_forced
 from fxq.models.tiny import load_tiny
 from fxq.passes.choose_widths import FACT
 from fxq.recipes import PRESETS, with_budget
@@ -31,6 +31,7 @@ from fxq.runtime.progress import Progress
 from fxq.runtime.writable import whole_file
 
 BASE = "uniform W4A8"
+METRICS = ("teacher_forced", "latent_mse", "on_calibration_videos")
 
 
 def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, Any]]:
@@ -50,12 +51,15 @@ def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, 
             module, seconds = lab.quantized(dataclasses.replace(recipe, name=name), base)
             candidates.append(Candidate(method=name, bits="mixed", module=module, seconds=seconds))
         variants, _ = evaluate(rollout, conditions, reference, candidates, bar)
+        with bar.step("teacher-forced errors on the calibration videos"):
+            seen = teacher_forced(lab.calibration, {c.method: c.module for c in candidates})
     result = {}
     for variant, candidate in zip(variants, candidates, strict=True):
         found: Any = Facts.of(candidate.module).others.get(FACT, {})
         result[variant.method] = {
             "teacher_forced": variant.teacher_forced.tolist(),
             "latent_mse": variant.latent_mse.tolist(),
+            "on_calibration_videos": seen[variant.method].tolist(),
             "size_ratio_of_quantized": variant.size_ratio,
             "bytes": variant.bytes + variant.kept_bytes,
             "seconds": candidate.seconds,
@@ -69,7 +73,7 @@ def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, 
 def row(name: str, seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """One variant, its errors pooled over seeds and compared with the base."""
     result: dict[str, Any] = {"variant": name, "against": BASE}
-    for metric in ("teacher_forced", "latent_mse"):
+    for metric in METRICS:
         a, b = (np.concatenate([seed[n][metric] for seed in seeds]) for n in (name, BASE))
         ratio, low, high = paired_ratio(a, b)
         result[metric] = {"mean": float(a.mean()), "ratio": ratio, "low": low, "high": high}
@@ -111,7 +115,7 @@ def main() -> None:
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for entry in rows:
         cells = [f"{entry['variant']:<30} {entry['bytes'][0]:>8}"]
-        for metric in ("teacher_forced", "latent_mse"):
+        for metric in METRICS:
             cell = entry[metric]
             cells.append(f"{cell['mean']:.3e} x{cell['ratio']:.3f} ({cell['low']:.3f}..{cell['high']:.3f})")
         print("  ".join(cells))
