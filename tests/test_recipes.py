@@ -355,4 +355,4 @@ def test_the_recipe_on_the_page_loads(tmp_path):
     assert load_recipe(tmp_path / "cache.toml").cache.codec("keys", 0) == Klt(1.0)
     (tmp_path / "r.toml").write_text(text)
     recipe = load_recipe(tmp_path / "r.toml")
-    assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 2
+    assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 5
