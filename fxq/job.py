@@ -18,6 +18,7 @@ from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity
 from fxq.core.config import Recipe, Weighting
 from fxq.core.interpret import sparing_call
 from fxq.core.ir import QuantGraph, Stage
+from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.core.pipeline import Pass, run_passes
 from fxq.passes import ApplyMethods, ChooseWidths
 from fxq.passes.line import line
@@ -34,6 +35,13 @@ def needs_data(recipe: Recipe) -> str:
     """The first rule whose input scales are measured on data; empty when there is none."""
     static = [rule.pattern for rule in recipe.rules if rule.scheme is not None and not rule.scheme.per_token]
     return static[0] if static else ""
+
+
+def uses_data(recipe: Recipe) -> bool:
+    """Whether calibration data change what is made: input scales need them, or methods learn from them."""
+    learns = any(isinstance(method, LearningMethod | SolvingMethod) for method in recipe.methods)
+    schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
+    return bool(needs_data(recipe)) or (learns and any(scheme.reconstruct for scheme in schemes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ from fxq.environment import environment
 from fxq.export.graph.graph_json import GraphFormatError
 from fxq.export.graph.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.job import ForwardLoop, Job, needs_data
+from fxq.job import ForwardLoop, Job, needs_data, uses_data
 from fxq.passes.line import check_own
 from fxq.passes.with_cache import check_cache, with_cache
 from fxq.recipes import get_recipe, recipe_to_json
@@ -101,6 +101,8 @@ def quantize(
         if not chosen.methods:
             raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
         _check_sources(chosen, calib_loader, forward_loop)
+        if calib_loader is None and forward_loop is None:
+            _warn_of_no_data(chosen)
         check_own(passes)
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
         folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
@@ -191,6 +193,16 @@ def _check_sources(
         raise CalibrationError(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
             f"(rule {static!r}), which are measured on data. Schemes with per_token, as in 'w8a8-dynamic', need none"
+        )
+
+
+def _warn_of_no_data(recipe: Recipe) -> None:
+    """Say so when methods have nothing to learn from."""
+    if uses_data(recipe):
+        warn(
+            f"recipe {recipe.name!r} has methods that learn from calibration data, and there are none: weights go to "
+            "the nearest integers",
+            stacklevel=3,
         )
 
 

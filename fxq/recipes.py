@@ -76,10 +76,16 @@ def wan_recipe(
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 
-def _without_data(name: str, weight_bits: int, input_bits: int = 8, asymmetric: bool = False) -> Recipe:
-    """Inputs with a scale per token; weights of least squared error: nothing is learned from data."""
-    scheme = Scheme(weight_bits=weight_bits, input_bits=input_bits, per_token=True, asymmetric=asymmetric)
+def _without_data(name: str, weight_bits: int) -> Recipe:
+    """Inputs of 8 bits with a scale per token; weights of least squared error: nothing is learned from data."""
+    scheme = Scheme(weight_bits=weight_bits, per_token=True)
     return wan_recipe(name, scheme, methods=(RangeSearch(),), weighting="uniform")
+
+
+def _token(name: str, weight_bits: int, input_bits: int, weighting: str) -> Recipe:
+    """Inputs with a scale and a zero point per token; weights of least output error where there are data."""
+    scheme = Scheme(weight_bits=weight_bits, input_bits=input_bits, per_token=True, asymmetric=True)
+    return wan_recipe(name, scheme, weighting=weighting)
 
 
 def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
@@ -96,13 +102,13 @@ PRESETS: dict[str, Recipe] = {
     "w4a6": wan_recipe("w4a6", _WIDTHS["w4a6"]),
     "w8a8-dynamic": _without_data("w8a8-dynamic", 8),
     "w4a8-dynamic": _without_data("w4a8-dynamic", 4),
-    "w8a8-token": _without_data("w8a8-token", 8, asymmetric=True),
-    "w4a8-token": _without_data("w4a8-token", 4, asymmetric=True),
-    "w4a6-token": _without_data("w4a6-token", 4, 6, asymmetric=True),
+    "w8a8-token": _token("w8a8-token", 8, 8, "uniform"),
+    "w4a8-token": _token("w4a8-token", 4, 8, "gradient"),
+    "w4a6-token": _token("w4a6-token", 4, 6, "gradient"),
     **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
-"""Recipes by name. Those called ``dynamic`` or ``token`` need no calibration data; the latter measure zero points too.
-``q_arvd`` are the published method."""
+"""Recipes by name. Those called ``dynamic`` or ``token`` need no calibration data; the latter measure zero points too,
+and learn from data where there are some. ``q_arvd`` are the published method."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

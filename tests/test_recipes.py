@@ -75,7 +75,7 @@ def test_a_token_preset_measures_zero_points_too(name, label):
     recipe = get_recipe(name)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
     assert {s.detail for s in schemes} == {f"{label} per token, asymmetric"} and {s.label for s in schemes} == {label}
-    assert recipe.methods == (RangeSearch(),) and recipe.weighting == "uniform"
+    assert recipe.methods == PRESETS["w4a8"].methods
 
 
 def test_asymmetric_without_per_token_is_refused(tmp_path):
@@ -290,7 +290,7 @@ WRAPPERS = (
 def test_a_preset_decides_the_same_in_a_wrapper(name, prefix):
     bare = PRESETS[name].decide(LAYERS)
     assert sum(rule.scheme is None for rule in bare.values()) == 5
-    assert bare["blocks.1.proj_out"].scheme.reconstruct and not bare["text_embedding.0"].scheme.reconstruct
+    assert bare["blocks.1.proj_out"].scheme.dual_scale and not bare["text_embedding.0"].scheme.dual_scale
     wrapped = PRESETS[name].decide(prefix + layer for layer in LAYERS)
     assert {layer: wrapped[prefix + layer] for layer in LAYERS} == bare
 
@@ -397,4 +397,4 @@ def test_the_recipe_on_the_page_loads(tmp_path):
     assert load_recipe(tmp_path / "cache.toml").cache.codec("keys", 0) == Klt(1.0)
     (tmp_path / "r.toml").write_text(text)
     recipe = load_recipe(tmp_path / "r.toml")
-    assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 2
+    assert recipe.rule_for("blocks.0.ffn.2").scheme.weight_bits == 8 and len(recipe.methods) == 5

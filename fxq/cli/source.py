@@ -19,7 +19,7 @@ from fxq.calibration.record import Recording
 from fxq.calibration.rollout import Rollout
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.core.config import Recipe
-from fxq.job import needs_data
+from fxq.job import uses_data
 from fxq.metrics.outputs import output_sqnr
 from fxq.models.diffusers_folder import load_folder
 from fxq.models.families import SHIPPED_MODELS
@@ -124,7 +124,7 @@ def rollout_source(
     """
     if calls is not None:
         raise AdapterError(f"model {name!r} is driven by its own rollout: --calls is for --model diffusers")
-    driven = bool(needs_data(recipe)) or files.prompts is not None
+    driven = uses_data(recipe) or files.prompts is not None
     rollout = make_rollout(name, videos, seed, files, driven=driven)
     args, shapes = rollout.example_call()
     return Source(rollout.denoiser, rollout if driven else None, Batch(args), shapes)
@@ -148,7 +148,7 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
     model = load_folder(folder, None if dtype is None else parse_dtype(dtype)).to(parse_device(device))
     recording = Recording.load(calls).to(parse_device(device))
     first = tuple(itertools.islice(recording, 2))
-    return Source(model, recording if needs_data(recipe) else None, first[0], None, first)
+    return Source(model, recording if uses_data(recipe) else None, first[0], None, first)
 
 
 def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: pathlib.Path, quiet: bool) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+from torch import Tensor
+
 from fxq import numerics
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
@@ -18,7 +21,7 @@ class CoordinateDescent(QuadraticMethod):
     all input channels, or when a sweep changes nothing.
     """
 
-    sweeps: int = 10
+    sweeps: int = 5
 
     def __post_init__(self) -> None:
         if self.sweeps < 1:
@@ -30,26 +33,42 @@ class CoordinateDescent(QuadraticMethod):
 
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers that no change of a single one improves, unless the sweeps end before."""
-        low, high = numerics.integer_range(problem.scheme.weight_bits)
         order = form.gram.diagonal().argsort(descending=True, stable=True)
-        gram = form.gram[order][:, order]
+        gram, target = form.gram[order][:, order], form.target[:, order]
         step, integers = steps(problem, start.scale)[:, order], start.integers[:, order]
-        slope = (integers * step - form.target[:, order]) @ gram  # half the derivative by each weight, [N, K]
-        diagonal = gram.diagonal()
+        slope = (integers * step - target) @ gram  # half the derivative by each weight, [N, K]
+        active = torch.arange(len(integers), device=integers.device)  # outputs that the last sweep changed
         for _ in range(self.sweeps):
-            before = integers.clone()
-            for begin in range(0, len(gram), BLOCK):
-                here = slice(begin, begin + BLOCK)
-                inside, near = slope[:, here].clone(), gram[here, here]
-                for k in range(len(near)):
-                    at = begin + k
-                    wanted = integers[:, at] - inside[:, k] / (diagonal[at] * step[:, at])
-                    change = wanted.round_().clamp_(low, high) - integers[:, at]
-                    integers[:, at] += change
-                    inside.addr_(change * step[:, at], near[k])
-                slope += ((integers[:, here] - before[:, here]) * step[:, here]) @ gram[here]
-            if bool((integers == before).all()):
+            found = integers[active]
+            changes = _sweep(found, slope, step[active], gram, problem.scheme.weight_bits)
+            integers[active] = found
+            active, slope = active[changes], slope[changes]
+            if not len(active):
                 break
-        found = integers.clone()
-        found[:, order] = integers
-        return dataclasses.replace(start, integers=found)
+        result = torch.empty_like(integers)
+        result[:, order] = integers
+        return dataclasses.replace(start, integers=result)
+
+
+def _sweep(integers: Tensor, slope: Tensor, step: Tensor, gram: Tensor, bits: int) -> Tensor:
+    """Give every integer [N, K] its best value in turn, in place, and bring ``slope`` [N, K] up to date.
+
+    Returns:
+        bool [N], the outputs that changed.
+    """
+    low, high = numerics.integer_range(bits)
+    diagonal = gram.diagonal()
+    changed = torch.zeros(len(integers), dtype=torch.bool, device=integers.device)
+    for begin in range(0, len(gram), BLOCK):
+        here = slice(begin, begin + BLOCK)
+        before, inside, near = integers[:, here].clone(), slope[:, here].clone(), gram[here, here]
+        for k in range(len(near)):
+            at = begin + k
+            wanted = integers[:, at] - inside[:, k] / (diagonal[at] * step[:, at])
+            change = wanted.round_().clamp_(low, high) - integers[:, at]
+            integers[:, at] += change
+            inside.addr_(change * step[:, at], near[k])
+        difference = integers[:, here] - before
+        changed |= difference.any(1)
+        slope += (difference * step[:, here]) @ gram[here]
+    return changed

@@ -24,6 +24,7 @@ BLOCK = 128
 """Input channels whose products with all others are made at once."""
 
 _DAMPING = 1e-3  # of the mean diagonal: directions that no row has keep their weights
+_SHRINKING = 0.2  # of the mean diagonal, times channels a row: few rows say little about a covariance
 _ROWS = 4096  # rows multiplied at a time
 _DOUBLE = 4096  # most channels whose sums are kept in float64
 
@@ -77,7 +78,7 @@ class Quadratic:
             mean_output += w.double() @ output.double()
         gram -= torch.outer(mean, mean).to(sums)
         cross -= torch.outer(mean_output, mean).to(sums)
-        damping = max(float(gram.diagonal().mean()) * _DAMPING, TINY)
+        damping = max(float(gram.diagonal().mean()) * max(_DAMPING, _SHRINKING * width * _concentration(weights)), TINY)
         gram.diagonal().add_(damping)
         cross.add_(problem.weight, alpha=damping)
         target = torch.cholesky_solve(cross.T, _factor(gram)).T.float()
@@ -91,6 +92,11 @@ class Quadratic:
     def shift(self, weight: Tensor) -> Tensor:
         """What is to be added to the bias so that the mean outputs of dequantized weights [N, K] are right, [N]."""
         return self.shift_of_float - weight @ self.mean
+
+
+def _concentration(weights: Tensor) -> float:
+    """One over the number of rows that weights of sum 1 amount to (Kish)."""
+    return float(weights.square().sum())
 
 
 def _factor(gram: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class RefitScales(QuadraticMethod):
     have their own.
     """
 
-    rounds: int = 3
-    sweeps: int = 10
+    rounds: int = 2
+    sweeps: int = 3
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.sweeps < 1:

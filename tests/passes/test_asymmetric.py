@@ -237,3 +237,12 @@ def test_plain_operators_round_to_the_same_integers():
     shift = 2**5  # of 6 bits
     assert torch.equal((seen[0].int() - shift)[..., perm[:64]], want[..., :64].int())
     assert torch.equal(seen[1].int() - shift, want[..., 64:].int())
+
+
+def test_a_token_preset_learns_from_data_and_says_so_where_there_are_none():
+    model, data = toy(blocks=2), [rows(200, 96, seed=i) for i in range(4)]
+    with pytest.warns(UserWarning, match="'w4a8-token' has methods that learn .* there are none"):
+        nearest = fxq.quantize(model, None, "w4a8-token", example_inputs=data[0], progress=False)
+    learned = fxq.quantize(model, data, "w4a8-token", progress=False)
+    held_out = rows(200, 96, seed=9)
+    assert relative_error(model, learned, held_out) < 0.95 * relative_error(model, nearest, held_out)

@@ -35,7 +35,7 @@ def output_error(p, update, weight):
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("outliers", [0, 32])
 def test_the_form_is_the_output_error_up_to_a_constant(outliers, per_token):
-    p = weighted(problem(outliers=outliers, count=400, per_token=per_token))
+    p = weighted(problem(outliers=outliers, count=20_000, per_token=per_token))
     update, units = RangeSearch().apply(p, None), Units.of(p)
     form = Quadratic.of(p, update)
     generator = torch.Generator().manual_seed(0)
