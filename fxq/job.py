@@ -38,10 +38,11 @@ def needs_data(recipe: Recipe) -> str:
 
 
 def uses_data(recipe: Recipe) -> bool:
-    """Whether calibration data change what is made: input scales need them, or methods learn from them."""
+    """Whether calibration data change what is made: input scales or a budget need them, or methods learn from them."""
     learns = any(isinstance(method, LearningMethod | SolvingMethod) for method in recipe.methods)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
-    return bool(needs_data(recipe)) or (learns and any(scheme.reconstruct for scheme in schemes))
+    needed = bool(needs_data(recipe)) or recipe.budget is not None
+    return needed or (learns and any(scheme.reconstruct for scheme in schemes))
 
 
 @dataclasses.dataclass(frozen=True)

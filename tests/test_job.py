@@ -10,7 +10,8 @@ from fxq.calibration.collect import CalibrationError
 from fxq.capture.trace import trace
 from fxq.core.config import Rule, Scheme
 from fxq.core.ir import Stage
-from fxq.job import Job, needs_data
+from fxq.job import Job, needs_data, uses_data
+from fxq.recipes import PRESETS, with_budget
 from fxq.runtime.progress import Progress
 from tests.toys import LEARN, recipe, rows, toy
 
@@ -39,6 +40,12 @@ def calibrated(made, chunks=1):
 )
 def test_a_recipe_needs_data_for_its_first_rule_with_static_scales(rules, needs):
     assert needs_data(dataclasses.replace(recipe(), rules=rules)) == needs
+
+
+def test_a_budget_uses_data_whatever_scales_and_methods_do():
+    chosen = PRESETS["w4a8-dynamic"]
+    assert not uses_data(chosen) and uses_data(with_budget(chosen, bits_per_weight=5))
+    assert not needs_data(with_budget(chosen, bits_per_weight=5))
 
 
 def test_each_step_takes_the_graph_one_stage_further():
