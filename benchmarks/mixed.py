@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from fxq.core.config import with_budget
 from fxq.core.facts import Facts
 from fxq.environment import environment
 from fxq.lab import Candidate, Lab, evaluate, latents_of, tiny_rollout
 from fxq.metrics.latents import paired_ratio, teacher_forced
 from fxq.models.tiny import load_tiny
 from fxq.passes.choose_widths import FACT
-from fxq.recipes import PRESETS, with_budget
+from fxq.recipes import PRESETS
 from fxq.runtime.progress import Progress
 from fxq.runtime.writable import whole_file
 

@@ -101,8 +101,6 @@ def quantize(
         if not chosen.methods:
             raise RecipeError(f"recipe {chosen.name!r} has no method; RangeSearch() or MinMax() is the least")
         _check_sources(chosen, calib_loader, forward_loop)
-        if calib_loader is None and forward_loop is None:
-            _warn_of_no_data(chosen)
         check_own(passes)
         loader, example, shapes = _example(calib_loader, example_inputs, dynamic_shapes)
         folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
@@ -194,6 +192,8 @@ def _check_sources(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
             f"(rule {static!r}), which are measured on data. Schemes with per_token, as in 'w8a8-dynamic', need none"
         )
+    if calib_loader is None and forward_loop is None:
+        _warn_of_no_data(recipe)
 
 
 def _warn_of_no_data(recipe: Recipe) -> None:
@@ -202,7 +202,7 @@ def _warn_of_no_data(recipe: Recipe) -> None:
         warn(
             f"recipe {recipe.name!r} has methods that learn from calibration data, and there are none: weights go to "
             "the nearest integers",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -137,23 +137,6 @@ def minmax(recipe: Recipe) -> Recipe:
     )
 
 
-def with_budget(
-    recipe: Recipe,
-    *,
-    bits_per_weight: float | None = None,
-    ratio: float | None = None,
-    max_error: float | None = None,
-) -> Recipe:
-    """The recipe with one limit of :class:`~fxq.core.config.Budget`; widths are its own budget's, where it has one.
-
-    Raises:
-        RecipeError: when there is not one limit.
-    """
-    budget = Budget(bits_per_weight=bits_per_weight, ratio=ratio, max_error=max_error)
-    widths = budget.widths if recipe.budget is None else recipe.budget.widths
-    return dataclasses.replace(recipe, budget=dataclasses.replace(budget, widths=widths))
-
-
 def plain_recipe(module: fx.GraphModule) -> Recipe:
     """The recipe of a quantized module with a rule by name for each of its linears and no budget.
 

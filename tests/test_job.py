@@ -8,10 +8,10 @@ import torch
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.collect import CalibrationError
 from fxq.capture.trace import trace
-from fxq.core.config import Rule, Scheme
+from fxq.core.config import Rule, Scheme, with_budget
 from fxq.core.ir import Stage
 from fxq.job import Job, needs_data, uses_data
-from fxq.recipes import PRESETS, with_budget
+from fxq.recipes import PRESETS
 from fxq.runtime.progress import Progress
 from tests.toys import LEARN, recipe, rows, toy
 

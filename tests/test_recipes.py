@@ -7,7 +7,7 @@ import pytest
 
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
-from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, with_budget
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipes import (
@@ -19,7 +19,6 @@ from fxq.recipes import (
     recipe_from_json,
     recipe_to_json,
     recipe_to_toml,
-    with_budget,
 )
 
 TOML = """

@@ -13,7 +13,7 @@ from fxq.capture.trace import trace
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
-from fxq.core.config import Recipe, RecipeError, Scheme
+from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
@@ -26,7 +26,7 @@ from fxq.passes import detect_outliers
 from fxq.passes.choose_widths import FACT
 from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
-from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml, with_budget, with_iterations
+from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import emit, stdout_console, warn

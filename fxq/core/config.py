@@ -18,7 +18,18 @@ from fxq.cache.policy import CachePolicy
 from fxq.core.method import Method, RecipeError, Scheme, is_method
 from fxq.runtime.messages import close_names
 
-__all__ = ["ROLES", "TOOL_NAMES", "Budget", "Recipe", "RecipeError", "Rule", "Scheme", "Weighting", "plain_layer"]
+__all__ = [
+    "ROLES",
+    "TOOL_NAMES",
+    "Budget",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "Scheme",
+    "Weighting",
+    "plain_layer",
+    "with_budget",
+]
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
@@ -316,3 +327,20 @@ class Recipe:
             if found := next((name for name in names if inside.matches(name, roots)), None):
                 hint = f"patterns start at the root; with wrapped = true it matches {found}"
             raise RecipeError(f"recipe {self.name!r}: pattern {rule.pattern!r} matches no layer; {hint}")
+
+
+def with_budget(
+    recipe: Recipe,
+    *,
+    bits_per_weight: float | None = None,
+    ratio: float | None = None,
+    max_error: float | None = None,
+) -> Recipe:
+    """The recipe with one limit of :class:`Budget`; widths are its own budget's, where it has one.
+
+    Raises:
+        RecipeError: when there is not one limit.
+    """
+    budget = Budget(bits_per_weight=bits_per_weight, ratio=ratio, max_error=max_error)
+    widths = budget.widths if recipe.budget is None else recipe.budget.widths
+    return dataclasses.replace(recipe, budget=dataclasses.replace(budget, widths=widths))

@@ -58,8 +58,11 @@ class Fresh:
 
 
 def equal(a, b):
+    def same(x, y):
+        return x is y if x is None or y is None else torch.equal(x, y)
+
     return a.updates.keys() == b.updates.keys() and all(
-        torch.equal(getattr(a.updates[layer], f.name), getattr(b.updates[layer], f.name))
+        same(getattr(a.updates[layer], f.name), getattr(b.updates[layer], f.name))
         for layer in a.updates
         for f in dataclasses.fields(a.updates[layer])
     )

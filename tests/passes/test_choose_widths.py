@@ -8,13 +8,13 @@ import torch
 import fxq
 from fxq.calibration.collect import CalibrationError
 from fxq.capture.trace import trace
-from fxq.core.config import Budget, RecipeError, Rule, Scheme, Weighting
+from fxq.core.config import Budget, RecipeError, Rule, Scheme, Weighting, with_budget
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
 from fxq.job import Job
 from fxq.passes.choose_widths import FACT, ChooseWidths, PredictedError
 from fxq.passes.methods.ranges import MinMax
-from fxq.recipes import plain_recipe, recipe_to_toml, with_budget
+from fxq.recipes import plain_recipe, recipe_to_toml
 from fxq.runtime.progress import Progress
 from tests.passes.test_share_inputs import model as siblings
 from tests.toys import QUICK, problem, recipe, relative_error, rows, toy, wan_rollout
