@@ -29,7 +29,7 @@ from fxq.quantize import quantize as quantize_model
 from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml, with_iterations
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
-from fxq.runtime.streams import emit, stdout_console, warn
+from fxq.runtime.streams import emit, stderr_console, stdout_console
 from fxq.runtime.workers import launched
 from fxq.runtime.writable import whole_file, writable_file
 
@@ -76,7 +76,8 @@ def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe
     if iterations is None:
         return recipe
     if not any(isinstance(method, LearningMethod) for method in recipe.methods):
-        warn(f"--iterations has no effect: no method of recipe {recipe.name!r} learns step by step")
+        told = f"--iterations has no effect: no method of recipe {recipe.name!r} learns step by step"
+        stderr_console().print(told, markup=False, soft_wrap=True)
     return with_iterations(recipe, iterations)
 
 
