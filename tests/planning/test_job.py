@@ -183,11 +183,17 @@ def test_a_short_disk_is_a_warning(tmp_path, monkeypatch, together):
 
 
 def test_a_person_reads_totals_and_what_takes_longest(tmp_path):
-    estimate = of_wan_14b(out=tmp_path, folder=tmp_path)
+    estimate = of_wan_14b("q_arvd-w8a8", out=tmp_path, folder=tmp_path)
     first, *warnings = estimate.lines()
     assert first.startswith("estimate: ") and " GB of RAM (of " in first and "GB bundle" in first
     assert "days; reconstruction is " in first
     assert len(warnings) == len(estimate.warnings())
+
+
+def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
+    solving, iterating = (of_wan_14b(chosen).time["reconstruction"] for chosen in ("w8a8", "q_arvd-w8a8"))
+    assert 0 < 4 * solving < iterating
+    assert of_wan_14b("w4a8").time["calibration"] == pytest.approx(2 * of_wan_14b("w8a8").time["calibration"])
 
 
 def test_programs_read_the_same_as_json(tmp_path):
