@@ -88,14 +88,13 @@ def make_rollout(videos: int, seed: int) -> ToyRollout:
 def main() -> None:
     """Quantize the toy and measure it."""
     rollout = make_rollout(8, 0)
-    recipe = dataclasses.replace(fxq.PRESETS["w8a8"], methods=fxq.PRESETS["w8a8"].methods[:1])
-    quantized = fxq.quantize(rollout.denoiser, rollout, recipe)
+    quantized = fxq.quantize(rollout.denoiser, rollout, "w8a8")
     print(fxq.summary(quantized))
     want = rollout.rollout(*rollout.batches[0])
     with rollout.using(quantized):
         got = rollout.rollout(*rollout.batches[0])
     print(f"relative error of the rollout {((got - want).norm() / want.norm()).item():.4f}")
-    print("chunk sensitivity", [round(a, 3) for a in fxq.summary(quantized).facts["sensitivity"]])
+    print("chunk sensitivity", [round(a, 3) for a in fxq.sensitivity(rollout, "w8a8").tolist()])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxq.numerics
 from fxq.core.config import RecipeError, Scheme
+from fxq.core.deviation import deviation_in_steps, most_deviation
 from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.export.bundle import load
@@ -26,7 +27,6 @@ from fxq.version import __version__
 
 METHOD, FORMAT_VERSION = "fxq", 1
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-_MAX_DEVIATION = 1.0
 
 
 _Features = Annotated[int, Field(ge=1, le=MAX_FEATURES)]
@@ -216,27 +216,21 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
             f"layer {plan.layer} has a tensor {beside[0]} beside weight and bias, for which the folder has no place; "
             "exclude the layer by a rule, or use fxq.save"
         )
-    if not (apart := _deviation(linear.weight, plan, stored)) <= _MAX_DEVIATION:
+    most = most_deviation(plan.weight_deviation)
+    if not (apart := _deviation(linear.weight, plan, stored)) <= most:
         raise ValueError(
             f"layer {plan.layer}: the model's weight is {apart:.3g} steps from the integers, at most "
-            f"{_MAX_DEVIATION:g} is rounding: give the model that was quantized. If the recipe changes weights before "
-            "rounding, use fxq.save"
+            f"{most:.3g} is what the recipe does: give the model that was quantized"
         )
 
 
 def _deviation(weight: Tensor, plan: LayerPlan, stored: Mapping[str, Tensor]) -> float:
     """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
     bits = plan.quantization.weight_bits
-    codes, top = fxq.numerics.unpacked(stored["weight"].cpu(), bits), fxq.numerics.integer_range(bits)[1]
+    codes, scale = fxq.numerics.unpacked(stored["weight"].cpu(), bits), stored["weight_scale"].cpu()
     ordered = weight.detach().to("cpu", torch.float32)
-    if "perm" in stored:
-        ordered = ordered[:, stored["perm"].cpu()]
-    steps = [
-        (ordered[:, part] / stored["weight_scale"][g].cpu().unsqueeze(1) - codes[:, part])[codes[:, part].abs() < top]
-        for g, part in enumerate(fxq.numerics.group_slices(plan.in_features, plan.split))
-    ]
-    inside = torch.cat(steps)
-    return float(inside.square().mean().sqrt()) if inside.numel() else 0.0
+    ordered = ordered[:, stored["perm"].cpu()] if "perm" in stored else ordered
+    return deviation_in_steps(ordered, codes, scale, plan.split, bits)
 
 
 def _refuse_tied(model: nn.Module) -> None:

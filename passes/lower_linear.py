@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from fxq import kernels, numerics
+from fxq.core.deviation import deviation_in_steps
 from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
 from fxq.core.ir import (
     LayerPlan,
@@ -53,14 +54,17 @@ class LowerLinear(Rewrite):
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of linears replaced."""
         stored: dict[str, dict[str, Tensor]] = {}
+        plans: dict[str, LayerPlan] = {}
         count = 0
         for site in list(linear_sites(graph.module)):
             plan = plan_of(site.node)
             if plan is None or plan.scheme is None:
                 continue
             if plan.layer not in stored:
-                stored[plan.layer] = self._tensors(graph.module, site, plan, graph.updates[plan.layer])
-            self._replace(graph.module, site, plan)
+                update = graph.updates[plan.layer]
+                plans[plan.layer] = _with_deviations(plan, site.weight(graph.module), update)
+                stored[plan.layer] = self._tensors(graph.module, site, plan, update)
+            self._replace(graph.module, site, plans[plan.layer])
             count += 1
         drop_unread_attributes(graph.module.graph)
         # Only now is the float weight unread: its name may be needed.
@@ -107,6 +111,19 @@ class LowerLinear(Rewrite):
         clear_plan(old)
         old.replace_all_uses_with(result)
         graph.erase_node(old)
+
+
+def _with_deviations(plan: LayerPlan, weight: Tensor, update: LayerUpdate) -> LayerPlan:
+    """The plan with how far the integers are from the weight, where methods did more than round."""
+    if update.bias_shift is None:
+        return plan
+    ordered = weight.detach().to(update.weight.device)[:, group_order(plan).to(update.weight.device)]
+    codes, scale, bits = update.weight, update.weight_scale, plan.quantization.weight_bits
+    return dataclasses.replace(
+        plan,
+        weight_deviation=round(deviation_in_steps(ordered, codes, scale, plan.split, bits), 6),
+        bias_deviation=float(update.bias_shift.double().square().mean().sqrt()),
+    )
 
 
 def _cast(graph: fx.Graph, old: fx.Node, x: Any, dtype: torch.dtype) -> fx.Node:

@@ -37,7 +37,9 @@ class LayerPlan:
 
     ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``, which of a
     quantized one says why a budget gave it its bits. ``outliers`` are input channels with their own scale, ascending.
-    ``input_sqnr``/``output_sqnr`` in dB are measured on calibration rows once the integers are chosen.
+    ``output_sqnr`` in dB is measured on calibration rows once the integers are chosen. Methods that change weights and
+    bias beyond rounding leave how far: ``weight_deviation`` root mean square in steps
+    (:mod:`fxq.core.deviation`), ``bias_deviation`` in units of the output; None: by rounding alone.
     """
 
     layer: str
@@ -48,6 +50,8 @@ class LayerPlan:
     outliers: tuple[int, ...] = ()
     outlier_reason: str = ""
     output_sqnr: float | None = None
+    weight_deviation: float | None = None
+    bias_deviation: float | None = None
 
     @property
     def split(self) -> int:
@@ -66,8 +70,11 @@ class LayerPlan:
         return self.scheme
 
     def to_json(self) -> dict[str, object]:
-        """JSON form; what lies on the node. Schemes keep the form they had before what they do not use existed."""
+        """JSON form; what lies on the node. It keeps the form it had before what is not used here existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
+        for name in ("weight_deviation", "bias_deviation"):
+            if data[name] is None:
+                del data[name]
         for name in ("per_token", "asymmetric"):
             if self.scheme is not None and not getattr(self.scheme, name):
                 del data["scheme"][name]

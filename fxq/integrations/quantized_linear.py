@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxq import kernels, numerics
+from fxq.core.deviation import deviation_in_steps
 from fxq.core.ir import LAYER_TENSORS, LayerPlan
 from fxq.integrations.stand_in import FloatStandIn
 from fxq.kernels import native
@@ -181,16 +182,10 @@ class QuantizedLinear(nn.Module):
 
     def deviation(self, weight: Tensor) -> float:
         """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
-        codes, low, high = self.codes(), *numerics.integer_range(self.weight_bits)
+        codes = self.codes()
         ordered = weight.detach().to(codes.device, torch.float32)
-        if self.perm is not None:
-            ordered = ordered[:, self.perm]
-        total, count = 0.0, 0
-        for g, part in enumerate(numerics.group_slices(self.in_features, self.split)):
-            inside = (codes[:, part] > low + 1) & (codes[:, part] < high)
-            steps = (ordered[:, part] / self.weight_scale[g][:, None] - codes[:, part])[inside]
-            total, count = total + float(steps.square().sum()), count + steps.numel()
-        return (total / max(count, 1)) ** 0.5
+        ordered = ordered if self.perm is None else ordered[:, self.perm]
+        return deviation_in_steps(ordered, codes, self.weight_scale, self.split, self.weight_bits)
 
     def extra_repr(self) -> str:
         """Sizes and scheme."""
@@ -205,7 +200,7 @@ class QuantizedLinear(nn.Module):
         return numerics.unfolded_bias(self.offset, self.codes(), *scales, self.split)
 
     def has_values_of(self, bias: Tensor | None) -> bool:
-        """Whether a float bias [N] (None: zeros) is the one that is in the offset, but for rounding to its dtype."""
+        """Whether a float bias [N] (None: zeros) is the one in the offset, but for rounding and what methods added."""
         own = self.float_bias()
         other = torch.zeros_like(own) if bias is None else bias.detach().to(own)
         if other.shape != own.shape:
@@ -213,6 +208,8 @@ class QuantizedLinear(nn.Module):
         offset = self.offset.double()
         rounding = 0.0 if bias is None else torch.finfo(bias.dtype).eps
         size = 1e-5 * (offset.abs() + (offset - own).abs()) + rounding * other.abs()
+        if (known := self.plan.bias_deviation) is not None:
+            return float((own - other).square().mean().sqrt()) <= 1.01 * known + float(size.mean()) + 1e-30
         return bool(((own - other).abs() <= size + 1e-30).all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:

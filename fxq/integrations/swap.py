@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from fxq.core.config import plain_layer
+from fxq.core.deviation import most_deviation
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
 from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer
@@ -29,8 +30,6 @@ __all__ = ["ApplyError", "Bundle", "QuantizedLinear", "apply", "check_weight", "
 
 Bundle = str | os.PathLike[str] | fx.GraphModule
 """A bundle's folder, or a module made by :func:`fxq.quantize` or :func:`fxq.load`."""
-
-MAX_DEVIATION = 1.0  # steps: nearest rounding deviates by 0.29 on average, learned rounding by less than 1
 
 
 def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
@@ -146,10 +145,11 @@ def check_weight(layer: QuantizedLinear, weight: Tensor) -> None:
         raise ApplyError(
             f"layer {name}: the model's weight has no values (device meta); is it offloaded? Load it first"
         )
-    if not (apart := layer.deviation(weight)) <= MAX_DEVIATION:
+    most = most_deviation(layer.plan.weight_deviation)
+    if not (apart := layer.deviation(weight)) <= most:
         raise ApplyError(
             f"layer {name}: the model's weight is {apart:.3g} steps from the bundle's integers, at most "
-            f"{MAX_DEVIATION:g} is rounding: these are other weights, or the recipe changed them before rounding; "
+            f"{most:.3g} is what the recipe does: these are other weights; "
             "quantize this model, or run the bundle's own graph (fxq.load)"
         )
 

@@ -40,7 +40,7 @@ def test_a_plugin_is_imported_when_its_name_is_asked_for_and_not_before(outside)
         "method 'Theirs' (one_method:Theirs) of one-method 1.0"
     ]
     recipe_from_json(written({"method": "MinMax"}))
-    with pytest.raises(RecipeError, match=r"unknown method 'Ada'; known: MinMax, RangeSearch, AdaRound, Theirs"):
+    with pytest.raises(RecipeError, match=r"unknown method 'Ada'; known: MinMax, RangeSearch, .*, Theirs"):
         recipe_from_json(written({"method": "Ada"}))
     assert not outside.imported("one_method")
     found = recipe_from_json(written({"method": "Theirs", "strength": 0.25}))
