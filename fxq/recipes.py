@@ -47,7 +47,7 @@ _ONCE = ("*cross_attn.k", "*cross_attn.v")
 
 
 LEAST_ERROR: tuple[Method, ...] = (RangeSearch(), InputSearch(), GPTQ(), CoordinateDescent(), RefitScales())
-"""The methods of the presets: no other composition tried has less error at its cost (docs/compare.md)."""
+"""The methods of the presets, see docs/methods.md; ``fxq compare`` measures them beside others."""
 
 Q_ARVD: tuple[Method, ...] = (RangeSearch(), AdaRound())
 """Those of arXiv 2605.21072."""
