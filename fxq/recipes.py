@@ -59,20 +59,18 @@ def wan_recipe(
     methods: tuple[Method, ...] = LEAST_ERROR,
     weighting: str = "gradient",
     seed: int = 0,
-    reconstruct_once: bool = True,
 ) -> Recipe:
     """The default rules for Wan-like transformers around one scheme.
 
     Time embedding, time projection and prediction head stay in model dtype. The text embedding, which is in no
-    transformer block, has one scale. With ``reconstruct_once=False`` it and the cross-attention keys and values, which
-    run once per prompt, are quantized but not reconstructed (arXiv 2605.21072). These rules hold inside wrappers too
-    (``wrapped`` of :class:`~fxq.core.config.Rule`).
+    transformer block, has one scale. It and the cross-attention keys and values, which run once per prompt and see few
+    rows, are quantized but not reconstructed (arXiv 2605.21072). These rules hold inside wrappers too (``wrapped`` of
+    :class:`~fxq.core.config.Rule`).
     """
-    once = dataclasses.replace(scheme, reconstruct=scheme.reconstruct and reconstruct_once)
+    once = dataclasses.replace(scheme, reconstruct=False)
     rules = tuple(Rule(pattern, None, reason, optional=True, wrapped=True) for pattern, reason in _KEPT)
     rules += (Rule("text_embedding*", dataclasses.replace(once, dual_scale=False), optional=True, wrapped=True),)
-    if once != scheme:
-        rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
+    rules += tuple(Rule(pattern, once, optional=True, wrapped=True) for pattern in _ONCE)
     return Recipe(name=name, rules=(*rules, Rule("*", scheme)), methods=methods, weighting=weighting, seed=seed)
 
 
@@ -90,7 +88,7 @@ def _token(name: str, weight_bits: int, input_bits: int, weighting: str) -> Reci
 
 def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
     """The published method as it is (arXiv 2605.21072)."""
-    return wan_recipe(f"q_arvd-{bits}", scheme, Q_ARVD, "sensitivity", reconstruct_once=False)
+    return wan_recipe(f"q_arvd-{bits}", scheme, Q_ARVD, "sensitivity")
 
 
 _WIDTHS = {"w8a8": Scheme(), "w4a8": Scheme(weight_bits=4), "w4a6": Scheme(weight_bits=4, input_bits=6)}

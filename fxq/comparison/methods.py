@@ -34,7 +34,7 @@ def _plain(preset: Recipe, *methods: Method) -> Recipe:
 def _q_arvd(preset: Recipe) -> Recipe:
     """The published method at the preset's width (arXiv 2605.21072)."""
     (scheme,) = {rule.scheme for rule in preset.rules if rule.pattern == "*" and rule.scheme is not None}
-    return wan_recipe(preset.name, scheme, Q_ARVD, "sensitivity", reconstruct_once=False)
+    return wan_recipe(preset.name, scheme, Q_ARVD, "sensitivity")
 
 
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {

@@ -50,7 +50,7 @@ def test_the_preset_beats_q_arvd_which_beats_minmax_at_four_bits_teacher_forced(
     report, _ = demo
     ratios = {(c.a, c.b): c for c in report.comparisons if (c.bits, c.metric) == ("W4A8", "teacher_forced")}
     assert ratios["Q-ARVD", "MinMax"].high < 1
-    assert ratios["Least error", "Q-ARVD"].high < 0.5
+    assert ratios["Least error", "Q-ARVD"].high < 1
 
 
 @pytest.mark.slow
