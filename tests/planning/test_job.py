@@ -191,7 +191,7 @@ def test_a_person_reads_totals_and_what_takes_longest(tmp_path):
 
 
 def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
-    solving, iterating = (of_wan_14b(chosen).time["reconstruction"] for chosen in ("w8a8", "q_arvd-w8a8"))
+    solving, iterating = (of_wan_14b(chosen).time["reconstruction"] for chosen in ("w4a8", "q_arvd-w4a8"))
     assert 0 < 4 * solving < iterating
     assert of_wan_14b("w4a8").time["calibration"] == pytest.approx(2 * of_wan_14b("w8a8").time["calibration"])
 
