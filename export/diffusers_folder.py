@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import fxq.numerics
 from fxq.core.config import RecipeError, Scheme
-from fxq.core.deviation import deviation_in_steps, most_deviation
+from fxq.core.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.export.bundle import load
@@ -216,11 +216,11 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
             f"layer {plan.layer} has a tensor {beside[0]} beside weight and bias, for which the folder has no place; "
             "exclude the layer by a rule, or use fxq.save"
         )
-    most = most_deviation(plan.weight_deviation)
-    if not (apart := _deviation(linear.weight, plan, stored)) <= most:
+    if not (apart := _deviation(linear.weight, plan, stored)) <= MOST_DEVIATION:
         raise ValueError(
             f"layer {plan.layer}: the model's weight is {apart:.3g} steps from the integers, at most "
-            f"{most:.3g} is what the recipe does: give the model that was quantized"
+            f"{MOST_DEVIATION:g} is rounding: give the model that was quantized. If the recipe changes weights before "
+            "rounding, use fxq.save"
         )
 
 

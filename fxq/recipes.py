@@ -46,11 +46,8 @@ _KEPT = (
 _ONCE = ("*cross_attn.k", "*cross_attn.v")
 
 
-SEARCH: tuple[Method, ...] = (RangeSearch(), InputSearch())
-"""The methods of the presets of 8-bit weights: searched ranges, weights to the nearest integer."""
-
-LEAST_ERROR: tuple[Method, ...] = (*SEARCH, GPTQ(), CoordinateDescent(), RefitScales())
-"""Those of the presets of 4-bit weights, see docs/methods.md; ``fxq compare`` measures them beside others."""
+LEAST_ERROR: tuple[Method, ...] = (RangeSearch(), InputSearch(), GPTQ(), CoordinateDescent(), RefitScales())
+"""The methods of the presets, see docs/methods.md; ``fxq compare`` measures them beside others."""
 
 Q_ARVD: tuple[Method, ...] = (RangeSearch(), AdaRound())
 """Those of arXiv 2605.21072."""
@@ -83,16 +80,10 @@ def _without_data(name: str, weight_bits: int) -> Recipe:
     return wan_recipe(name, scheme, methods=(RangeSearch(),), weighting="uniform")
 
 
-def _token(
-    name: str,
-    weight_bits: int,
-    input_bits: int,
-    methods: tuple[Method, ...] = LEAST_ERROR,
-    weighting: str = "gradient",
-) -> Recipe:
-    """Inputs with a scale and a zero point per token; weights as those of static inputs, where there are data."""
+def _token(name: str, weight_bits: int, input_bits: int, weighting: str) -> Recipe:
+    """Inputs with a scale and a zero point per token; weights of least output error where there are data."""
     scheme = Scheme(weight_bits=weight_bits, input_bits=input_bits, per_token=True, asymmetric=True)
-    return wan_recipe(name, scheme, methods, weighting)
+    return wan_recipe(name, scheme, weighting=weighting)
 
 
 def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
@@ -103,15 +94,15 @@ def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
 _WIDTHS = {"w8a8": Scheme(), "w4a8": Scheme(weight_bits=4), "w4a6": Scheme(weight_bits=4, input_bits=6)}
 
 PRESETS: dict[str, Recipe] = {
-    # At 8 bits the rounding of inputs makes most of the error, and weights that learn from few videos overfit.
-    "w8a8": wan_recipe("w8a8", _WIDTHS["w8a8"], SEARCH, "uniform"),
+    # At 8 bits the rounding of inputs makes most of the error, and all rows have it alike.
+    "w8a8": wan_recipe("w8a8", _WIDTHS["w8a8"], weighting="uniform"),
     "w4a8": wan_recipe("w4a8", _WIDTHS["w4a8"]),
     "w4a6": wan_recipe("w4a6", _WIDTHS["w4a6"]),
     "w8a8-dynamic": _without_data("w8a8-dynamic", 8),
     "w4a8-dynamic": _without_data("w4a8-dynamic", 4),
-    "w8a8-token": _token("w8a8-token", 8, 8, SEARCH, "uniform"),
-    "w4a8-token": _token("w4a8-token", 4, 8),
-    "w4a6-token": _token("w4a6-token", 4, 6),
+    "w8a8-token": _token("w8a8-token", 8, 8, "uniform"),
+    "w4a8-token": _token("w4a8-token", 4, 8, "gradient"),
+    "w4a6-token": _token("w4a6-token", 4, 6, "gradient"),
     **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
 """Recipes by name. Those called ``dynamic`` or ``token`` need no calibration data; the latter measure zero points too,

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from torch.fx.node import Argument
 
 from fxq import kernels, numerics
-from fxq.core.deviation import deviation_in_steps
 from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
 from fxq.core.ir import (
     LayerPlan,
@@ -62,7 +61,7 @@ class LowerLinear(Rewrite):
                 continue
             if plan.layer not in stored:
                 update = graph.updates[plan.layer]
-                plans[plan.layer] = _with_deviations(plan, site.weight(graph.module), update)
+                plans[plan.layer] = _with_deviation(plan, update)
                 stored[plan.layer] = self._tensors(graph.module, site, plan, update)
             self._replace(graph.module, site, plans[plan.layer])
             count += 1
@@ -113,17 +112,11 @@ class LowerLinear(Rewrite):
         graph.erase_node(old)
 
 
-def _with_deviations(plan: LayerPlan, weight: Tensor, update: LayerUpdate) -> LayerPlan:
-    """The plan with how far the integers are from the weight, where methods did more than round."""
+def _with_deviation(plan: LayerPlan, update: LayerUpdate) -> LayerPlan:
+    """The plan with how far methods shifted the bias, by which the model's own is known again."""
     if update.bias_shift is None:
         return plan
-    ordered = weight.detach().to(update.weight.device)[:, group_order(plan).to(update.weight.device)]
-    codes, scale, bits = update.weight, update.weight_scale, plan.quantization.weight_bits
-    return dataclasses.replace(
-        plan,
-        weight_deviation=round(deviation_in_steps(ordered, codes, scale, plan.split, bits), 6),
-        bias_deviation=float(update.bias_shift.double().square().mean().sqrt()),
-    )
+    return dataclasses.replace(plan, bias_deviation=float(update.bias_shift.double().square().mean().sqrt()))
 
 
 def _cast(graph: fx.Graph, old: fx.Node, x: Any, dtype: torch.dtype) -> fx.Node:

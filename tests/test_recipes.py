@@ -74,7 +74,8 @@ def test_a_token_preset_measures_zero_points_too(name, label):
     recipe = get_recipe(name)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
     assert {s.detail for s in schemes} == {f"{label} per token, asymmetric"} and {s.label for s in schemes} == {label}
-    assert recipe.methods == PRESETS[name.removesuffix("-token")].methods
+    static = PRESETS[name.removesuffix("-token")]
+    assert (recipe.methods, recipe.weighting) == (static.methods, static.weighting)
 
 
 def test_asymmetric_without_per_token_is_refused(tmp_path):

@@ -140,7 +140,7 @@ def check_plan(plan: LayerPlan) -> None:
         least = 0 if plan.scheme is None else 1
         if type(value := getattr(plan, field)) is not int or not least <= value <= MAX_FEATURES:
             raise SchemaError(f"{where}: {field} = {str(value)[:40]}, expected {least}..{MAX_FEATURES}")
-    for field in ("output_sqnr", "weight_deviation", "bias_deviation"):
+    for field in ("output_sqnr", "bias_deviation"):
         value = getattr(plan, field)
         if value is not None and type(value) not in (int, float):
             raise SchemaError(f"{where}: {field} is no number")

@@ -6,11 +6,12 @@ from torch import Tensor
 
 from fxq.numerics import group_slices, integer_range
 
+MOST_DEVIATION = 1.0
+"""Steps: rounding to nearest deviates by .29 on average, other methods by less than 1; more is another weight."""
+
 
 def deviation_in_steps(weight: Tensor, codes: Tensor, weight_scale: Tensor, split: int, bits: int) -> float:
     """Root-mean-square distance of a float weight from integers, in steps; clipped integers do not count.
-
-    Rounding to nearest makes .29, and learned rounding less than 1.
 
     Args:
         weight: float [N, K], channels in ``[normal | outlier]`` order.
@@ -26,8 +27,3 @@ def deviation_in_steps(weight: Tensor, codes: Tensor, weight_scale: Tensor, spli
         steps = (weight[:, part].float() / weight_scale[g][:, None] - codes[:, part])[inside]
         total, count = total + float(steps.square().sum()), count + steps.numel()
     return (total / max(count, 1)) ** 0.5
-
-
-def most_deviation(known: float | None) -> float:
-    """Steps that a weight may be apart from integers made of it, whose own deviation is ``known``; None: rounding."""
-    return max(1.0, 1.01 * (known or 0.0) + 0.01)

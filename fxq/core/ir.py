@@ -37,9 +37,8 @@ class LayerPlan:
 
     ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``, which of a
     quantized one says why a budget gave it its bits. ``outliers`` are input channels with their own scale, ascending.
-    ``output_sqnr`` in dB is measured on calibration rows once the integers are chosen. Methods that change weights and
-    bias beyond rounding leave how far: ``weight_deviation`` root mean square in steps
-    (:mod:`fxq.core.deviation`), ``bias_deviation`` in units of the output; None: by rounding alone.
+    ``output_sqnr`` in dB is measured on calibration rows once the integers are chosen. ``bias_deviation`` is how far
+    methods shifted the bias, root mean square in units of the output; None: not at all.
     """
 
     layer: str
@@ -50,7 +49,6 @@ class LayerPlan:
     outliers: tuple[int, ...] = ()
     outlier_reason: str = ""
     output_sqnr: float | None = None
-    weight_deviation: float | None = None
     bias_deviation: float | None = None
 
     @property
@@ -72,9 +70,8 @@ class LayerPlan:
     def to_json(self) -> dict[str, object]:
         """JSON form; what lies on the node. It keeps the form it had before what is not used here existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
-        for name in ("weight_deviation", "bias_deviation"):
-            if data[name] is None:
-                del data[name]
+        if self.bias_deviation is None:
+            del data["bias_deviation"]
         for name in ("per_token", "asymmetric"):
             if self.scheme is not None and not getattr(self.scheme, name):
                 del data["scheme"][name]

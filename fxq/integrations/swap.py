@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from fxq.core.config import plain_layer
-from fxq.core.deviation import most_deviation
+from fxq.core.deviation import MOST_DEVIATION
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
 from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer
@@ -145,11 +145,10 @@ def check_weight(layer: QuantizedLinear, weight: Tensor) -> None:
         raise ApplyError(
             f"layer {name}: the model's weight has no values (device meta); is it offloaded? Load it first"
         )
-    most = most_deviation(layer.plan.weight_deviation)
-    if not (apart := layer.deviation(weight)) <= most:
+    if not (apart := layer.deviation(weight)) <= MOST_DEVIATION:
         raise ApplyError(
             f"layer {name}: the model's weight is {apart:.3g} steps from the bundle's integers, at most "
-            f"{most:.3g} is what the recipe does: these are other weights; "
+            f"{MOST_DEVIATION:g} is rounding: these are other weights, or the recipe changed them before rounding; "
             "quantize this model, or run the bundle's own graph (fxq.load)"
         )
 

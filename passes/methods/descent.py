@@ -7,10 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxq import numerics
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, steps
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, bounds, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +35,12 @@ class CoordinateDescent(QuadraticMethod):
         order = form.gram.diagonal().argsort(descending=True, stable=True)
         gram, target = form.gram[order][:, order], form.target[:, order]
         step, integers = steps(problem, start.scale)[:, order], start.integers[:, order]
+        low, high = bounds(form.weight[:, order], step, problem.scheme.weight_bits)
         slope = (integers * step - target) @ gram  # half the derivative by each weight, [N, K]
         active = torch.arange(len(integers), device=integers.device)  # outputs that the last sweep changed
         for _ in range(self.sweeps):
             found = integers[active]
-            changes = _sweep(found, slope, step[active], gram, problem.scheme.weight_bits)
+            changes = _sweep(found, slope, step[active], gram, (low[active], high[active]))
             integers[active] = found
             active, slope = active[changes], slope[changes]
             if not len(active):
@@ -50,13 +50,13 @@ class CoordinateDescent(QuadraticMethod):
         return dataclasses.replace(start, integers=result)
 
 
-def _sweep(integers: Tensor, slope: Tensor, step: Tensor, gram: Tensor, bits: int) -> Tensor:
+def _sweep(integers: Tensor, slope: Tensor, step: Tensor, gram: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
     """Give every integer [N, K] its best value in turn, in place, and bring ``slope`` [N, K] up to date.
 
     Returns:
         bool [N], the outputs that changed.
     """
-    low, high = numerics.integer_range(bits)
+    low, high = limits
     diagonal = gram.diagonal()
     changed = torch.zeros(len(integers), dtype=torch.bool, device=integers.device)
     for begin in range(0, len(gram), BLOCK):
@@ -65,7 +65,7 @@ def _sweep(integers: Tensor, slope: Tensor, step: Tensor, gram: Tensor, bits: in
         for k in range(len(near)):
             at = begin + k
             wanted = integers[:, at] - inside[:, k] / (diagonal[at] * step[:, at])
-            change = wanted.round_().clamp_(low, high) - integers[:, at]
+            change = wanted.round_().clamp_(low[:, at], high[:, at]) - integers[:, at]
             integers[:, at] += change
             inside.addr_(change * step[:, at], near[k])
         difference = integers[:, here] - before

@@ -6,10 +6,9 @@ import dataclasses
 
 import torch
 
-from fxq import numerics
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, cholesky, steps
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, bounds, cholesky, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +34,12 @@ class GPTQ(QuadraticMethod):
 
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers of all channels for the scales of ``start``."""
-        low, high = numerics.integer_range(problem.scheme.weight_bits)
         width = len(form.gram)
         order = form.gram.diagonal().argsort(stable=True) if self.act_order else torch.arange(width).flip(0)
         order = order.to(form.gram.device)
         factor = cholesky(form.gram[order][:, order], self.damping)
         target, step = form.target[:, order], steps(problem, start.scale)[:, order]
+        low, high = bounds(form.weight[:, order], step, problem.scheme.weight_bits)
         integers, errors = torch.empty_like(target), torch.empty_like(target)
         for stop in range(width, 0, -BLOCK):
             begin = max(0, stop - BLOCK)
@@ -51,7 +50,7 @@ class GPTQ(QuadraticMethod):
             for k in reversed(range(stop - begin)):
                 at = begin + k
                 wanted = target[:, at] + behind[:, k] / block[k, k]
-                integers[:, at] = (wanted / step[:, at]).round_().clamp_(low, high)
+                integers[:, at] = (wanted / step[:, at]).round_().clamp_(low[:, at], high[:, at])
                 errors[:, at] = target[:, at] - integers[:, at] * step[:, at]
                 behind.addr_(errors[:, at], block[k])
         found = torch.empty_like(integers)

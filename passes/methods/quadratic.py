@@ -33,10 +33,12 @@ _DOUBLE = 4096  # most channels whose sums are kept in float64
 class Quadratic:
     """The form of one layer, in the :class:`~fxq.passes.methods.Units` of its problem.
 
-    ``gram`` float32 [K, K] is G, damped; ``target`` float32 [N, K] is T; ``shift_of_float`` float32 [N] the mean
-    output of the float weights and ``mean`` float32 [K] the mean of the quantized inputs.
+    ``weight`` float32 [N, K] are the float weights; ``gram`` float32 [K, K] is G, damped; ``target`` float32 [N, K] is
+    T; ``shift_of_float`` float32 [N] the mean output of the float weights and ``mean`` float32 [K] the mean of the
+    quantized inputs.
     """
 
+    weight: Tensor
     gram: Tensor
     target: Tensor
     shift_of_float: Tensor
@@ -82,7 +84,7 @@ class Quadratic:
         gram.diagonal().add_(damping)
         cross.add_(problem.weight, alpha=damping)
         target = torch.cholesky_solve(cross.T, _factor(gram)).T.float()
-        return cls(gram.float(), target.contiguous(), mean_output.float(), mean.float())
+        return cls(problem.weight, gram.float(), target.contiguous(), mean_output.float(), mean.float())
 
     def loss(self, weight: Tensor) -> Tensor:
         """The form's value for each output, float32 [N], of dequantized weights [N, K]."""
@@ -120,6 +122,21 @@ def steps(problem: LayerProblem, scale: Tensor) -> Tensor:
     """Value of one integer of each weight, float32 [N, K], of weight scales [G, N]."""
     parts = [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(scale, problem.groups, strict=True)]
     return torch.cat(parts, 1)
+
+
+def bounds(weight: Tensor, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The integers less than a step away from each weight [N, K], least and greatest, float32 [N, K].
+
+    Calibration rows leave directions unseen in which larger changes cost nothing, until other rows come.
+
+    Args:
+        weight: of the model.
+        step: value of one integer of each weight, [N, K].
+        bits: of the integers.
+    """
+    low, high = numerics.integer_range(bits)
+    scaled = weight / step
+    return scaled.floor().clamp(low, high), scaled.ceil().clamp(low, high)
 
 
 @dataclasses.dataclass(frozen=True)

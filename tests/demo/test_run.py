@@ -48,9 +48,10 @@ def test_ablation_adds_one_part_at_a_time():
 @pytest.mark.slow
 def test_the_preset_beats_q_arvd_which_beats_minmax_at_four_bits_teacher_forced(demo):
     report, _ = demo
-    ratios = {(c.a, c.b): c for c in report.comparisons if (c.bits, c.metric) == ("W4A8", "teacher_forced")}
-    assert ratios["Q-ARVD", "MinMax"].high < 1
-    assert ratios["Least error", "Q-ARVD"].high < 1
+    ratios = {(c.bits, c.a): c for c in report.comparisons if c.metric == "teacher_forced"}
+    assert ratios["W4A8", "Q-ARVD"].high < 1
+    assert ratios["W4A8", "Least error"].high < 0.7
+    assert ratios["W8A8", "Least error"].ratio < 1.3, "three videos are few to fit weights of 8 bits to"
 
 
 @pytest.mark.slow

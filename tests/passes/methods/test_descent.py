@@ -5,7 +5,7 @@ from fxq.core.config import RecipeError
 from fxq.passes.methods import Units
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, steps
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, bounds, steps
 from fxq.passes.methods.ranges import RangeSearch
 from tests.toys import problem
 
@@ -20,10 +20,11 @@ def test_at_its_end_no_single_integer_can_be_changed_for_the_better(width, outli
     update = CoordinateDescent(sweeps=100).apply(p, RangeSearch().apply(p, None))
     form, step = Quadratic.of(p, update), steps(p, update.weight_scale / Units.of(p).weights)
     best = form.loss(update.weight * step)
+    low, high = bounds(form.weight, step, 4)
     for change in (-1, 1):
         for k in range(width):
             other = update.weight.float().clone()
-            other[:, k] = (other[:, k] + change).clamp(-8, 7)
+            other[:, k] = (other[:, k] + change).clamp(low[:, k], high[:, k])
             assert bool((form.loss(other * step) >= best * (1 - 1e-4)).all())
 
 

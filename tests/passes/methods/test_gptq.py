@@ -4,22 +4,22 @@ import torch
 from fxq.core.config import RecipeError
 from fxq.passes.methods import Units
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, Solution, steps
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, Solution, bounds, steps
 from fxq.passes.methods.ranges import RangeSearch
 from tests.toys import problem
 
 
-def published(gram, target, step, bits, damping):
+def published(gram, target, step, limits, damping):
     """GPTQ as its paper has it: one channel at a time, errors spread by the inverse's Cholesky factor; float64."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     order = gram.diagonal().argsort(stable=True).flip(0)
     g = gram.double()[order][:, order]
     g = g + damping * gram.double().diagonal().mean() * torch.eye(len(g), dtype=torch.float64)
     upper = torch.linalg.cholesky(torch.linalg.inv(g), upper=True)
     w, s = target.double()[:, order].clone(), step.double()[:, order]
+    low, high = (limit.double()[:, order] for limit in limits)
     found = torch.empty_like(w)
     for k in range(len(g)):
-        found[:, k] = (w[:, k] / s[:, k]).round().clamp(low, high)
+        found[:, k] = (w[:, k] / s[:, k]).round().clamp(low[:, k], high[:, k])
         error = (w[:, k] - found[:, k] * s[:, k]) / upper[k, k]
         w[:, k:] -= error[:, None] * upper[k, k:]
     result = torch.empty_like(found)
@@ -34,7 +34,8 @@ def test_the_integers_are_those_of_the_published_algorithm(width, outliers):
     form = Quadratic.of(p, update)
     start = Solution(update.weight.float(), update.weight_scale / Units.of(p).weights)
     got = GPTQ(damping=0.01).solve(p, form, start).integers
-    want = published(form.gram, form.target, steps(p, start.scale), 4, 0.01)
+    step = steps(p, start.scale)
+    want = published(form.gram, form.target, step, bounds(form.weight, step, 4), 0.01)
     # A tie in one channel changes those behind it in that output: almost all outputs have none.
     assert float((got.double() == want).all(1).float().mean()) > 0.9
 
