@@ -96,17 +96,15 @@ class GradientObserver(Observer):
         batch = self.collector.batch
         self.place = (batch, self.place[1] + 1 if self.place[0] == batch else 0)
         self.seen = []
-        try:
-            with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
-                result = super().call(*leaves)
+        with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
+            result = super().call(*leaves)
+            try:
                 squares = self._squares(result)
-        except CalibrationError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            raise CalibrationError(
-                f"weighting = 'gradient' takes gradients of the model, and this fails: {first_line(error)}. If the "
-                "model runs without them, choose another weighting in the recipe, as 'uniform'"
-            ) from error
+            except (RuntimeError, NotImplementedError) as error:
+                raise CalibrationError(
+                    f"weighting = 'gradient' takes gradients of the model, and this fails: {first_line(error)}. Choose "
+                    "another weighting in the recipe, as 'uniform'"
+                ) from error
         for seen, square in zip(self.seen, squares, strict=True):
             self.collector.add(seen.layer, seen.x, square)
         self.seen = []

@@ -17,7 +17,7 @@ from fxq.cli.common import JsonOption, QuietOption, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, family_rollout, make_rollout, other_videos, parse_device
 from fxq.cli.quantize import IterationsOption, ModelOption
 from fxq.cli.source import with_model_files
-from fxq.comparison.measure import Budget
+from fxq.comparison.measure import Extent
 from fxq.comparison.methods import METHODS, ComparisonError
 from fxq.comparison.page import write
 from fxq.comparison.run import Plan, run
@@ -28,7 +28,7 @@ from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file
 
-_WHOLE, _QUICK = Budget(videos=64, calibration_videos=16), Budget(videos=12, calibration_videos=4)
+_WHOLE, _QUICK = Extent(videos=64, calibration_videos=16), Extent(videos=12, calibration_videos=4)
 _QUICK_ITERATIONS = 25
 
 
@@ -76,7 +76,7 @@ def compare(
         seeds=_numbers(seeds or ("1" if quick else "1,2")),
         base=base,
         iterations=iterations or (_QUICK_ITERATIONS if quick else None),
-        budget=Budget(
+        extent=Extent(
             videos=videos or usual.videos,
             calibration_videos=calibration_videos or usual.calibration_videos,
             chunks=chunks,
@@ -84,7 +84,7 @@ def compare(
     )
     plan.base_among(plan.entries())
     writable_file(out / "compare.html")
-    results = run(plan, _subject(model, files, plan.budget), out, shlex.join(["fxq", *sys.argv[1:]]), not quiet)
+    results = run(plan, _subject(model, files, plan.extent), out, shlex.join(["fxq", *sys.argv[1:]]), not quiet)
     written = write(results, out)
     if as_json:
         emit_json(to_json(results))
@@ -104,7 +104,7 @@ def _numbers(text: str) -> list[int]:
         raise ComparisonError(f"seeds {text!r}: expected numbers such as 1,2,3") from None
 
 
-def _subject(model: str, files: ModelFiles, budget: Budget) -> Subject:
+def _subject(model: str, files: ModelFiles, extent: Extent) -> Subject:
     """The model by the options of ``fxq quantize``.
 
     Raises:
@@ -122,7 +122,7 @@ def _subject(model: str, files: ModelFiles, budget: Budget) -> Subject:
             return make_rollout(model, videos, seed, files), None
         if not loaded:
             loaded.append(family_rollout(model, 1, seed, files))
-        first = budget.calibration_videos if unseen else 0
+        first = extent.calibration_videos if unseen else 0
         return other_videos(loaded[0], model, files, videos, seed, first), None
 
     return Subject(name=model, identity={"model": model} | _identity(files), rollouts=rollouts)

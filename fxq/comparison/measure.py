@@ -16,7 +16,7 @@ UNSEEN = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Budget:
+class Extent:
     """What every row gets: videos to measure and to calibrate on, chunks of the former (None: the model's own)."""
 
     videos: int = 64
@@ -55,18 +55,18 @@ class Seconds:
 class Bench:
     """A model bound to the prompts and noise of one seed, to quantize and measure in any way."""
 
-    def __init__(self, subject: Subject, budget: Budget, seed: int, bar: Progress, before: Bench | None = None) -> None:
+    def __init__(self, subject: Subject, extent: Extent, seed: int, bar: Progress, before: Bench | None = None) -> None:
         """Generate the full-precision videos. What the bench of another seed has traced is not traced again.
 
         Raises:
             ComparisonError: when the videos cannot have the asked length, or are no whole chunks.
         """
         self.seed = seed
-        self.calibration, _ = subject.rollouts(budget.calibration_videos, seed, False)
-        self.rollout, self.conditions = subject.rollouts(budget.videos, UNSEEN + seed, True)
+        self.calibration, _ = subject.rollouts(extent.calibration_videos, seed, False)
+        self.rollout, self.conditions = subject.rollouts(extent.videos, UNSEEN + seed, True)
         trained = chunks_of(self.rollout)
-        if budget.chunks is not None:
-            self.rollout = with_chunks(self.rollout, budget.chunks)
+        if extent.chunks is not None:
+            self.rollout = with_chunks(self.rollout, extent.chunks)
         with bar.step("full-precision videos"):
             self.latents = latents_of(self.rollout)
         chunks = chunks_of(self.rollout)

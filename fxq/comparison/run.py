@@ -7,7 +7,7 @@ import datetime
 import pathlib
 from collections.abc import Sequence
 
-from fxq.comparison.measure import Bench, Budget
+from fxq.comparison.measure import Bench, Extent
 from fxq.comparison.methods import ComparisonError, Entry, entries
 from fxq.comparison.results import Results, full_precision_of, reliability_of, rows_of
 from fxq.comparison.store import Store
@@ -30,7 +30,7 @@ class Plan:
     seeds: Sequence[int] = (1, 2)
     base: str | None = None
     iterations: int | None = None
-    budget: Budget = dataclasses.field(default_factory=Budget)
+    extent: Extent = dataclasses.field(default_factory=Extent)
 
     def entries(self) -> list[Entry]:
         """Its rows.
@@ -75,7 +75,7 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
     rows = plan.entries()
     base = plan.base_among(rows)
     versions = environment()
-    shared = dict(subject.identity) | dataclasses.asdict(plan.budget) | {"iterations": plan.iterations}
+    shared = dict(subject.identity) | dataclasses.asdict(plan.extent) | {"iterations": plan.iterations}
     store = Store(folder, shared | {"environment": versions})
     store.open()
     missing = {seed: [entry for entry in rows if store.row(entry, seed) is None] for seed in plan.seeds}
@@ -85,7 +85,7 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
         if not left and store.has_reference(seed):
             continue
         with Progress(progress, prefix=f"seed {seed} ") as bar:
-            bench = Bench(subject, plan.budget, seed, bar, bench)
+            bench = Bench(subject, plan.extent, seed, bar, bench)
         store.write_reference(seed, bench.reference)
         for entry in left:
             done += 1
@@ -95,7 +95,7 @@ def run(plan: Plan, subject: Subject, folder: pathlib.Path, command: str, progre
     references = [store.reference(seed) for seed in plan.seeds]
     made, full = rows_of(measured, base), full_precision_of(references)
     methods = len(dict.fromkeys(entry.method for entry in rows))
-    counts = {"method": methods, "video": plan.budget.videos * len(plan.seeds), "calibration seed": len(plan.seeds)}
+    counts = {"method": methods, "video": plan.extent.videos * len(plan.seeds), "calibration seed": len(plan.seeds)}
     return Results(
         title=f"{subject.name}: " + ", ".join(f"{n} {what}{'s' * (n != 1)}" for what, n in counts.items()),
         command=command,

@@ -75,14 +75,14 @@ def test_a_published_model_is_compared_in_every_form(published, tmp_path):
 def test_prompts_to_measure_on_come_behind_those_to_calibrate_on(published, tmp_path):
     from fxq.cli.compare import _subject
     from fxq.cli.models import ModelFiles
-    from fxq.comparison.measure import Budget
+    from fxq.comparison.measure import Extent
 
     options = dict(zip(published[0::2], published[1::2], strict=False))
     files = ModelFiles(
         checkpoint=tmp_path.__class__(options["--checkpoint"]), prompts=options["--prompts"],
         frames=6, height=4, width=6, device="cpu",
     )  # fmt: skip
-    subject = _subject("causal-wan", files, Budget(videos=3, calibration_videos=2))
+    subject = _subject("causal-wan", files, Extent(videos=3, calibration_videos=2))
     calibration, measured = subject.rollouts(2, 1, False)[0], subject.rollouts(3, 101, True)[0]
     assert calibration.denoiser is measured.denoiser
     seen = [condition["prompt_embeds"] for condition, _ in calibration.batches]

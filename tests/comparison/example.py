@@ -9,14 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from fxq.comparison.measure import Budget, Reference, Seconds
+from fxq.comparison.measure import Extent, Reference, Seconds
 from fxq.comparison.methods import Entry
 from fxq.comparison.results import Results
 from fxq.comparison.run import Plan, run
 from fxq.comparison.subject import Subject
 from tests.report.example import BITS, variant
 
-PLAN = Plan(methods=("minmax", "nearest", "q_arvd"), bits=("w8a8", "w4a8"), budget=Budget(videos=5))
+PLAN = Plan(methods=("minmax", "nearest", "q_arvd"), bits=("w8a8", "w4a8"), extent=Extent(videos=5))
 SUBJECT = Subject(name="made up", identity={"model": "made up"}, rollouts=lambda *_: (None, None))
 BETTER = {"minmax": 1.0, "nearest": 0.7, "q_arvd": 0.3}
 
@@ -27,10 +27,10 @@ class MadeUp:
     measured: ClassVar[list[tuple[int, str, str]]] = []
     fails_after: ClassVar[int | None] = None
 
-    def __init__(self, subject, budget, seed, bar, before=None):
-        self.seed, self.budget = seed, budget
+    def __init__(self, subject, extent, seed, bar, before=None):
+        self.seed, self.extent = seed, extent
         scores = {"shape": 0.97, "colour": 1.0, "motion": 0.95, "exact_steps": 0.93}
-        chunks = budget.chunks or 7
+        chunks = extent.chunks or 7
         self.reference = Reference(scores=scores, limits=(-1.0, 1.0), chunks=chunks, trained=7)
 
     def measure(self, entry: Entry, bar):
@@ -39,7 +39,7 @@ class MadeUp:
         self.measured.append((self.seed, entry.bits, entry.method))
         generator = np.random.default_rng(zlib.crc32(f"{self.seed} {entry.bits} {entry.method}".encode()))
         error = BITS[entry.bits.upper()] * BETTER.get(entry.method.partition(":")[0], 1.0)
-        made = variant(entry.method, entry.bits.upper(), error, self.budget.videos, generator)
+        made = variant(entry.method, entry.bits.upper(), error, self.extent.videos, generator)
         seconds = Seconds(statistics=1.0, sensitivity=0.5, methods=2.0)
         return dataclasses.replace(made, seconds=seconds.total), seconds
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import fxq
-from fxq.comparison.measure import UNSEEN, Bench, Budget
+from fxq.comparison.measure import UNSEEN, Bench, Extent
 from fxq.comparison.methods import entries
 from fxq.comparison.subject import Subject
 from fxq.lab import Lab, latents_of
@@ -13,7 +13,7 @@ from fxq.recipes import PRESETS
 from fxq.runtime.progress import Progress
 from tests.toys import wan_rollout
 
-BUDGET = Budget(videos=3, calibration_videos=2)
+EXTENT = Extent(videos=3, calibration_videos=2)
 
 
 def rollouts(videos, seed, unseen):
@@ -25,7 +25,7 @@ SUBJECT = Subject(name="toy", identity={}, rollouts=rollouts)
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(SUBJECT, BUDGET, 1, Progress(False))
+    return Bench(SUBJECT, EXTENT, 1, Progress(False))
 
 
 def measured(bench, *words, bits="w4a8"):
@@ -69,21 +69,21 @@ def test_rows_do_not_depend_on_what_was_measured_before(bench):
     words = ("q_arvd:share_inputs=false", "minmax")
     late = measured(bench, *words)
     for word, (variant, _) in zip(words, late, strict=True):
-        alone = Bench(SUBJECT, BUDGET, 1, Progress(False))
+        alone = Bench(SUBJECT, EXTENT, 1, Progress(False))
         ((again, _),) = measured(alone, word)
         assert np.array_equal(variant.latent_mse, again.latent_mse)
         assert np.array_equal(variant.forced_chunks, again.forced_chunks)
 
 
 def test_another_seed_calibrates_and_measures_on_other_videos(bench):
-    other = Bench(SUBJECT, BUDGET, 2, Progress(False), bench)
+    other = Bench(SUBJECT, EXTENT, 2, Progress(False), bench)
     assert not torch.equal(other.latents, bench.latents)
     ((a, _),), ((b, _),) = measured(bench, "minmax"), measured(other, "minmax")
     assert not np.array_equal(a.latent_mse, b.latent_mse)
 
 
 def test_videos_have_the_asked_length_and_what_came_first_stays():
-    longer = Bench(SUBJECT, dataclasses.replace(BUDGET, chunks=5), 1, Progress(False))
+    longer = Bench(SUBJECT, dataclasses.replace(EXTENT, chunks=5), 1, Progress(False))
     assert (longer.reference.chunks, longer.reference.trained) == (5, 3)
     ((variant, _),) = measured(longer, "minmax")
     assert variant.chunk_mse.shape == variant.forced_chunks.shape == (3, 5)

@@ -48,8 +48,8 @@ def test_a_folder_of_another_setting_is_refused_with_what_differs(tmp_path, monk
     made_up(monkeypatch, tmp_path)
     kept = files(tmp_path)
     for changed, message in (
-        ({"budget": dataclasses.replace(PLAN.budget, videos=6)}, "videos is 5 there, 6 here"),
-        ({"budget": dataclasses.replace(PLAN.budget, chunks=9)}, "chunks is None there, 9 here"),
+        ({"extent": dataclasses.replace(PLAN.extent, videos=6)}, "videos is 5 there, 6 here"),
+        ({"extent": dataclasses.replace(PLAN.extent, chunks=9)}, "chunks is None there, 9 here"),
         ({"iterations": 5}, "iterations is None there, 5 here"),
     ):
         with pytest.raises(ComparisonError, match=f"results of another setting: {message}; choose another --out"):
