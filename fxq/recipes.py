@@ -23,13 +23,14 @@ from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.input_search import InputSearch
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
+from fxq.passes.methods.signround import SignRound
 from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
 _T = TypeVar("_T")
 
-_SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales)
+_SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales, SignRound)
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 

@@ -12,6 +12,7 @@ from fxq.core.method import Method
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import RangeSearch
+from fxq.passes.methods.signround import SignRound
 from fxq.recipes import (
     PRESETS,
     Q_ARVD,
@@ -39,8 +40,10 @@ def _q_arvd(preset: Recipe) -> Recipe:
 
 METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "minmax": minmax,
+    "percentile": lambda preset: _plain(preset, RangeSearch((0.999, 0.9999, 0.99999), ())),
     "nearest": lambda preset: _plain(preset, RangeSearch()),
     "adaround": lambda preset: _plain(preset, RangeSearch(), AdaRound()),
+    "signround": lambda preset: _plain(preset, RangeSearch(), SignRound()),
     "gptq": lambda preset: _plain(preset, RangeSearch(), GPTQ()),
     "q_arvd": _q_arvd,
     "least_error": lambda preset: preset,
