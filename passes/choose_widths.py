@@ -189,6 +189,8 @@ class _Table:
         fixed = self.kept if by_ratio else 0
         least = fixed + sum(min(group) for group in counted)
         most = math.floor(Fraction(repr(float(value))) * unit)
+        if unit and float((most + 1) / Fraction(unit)) <= value:
+            most += 1  # what facts tell of a choice, a rounded quotient, allows this choice
         if least > most:
             least_value = math.ceil(Fraction(least) / unit * 10**6) / 10**6 if unit else 0.0
             raise RecipeError(

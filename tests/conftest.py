@@ -38,14 +38,25 @@ def seeded():
 
 
 ANY_CPU = (
+    "attacks/test_foreign_code.py",
+    "attacks/test_fuzz.py",
+    "attacks/test_packed_cache.py",
+    "attacks/test_resources.py",
+    "bench",
     "benchmarks",
     "cache",
     "calibration",
     "capture",
     "cli",
-    "core/test_places.py",
+    "comparison",
+    "core",
     "demo",
     "diffusers",
+    "export/interop/test_layers.py",
+    "export/test_contract.py",
+    "export/test_files.py",
+    "export/test_names.py",
+    "extension",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
     "kernels/test_launches.py",
@@ -53,6 +64,7 @@ ANY_CPU = (
     "kernels/gemm/test_tiles.py",
     "kernels/test_triton_interpret.py",
     "metrics",
+    "models/test_any_size.py",
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",
@@ -60,11 +72,16 @@ ANY_CPU = (
     "models/test_schedule.py",
     "models/test_wan_rotary.py",
     "parallel",
-    "passes/match/test_axis_groups.py",
-    "passes/match/test_roles.py",
-    "passes/match/test_blocks.py",
-    "passes/match/test_edits.py",
-    "passes/match/test_patterns.py",
+    "passes/match",
+    "passes/methods",
+    "passes/test_absorb_cache.py",
+    "passes/test_choose_widths.py",
+    "passes/test_docs.py",
+    "passes/test_knapsack.py",
+    "passes/test_line.py",
+    "passes/test_pack_cache.py",
+    "passes/test_share_inputs.py",
+    "passes/test_with_cache.py",
     "planning/test_gpus.py",
     "planning/test_job.py",
     "planning/test_memory.py",
@@ -74,8 +91,7 @@ ANY_CPU = (
     "report",
     "runtime",
     "test_advice.py",
-    "test_docs_links.py",
-    "test_docs_names.py",
+    "test_docs_",
     "test_dtypes.py",
     "test_environment.py",
     "test_examples.py",
@@ -84,7 +100,8 @@ ANY_CPU = (
     "test_plugins.py",
 )
 """Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of captures,
-calibration, command line, ranks and graph matching: they check what stands above kernels that other tests run."""
+calibration, methods, comparison, files, command line, ranks and graph matching: they check what stands above kernels
+that other tests run."""
 
 
 def pytest_collection_modifyitems(items):

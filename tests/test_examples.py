@@ -18,8 +18,8 @@ def test_the_example_runs(name, capsys):
     assert float(error.split()[-1]) < 0.2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["compile_backend.py", pytest.param("diffusers_wan.py", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["compile_backend.py", "diffusers_wan.py"])
 def test_the_compiled_example_runs(name, capsys):
     if name.startswith("diffusers"):
         pytest.importorskip("diffusers")
@@ -42,7 +42,7 @@ def test_the_folder_example_writes_what_diffusers_reads(capsys):
     assert "from_pretrained differs from it by 0.00000" in text or "needs accelerate" in text
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_example_on_two_ranks_makes_the_video_of_one():
     script = [sys.executable, str(EXAMPLES / "tensor_parallel.py")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=180)

@@ -15,7 +15,7 @@ from fxq.report.tables import report_to_json
 
 @pytest.fixture(scope="module")
 def demo():
-    settings = DemoSettings(calibration_videos=3, evaluation_videos=5, iterations=12, clips=2, bits=("w8a8", "w4a8"))
+    settings = DemoSettings(calibration_videos=3, evaluation_videos=3, iterations=12, clips=1, bits=("w8a8", "w4a8"))
     return run_demo(settings, "fxq demo", progress=False)
 
 

@@ -16,9 +16,7 @@ QUICK = (
 
 SLOW = (
     "FluxTransformer2DModel (guidance)",
-    "LTX2VideoTransformer3DModel",
     "CogView4Transformer2DModel",
-    "ZImageTransformer2DModel",
     "SkyReelsV2Transformer3DModel",
     "SanaTransformer2DModel",
     "HunyuanVideoTransformer3DModel",

@@ -427,7 +427,7 @@ def test_the_benchmark_reports_kernels_and_ratios(tmp_path):
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "onnx_rollout.py"
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_example_generates_the_video_of_fxq_without_torch(tmp_path):
     done = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, cwd=tmp_path, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -436,7 +436,10 @@ def test_the_example_generates_the_video_of_fxq_without_torch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("window", "sink", "prediction"), [(-1, 0, "flow"), (4, 1, "x0"), (5, 2, "flow")])
+@pytest.mark.parametrize(
+    ("window", "sink", "prediction"),
+    [(-1, 0, "flow"), (4, 1, "x0"), pytest.param(5, 2, "flow", marks=pytest.mark.sweep)],
+)
 def test_the_runtime_of_the_example_follows_every_cache_policy(tmp_path, window, sink, prediction):
     rollout = wan_rollout(frames=10)
     schedule = dataclasses.replace(rollout.sampler.schedule, prediction=prediction)

@@ -485,8 +485,8 @@ def compile_parts(model, chosen):
     return model
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [pytest.param("whole", marks=pytest.mark.sweep), "blocks"])
+@pytest.mark.sweep
+@pytest.mark.parametrize("parts", ["whole", "blocks"])
 def test_with_inductor_a_windowed_rollout_is_compiled_in_its_first_window_only(parts):
     rollout = wan_rollout(frames=18)
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))

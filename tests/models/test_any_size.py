@@ -77,6 +77,7 @@ def test_a_size_that_is_no_whole_patch_and_another_number_of_frames_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("free", [(8, False), pytest.param((4, False), marks=pytest.mark.sweep)], indirect=True)
 def test_onnx_keeps_the_freedom(free, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     module, _ = free

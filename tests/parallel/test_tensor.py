@@ -56,7 +56,9 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=pytest.mark.sweep) if v in ("W8", "per token") else v for v in VARIANTS]
+)
 def test_the_ranks_together_make_the_video_of_one_process(variant, two_ranks, tmp_path):
     options, allowed, ways = VARIANTS[variant]
     module = quantized(**options)

@@ -21,7 +21,12 @@ def assert_same(results, want):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 8}, {"bits": 4}, {"bits": 8, "per_token": True}, {"bits": 4, "per_token": True, "asymmetric": True}],
+    [
+        {"bits": 8},
+        pytest.param({"bits": 4}, marks=pytest.mark.sweep),
+        pytest.param({"bits": 8, "per_token": True}, marks=pytest.mark.sweep),
+        {"bits": 4, "per_token": True, "asymmetric": True},
+    ],
     ids=str,
 )
 def test_a_quantized_video_is_that_of_one_process(options, two_ranks, tmp_path):

@@ -111,7 +111,7 @@ def test_few_videos_absorb_as_well(tiny, absorbing):
     assert found.absorption.converted == (0, 3) and psnr(found.latents, whole.latents, (5, 7)) >= 40
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("settings", [Absorb(form="per_head"), Absorb(form="low_rank", rank=8)], ids=lambda a: a.form)
 def test_other_forms_of_the_map(tiny, traced, settings):
     policy = dataclasses.replace(PLAIN, absorb=settings)
@@ -143,7 +143,7 @@ def test_tokens_may_stand_for_a_history(tiny, traced):
     assert [few.keys.shape[1] for few in found.absorption.few] == [48, 0, 0, 48]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_tokens_stand_for_histories_of_quantized_graphs_that_are_saved_and_optimized(tiny, quantized, tmp_path):
     policy = dataclasses.replace(PLAIN, absorb=Absorb(tokens=48))
     module = absorb_cache(quantized, policy)

@@ -12,7 +12,7 @@ from fxq.core.config import Budget, RecipeError, Rule, Scheme, Weighting, with_b
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
 from fxq.job import Job
-from fxq.passes.choose_widths import FACT, ChooseWidths, PredictedError
+from fxq.passes.choose_widths import FACT, ChooseWidths, PredictedError, _Table
 from fxq.passes.methods.ranges import MinMax
 from fxq.recipes import plain_recipe, recipe_to_toml
 from fxq.runtime.progress import Progress
@@ -93,6 +93,12 @@ def test_the_ratio_is_met_to_the_byte_and_kept_layers_count():
         assert stored_bytes(q) == found(q)["bytes"] <= size
         assert found(q)["ratio"] == stored_bytes(q) / whole
         assert found(quantized(model, ratio=(size - 1) / whole))["bytes"] < size
+
+
+def test_a_ratio_that_facts_told_allows_the_bytes_it_was_told_of():
+    for size, whole in itertools.product(range(1, 60), (7, 97, 15750, 26254)):
+        counted, most = _Table([], [], [[size]], 0, whole).limit(Budget(ratio=size / whole))
+        assert counted == [[size]] and most == size
 
 
 def test_the_frontier_falls_and_the_choice_is_not_above_it():

@@ -1,3 +1,4 @@
+import functools
 import math
 import re
 import sys
@@ -39,6 +40,7 @@ def test_an_order_that_mixes_factors_is_not_taken_apart():
     assert factor(torch.tensor([0, 2, 1, 3, 4, 5]), (2, 3)) is None
 
 
+@functools.cache
 def float_graph():
     rollout = wan_rollout(seeds=(1,))
     args, shapes = rollout.example_call()
@@ -73,6 +75,13 @@ FREE = {
 }
 
 
+@functools.cache
+def quantized(bits):
+    rollout = wan_rollout(seeds=(1,))
+    args, _ = rollout.example_call()
+    return fxq.quantize(rollout.denoiser, rollout, recipe(bits), progress=False), args
+
+
 def test_every_free_order_of_the_float_model_leaves_its_output_unchanged():
     graph, args = float_graph()
     want = flat(graph.module(*args))
@@ -96,9 +105,7 @@ def test_every_free_order_of_the_float_model_leaves_its_output_unchanged():
 )
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_free_order_of_the_frozen_model_leaves_its_output_unchanged(bits, passes):
-    rollout = wan_rollout(seeds=(1,))
-    args, _ = rollout.example_call()
-    module = fxq.quantize(rollout.denoiser, rollout, recipe(bits), progress=False)
+    module, args = quantized(bits)
     graph = QuantGraph(module, Stage.FROZEN).fork()
     run_passes(graph, [step() for step in passes])
     want, found = flat(graph.module(*args)), set()
@@ -118,8 +125,7 @@ def test_every_free_order_of_the_frozen_model_leaves_its_output_unchanged(bits, 
 
 
 def test_fused_attention_says_the_same_as_its_parts():
-    rollout = wan_rollout(seeds=(1,))
-    module = fxq.quantize(rollout.denoiser, rollout, recipe(), progress=False)
+    module, _ = quantized(8)
     graph = run_passes(QuantGraph(module, Stage.FROZEN).fork(), (FuseAttention(), FuseRotary()))
     targets = {str(node.target) for node in graph.module.graph.nodes}
     assert {"fxq.attention.default", "fxq.rms_norm_rope.default"} <= targets
