@@ -6,13 +6,15 @@ import hypothesis
 import pytest
 import torch
 
-from tests import features
+from tests import captures, features
 
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fxq")
 
 # A capture makes a great many objects that live on: looking through them again and again is a seventh of its time.
 gc.set_threshold(100_000, 50, 100)
+
+captures.share()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -1,0 +1,68 @@
+"""Captures of the models of ``fxq.models``, made once a process: most tests quantize the same few of them.
+
+``tests/capture`` and whatever calls :func:`fxq.capture.trace.trace` itself capture anew.
+"""
+
+import collections
+import functools
+import hashlib
+
+import torch
+from torch.utils import _pytree as pytree
+
+import fxq.cli.quantize
+import fxq.lab
+import fxq.quantize
+from fxq.capture.trace import plain_model, trace
+
+_KEPT = 6
+_SIMPLE = (bool, int, float, str, tuple, type(None), torch.dtype)
+
+
+def share():
+    """Let :mod:`fxq.quantize` and what stands beside it take a copy of an equal model's capture."""
+    known = collections.OrderedDict()
+
+    @functools.wraps(trace)
+    def shared(model, args, kwargs=None, dynamic_shapes=None, tolerance=1e-4, captured_with=None):
+        key = _key(model, args, kwargs, dynamic_shapes, tolerance, captured_with)
+        if key is None:
+            return trace(model, args, kwargs, dynamic_shapes, tolerance, captured_with)
+        if key not in known:
+            known[key] = trace(model, args, kwargs, dynamic_shapes, tolerance, captured_with)
+        known.move_to_end(key)
+        while len(known) > _KEPT:
+            known.popitem(last=False)
+        return known[key].fork()
+
+    for module in (fxq.quantize, fxq.lab, fxq.cli.quantize):
+        module.trace = shared
+
+
+def _key(model, args, kwargs, *others):
+    """Everything a capture depends on, or None where that is not known of the model."""
+    if not isinstance(model, torch.nn.Module) or not type(model).__module__.startswith("fxq.models."):
+        return None
+    digest = hashlib.sha256()
+    for name, module in plain_model(model).named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        settings = {k: v for k, v in vars(module).items() if isinstance(v, _SIMPLE)}
+        config = getattr(module, "config", None)
+        digest.update(f"{name} {type(module)} {settings} {config!r}".encode())
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    leaves, form = pytree.tree_flatten((args, kwargs, others))
+    told = [
+        f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.requires_grad}" if isinstance(t, torch.Tensor) else repr(t)
+        for t in leaves
+    ]
+    modes = torch.get_default_dtype(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    text = f"{told} {form} {modes}"
+    if " at 0x" in text:
+        return None
+    digest.update(text.encode())
+    return digest.hexdigest()
