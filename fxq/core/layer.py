@@ -290,7 +290,7 @@ def told_in_graph(plans: Iterable[LayerPlan], reader: str) -> str:
     if not held:
         return ""
     return (
-        f"{reader} takes layers out of their graph, and of {len(held)} the graph changes the input or adds to the output "
+        f"{reader} takes layers out of their graph, and of {len(held)} the graph changes the input or the output "
         f"({', '.join(held[:3])}). Their integers alone compute something else: run the bundle's own graph (fxq.load), "
         "export it (.pt2, ONNX), or quantize with a recipe without transforms"
     )

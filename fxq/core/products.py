@@ -20,6 +20,8 @@ _NAMES = frozenset(_PRODUCTS.split())
 
 LOW_RANK = ("low_rank_down", "low_rank_up")
 """Tensors [K, r] and [r, N] under a layer's name: its input times both is added to its output."""
+TRANSFORM_TENSORS = ("rotation", "smoothing", *LOW_RANK)
+"""What the shipped transforms (:mod:`fxq.passes.transforms`) store under a layer's name."""
 
 
 def low_rank_branch(module: fx.GraphModule, plan: LayerPlan) -> Tensor | None:

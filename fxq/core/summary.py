@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -14,9 +14,9 @@ from torch import fx
 from fxq import kernels
 from fxq.core.facts import Facts, Texts
 from fxq.core.graph import linear_sites
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, plan_of, planned
+from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
-from fxq.core.products import OtherProduct, other_products
+from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
 from fxq.kernels.gemm import op as gemm
 
 _OTHER = "matrix product that is no linear"
@@ -177,12 +177,10 @@ def _stored_bytes(module: fx.GraphModule, layer: QuantizedLayer) -> int:
     return joint + sum(t.numel() * t.element_size() for t in own if t is not None)
 
 
-def _added(buffers: Iterable[str], plan: LayerPlan) -> list[str]:
+def _added(buffers: Collection[str], plan: LayerPlan) -> list[str]:
     """Names of the tensors of a layer's transforms."""
-    if not plan.transform:
-        return []
-    under = {name: name.removeprefix(f"{plan.layer}.") for name in buffers if name.startswith(f"{plan.layer}.")}
-    return [name for name, own in under.items() if "." not in own and own not in LAYER_TENSORS]
+    names = (f"{plan.layer}.{name}" for name in TRANSFORM_TENSORS) if plan.transform else ()
+    return [name for name in names if name in buffers]
 
 
 def summary(module: fx.GraphModule) -> Summary:
@@ -194,7 +192,7 @@ def summary(module: fx.GraphModule) -> Summary:
     facts = Facts.of(module)
     rows = [_row(module, plan, nodes[0], facts.remarks) for plan, nodes in planned(module).values()]
     known = {row.layer for row in rows}
-    buffers = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     known |= {name for plan, _ in planned(module).values() for name in _added(buffers, plan)}
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
