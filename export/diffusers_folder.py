@@ -18,6 +18,7 @@ from fxq.core.config import RecipeError, Scheme
 from fxq.core.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
+from fxq.core.layer import told_in_graph
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
@@ -171,6 +172,8 @@ def _content(module: fx.GraphModule, model: nn.Module) -> tuple[dict[str, object
     plans = {layer: plan for layer, (plan, _) in notes.items()}
     if facts.optimized:
         raise ValueError("the module is optimized for this machine; give the one it was made from")
+    if reason := told_in_graph(plans.values(), "a diffusers folder"):
+        raise ValueError(reason)
     _refuse_tied(model)
     linears = {name: child for name, child in model.named_modules() if type(child) is nn.Linear}
     entries = {layer: LinearEntry.of(plan) for layer, plan in plans.items() if plan.scheme is not None}

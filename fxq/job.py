@@ -37,11 +37,17 @@ def needs_data(recipe: Recipe) -> str:
     return static[0] if static else ""
 
 
+def measuring(recipe: Recipe) -> str:
+    """The first transform that follows from calibration data; empty when there is none."""
+    found = [type(step).__name__ for step in recipe.transforms if step.needs >= Stage.CALIBRATED and step.learns]
+    return found[0] if found else ""
+
+
 def uses_data(recipe: Recipe) -> bool:
     """Whether calibration data change what is made: input scales or a budget need them, or methods learn from them."""
     learns = any(isinstance(method, LearningMethod | SolvingMethod) for method in recipe.methods)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
-    needed = bool(needs_data(recipe)) or recipe.budget is not None
+    needed = bool(needs_data(recipe)) or recipe.budget is not None or bool(measuring(recipe))
     return needed or (learns and any(scheme.reconstruct for scheme in schemes))
 
 
@@ -72,6 +78,7 @@ class Job:
 
     def plan(self, graph: QuantGraph) -> None:
         """Take a TRACED graph to PLANNED."""
+        graph.workers = self.workers
         run_passes(graph, (step for step in self.line() if step.needs < Stage.CALIBRATED))
 
     def calibrate(

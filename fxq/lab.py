@@ -16,7 +16,8 @@ from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import trace
 from fxq.core.config import Recipe, Weighting
-from fxq.core.ir import LayerStatistics, QuantGraph, planned
+from fxq.core.ir import QuantGraph, Stage, planned
+from fxq.core.method import LayerStatistics
 from fxq.core.summary import summary
 from fxq.job import Job
 from fxq.metrics import sprites
@@ -73,8 +74,8 @@ class Collected:
 class Lab:
     """One traced and calibrated model, quantized in many ways without tracing or calibrating again.
 
-    Another calibration is run for a recipe that asks for other layers, other rows or gradients. ``bits`` below is a
-    preset's name, or a recipe: what chunk sensitivities are measured with.
+    Another calibration is run for a recipe that asks for other layers, other rows or gradients, or rewrites the graph
+    before. ``bits`` below is a preset's name, or a recipe: what chunk sensitivities are measured with.
     """
 
     def __init__(self, calibration: Rollout, recipe: Recipe, bar: Progress, traced: QuantGraph | None = None) -> None:
@@ -103,7 +104,8 @@ class Lab:
         graph = self._planned(recipe)
         layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
         gradients = recipe.chunk_weighting is Weighting.GRADIENT
-        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients
+        rewritten = tuple(repr(step) for step in recipe.transforms if step.needs < Stage.CALIBRATED)
+        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients, rewritten
         if key not in self._collected:
             start = time.perf_counter()
             data = Job(recipe, self.bar).calibrate(graph, self.calibration)

@@ -30,7 +30,7 @@ from fxq.environment import environment
 from fxq.export.graph.graph_json import GraphFormatError
 from fxq.export.graph.savable import check_savable
 from fxq.handshake import compare_plans, shake_hands
-from fxq.job import ForwardLoop, Job, needs_data, uses_data
+from fxq.job import ForwardLoop, Job, measuring, needs_data, uses_data
 from fxq.passes.line import check_own
 from fxq.passes.with_cache import check_cache, with_cache
 from fxq.recipes import get_recipe, recipe_to_json
@@ -191,6 +191,11 @@ def _check_sources(
         raise CalibrationError(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "
             f"(rule {static!r}), which are measured on data. Schemes with per_token, as in 'w8a8-dynamic', need none"
+        )
+    if calib_loader is None and forward_loop is None and (transform := measuring(recipe)):
+        raise CalibrationError(
+            f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has the transform {transform}, "
+            "whose scales follow from data"
         )
     if calib_loader is None and forward_loop is None:
         _warn_of_no_data(recipe)

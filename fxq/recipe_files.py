@@ -5,11 +5,19 @@ Recipes themselves are made of them in :mod:`fxq.recipes`.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from fxq.core.config import RecipeError
+from fxq.runtime.messages import did_you_mean
+
+_T = TypeVar("_T")
 
 MAX_RECIPE_BYTES = 1 << 20
 MAX_NUMBER = 10_000_000
@@ -138,3 +146,44 @@ def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     raise TypeError(f"{value!r} has no form in TOML")
+
+
+def tables(data: Mapping[str, object], key: str) -> list[dict[str, object]]:
+    """The tables that a recipe has under a key.
+
+    Raises:
+        RecipeError: when it is no list of them.
+    """
+    entries = data.get(key, [])
+    if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+        raise RecipeError(f"{key}: expected a list of tables")
+    return list(entries)
+
+
+def refuse_unknown(entry: object, cls: type[Any], where: str, *others: str) -> None:
+    """Refuse keys that are neither fields of a dataclass nor among ``others``.
+
+    Raises:
+        RecipeError: naming the key and close ones.
+    """
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{where}: expected a table of keys, got {type(entry).__name__}")
+    known = [*(field.name for field in dataclasses.fields(cls)), *others]
+    for key in entry:
+        if key not in known:
+            hint = did_you_mean(key, known, 0.5) or f"known: {', '.join(known)}"
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def validated(cls: type[_T], data: object, where: str) -> _T:
+    """A table as an instance of a dataclass.
+
+    Raises:
+        RecipeError: naming the first key whose value does not fit.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}{'.' + place if place else ''}: {first['msg']}") from None

@@ -6,9 +6,9 @@ import dataclasses
 import os
 import pathlib
 import tomllib
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from torch import fx
 
 from fxq import plugins
@@ -16,7 +16,7 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_j
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
-from fxq.core.method import LearningMethod, Method
+from fxq.core.method import LearningMethod, Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
@@ -24,15 +24,27 @@ from fxq.passes.methods.input_search import InputSearch
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
 from fxq.passes.methods.signround import SignRound
-from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, to_toml
+from fxq.passes.transforms.low_rank import LowRank
+from fxq.passes.transforms.rotate import Rotate
+from fxq.passes.transforms.smooth import Smooth
+from fxq.recipe_files import (
+    MAX_BASES,
+    MAX_RECIPE_BYTES,
+    check_content,
+    refuse_unknown,
+    tables,
+    to_toml,
+    validated,
+)
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
-
-_T = TypeVar("_T")
 
 _SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales, SignRound)
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
+
+TRANSFORMS: dict[str, type[Transform]] = {cls.__name__: cls for cls in (Rotate, Smooth, LowRank)}
+"""The transforms by the name they have in recipe files."""
 
 _KEPT = (
     ("time_embedding*", "time embedding: tiny and sensitive"),
@@ -201,14 +213,20 @@ def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[path
 
 def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
-    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), cache=None, budget=None))
-    del data["cache"], data["budget"]
+    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), transforms=(), cache=None, budget=None))
+    del data["cache"], data["budget"], data["transforms"]
     if recipe.budget is not None:
         data["budget"] = {key: value for key, value in dataclasses.asdict(recipe.budget).items() if value is not None}
     if recipe.cache is not None:
         data["cache"] = policy_to_json(recipe.cache)
-    data["methods"] = [{"method": type(m).__name__, **dataclasses.asdict(m)} for m in recipe.methods]
+    data["methods"] = _named("method", recipe.methods)
+    if recipe.transforms:
+        data["transforms"] = _named("transform", recipe.transforms)
     return data
+
+
+def _named(key: str, steps: Sequence[Method | Transform]) -> list[dict[str, object]]:
+    return [{key: type(step).__name__, **dataclasses.asdict(step)} for step in steps]
 
 
 def recipe_to_toml(recipe: Recipe) -> str:
@@ -225,7 +243,7 @@ def recipe_from_json(data: object) -> Recipe:
     """Inverse of :func:`recipe_to_json`; ``rules`` may omit defaults, and a rule without ``scheme`` keeps layers.
 
     With ``extends`` the data say only what is to be other than in a preset: single keys replace the preset's, so do
-    ``methods`` as a whole, and ``rules`` come before the preset's.
+    ``methods`` and ``transforms`` as a whole, and ``rules`` come before the preset's.
 
     Raises:
         RecipeError: on unknown keys (naming close ones), wrong types, unknown methods or an unknown preset.
@@ -242,8 +260,8 @@ def _recipe(data: object, files: tuple[pathlib.Path, ...]) -> Recipe:
         base = _base(data.pop("extends"), files)
         own = _parsed(data)
         known = {field.name: getattr(base, field.name) for field in dataclasses.fields(Recipe)}
-        return _validated(Recipe, known | own | {"rules": (*own.get("rules", ()), *base.rules)}, "recipe")
-    return _validated(Recipe, {"rules": (), "methods": (), **_parsed(data)}, "recipe")
+        return validated(Recipe, known | own | {"rules": (*own.get("rules", ()), *base.rules)}, "recipe")
+    return validated(Recipe, {"rules": (), "methods": (), **_parsed(data)}, "recipe")
 
 
 def _base(name: object, files: tuple[pathlib.Path, ...]) -> Recipe:
@@ -267,31 +285,44 @@ def _base(name: object, files: tuple[pathlib.Path, ...]) -> Recipe:
 
 def _parsed(data: dict[str, object]) -> dict[str, Any]:
     """The keys of a recipe with rules and methods as objects."""
-    _refuse_unknown(data, Recipe, "recipe", "extends")
+    refuse_unknown(data, Recipe, "recipe", "extends")
     rules = []
-    for i, entry in enumerate(_tables(data, "rules")):
-        _refuse_unknown(entry, Rule, f"rules[{i}]")
+    for i, entry in enumerate(tables(data, "rules")):
+        refuse_unknown(entry, Rule, f"rules[{i}]")
         scheme = entry.get("scheme")
         if scheme is not None:
-            _refuse_unknown(scheme, Scheme, f"rules[{i}].scheme")
-            scheme = _validated(Scheme, scheme, f"rules[{i}].scheme")
-        rules.append(_validated(Rule, {**entry, "scheme": scheme}, f"rules[{i}]"))
-    methods = []
-    for i, entry in enumerate(_tables(data, "methods")):
-        options = dict(entry)
-        method = _method(options.pop("method", None), f"methods[{i}]")
-        _refuse_unknown(options, method, f"methods[{i}]")
-        methods.append(_validated(method, options, f"methods[{i}]"))
-    made: dict[str, object] = {"rules": tuple(rules), "methods": tuple(methods)}
+            refuse_unknown(scheme, Scheme, f"rules[{i}].scheme")
+            scheme = validated(Scheme, scheme, f"rules[{i}].scheme")
+        rules.append(validated(Rule, {**entry, "scheme": scheme}, f"rules[{i}]"))
+    made: dict[str, object] = {"rules": tuple(rules)}
+    for key, find in (("method", _method), ("transform", _transform)):
+        made[f"{key}s"] = tuple(
+            _step(entry, key, find, f"{key}s[{i}]") for i, entry in enumerate(tables(data, f"{key}s"))
+        )
     if data.get("cache") is not None:
         try:
             made["cache"] = policy_from_json(data["cache"])
         except CacheSettingsError as error:
             raise RecipeError(str(error)) from error
     if data.get("budget") is not None:
-        _refuse_unknown(data["budget"], Budget, "budget")
-        made["budget"] = _validated(Budget, data["budget"], "budget")
+        refuse_unknown(data["budget"], Budget, "budget")
+        made["budget"] = validated(Budget, data["budget"], "budget")
     return {key: made.get(key, value) for key, value in data.items()}
+
+
+def _step(entry: dict[str, object], key: str, find: Callable[[object, str], type[Any]], where: str) -> Any:
+    """A method or a transform from its table."""
+    options = dict(entry)
+    found = find(options.pop(key, None), where)
+    refuse_unknown(options, found, where)
+    return validated(found, options, where)
+
+
+def _transform(name: object, where: str) -> type[Any]:
+    if not isinstance(name, str) or name not in TRANSFORMS:
+        hint = did_you_mean(str(name), TRANSFORMS) or f"known: {', '.join(TRANSFORMS)}"
+        raise RecipeError(f"{where}: unknown transform {name!r}; {hint}")
+    return TRANSFORMS[name]
 
 
 def _method(name: object, where: str) -> type[Any]:
@@ -307,29 +338,3 @@ def _method(name: object, where: str) -> type[Any]:
         known = (*METHODS, *plugins.names(plugins.METHODS))
         raise RecipeError(f"{where}: unknown method {name!r}; known: {', '.join(known)}")
     return METHODS[name]
-
-
-def _tables(data: dict[str, object], key: str) -> list[dict[str, object]]:
-    entries = data.get(key, [])
-    if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
-        raise RecipeError(f"{key}: expected a list of tables")
-    return list(entries)
-
-
-def _refuse_unknown(entry: object, cls: type[Any], where: str, *others: str) -> None:
-    if not isinstance(entry, dict):
-        raise RecipeError(f"{where}: expected a table of keys, got {type(entry).__name__}")
-    known = [*(field.name for field in dataclasses.fields(cls)), *others]
-    for key in entry:
-        if key not in known:
-            hint = did_you_mean(key, known, 0.5) or f"known: {', '.join(known)}"
-            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _validated(cls: type[_T], data: object, where: str) -> _T:
-    try:
-        return TypeAdapter(cls).validate_python(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}{'.' + place if place else ''}: {first['msg']}") from None

@@ -26,6 +26,9 @@ from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.passes.share_inputs import ShareInputs
+from fxq.passes.transforms.low_rank import LowRank
+from fxq.passes.transforms.rotate import Rotate
+from fxq.passes.transforms.smooth import Smooth
 
 FUSIONS: tuple[Rewrite, ...] = (
     RealRope(),
@@ -55,6 +58,7 @@ __all__ = [
     "FuseRotary",
     "LayOutWeights",
     "LayerPlan",
+    "LowRank",
     "LowerLinear",
     "LoweringError",
     "MergeLinears",
@@ -67,7 +71,9 @@ __all__ = [
     "QuantGraph",
     "RealRope",
     "Rewrite",
+    "Rotate",
     "ShareInputs",
+    "Smooth",
     "Stage",
     "ToQdq",
     "absorb_cache",

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 
 from fxq.core.config import Weighting
 from fxq.core.graph import LinearSite, linear_sites
-from fxq.core.ir import LayerPlan, LayerStatistics, QuantGraph, Stage, planned, set_plan
-from fxq.core.method import LayerProblem, LayerUpdate, Method
+from fxq.core.ir import LayerPlan, QuantGraph, Stage, planned, set_plan
+from fxq.core.method import LayerProblem, LayerStatistics, LayerUpdate, Method
 from fxq.core.pipeline import Analysis
+from fxq.core.products import low_rank_branch
 from fxq.passes.methods import output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
@@ -179,18 +180,22 @@ class ApplyMethods(Analysis):
             if statistics.gradients is None:
                 raise ValueError(f"layer {plan.layer} was calibrated without gradients, and the weighting needs them")
             row_weights = row_weights * _relative(statistics.gradients, counts)
+        rows = statistics.rows.float()
+        rows = rows if statistics.multiplier is None else rows * statistics.multiplier
+        branch = low_rank_branch(graph.module, plan)
         return LayerProblem(
             layer=plan.layer,
             weight=weight,
             low=statistics.low[order].to(device),
             high=statistics.high[order].to(device),
-            rows=statistics.rows.float()[:, order].to(device),
+            rows=rows[:, order].to(device),
             row_weights=row_weights.to(device),
             scheme=plan.quantization,
             split=plan.split,
             seed=self.seed,
             counts=None if counts is None else counts.to(device),
             bias=None if bias is None else bias.float().to(device),
+            branch=None if branch is None else branch[:, order.to(device)],
         )
 
 
@@ -227,7 +232,8 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...], judged: tuple[Tenso
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights)
-    for tensor in (*tensors, *(t for t in (problem.counts, problem.bias) if t is not None), *judged):
+    others = (problem.counts, problem.bias, problem.branch)
+    for tensor in (*tensors, *(t for t in others if t is not None), *judged):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -239,7 +245,9 @@ def _stacked(problems: list[LayerProblem]) -> LayerProblem:
         return first
     weight = torch.cat([problem.weight for problem in problems])
     name = f"{first.layer} with {len(others)} more"
-    return dataclasses.replace(first, layer=name, weight=weight, bias=_stacked_bias(problems))
+    branches = [torch.zeros_like(p.weight) if p.branch is None else p.branch for p in problems]
+    branch = None if all(p.branch is None for p in problems) else torch.cat(branches)
+    return dataclasses.replace(first, layer=name, weight=weight, bias=_stacked_bias(problems), branch=branch)
 
 
 def _stacked_bias(problems: list[LayerProblem]) -> Tensor | None:

@@ -31,8 +31,14 @@ def line(recipe: Recipe, methods: ApplyMethods | ChooseWidths, own: Sequence[Pas
         PassError: naming a pass that has no place, see :func:`check_own`.
     """
     check_own(own)
+    for transform in recipe.transforms:
+        _check_instance(transform)
     share = (ShareInputs(),) if recipe.share_inputs else ()
-    shipped: tuple[Pass, ...] = (PlanLayers(recipe), DetectOutliers(), *share, methods, LowerLinear(), Freeze())
+    transforms = [step for step in recipe.transforms if isinstance(step, Pass)]
+    early = [other for other in transforms if other.needs < Stage.CALIBRATED]
+    late = [other for other in transforms if other.needs >= Stage.CALIBRATED]
+    finding = (*early, DetectOutliers(), *share)
+    shipped: tuple[Pass, ...] = (PlanLayers(recipe), *finding, *late, methods, LowerLinear(), Freeze())
     places = [max((i for i, s in enumerate(shipped, 1) if s.gives == step.needs), default=0) for step in own]
     passes = [step for step, place in zip(own, places, strict=True) if place == 0]
     for i, step in enumerate(shipped, 1):

@@ -46,7 +46,8 @@ class PlanLayers(Analysis):
         self.recipe.check_patterns((site.layer for site in sites), roles)
         planned = dataclasses.replace(self.recipe, rules=self.recipe.planned_rules)
         rules = planned.decide((site.layer for site in sites), roles)
-        conflicts = sharing_conflicts(graph.module, LAYER_TENSORS)
+        more = (name for transform in self.recipe.transforms for name in transform.stores)
+        conflicts = sharing_conflicts(graph.module, (*LAYER_TENSORS, *more))
         chosen, residency = set(), Residency()
         for site in sites:
             weight = None if site.weight_name is None else site.weight(graph.module)

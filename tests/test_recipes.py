@@ -8,11 +8,13 @@ import pytest
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, with_budget
+from fxq.passes import LowRank, Smooth
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.recipes import (
     METHODS,
     PRESETS,
+    TRANSFORMS,
     get_recipe,
     load_recipe,
     minmax,
@@ -375,12 +377,19 @@ def page_rows(heading):
 
 @pytest.mark.parametrize(
     ("heading", "cls"),
-    [("The recipe", Recipe), ("A rule", Rule), ("A scheme", Scheme), ("A budget", Budget), *METHODS.items()],
+    [
+        ("The recipe", Recipe),
+        ("A rule", Rule),
+        ("A scheme", Scheme),
+        ("A budget", Budget),
+        *METHODS.items(),
+        *TRANSFORMS.items(),
+    ],
 )
 def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
     rows = {key: default.strip() for key, _, default in page_rows(heading)}
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    assert set(rows) - {"extends", "method"} == set(fields)
+    assert set(rows) - {"extends", "method", "transform"} == set(fields)
     for name, field in fields.items():
         if field.default is dataclasses.MISSING or name == "scheme":
             assert rows[name] == "-", name
@@ -390,9 +399,11 @@ def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
 
 
 def test_the_recipe_on_the_page_loads(tmp_path):
-    text, cache, budget = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    text, cache, budget, transforms = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "budget.toml").write_text(budget)
     assert load_recipe(tmp_path / "budget.toml").budget == Budget(bits_per_weight=5)
+    (tmp_path / "transforms.toml").write_text(transforms)
+    assert load_recipe(tmp_path / "transforms.toml").transforms == (Smooth(), LowRank(32))
     (tmp_path / "cache.toml").write_text(cache)
     assert load_recipe(tmp_path / "cache.toml").cache.codec("keys", 0) == Klt(1.0)
     (tmp_path / "r.toml").write_text(text)

@@ -1,16 +1,23 @@
 """Small models, recipes and problems shared by tests."""
 
+import dataclasses
+
 import torch
 from torch import nn
 
 from fxq.calibration.rollout import Draws
+from fxq.capture.trace import trace
 from fxq.core.config import Scheme
+from fxq.core.ir import Stage
+from fxq.core.pipeline import run_passes
+from fxq.job import Job
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.recipes import wan_recipe
+from fxq.runtime.progress import Progress
 
 QUICK = (RangeSearch((0.999, 1.0), (0.8, 1.0)),)
 LEARN = (*QUICK, AdaRound(iterations=20, rows=16))
@@ -99,3 +106,12 @@ def problem(outputs=13, width=96, count=200, outliers=0, seed=3, bits=4, input_b
         split=width - outliers,
         seed=0,
     )
+
+
+def rewritten(model, transforms, data, **scheme):
+    """The CALIBRATED float graph of a model after transforms."""
+    chosen = dataclasses.replace(recipe(**scheme), transforms=tuple(transforms))
+    graph, job = trace(model, (data[0],)), Job(chosen, Progress(False))
+    job.plan(graph)
+    job.calibrate(graph, data)
+    return run_passes(graph, (step for step in transforms if step.needs is Stage.CALIBRATED))

@@ -128,7 +128,7 @@ def check_plan(plan: LayerPlan) -> None:
         SchemaError: naming the field.
     """
     where = f"the plan of {str(plan.layer)[:MAX_NAME]}"
-    for field in ("layer", "reason", "outlier_reason"):
+    for field in ("layer", "reason", "outlier_reason", "transform"):
         value = getattr(plan, field)
         if not isinstance(value, str) or len(value) > 2000:
             raise SchemaError(f"{where}: {field} is no short text")

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxq import numerics
 from fxq.core.facts import Facts
 from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
-from fxq.core.layer import LayerTensors, QuantizedLayer
+from fxq.core.layer import LayerTensors, QuantizedLayer, told_in_graph
 from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
@@ -119,9 +119,12 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
 
     Raises:
         BundleError: as :func:`fxq.load`.
+        InteropError: when transforms hold a part of what layers compute.
     """
     module, manifest = load(path), read_manifest(path)
     plans = planned(module)
+    if reason := told_in_graph((plan for plan, _ in plans.values()), "another tool's format"):
+        raise InteropError(reason)
     layers = {name: _layer(module, plan, nodes[0]) for name, (plan, nodes) in plans.items() if plan.scheme is not None}
     own = {f"{layer}.{tensor}" for layer in layers for tensor in LAYER_TENSORS}
     names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]

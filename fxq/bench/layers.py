@@ -109,6 +109,7 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     )
     facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
     name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.quantization.detail}, {len(plan.outliers)} outliers"
+    name += f", without {plan.transform}" if plan.transform else ""
     return Case(name, lambda: x.double() @ w.double().T + bias.double(), contestants, facts=facts)
 
 

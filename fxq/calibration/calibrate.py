@@ -17,7 +17,8 @@ from fxq.calibration.agreement import describe
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.observers import GradientObserver, Observer
 from fxq.calibration.rollout import Rollout, current_call
-from fxq.core.ir import LayerStatistics, QuantGraph
+from fxq.core.ir import QuantGraph
+from fxq.core.method import LayerStatistics
 from fxq.core.signature import call_rules, flatten_call, rules_of
 from fxq.runtime.messages import first_line
 from fxq.runtime.workers import Workers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxq.calibration.rollout import current_call
 from fxq.calibration.row_sample import RowSample, measure
-from fxq.core.ir import LayerStatistics
+from fxq.core.method import LayerStatistics
 from fxq.runtime.residency import give_back, mapped_tensor
 from fxq.runtime.workers import Workers
 

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Sequence
 
 from fxq.core.config import Recipe, RecipeError, Scheme
-from fxq.core.method import Method
+from fxq.core.method import Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.passes.methods.signround import SignRound
+from fxq.passes.transforms.low_rank import LowRank
+from fxq.passes.transforms.rotate import Rotate
+from fxq.passes.transforms.smooth import Smooth
 from fxq.recipes import (
     PRESETS,
     Q_ARVD,
@@ -27,9 +30,9 @@ from fxq.recipes import (
 from fxq.runtime.messages import did_you_mean
 
 
-def _plain(preset: Recipe, *methods: Method) -> Recipe:
-    """One scale a layer and rows that weigh the same, with other methods."""
-    return dataclasses.replace(single_scale(preset), methods=methods, weighting="uniform")
+def _plain(preset: Recipe, *methods: Method, transforms: tuple[Transform, ...] = ()) -> Recipe:
+    """One scale a layer and rows that weigh the same, with other methods, on a float graph that transforms rewrite."""
+    return dataclasses.replace(single_scale(preset), methods=methods, weighting="uniform", transforms=transforms)
 
 
 def _q_arvd(preset: Recipe) -> Recipe:
@@ -45,6 +48,9 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "adaround": lambda preset: _plain(preset, RangeSearch(), AdaRound()),
     "signround": lambda preset: _plain(preset, RangeSearch(), SignRound()),
     "gptq": lambda preset: _plain(preset, RangeSearch(), GPTQ()),
+    "smoothquant": lambda preset: _plain(preset, RangeSearch(), transforms=(Smooth(),)),
+    "rotation": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(Rotate(),)),
+    "svdquant": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(LowRank(),)),
     "q_arvd": _q_arvd,
     "least_error": lambda preset: preset,
 }

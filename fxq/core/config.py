@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxq.cache.policy import CachePolicy
-from fxq.core.method import Method, RecipeError, Scheme, is_method
+from fxq.core.method import Method, RecipeError, Scheme, Transform, check_methods, check_transforms
 from fxq.runtime.messages import close_names
 
 __all__ = [
@@ -211,6 +211,8 @@ class Recipe:
         cache: what a causal model's rollouts keep of their past and how; the quantized graph then takes keys and values
             as they are stored. None: the rollout's own policy, decoded.
         budget: a limit for which each layer's bits are chosen; None: those of the rules.
+        transforms: equivalent rewritings of the float graph before it is quantized, in order; see
+            :mod:`fxq.passes.transforms`.
     """
 
     name: str
@@ -223,6 +225,7 @@ class Recipe:
     share_inputs: bool = True
     cache: CachePolicy | None = None
     budget: Budget | None = None
+    transforms: tuple[Transform, ...] = ()
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # methods are checked here
 
     def __post_init__(self) -> None:
@@ -235,12 +238,8 @@ class Recipe:
             raise RecipeError(f"cache is {type(self.cache).__name__}, expected CachePolicy or None")
         if self.budget is not None and not isinstance(self.budget, Budget):
             raise RecipeError(f"budget is {type(self.budget).__name__}, expected Budget or None")
-        for method in self.methods:
-            if not is_method(method):
-                raise RecipeError(
-                    f"method {method!r}: expected an instance of a dataclass with apply(problem, update), "
-                    "as RangeSearch()"
-                )
+        check_methods(self.methods)
+        check_transforms(self.transforms, self.budget)
         for rule in self.rules:
             if rule.scheme is not None and not isinstance(rule.scheme, Scheme):
                 raise RecipeError(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fxq.calls.captured import CapturedModule, inherit_notes, notes_of
-from fxq.core.method import LayerUpdate, Scheme
+from fxq.core.method import LayerStatistics, LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
+from fxq.runtime.workers import Workers
 
 _KEY = "fxq"
 
@@ -38,7 +39,9 @@ class LayerPlan:
     ``layer`` is the user's module path; ``scheme`` None means the layer stays in model dtype for ``reason``, which of a
     quantized one says why a budget gave it its bits. ``outliers`` are input channels with their own scale, ascending.
     ``output_sqnr`` in dB is measured on calibration rows once the integers are chosen. ``bias_deviation`` is how far
-    methods shifted the bias, root mean square in units of the output; None: not at all.
+    methods shifted the bias, root mean square in units of the output; None: not at all. ``transform`` names what the
+    graph does to the layer's input or adds to its output (:mod:`fxq.passes.transforms`): without it the integers are
+    of no use.
     """
 
     layer: str
@@ -50,6 +53,7 @@ class LayerPlan:
     outlier_reason: str = ""
     output_sqnr: float | None = None
     bias_deviation: float | None = None
+    transform: str = ""
 
     @property
     def split(self) -> int:
@@ -70,8 +74,9 @@ class LayerPlan:
     def to_json(self) -> dict[str, object]:
         """JSON form; what lies on the node. It keeps the form it had before what is not used here existed."""
         data = dataclasses.asdict(self) | {"outliers": list(self.outliers)}
-        if self.bias_deviation is None:
-            del data["bias_deviation"]
+        for name in ("bias_deviation", "transform"):
+            if data[name] in (None, ""):
+                del data[name]
         for name in ("per_token", "asymmetric"):
             if self.scheme is not None and not getattr(self.scheme, name):
                 del data["scheme"][name]
@@ -199,25 +204,6 @@ def set_module_note(module: fx.GraphModule, note: ModuleNote) -> None:
     module.meta[_KEY] = note
 
 
-@dataclasses.dataclass(kw_only=True)
-class LayerStatistics:
-    """What calibration saw of one linear's input.
-
-    ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
-    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
-    float32 [R] how many of them each sampled row stands for; None: all the same. ``gradients`` float32 [R]: how much
-    the model's output depends on the layer's output for the row, where calibration measured it.
-    """
-
-    low: Tensor
-    high: Tensor
-    rows: Tensor
-    chunks: Tensor
-    seen: int
-    weights: Tensor | None = None
-    gradients: Tensor | None = None
-
-
 @dataclasses.dataclass
 class QuantGraph:
     """A graph on its way along the line.
@@ -226,6 +212,7 @@ class QuantGraph:
     float32 [chunks] is the loss weight of each chunk (mean 1); ``log`` lists (pass, nodes touched, seconds);
     ``remarks`` tell per layer what the fusion passes did with it, or why they could not; ``notes`` tell the same of
     modules without a layer; ``found`` is what analyses found of the whole, in JSON form for the module's facts.
+    ``workers`` are the ranks that each have such a graph: what a pass chooses on one of them it shares.
     """
 
     module: fx.GraphModule
@@ -237,6 +224,7 @@ class QuantGraph:
     remarks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     found: dict[str, object] = dataclasses.field(default_factory=dict)
+    workers: Workers = dataclasses.field(default_factory=Workers)
     _layers: frozenset[str] = dataclasses.field(default=frozenset(), init=False, repr=False)
 
     @classmethod
@@ -306,6 +294,7 @@ class QuantGraph:
             {layer: list(texts) for layer, texts in self.remarks.items()},
             {place: list(texts) for place, texts in self.notes.items()},
             dict(self.found),
+            self.workers,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -282,6 +282,18 @@ def quantized_layers(module: fx.GraphModule) -> Iterator[QuantizedLayer]:
         plan = plan_of(node)
         if plan is not None and plan.scheme is not None and (product := product_of(node)) is not None:
             yield QuantizedLayer(plan, node, product)
+
+
+def told_in_graph(plans: Iterable[LayerPlan], reader: str) -> str:
+    """Why layers cannot be read out of their graph, which holds a part of what they compute; "" where they can be."""
+    held = [f"{plan.layer}: {plan.transform}" for plan in plans if plan.transform]
+    if not held:
+        return ""
+    return (
+        f"{reader} takes layers out of their graph, and of {len(held)} the graph changes the input or the output "
+        f"({', '.join(held[:3])}). Their integers alone compute something else: run the bundle's own graph (fxq.load), "
+        "export it (.pt2, ONNX), or quantize with a recipe without transforms"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor
@@ -57,6 +58,27 @@ class Scheme:
         return self.label + measured if self.per_token else self.label
 
 
+@dataclasses.dataclass(kw_only=True)
+class LayerStatistics:
+    """What calibration saw of one linear's input.
+
+    ``low``/``high`` float32 [K]: exact extremes per channel. ``rows`` [R, K]: a random sample of input rows in the
+    model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
+    float32 [R] how many of them each sampled row stands for; None: all the same. ``gradients`` float32 [R]: how much
+    the model's output depends on the layer's output for the row, where calibration measured it. ``multiplier`` float32
+    [K]: the layer's input is ``rows`` times it by now, and ``low`` and ``high`` have it in them.
+    """
+
+    low: Tensor
+    high: Tensor
+    rows: Tensor
+    chunks: Tensor
+    seen: int
+    weights: Tensor | None = None
+    gradients: Tensor | None = None
+    multiplier: Tensor | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerProblem:
     """One linear as methods see it, on the device of its weight; input channels in ``[normal | outlier]`` order.
@@ -66,8 +88,9 @@ class LayerProblem:
     calibration data, which per-token schemes do not need, R is 0 and the extremes are zeros.
 
     ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
-    have it in them. ``bias`` float32 [N] or None is there to measure outputs. ``cache`` is for what methods derive from
-    the problem and others can use again; a changed copy of the problem has an empty one.
+    have it in them. ``bias`` float32 [N] or None is there to measure outputs, and so is ``branch`` float32 [N, K] or
+    None: what the model adds to the weight in floats (:class:`~fxq.passes.transforms.low_rank.LowRank`). ``cache`` is
+    for what methods derive from the problem and others can use again; a changed copy of the problem has an empty one.
     """
 
     layer: str
@@ -81,6 +104,7 @@ class LayerProblem:
     seed: int
     counts: Tensor | None = None
     bias: Tensor | None = None
+    branch: Tensor | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -119,6 +143,61 @@ class Method(Protocol):
 def is_method(value: object) -> TypeGuard[Method]:
     """Whether a value is a method, and not the class of one."""
     return isinstance(value, Method) and not isinstance(value, type)
+
+
+def check_methods(methods: Iterable[object]) -> None:
+    """Refuse what is no method.
+
+    Raises:
+        RecipeError: telling what is.
+    """
+    for method in methods:
+        if not is_method(method):
+            raise RecipeError(
+                f"method {method!r}: expected an instance of a dataclass with apply(problem, update), as RangeSearch()"
+            )
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Rewrites the float graph into an equivalent one that is quantized better; a dataclass of its options.
+
+    A pass (:class:`~fxq.core.pipeline.Rewrite`) that gives the stage it needs: PLANNED where it needs no data, else
+    CALIBRATED. ``learns`` says whether it follows from calibration data, ``stores`` names the tensors that it may
+    register under a layer.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    needs: ClassVar[Any]
+    learns: ClassVar[bool]
+    stores: ClassVar[tuple[str, ...]]
+
+    def run(self, graph: Any) -> int:
+        """Rewrite the graph; returns the number of layers that it changed."""
+        ...
+
+
+def check_transforms(transforms: Sequence[object], budget: object) -> None:
+    """Refuse what is no transform, two of a kind, and an order in which they do not run.
+
+    Raises:
+        RecipeError: telling what is expected.
+    """
+    seen: list[Transform] = []
+    for value in transforms:
+        if not isinstance(value, Transform) or isinstance(value, type):
+            raise RecipeError(f"transform {value!r}: expected an instance, as Rotate()")
+        name = type(value).__name__
+        if any(type(other) is type(value) for other in seen):
+            raise RecipeError(f"transform {name} is named twice: its tensors would take each other's place")
+        if seen and value.needs < seen[-1].needs:
+            raise RecipeError(f"transform {name} runs before calibration: name it before {type(seen[-1]).__name__}")
+        seen.append(value)
+    if seen and budget is not None:
+        raise RecipeError(
+            "transforms with a budget: it would not count what they store, nor could it undo them in a layer that it "
+            "keeps in model dtype; give one of the two"
+        )
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from fxq.core.ir import get_tensor
+from fxq.core.ir import LayerPlan, get_tensor
 
 _PRODUCTS = """
     addbmm addmm addmv baddbmm bilinear bmm chain_matmul conv1d conv2d conv3d conv_transpose1d conv_transpose2d
@@ -17,6 +17,18 @@ _PRODUCTS = """
     _scaled_mm _transformer_encoder_layer_fwd _trilinear
 """
 _NAMES = frozenset(_PRODUCTS.split())
+
+LOW_RANK = ("low_rank_down", "low_rank_up")
+"""Tensors [K, r] and [r, N] under a layer's name: its input times both is added to its output."""
+TRANSFORM_TENSORS = ("rotation", "smoothing", *LOW_RANK)
+"""What the shipped transforms (:mod:`fxq.passes.transforms`) store under a layer's name."""
+
+
+def low_rank_branch(module: fx.GraphModule, plan: LayerPlan) -> Tensor | None:
+    """float32 [N, K]: what the graph adds to a layer's weight in floats; None where it adds nothing."""
+    buffers = dict(module.named_buffers(remove_duplicate=False)) if "LowRank" in plan.transform else {}
+    down, up = (buffers.get(f"{plan.layer}.{name}") for name in LOW_RANK)
+    return None if down is None or up is None else (down.float() @ up.float()).T
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
@@ -15,7 +16,7 @@ from fxq.core.facts import Facts, Texts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
-from fxq.core.products import OtherProduct, other_products
+from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
 from fxq.kernels.gemm import op as gemm
 
 _OTHER = "matrix product that is no linear"
@@ -28,7 +29,8 @@ class LayerRow:
     ``output_sqnr`` is that of the layer's output, bias included, over all calibration data, with exact inputs; None
     where nothing was measured. A matrix product that is no linear but reads a stored tensor has a row of its own.
     ``remarks`` say what :func:`fxq.optimize` did with it, or why it could not; the ``reason`` of a quantized layer is
-    why a budget gave it its bits.
+    why a budget gave it its bits. ``transform`` names what the graph does to its input or adds to its output; tensors
+    for it that lie under the layer's name are in ``bytes``.
     """
 
     layer: str
@@ -42,6 +44,7 @@ class LayerRow:
     bf16_bytes: int
     kernel: str
     remarks: tuple[str, ...] = ()
+    transform: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +109,9 @@ class Summary:
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
-                "; ".join(filter(None, (row.kernel, row.reason, *row.remarks))) if row.quantized else row.reason,
+                "; ".join(filter(None, (row.kernel, row.transform, row.reason, *row.remarks)))
+                if row.quantized
+                else row.reason,
             )
             # As plain text: names and reasons may come from a file, and brackets in them are no markup.
             table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
@@ -148,6 +153,7 @@ def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: Texts)
         bf16_bytes=2 * plan.out_features * (plan.in_features + 1),
         kernel="" if layer is None else _kernel(module, layer),
         remarks=tuple(remarks.get(plan.layer, ())),
+        transform=plan.transform,
     )
 
 
@@ -167,7 +173,14 @@ def _stored_bytes(module: fx.GraphModule, layer: QuantizedLayer) -> int:
     joint = sum(t.numel() * t.element_size() for t in operands.values()) * rows // max(1, len(operands["offset"]))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = [buffers.get(f"{layer.name}.{name}") for name in ("perm", "input_zero_point")]
+    own += [buffers[name] for name in _added(buffers, layer.plan)]
     return joint + sum(t.numel() * t.element_size() for t in own if t is not None)
+
+
+def _added(buffers: Collection[str], plan: LayerPlan) -> list[str]:
+    """Names of the tensors of a layer's transforms."""
+    names = (f"{plan.layer}.{name}" for name in TRANSFORM_TENSORS) if plan.transform else ()
+    return [name for name in names if name in buffers]
 
 
 def summary(module: fx.GraphModule) -> Summary:
@@ -179,6 +192,8 @@ def summary(module: fx.GraphModule) -> Summary:
     facts = Facts.of(module)
     rows = [_row(module, plan, nodes[0], facts.remarks) for plan, nodes in planned(module).values()]
     known = {row.layer for row in rows}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    known |= {name for plan, _ in planned(module).values() for name in _added(buffers, plan)}
     for site in linear_sites(module):
         if plan_of(site.node) is None and site.layer not in known:
             rows.append(LayerRow(site.layer, False, "not planned", "-", (0, 0), 0, None, 0, 0, ""))

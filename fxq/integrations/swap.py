@@ -17,7 +17,7 @@ from fxq.core.config import plain_layer
 from fxq.core.deviation import MOST_DEVIATION
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
-from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer
+from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer, told_in_graph
 from fxq.export import load
 from fxq.integrations.names import NamesError, Renaming, renaming, weights_of
 from fxq.integrations.quantized_linear import QuantizedLinear
@@ -37,7 +37,7 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
 
     Raises:
         BundleError: as :func:`fxq.load`.
-        ApplyError: when it was optimized for a device, or not made by fxq.
+        ApplyError: when it was optimized for a device, not made by fxq, or made with transforms.
     """
     module = bundle if isinstance(bundle, fx.GraphModule) else load(bundle)
     try:
@@ -45,8 +45,10 @@ def read_layers(bundle: Bundle) -> tuple[dict[str, QuantizedLinear], set[str]]:
     except ValueError as error:
         raise ApplyError(f"{error}; give the folder or the module that fxq.quantize made") from None
     layers: dict[str, QuantizedLinear] = {}
-    kept = set(facts.never_called)
-    for name, (plan, nodes) in planned(module).items():
+    kept, notes = set(facts.never_called), planned(module)
+    if reason := told_in_graph((plan for plan, _ in notes.values()), "a model that is given the bundle's integers"):
+        raise ApplyError(reason)
+    for name, (plan, nodes) in notes.items():
         if plan.scheme is None:
             kept.add(name)
         else:

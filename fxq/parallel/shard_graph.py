@@ -24,7 +24,7 @@ from fxq.core.ir import (
     set_plan,
     stored_names,
 )
-from fxq.core.layer import FROZEN_PRODUCTS, measured_pair
+from fxq.core.layer import FROZEN_PRODUCTS, measured_pair, told_in_graph
 from fxq.core.pipeline import Rewrite
 from fxq.export.inputs import InputEntry, input_entries, record_values
 from fxq.parallel.axes import Splits, check_mixing, check_readers, find_splits, joins, quantize_before
@@ -73,6 +73,8 @@ class ShardGraph(Rewrite):
             ParallelError: when the plan does not fit the graph or the number of ranks.
         """
         layers = planned(graph.module)
+        if reason := told_in_graph((plan for plan, _ in layers.values()), "a split over ranks"):
+            raise ParallelError(reason)
         self.plan.check_patterns(layers)
         how = {name: kind for name in layers if (kind := self.plan.how(name)) != "replicate"}
         sites = [(node, name) for name in how for node in layers[name][1]]

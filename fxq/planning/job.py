@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from fxq.core.config import Recipe, Scheme, Weighting
 from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.numerics import PACK_BLOCK
+from fxq.passes.transforms.low_rank import LowRank
+from fxq.passes.transforms.smooth import Smooth
 from fxq.planning.drive import Drive
 from fxq.planning.estimate import JobEstimate
 from fxq.planning.memory import quantized_bytes
@@ -133,12 +135,14 @@ def _ram(
     widest = max((layer.weights for layer in layers), default=0) * size
     base = _PROCESS + _unmapped_bytes(model) + _REMNANTS * widest
     phases = {"tracing": base + 2 * example.call_bytes + widest}
+    changed = sum(layer.weights for layer in layers) * size if recipe.transforms else 0  # never in files
+    base += changed
     if drive.calls:
         phases["calibration"] = (
             base + drive.call_bytes + widest + sum(held) + (0 if folder else _graph(recipe, layers, drive))
         )
     if twice:
-        phases["sensitivity"] = base + drive.call_bytes + drive.kept_bytes + sum(held) + integers
+        phases["sensitivity"] = base + changed + drive.call_bytes + drive.kept_bytes + sum(held) + integers
     work = max((_working_set(recipe, layer, rows) for layer in layers), default=0)
     phases["reconstruction"] = base + sum(held) + integers * _candidates(recipe) + work
     phases["writing"] = base + integers + packed + _kept_bytes(model, layers)
@@ -186,7 +190,11 @@ def _disk(
         sizes["checkpoint files"] = stored + sum(rows * layer.width for layer in layers if layer.leads)
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
-        sizes["bundle"] = quantized + _kept_bytes(model, layers)
+        ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))
+        branches = (
+            ranks * sum(layer.width + layer.outputs for layer in layers) * next(model.parameters()).dtype.itemsize
+        )
+        sizes["bundle"] = quantized + branches + _kept_bytes(model, layers)
     return sizes
 
 
@@ -204,11 +212,12 @@ def _time(
     )
     passes = _BACKWARD if recipe.chunk_weighting is Weighting.GRADIENT else 1
     search = weights * speed.search + sampled * speed.inputs
+    tried = sum(1 + len(step.alphas) for step in recipe.transforms if isinstance(step, Smooth)) if inputs else 0
     seconds = {
         "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,
         "calibration": passes * drive.flops / speed.flops,
         "sensitivity": search + drive.sensitivity_flops / speed.flops if twice else 0.0,
-        "search": search * _candidates(recipe),
+        "search": search * (_candidates(recipe) + tried),
         "reconstruction": (learned * iterations * speed.learn + operations / speed.flops) * _candidates(recipe),
     }
     return {name: value for name, value in seconds.items() if value}

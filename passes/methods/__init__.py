@@ -139,7 +139,8 @@ def subsample(rows: Tensor, weights: Tensor, limit: int, seed: int) -> tuple[Ten
 def output_errors(problem: LayerProblem, update: LayerUpdate, mass: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error and energy of each of the layer's outputs, summed over the problem's rows: float64 [N] both.
 
-    ``sum_i m_i (w x_i - w' x'_i)^2`` and ``sum_i m_i (w x_i + b)^2``, where ``x'`` and ``w'`` are quantized.
+    ``sum_i m_i (w x_i - w' x'_i)^2`` and ``sum_i m_i (w x_i + b)^2``, where ``x'`` and ``w'`` are quantized; in the
+    latter ``w`` is the weight and its branch.
 
     Args:
         problem: with one row or more.
@@ -150,6 +151,7 @@ def output_errors(problem: LayerProblem, update: LayerUpdate, mass: Tensor) -> t
     problem, update = units.problem(problem), units.update(update)
     w_hat = numerics.dequantize_weight(update.weight, update.weight_scale, problem.split)
     bias = 0.0 if problem.bias is None else problem.bias.double() / units.inputs / units.weights
+    whole = None if problem.branch is None else problem.weight + problem.branch / units.weights
     noise = torch.zeros(len(problem.weight), dtype=torch.float64, device=problem.weight.device)
     signal = torch.zeros_like(noise)
     for rows, masses in zip(problem.rows.split(_BLOCK), mass.double().split(_BLOCK), strict=True):
@@ -157,7 +159,8 @@ def output_errors(problem: LayerProblem, update: LayerUpdate, mass: Tensor) -> t
         got = simulated_input(problem, update, rows) @ w_hat.T
         got = got if update.bias_shift is None else got + update.bias_shift
         noise += masses @ (want - got).double().square()
-        signal += masses @ (want.double() + bias).square()
+        output = want if whole is None else rows @ whole.T
+        signal += masses @ (output.double() + bias).square()
     size = (units.inputs * units.weights) ** 2
     return noise * size, signal * size
 

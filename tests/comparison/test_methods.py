@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from fxq.comparison.methods import METHODS, ComparisonError, entries, preset_of, width_of
+from fxq.passes import LowRank, Rotate, Smooth
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import MinMax, RangeSearch
@@ -32,6 +33,10 @@ def test_names_mean_what_they_say():
     for name, preset in (("q_arvd", "q_arvd-w4a8"), ("least_error", "w4a8")):
         assert dataclasses.replace(made[name], name="") == dataclasses.replace(PRESETS[preset], name="")
     assert {width_of(recipe) for recipe in made.values()} == {"w4a8"}
+    rivals = {"smoothquant": ("nearest", Smooth()), "rotation": ("gptq", Rotate()), "svdquant": ("gptq", LowRank())}
+    for name, (base, transform) in rivals.items():
+        want = dataclasses.replace(made[base], name=made[name].name, transforms=(transform,))
+        assert made[name] == want and not made[base].transforms
 
 
 def test_iterations_are_those_of_methods_that_learn():

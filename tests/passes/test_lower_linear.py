@@ -10,8 +10,8 @@ from fxq import numerics
 from fxq.capture.trace import trace
 from fxq.core.config import Scheme
 from fxq.core.graph import graph_text, linear_sites
-from fxq.core.ir import LayerPlan, LayerStatistics, Stage, get_tensor, plan_of, set_plan, stored_names
-from fxq.core.method import LayerUpdate
+from fxq.core.ir import LayerPlan, Stage, get_tensor, plan_of, set_plan, stored_names
+from fxq.core.method import LayerStatistics, LayerUpdate
 from fxq.core.pipeline import run_passes
 from fxq.job import Job
 from fxq.passes import LoweringError, LowerLinear

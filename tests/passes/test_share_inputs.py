@@ -177,7 +177,9 @@ def test_a_group_is_one_problem_and_one_checkpoint(tmp_path, noted):
 
 def test_outliers_that_differ_keep_layers_apart(noted):
     graph, x = planned(share=False), rows(20, 96) + 1
-    sample = fxq.core.ir.LayerStatistics(low=x.amin(0), high=x.amax(0), rows=x, chunks=torch.zeros(20).long(), seen=20)
+    sample = fxq.core.method.LayerStatistics(
+        low=x.amin(0), high=x.amax(0), rows=x, chunks=torch.zeros(20).long(), seen=20
+    )
     graph.adopt(dict.fromkeys(graph.plans, sample))
     run_passes(graph, (fxq.passes.ApplyMethods((Noting(),), Weighting.UNIFORM, share_inputs=True),))
     assert [layer for layer, _ in noted] == list(LAYERS)

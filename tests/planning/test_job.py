@@ -15,6 +15,7 @@ from fxq.core.config import Budget
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
+from fxq.passes import LowRank, Rotate, Smooth
 from fxq.planning import job
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.estimate import duration
@@ -232,3 +233,17 @@ def test_a_budget_solves_every_layer_at_each_width_of_integers(tmp_path):
     assert two.disk["checkpoint files"] == one.disk["checkpoint files"] + WEIGHTS
     one, two = (estimate_job(toy(), chosen, BIG, speed=SPEED).ram for chosen in (plain, three))
     assert two["reconstruction"] == one["reconstruction"] + WEIGHTS and two["writing"] == one["writing"]
+
+
+def test_transforms_cost_a_copy_of_the_weights_and_a_branch_in_the_bundle(tmp_path):
+    def of(*transforms, drive=BIG):
+        chosen = dataclasses.replace(recipe(4), transforms=transforms)
+        return estimate_job(toy(), chosen, drive, speed=SPEED, folder=tmp_path, out=tmp_path)
+
+    plain, turned, split, smoothed = of(), of(Rotate()), of(LowRank(3)), of(Smooth((0.5,)))
+    for phase in ("calibration", "reconstruction", "writing"):
+        assert turned.ram[phase] - plain.ram[phase] == 4 * WEIGHTS
+    assert turned.ram["tracing"] == plain.ram["tracing"] and turned.disk == plain.disk
+    assert split.disk["bundle"] - plain.disk["bundle"] == 3 * 2 * (64 + 96) * 4
+    assert smoothed.time["search"] == pytest.approx(3 * plain.time["search"])
+    assert of(Smooth(), drive=None).time == of(drive=None).time
