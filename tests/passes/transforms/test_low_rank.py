@@ -80,6 +80,16 @@ def test_a_summary_counts_the_branch_and_lists_no_other_product():
     assert rows_of[1].bytes - rows_of[0].bytes == 4 * 4 * (96 + 64) and rows_of[1].transform == "LowRank"
 
 
+def test_outlier_channels_are_those_of_what_is_left_of_the_weight():
+    model, x = steep(), rows(100, 96)
+    with torch.no_grad():
+        model[0].weight[:, 3:35:4] += 2 * rows(64, 1)
+    graph = rewritten(model, [LowRank(8)], [x], bits=4)
+    left = fxq.detect_outliers(get_tensor(graph.module, "0.weight"))
+    assert graph.plans["0"].outliers == tuple(left.indices.tolist()) == ()
+    assert len(rewritten(model, [], [x], bits=4).plans["0"].outliers) == 32
+
+
 def test_behind_smoothing_the_smoothed_weight_is_split():
     model, x = steep(), spiky(200, 96)
     graph = rewritten(model, [Smooth(), LowRank(4)], [x], bits=4, input_bits=6)
