@@ -162,6 +162,19 @@ def test_two_ranks_choose_the_widths_of_one(tmp_path):
 
 
 @pytest.mark.sweep
+def test_two_ranks_rewrite_the_graph_as_one_does(tmp_path):
+    names = ("Rotate", "Smooth", "LowRank")
+    chosen = {"extends": "w4a6", "methods": [{"method": "RangeSearch"}], "weighting": "sensitivity"}
+    chosen["transforms"] = [{"transform": name} for name in names]
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen))
+    words = ["-m", "fxq", "quantize", *QUANTIZE, "--recipe", str(tmp_path / "chosen.json"), "--json"]
+    alone = json.loads(run([sys.executable, *words, "--out", str(tmp_path / "one")]))
+    run(torchrun(*words, "--out", str(tmp_path / "two")))
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    assert dict(alone["facts"]["passes"]).keys() >= set(names)
+
+
+@pytest.mark.sweep
 def test_two_ranks_measure_the_sensitivity_of_one():
     words = ["sensitivity", "--model", "tiny", "--videos", "2", "--batch", "1", "--json"]
     alone = json.loads(run([sys.executable, "-m", "fxq", *words]))
