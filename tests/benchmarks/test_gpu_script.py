@@ -152,7 +152,7 @@ journal.write("end")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_kernel_that_kills_the_process_costs_itself_alone(tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = gpu.drive(path, [sys.executable, "-c", KILLER, str(path), "step"], time.time() + 200)

@@ -10,34 +10,22 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fxq.cli import app
 from fxq.cli.models import AdapterError
 from fxq.comparison.methods import ComparisonError
-from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.recipes import PRESETS, recipe_to_toml
+from tests.published import options
 
 RUN = CliRunner()
-SETTINGS = {
-    "dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 1, "freq_dim": 16, "text_dim": 20, "text_len": 5,
-    "in_dim": 4, "out_dim": 4, "model_type": "t2v",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """Options of a small checkpoint in the published form."""
-    folder = tmp_path_factory.mktemp("published")
-    config = CausalWanConfig(**{k: v for k, v in SETTINGS.items() if k != "model_type"})
-    torch.manual_seed(0)
-    torch.save(CausalWan(config).state_dict(), folder / "model.pt")
-    save_file({"prompts": torch.randn(6, 5, 20)}, folder / "prompts.safetensors")
-    (folder / "config.json").write_text(json.dumps(SETTINGS))
-    sizes = ["--frames", "6", "--height", "4", "--width", "6", "--device", "cpu"]
-    files = ["--checkpoint", str(folder / "model.pt"), "--prompts", str(folder / "prompts.safetensors")]
-    return ["--model", "causal-wan", *files, *sizes, "--videos", "2", "--calibration-videos", "2", "--quiet"]
+    words = options(tmp_path_factory.mktemp("published"), prompts=6)
+    return [*words, "--videos", "2", "--calibration-videos", "2", "--quiet"]
 
 
 def compare(*words):

@@ -24,7 +24,11 @@ def video(rollout, module):
         return rollout.rollout(*rollout.batches[0])
 
 
-@pytest.fixture(scope="module", params=[(8, False), (4, False), (8, True)], ids=["w8", "w4", "w8-per-token"])
+@pytest.fixture(
+    scope="module",
+    params=[(8, False), pytest.param((4, False), marks=pytest.mark.sweep), (8, True)],
+    ids=["w8", "w4", "w8-per-token"],
+)
 def free(request):
     """A module calibrated at one size, captured for any."""
     bits, per_token = request.param

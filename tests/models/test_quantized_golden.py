@@ -51,8 +51,10 @@ def test_the_quantized_rollout_stays_close_to_the_official_latents(golden_path, 
     "name",
     [
         "window_sink",
-        "image_to_video",
-        *(pytest.param(n, marks=pytest.mark.sweep) for n in ("wide", "framewise", "framewise_window", "initial")),
+        *(
+            pytest.param(n, marks=pytest.mark.sweep)
+            for n in ("image_to_video", "wide", "framewise", "framewise_window", "initial")
+        ),
         *(pytest.param(n, marks=pytest.mark.sweep) for n in ("float64", "bfloat16")),
     ],
 )

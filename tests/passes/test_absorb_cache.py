@@ -121,7 +121,7 @@ def test_other_forms_of_the_map(tiny, traced, settings):
     assert psnr(found.latents, made(tiny, tiny, PLAIN).latents) >= 45
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_quantized_layers_and_encoded_caches_absorb_as_well(tiny, quantized):
     plain = made(tiny, quantized, PLAIN)
     found = made(tiny, absorb_cache(quantized, POLICY), POLICY)

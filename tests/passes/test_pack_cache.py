@@ -209,7 +209,7 @@ def call_of(rollout, state, module):
     return taken[0]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_packed_graph_compiles(tiny):
     config = CausalWanConfig(
         dim=48, ffn_dim=64, num_heads=3, num_layers=1, freq_dim=16, text_dim=8, text_len=4, in_dim=3, out_dim=3

@@ -84,7 +84,7 @@ def results(what, **options):
     ("what", "named"),
     [
         pytest.param("recipe", 'another recipe than rank 0: name is "w4a8", on rank 0 "w8a8"', marks=pytest.mark.sweep),
-        ("model", "another model than rank 0: blocks.0.up.weight"),
+        pytest.param("model", "another model than rank 0: blocks.0.up.weight", marks=pytest.mark.sweep),
         pytest.param("data", "another calibration data than rank 0: batch 2", marks=pytest.mark.sweep),
         ("fewer batches", "another calibration data than rank 0: number of batches is 3, on rank 0 4"),
     ],

@@ -15,10 +15,11 @@ import torch
 
 from fxq.calibration.collect import Collector
 from fxq.runtime.workers import Workers
+from tests.published import options
 from tests.toys import rows
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-QUANTIZE = ["--model", "tiny", "--videos", "2", "--batch", "1", "--iterations", "5", "--quiet"]
+QUANTIZE = ["--videos", "2", "--batch", "1", "--iterations", "60", "--quiet"]
 
 
 def torchrun(*words, ranks=2):
@@ -104,14 +105,19 @@ def test_ranks_that_took_turns_have_what_one_process_has(per_call, most):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
+def words(tmp_path_factory):
+    return [*options(tmp_path_factory.mktemp("model"), num_layers=2), *QUANTIZE]
+
+
+@pytest.fixture(scope="module")
+def single(words, tmp_path_factory):
     """The bundle that one process writes, by recipe."""
     made = {}
 
     def bundle(recipe):
         if recipe not in made:
             out = tmp_path_factory.mktemp("single") / recipe
-            run([sys.executable, "-m", "fxq", "quantize", *QUANTIZE, "--recipe", recipe, "--out", str(out)])
+            run([sys.executable, "-m", "fxq", "quantize", *words, "--recipe", recipe, "--out", str(out)])
             made[recipe] = out
         return made[recipe]
 
@@ -128,10 +134,10 @@ def check_equal(out, single, printed):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "q_arvd-w4a8"])
-def test_two_ranks_write_the_bundle_of_one(recipe, single, tmp_path):
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a8"])
+def test_two_ranks_write_the_bundle_of_one(recipe, words, single, tmp_path):
     out = tmp_path / "bundle"
-    printed = run(torchrun("-m", "fxq", "quantize", *QUANTIZE, "--recipe", recipe, "--out", str(out), "--json"))
+    printed = run(torchrun("-m", "fxq", "quantize", *words, "--recipe", recipe, "--out", str(out), "--json"))
     check_equal(out, single(recipe), printed)
 
 
@@ -162,14 +168,14 @@ def test_two_ranks_choose_the_widths_of_one(tmp_path):
 
 
 @pytest.mark.sweep
-def test_two_ranks_rewrite_the_graph_as_one_does(tmp_path):
+def test_two_ranks_rewrite_the_graph_as_one_does(words, tmp_path):
     names = ("Rotate", "Smooth", "LowRank")
     chosen = {"extends": "w4a6", "methods": [{"method": "RangeSearch"}], "weighting": "sensitivity"}
     chosen["transforms"] = [{"transform": name} for name in names]
     (tmp_path / "chosen.json").write_text(json.dumps(chosen))
-    words = ["-m", "fxq", "quantize", *QUANTIZE, "--recipe", str(tmp_path / "chosen.json"), "--json"]
-    alone = json.loads(run([sys.executable, *words, "--out", str(tmp_path / "one")]))
-    run(torchrun(*words, "--out", str(tmp_path / "two")))
+    command = ["-m", "fxq", "quantize", *words, "--recipe", str(tmp_path / "chosen.json"), "--json"]
+    alone = json.loads(run([sys.executable, *command, "--out", str(tmp_path / "one")]))
+    run(torchrun(*command, "--out", str(tmp_path / "two")))
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert dict(alone["facts"]["passes"]).keys() >= set(names)
 
@@ -197,10 +203,10 @@ def ranks_of(process):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="finds the ranks in /proc")
-def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(single, tmp_path):
+def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(words, single, tmp_path):
     out, checkpoints = tmp_path / "bundle", tmp_path / "checkpoints"
-    options = [*QUANTIZE, "--recipe", "w4a8", "--out", str(out), "--checkpoint-dir", str(checkpoints)]
-    command = torchrun("-m", "fxq", "quantize", *options)
+    recipe = ["--recipe", "q_arvd-w4a8", "--out", str(out), "--checkpoint-dir", str(checkpoints)]
+    command = torchrun("-m", "fxq", "quantize", *words, *recipe)
     with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         deadline = time.monotonic() + 120
         while not list(checkpoints.glob("blocks.*.safetensors")):
@@ -211,7 +217,7 @@ def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(single, tmp_path):
     assert job.returncode != 0 and "SIGKILL" in errors
     assert not out.exists()
     kept = {f: f.stat().st_mtime_ns for f in checkpoints.glob("*.safetensors")}
-    check_equal(out, single("w4a8"), run([*command, "--json"]))
+    check_equal(out, single("q_arvd-w4a8"), run([*command, "--json"]))
     assert kept and all(f.stat().st_mtime_ns == time_ for f, time_ in kept.items())
 
 
