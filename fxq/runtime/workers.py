@@ -10,6 +10,7 @@ import datetime
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -256,6 +257,31 @@ def _keeper() -> str:
     return "torchrun" if agent else "rank 0"
 
 
+def _join_group(watch: Watch, backend: str, place: Any) -> None:
+    """Make the process group of all ranks.
+
+    torch waits for every rank while it does, and would for one that has stopped: this waits for torch in a thread, and
+    no longer than the ranks live.
+
+    Raises:
+        WorkerError: when a rank is lost meanwhile, or torch fails.
+    """
+    errors: list[Exception | None] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, store=place, rank=watch.rank, world_size=watch.size, timeout=_LONGEST_STEP)
+        except Exception as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+
+    threading.Thread(target=join, name="fxq-join", daemon=True).start()
+    watch.until(lambda: bool(errors))
+    if (error := errors[0]) is not None:
+        raise WorkerError(f"the ranks of torchrun cannot find each other: {kind_and_line(error)}") from error
+
+
 @contextlib.contextmanager
 def _ending(watch: Watch) -> Iterator[None]:
     try:
@@ -321,11 +347,7 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
     watch = Watch(connect, rank, size, seconds, None, _keeper())
     with _ending(watch):
         watch.meet()
-        try:
-            place = prefixed(store, "fxq/group")
-            dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_LONGEST_STEP)
-        except (RuntimeError, ValueError) as error:
-            raise WorkerError(f"the ranks of torchrun cannot find each other: {kind_and_line(error)}") from error
+        _join_group(watch, backend, prefixed(store, "fxq/group"))
         before, _job = _job, watch
         try:
             yield dataclasses.replace(Workers.of(dist.group.WORLD), watch=watch)

@@ -53,6 +53,18 @@ except Exception as error:
 """
 
 
+STOPS_EARLY = """
+import torch.distributed
+make = torch.distributed.init_process_group
+def stop(*args, **options):
+    if second:
+        print("here", flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return make(*args, **options)
+torch.distributed.init_process_group = stop
+"""
+
+
 @contextlib.contextmanager
 def ranks(what, count=2, size=2, script=JOB):
     with socket.socket() as probe:
@@ -122,8 +134,11 @@ def test_a_stopped_or_killed_rank_ends_the_other_with_an_error_that_names_it(wha
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
-def test_the_rank_at_which_all_meet_may_be_the_stopped_one():
+@pytest.mark.parametrize("where", ["in the job", "before torch has made its group"])
+def test_the_rank_at_which_all_meet_may_be_the_stopped_one(where):
     script = JOB.replace('["RANK"] == "1"', '["RANK"] == "0"')
+    if where != "in the job":
+        script = script.replace("try:\n", STOPS_EARLY + "try:\n", 1)
     with ranks("stopped", script=script) as (first, second):
         assert first.stdout.readline() == "here\n"
         out = second.communicate(timeout=60)[0]
