@@ -1,9 +1,10 @@
-"""Signs of life between the ranks of a job: who is there, how far each one is, and what went wrong where."""
+"""How the ranks of a job meet, and signs of life between them: who is there, how far, and what went wrong where."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed
+import torch.distributed as dist
 
 from fxq.runtime.messages import kind_and_line
 
@@ -21,6 +22,7 @@ TIMEOUT = "FXQ_RANK_TIMEOUT"
 """Environment variable: seconds after which a rank without a sign of life counts as lost."""
 DEFAULT_SECONDS = 90.0
 _FASTEST, _SLOWEST, _IDLE = 0.001, 0.1, 1.0  # seconds between two looks at the store
+_LONGEST_STEP = datetime.timedelta(days=1)
 
 
 class WorkerError(RuntimeError):
@@ -263,5 +265,59 @@ def connection_of_its_own(store: Any) -> Any:
 
 def prefixed(store: Any, prefix: str) -> Any:
     """The part of a store whose keys have a prefix."""
-    distributed: Any = torch.distributed
+    distributed: Any = dist
     return distributed.PrefixStore(prefix, store)
+
+
+def keeper() -> str:
+    """Whose process holds the store."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+    return "torchrun" if agent else "rank 0"
+
+
+def meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> object:
+    """A connection to the store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name, which the first opens."""
+    distributed: Any = dist
+    host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
+    agent = keeper() != "rank 0"
+    try:
+        store = distributed.TCPStore(
+            host,
+            port,
+            size,
+            is_master=first and rank == 0 and not agent,
+            timeout=datetime.timedelta(seconds=seconds),
+            wait_for_workers=False,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise WorkerError(
+            f"rank {rank} of {size} cannot reach {keeper()} at {host}:{port} within {seconds:g} s "
+            f"({kind_and_line(error)}). Start all ranks; {TIMEOUT} sets the seconds that they are waited for"
+        ) from error
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return prefixed(store, f"/worker/attempt_{restart}") if agent else store
+
+
+def join_group(watch: Watch, backend: str, place: Any) -> None:
+    """Make the process group of all ranks.
+
+    torch waits for every rank while it does, and would for one that has stopped: this waits for torch in a thread, and
+    no longer than the ranks live.
+
+    Raises:
+        WorkerError: when a rank is lost meanwhile, or torch fails.
+    """
+    errors: list[Exception | None] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, store=place, rank=watch.rank, world_size=watch.size, timeout=_LONGEST_STEP)
+        except Exception as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+
+    threading.Thread(target=join, name="fxq-join", daemon=True).start()
+    watch.until(lambda: bool(errors))
+    if (error := errors[0]) is not None:
+        raise WorkerError(f"the ranks of torchrun cannot find each other: {kind_and_line(error)}") from error

@@ -6,11 +6,9 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
-import datetime
 import itertools
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,12 +19,20 @@ from torch import Tensor
 
 from fxq.runtime.differences import differences
 from fxq.runtime.messages import kind_and_line
-from fxq.runtime.ranks import TIMEOUT, Watch, WorkerError, connection_of_its_own, patience, prefixed
+from fxq.runtime.ranks import (
+    Watch,
+    WorkerError,
+    connection_of_its_own,
+    join_group,
+    keeper,
+    meeting_place,
+    patience,
+    prefixed,
+)
 from fxq.runtime.streams import warn
 
 __all__ = ["WorkerError", "Workers", "launched", "let_go_of_default_group"]
 
-_LONGEST_STEP = datetime.timedelta(days=1)
 _SLOWEST_LOOK = 0.05
 _DTYPES = {str(d): d for d in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)}
 _DTYPES |= {str(d): d for d in (torch.int16, torch.int8, torch.uint8, torch.bool)}
@@ -191,7 +197,7 @@ class Workers:
             # The job's own connection is there already, and no one waits in it.
             return prefixed(connection_of_its_own(store) if parent is None else parent.store, prefix)
 
-        watch = Watch(connect, self.rank, self.size, seconds, parent, _keeper())
+        watch = Watch(connect, self.rank, self.size, seconds, parent, keeper())
         with _ending(watch):
             yield dataclasses.replace(self, watch=watch)
 
@@ -251,37 +257,6 @@ def _parent(workers: Workers) -> Watch | None:
     return _job if workers.part is None else None
 
 
-def _keeper() -> str:
-    """Whose process holds the store."""
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
-    return "torchrun" if agent else "rank 0"
-
-
-def _join_group(watch: Watch, backend: str, place: Any) -> None:
-    """Make the process group of all ranks.
-
-    torch waits for every rank while it does, and would for one that has stopped: this waits for torch in a thread, and
-    no longer than the ranks live.
-
-    Raises:
-        WorkerError: when a rank is lost meanwhile, or torch fails.
-    """
-    errors: list[Exception | None] = []
-
-    def join() -> None:
-        try:
-            dist.init_process_group(backend, store=place, rank=watch.rank, world_size=watch.size, timeout=_LONGEST_STEP)
-        except Exception as error:
-            errors.append(error)
-        else:
-            errors.append(None)
-
-    threading.Thread(target=join, name="fxq-join", daemon=True).start()
-    watch.until(lambda: bool(errors))
-    if (error := errors[0]) is not None:
-        raise WorkerError(f"the ranks of torchrun cannot find each other: {kind_and_line(error)}") from error
-
-
 @contextlib.contextmanager
 def _ending(watch: Watch) -> Iterator[None]:
     try:
@@ -290,29 +265,6 @@ def _ending(watch: Watch) -> Iterator[None]:
         watch.end(error)
         raise
     watch.end()
-
-
-def _meeting_place(rank: int, size: int, seconds: float, first: bool = True) -> object:
-    """A connection to the store of the ranks that ``MASTER_ADDR`` and ``MASTER_PORT`` name, which the first opens."""
-    distributed: Any = dist
-    host, port = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "29500"))
-    agent = _keeper() != "rank 0"
-    try:
-        store = distributed.TCPStore(
-            host,
-            port,
-            size,
-            is_master=first and rank == 0 and not agent,
-            timeout=datetime.timedelta(seconds=seconds),
-            wait_for_workers=False,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise WorkerError(
-            f"rank {rank} of {size} cannot reach {_keeper()} at {host}:{port} within {seconds:g} s "
-            f"({kind_and_line(error)}). Start all ranks; {TIMEOUT} sets the seconds that they are waited for"
-        ) from error
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return prefixed(store, f"/worker/attempt_{restart}") if agent else store
 
 
 @contextlib.contextmanager
@@ -339,15 +291,15 @@ def launched(timeout: float | None = None) -> Iterator[Workers]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
-    store = _meeting_place(rank, size, seconds)
+    store = meeting_place(rank, size, seconds)
 
     def connect() -> object:
-        return prefixed(_meeting_place(rank, size, seconds, first=False), "fxq/job")
+        return prefixed(meeting_place(rank, size, seconds, first=False), "fxq/job")
 
-    watch = Watch(connect, rank, size, seconds, None, _keeper())
+    watch = Watch(connect, rank, size, seconds, None, keeper())
     with _ending(watch):
         watch.meet()
-        _join_group(watch, backend, prefixed(store, "fxq/group"))
+        join_group(watch, backend, prefixed(store, "fxq/group"))
         before, _job = _job, watch
         try:
             yield dataclasses.replace(Workers.of(dist.group.WORLD), watch=watch)
