@@ -170,7 +170,6 @@ class Job:
             None if self.folder is None else Checkpoint(self.folder / "initial" if first_only else self.folder),
             None,
             recipe.share_inputs,
-            self.workers,
         )
 
     def chooser(self, methods: ApplyMethods) -> ApplyMethods | ChooseWidths:

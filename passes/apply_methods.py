@@ -22,7 +22,6 @@ from fxq.passes.methods import output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.residency import Residency, trim
-from fxq.runtime.workers import Workers
 
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
 
@@ -55,7 +54,7 @@ class ApplyMethods(Analysis):
     instead of working again, and integers stay in the file until they are used. ``on_layer`` is told (layer, done,
     total). With ``share_inputs`` layers that read the same input (:func:`~fxq.passes.share_inputs.input_groups`) are
     one problem of stacked weights on the first one's rows: their input scales are equal, whatever the methods do, and
-    a checkpoint holds all of them. ``workers`` divide the problems among them.
+    a checkpoint holds all of them. The graph's ranks divide the problems among them.
     """
 
     methods: tuple[Method, ...]
@@ -64,7 +63,6 @@ class ApplyMethods(Analysis):
     checkpoint: Checkpoint | None = None
     on_layer: Callable[[str, int, int], None] | None = None
     share_inputs: bool = False
-    workers: Workers = dataclasses.field(default_factory=Workers)
     needs: ClassVar[Stage] = Stage.CALIBRATED
     gives: ClassVar[Stage] = Stage.CALIBRATED
 
@@ -79,8 +77,8 @@ class ApplyMethods(Analysis):
             raise ValueError("the recipe has no method; RangeSearch() or MinMax() is the least")
         groups = self.groups(graph)
         plans = graph.quantized_plans
-        owners = self.owners(groups, plans)
-        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == self.workers.rank]
+        owners = graph.owners([plans[site.layer] for site in group] for group in groups)
+        mine = [group for group, owner in zip(groups, owners, strict=True) if owner == graph.workers.rank]
         solved, done, total = {}, 0, sum(map(len, mine))
         for group in mine:
             if self.on_layer is not None:
@@ -91,15 +89,8 @@ class ApplyMethods(Analysis):
             self.on_layer("", total, total)
         notes = planned(graph.module)
         for group, owner in zip(groups, owners, strict=True):
-            self.record(graph, group, notes, self.workers.share(solved.pop(group[0].layer, None), owner))
+            self.record(graph, group, notes, graph.workers.share(solved.pop(group[0].layer, None), owner))
         return len(plans)
-
-    def owners(self, groups: list[list[LinearSite]], plans: dict[str, LayerPlan]) -> list[int]:
-        """The rank that solves each group, such that the numbers of weights are spread evenly."""
-        members = [[plans[site.layer] for site in group] for group in groups]
-        return self.workers.owners(
-            [float(sum(plan.in_features * plan.out_features for plan in group)) for group in members]
-        )
 
     def groups(self, graph: QuantGraph) -> list[list[LinearSite]]:
         """Layers to be quantized, in graph order, each with those that are solved with it."""

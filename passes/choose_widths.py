@@ -71,7 +71,7 @@ class PredictedError:
 class ChooseWidths(Analysis):
     """Solves every group of layers at each width of the budget and keeps the widths of least predicted error.
 
-    Stands in the place of :class:`~fxq.passes.ApplyMethods`, whose groups, checkpoints and workers it uses: layers that
+    Stands in the place of :class:`~fxq.passes.ApplyMethods`, whose groups and checkpoints it uses: layers that
     share an input get the same width, every candidate is solved once and has a checkpoint of its own, and ranks divide
     the groups. Writes the scheme of each layer, the reason for its width, its update, and what was found of the whole
     into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much less error, or
@@ -113,7 +113,7 @@ class ChooseWidths(Analysis):
                     set_plan(node, plan)
                 notes[site.layer] = plan, notes[site.layer][1]
             if chosen[group[0].layer].scheme is not None:
-                self.methods.record(graph, group, notes, self.methods.workers.share(tensors, owner))
+                self.methods.record(graph, group, notes, graph.workers.share(tensors, owner))
         graph.found[FACT] = table.found(choice, errors, self.methods.weighting)
         return len(plans)
 
@@ -129,8 +129,8 @@ class ChooseWidths(Analysis):
     ) -> tuple[list[list[float]], dict[int, list[dict[str, Tensor]]], list[int]]:
         """Errors of each group's candidates, this rank's results by group, and the rank of each group."""
         methods, judge = self.methods, PredictedError(self.methods.weighting is Weighting.GRADIENT)
-        owners = methods.owners(groups, plans)
-        mine = [i for i, owner in enumerate(owners) if owner == methods.workers.rank]
+        owners = graph.owners([plans[site.layer] for site in group] for group in groups)
+        mine = [i for i, owner in enumerate(owners) if owner == graph.workers.rank]
         report: Callable[[str, int, int], None] = methods.on_layer or (lambda layer, done, total: None)
         solved: dict[int, list[dict[str, Tensor]]] = {}
         done, total = 0, sum(len(groups[i]) for i in mine)
@@ -148,7 +148,7 @@ class ChooseWidths(Analysis):
         errors = []
         for i, owner in enumerate(owners):
             own = {str(n): result.get("error", nothing) for n, result in enumerate(solved.get(i, ()))}
-            errors.append([float(error) / rows for error in methods.workers.share(own, owner).values()])
+            errors.append([float(error) / rows for error in graph.workers.share(own, owner).values()])
         return errors, solved, owners
 
 

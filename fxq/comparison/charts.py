@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -61,9 +62,23 @@ def as_png(draw: Callable[[Results, int, Paint], Figure], results: Results, path
     return path
 
 
-def method_colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Placeholder colour of each method."""
-    return {name: SERIES[i % len(SERIES)] for i, name in enumerate(dict.fromkeys(r.variant.method for r in rows))}
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """How a method is drawn: a placeholder colour; ``hollow`` and with broken lines where its colour is taken."""
+
+    colour: str
+    hollow: bool = False
+
+    @property
+    def line(self) -> Literal["-", "--"]:
+        """Style of its lines."""
+        return "--" if self.hollow else "-"
+
+
+def method_looks(rows: Sequence[Row]) -> dict[str, Look]:
+    """A look for each method, no two alike up to twice the number of colours."""
+    names = dict.fromkeys(row.variant.method for row in rows)
+    return {name: Look(SERIES[i % len(SERIES)], bool(i // len(SERIES) % 2)) for i, name in enumerate(names)}
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -132,10 +147,10 @@ def _log_axis(axes: Axes, values: Sequence[float]) -> None:
 def pareto(results: Results, width: int, paint: Paint) -> Figure:
     """Size against both errors: a colour for each method, a shape for each width, the best of each size joined."""
     narrow = width < 500
-    colours = method_colours(results.rows)
+    looks = method_looks(results.rows)
     shapes = {b: _MARKERS[i % len(_MARKERS)] for i, b in enumerate(dict.fromkeys(v.bits for v in results.variants))}
 
-    entries = {name: Line2D([], [], color=paint(colour), linewidth=5) for name, colour in colours.items()}
+    entries = {name: _key(look, paint) for name, look in looks.items()}
     for bits, shape in shapes.items():
         entries[bits] = Line2D([], [], color=paint(MUTED), marker=shape, linestyle="", markersize=7)
     entries["Pareto front"] = Line2D([], [], color=paint(MUTED), linewidth=1, linestyle="--")
@@ -149,7 +164,7 @@ def pareto(results: Results, width: int, paint: Paint) -> Figure:
             axes = place_axes(figure, 58, 8, top + 14 + i * (panel + gap), 44 + (1 - i) * (panel + gap))
         else:
             axes = place_axes(figure, 58 + i * width / 2, 8 + (1 - i) * width / 2, top + 14, 44)
-        _pareto_panel(axes, results.variants, metric, colours, shapes, paint)
+        _pareto_panel(axes, results.variants, metric, looks, shapes, paint)
     return figure
 
 
@@ -157,7 +172,7 @@ def _pareto_panel(
     axes: Axes,
     variants: Sequence[Variant],
     metric: str,
-    colours: Mapping[str, str],
+    looks: Mapping[str, Look],
     shapes: Mapping[str, str],
     paint: Paint,
 ) -> None:
@@ -166,16 +181,18 @@ def _pareto_panel(
     by_bits = {bits: [i for i, v in enumerate(variants) if v.bits == bits] for bits in shapes}
     drawn = list(sizes)
     for members in by_bits.values():
-        for i, x in zip(members, side_by_side([sizes[i] for i in members], 0.1 * reach, 0.035 * reach), strict=True):
+        step = min(0.035, 0.12 / len(members)) * reach
+        for i, x in zip(members, side_by_side([sizes[i] for i in members], 0.05 * reach, step), strict=True):
             drawn[i] = x
     values, points = [], {}
     for variant, size, x in zip(variants, sizes, drawn, strict=True):
         mean, low, high = (float(value) for value in geometric(getattr(variant, metric)))
         points[size, mean] = x
         values += [mean, low, high]
-        colour = paint(colours[variant.method])
+        look = looks[variant.method]
+        colour, face = paint(look.colour), paint(PAGE if look.hollow else look.colour)
         axes.plot([x, x], [low, high], color=colour, linewidth=1.4, alpha=0.8)
-        axes.plot(x, mean, shapes[variant.bits], color=colour, markersize=7, alpha=0.9, zorder=3)
+        axes.plot(x, mean, shapes[variant.bits], color=colour, markerfacecolor=face, markersize=7, alpha=0.9, zorder=3)
     best = [(points[point], point[1]) for point in front(list(points))]
     axes.plot(*zip(*best, strict=True), color=paint(MUTED), linewidth=1, linestyle="--", zorder=1)
     axes.set(
@@ -189,13 +206,21 @@ def _pareto_panel(
     axes.set_axisbelow(True)
 
 
+def _key(look: Look, paint: Paint) -> Line2D:
+    """A method's entry in the legend."""
+    face = paint(PAGE if look.hollow else look.colour)
+    return Line2D([], [], color=paint(look.colour), marker="s", linestyle="", markersize=8, markerfacecolor=face)
+
+
 def drift(results: Results, width: int, paint: Paint) -> Figure:
     """Latent MSE of each chunk in free rollouts, a panel for each width, geometric mean over videos, 95 % bands."""
-    colours = method_colours(results.rows)
+    looks = method_looks(results.rows)
     groups: dict[str, list[Variant]] = {}
     for variant in results.variants:
         groups.setdefault(variant.bits, []).append(variant)
-    entries = {n: Line2D([], [], color=paint(c), linewidth=2, linestyle="-") for n, c in colours.items()}
+    entries = {
+        name: Line2D([], [], color=paint(look.colour), linewidth=2, linestyle=look.line) for name, look in looks.items()
+    }
     columns = 1 if width < 500 else min(2, len(groups))
     rows = math.ceil(len(groups) / columns)
     top = 22 + 17 * math.ceil(len(entries) / _columns(entries, width))
@@ -212,9 +237,11 @@ def drift(results: Results, width: int, paint: Paint) -> Figure:
             mean, low, high = geometric(v.chunk_mse)
             seen += [*low.tolist(), *high.tolist()]
             x = np.arange(len(mean)) + 1
-            axes.fill_between(x, low, high, color=paint(colours[v.method]), alpha=0.12, linewidth=0)
+            look = looks[v.method]
+            colour = paint(look.colour)
+            axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
             marker = "o" if len(mean) <= 12 else ""
-            axes.plot(x, mean, color=paint(colours[v.method]), linewidth=1.8, marker=marker, markersize=3.5)
+            axes.plot(x, mean, color=colour, linewidth=1.8, linestyle=look.line, marker=marker, markersize=3.5)
         _log_axis(axes, seen)
         axes.set(xlabel="chunk", xlim=(0.7, results.chunks + 0.3))
         axes.set_title(f"{bits}, latent MSE", loc="left", fontsize=11.5, color=paint(INK))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -259,6 +260,12 @@ class QuantGraph:
     def plans(self) -> dict[str, LayerPlan]:
         """Plan of every linear, in graph order."""
         return {layer: plan for layer, (plan, _) in planned(self.module).items()}
+
+    def owners(self, groups: Iterable[Iterable[LayerPlan]]) -> list[int]:
+        """The rank that works on each group of layers, such that the numbers of weights are spread evenly."""
+        return self.workers.owners(
+            [float(sum(plan.in_features * plan.out_features for plan in group)) for group in groups]
+        )
 
     @property
     def quantized_plans(self) -> dict[str, LayerPlan]:

@@ -86,7 +86,7 @@ class LowRank(Rewrite):
         """Returns the number of layers that got a branch."""
         workers, residency, count = graph.workers, Residency(), 0
         groups = [group for group in groups_of(graph.module) if any(map(self._fits, group))]
-        owners = workers.owners([float(sum(x.plan.in_features * x.plan.out_features for x in g)) for g in groups])
+        owners = graph.owners([layer.plan for layer in group] for group in groups)
         for group, owner in zip(groups, owners, strict=True):
             mine = owner == workers.rank
             found = workers.share(self._split(graph, group) if mine else None, owner)

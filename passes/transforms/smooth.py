@@ -94,7 +94,7 @@ class Smooth(Rewrite):
         """Returns the number of layers smoothed."""
         workers, residency = graph.workers, Residency()
         groups = [group for group in groups_of(graph.module) if _may_learn(graph, group)]
-        owners = workers.owners([float(sum(x.plan.in_features * x.plan.out_features for x in g)) for g in groups])
+        owners = graph.owners([layer.plan for layer in group] for group in groups)
         count = 0
         for group, owner in zip(groups, owners, strict=True):
             mine = owner == workers.rank

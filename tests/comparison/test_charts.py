@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
-from fxq.comparison.charts import as_svg, drift, front, geometric, method_colours, pareto, side_by_side
+from fxq.comparison.charts import as_svg, drift, front, geometric, method_looks, pareto, side_by_side
 from fxq.report.charts import NARROW, STYLE, VARIABLES, WIDE
 from tests.comparison.example import PLAN, made_up
 
@@ -43,7 +43,7 @@ def test_geometric_means_lie_in_their_intervals():
 def test_drawings_name_every_method_and_width_and_label_their_axes(draw, width, results):
     svg = as_svg(draw, results, width, "a drawing")
     shown = texts(svg)
-    for name in (*method_colours(results.rows), "W8A8", "W4A8"):
+    for name in (*method_looks(results.rows), "W8A8", "W4A8"):
         assert any(name in text for text in shown), name
     labels = {pareto: ("bytes of linears / bf16; equal sizes side by side", "teacher-forced error"), drift: ("chunk",)}
     assert all(label in shown for label in labels[draw])
@@ -51,8 +51,11 @@ def test_drawings_name_every_method_and_width_and_label_their_axes(draw, width, 
 
 
 def test_every_method_has_a_colour_of_the_page(results):
-    colours = method_colours(results.rows)
-    assert len(set(colours.values())) == 3 and set(colours.values()) <= set(VARIABLES)
+    looks = method_looks(results.rows)
+    assert len(set(looks.values())) == 3 and {look.colour for look in looks.values()} <= set(VARIABLES)
+    row = results.rows[0]
+    many = [dataclasses.replace(row, variant=dataclasses.replace(row.variant, method=str(i))) for i in range(13)]
+    assert len(set(method_looks(many).values())) == 13
 
 
 def test_longer_videos_than_trained_are_marked(tmp_path, monkeypatch):

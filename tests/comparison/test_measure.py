@@ -7,7 +7,7 @@ import torch
 import fxq
 from fxq.comparison.measure import UNSEEN, Bench, Extent
 from fxq.comparison.methods import entries
-from fxq.comparison.subject import Subject
+from fxq.comparison.subject import Subject, tiny_subject
 from fxq.lab import Lab, latents_of
 from fxq.passes import LowRank, Rotate, Smooth
 from fxq.recipes import PRESETS
@@ -65,6 +65,14 @@ def test_every_row_has_all_measures_of_its_own_module(bench):
     by_name = {v.method: v for v in rows}
     assert (by_name["w8a8-dynamic"].teacher_forced < by_name["minmax"].teacher_forced).all()
     assert by_name["w8a8-dynamic"].whole_ratio > by_name["minmax"].whole_ratio
+
+
+@pytest.mark.slow
+def test_the_shipped_model_and_its_rows_are_scored():
+    bench = Bench(tiny_subject(), Extent(videos=2, calibration_videos=1), 1, Progress(False))
+    ((variant, _),) = measured(bench, "minmax", bits="w8a8")
+    assert set(variant.scores) == set(bench.reference.scores) >= {"shape", "colour", "motion"}
+    assert bench.reference.scores["colour"] == variant.scores["colour"] == 1
 
 
 def test_rows_do_not_depend_on_what_was_measured_before(bench):
