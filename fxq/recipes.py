@@ -215,6 +215,8 @@ def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
     data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), transforms=(), cache=None, budget=None))
     del data["cache"], data["budget"], data["transforms"]
+    if recipe.max_rows is None:
+        del data["max_rows"]
     if recipe.budget is not None:
         data["budget"] = {key: value for key, value in dataclasses.asdict(recipe.budget).items() if value is not None}
     if recipe.cache is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxq.calibration.rollout import current_call
-from fxq.calibration.row_sample import RowSample, measure
+from fxq.calibration.row_sample import RowSample, measure, row_limit
 from fxq.core.method import LayerStatistics
 from fxq.runtime.residency import give_back, mapped_tensor
 from fxq.runtime.workers import Workers
@@ -26,6 +26,8 @@ _STORED = (torch.float32, torch.bfloat16, torch.float16)
 class Collector:
     """Folds input rows of layers: exact extremes, and a seeded sample of at most ``max_rows`` rows a layer.
 
+    None stands for :func:`~fxq.calibration.row_sample.row_limit` of its width.
+
     The sample (:class:`~fxq.calibration.row_sample.RowSample`) has about ``rows_per_call`` rows of each call, and every
     row that is rare for its size.
 
@@ -37,7 +39,7 @@ class Collector:
     def __init__(
         self,
         rows_per_call: int,
-        max_rows: int,
+        max_rows: int | None,
         seed: int,
         leaders: Mapping[str, str] | None = None,
         folder: pathlib.Path | None = None,
@@ -74,7 +76,7 @@ class Collector:
             )
         self._widen(layer, low, high)
         self._gradients |= gradients is not None
-        self._sample(layer).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
+        self._sample(layer, rows.shape[1]).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
 
     def _where(self) -> str:
         if (current := current_call()) is not None:
@@ -86,9 +88,10 @@ class Collector:
             low, high = torch.minimum(low, old[0]), torch.maximum(high, old[1])
         self._extremes[layer] = low, high
 
-    def _sample(self, layer: str) -> RowSample:
+    def _sample(self, layer: str, width: int) -> RowSample:
         if layer not in self._samples:
-            self._samples[layer] = RowSample(self.max_rows, self.rows_per_call, self.allocate)
+            limit = row_limit(width) if self.max_rows is None else self.max_rows
+            self._samples[layer] = RowSample(limit, self.rows_per_call, self.allocate)
         return self._samples[layer]
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -115,7 +118,7 @@ class Collector:
             for rank, state in enumerate(workers.gather(self._state(layer))):
                 if state and rank != workers.rank:
                     self._widen(layer, state["low"], state["high"])
-                    self._sample(layer).merge(state)
+                    self._sample(layer, state["rows"].shape[1]).merge(state)
 
     def _state(self, layer: str) -> dict[str, Tensor]:
         if (sample := self._samples.get(layer)) is None:

@@ -15,11 +15,21 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _PLACE, _CHUNK, _DRAW, _SIZE, _STRATUM, _GRADIENT = range(6)  # columns of a sample's marks; the last are bits
+_LEAST_ROWS, _MOST_ROWS = 1 << 14, 1 << 16
+_VALUES = 24 << 20  # of a sample that may have more than the least rows
 _RESOLUTION = 2.0**53  # of draws
 _RESERVE = 64  # rows kept of every stratum
 _ZERO = -10_000  # stratum of rows of zeros
 _BLOCK = 1 << 20  # values measured at a time: their float32 copy stays in the cache
 _LARGE_BLOCK = 1 << 26  # the same elsewhere than on a CPU, where many calls cost more
+
+
+def row_limit(width: int) -> int:
+    """Most rows that a sample of an input of ``width`` channels has where nobody says how many.
+
+    65536; of more than 384 channels as many as make 24 Mi values, and at least 16384.
+    """
+    return max(_LEAST_ROWS, min(_MOST_ROWS, _VALUES // width))
 
 
 def measure(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -204,7 +204,8 @@ class Recipe:
         weighting: loss weight of a calibration row by its chunk, the name of a
             :class:`Weighting`.
         rows_per_call: calibration rows kept per layer and denoiser call, beside those that are rare for their size.
-        max_rows: calibration rows kept per layer.
+        max_rows: calibration rows kept per layer; None: by its width, see
+            :func:`fxq.calibration.row_sample.row_limit`.
         seed: of every random choice.
         share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input
             scales and calibration rows. :func:`fxq.optimize` then gives them one quantize and one GEMM.
@@ -219,8 +220,8 @@ class Recipe:
     rules: tuple[Rule, ...]
     methods: tuple[Method, ...]
     weighting: str = Weighting.SENSITIVITY.value
-    rows_per_call: int = 256
-    max_rows: int = 16384
+    rows_per_call: int = 512
+    max_rows: int | None = None
     seed: int = 0
     share_inputs: bool = True
     cache: CachePolicy | None = None
@@ -232,8 +233,9 @@ class Recipe:
         if self.weighting not in list(Weighting):
             raise RecipeError(f"weighting {self.weighting!r}: expected one of {', '.join(Weighting)}")
         for name in ("rows_per_call", "max_rows"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} = {getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} = {value}: expected at least 1")
         if self.cache is not None and not isinstance(self.cache, CachePolicy):
             raise RecipeError(f"cache is {type(self.cache).__name__}, expected CachePolicy or None")
         if self.budget is not None and not isinstance(self.budget, Budget):

@@ -72,7 +72,10 @@ def measured_pair(node: object) -> fx.Node | None:
 def quantize_of(product: fx.Node) -> fx.Node | None:
     """The node that makes the integers a product reads, whatever its operator; None where it reads no node."""
     q = arguments(product)["q"]
-    return q if isinstance(q, fx.Node) and (pair := measured_pair(q)) is None else pair
+    if not isinstance(q, fx.Node):
+        return None
+    pair = measured_pair(q)
+    return q if pair is None else pair
 
 
 def product_of(node: fx.Node) -> fx.Node | None:

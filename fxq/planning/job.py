@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxq.calibration.row_sample import row_limit
 from fxq.core.config import Recipe, Scheme, Weighting
 from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.numerics import PACK_BLOCK
@@ -119,17 +120,19 @@ def _candidates(recipe: Recipe) -> int:
     return 1 if recipe.budget is None else sum(width < 16 for width in recipe.budget.widths)
 
 
-def _kept_rows(recipe: Recipe, drive: Drive) -> int:
-    """Calibration rows of a layer."""
-    return min(recipe.max_rows, drive.calls * min(recipe.rows_per_call, drive.tokens))
+def _kept_rows(recipe: Recipe, drive: Drive, width: int) -> int:
+    """Calibration rows of a layer with inputs of that many channels."""
+    limit = row_limit(width) if recipe.max_rows is None else recipe.max_rows
+    return min(limit, drive.calls * min(recipe.rows_per_call, drive.tokens))
 
 
 def _ram(
     model: nn.Module, recipe: Recipe, layers: list[_Layer], drive: Drive, example: Drive, twice: bool, folder: bool
 ) -> dict[str, int]:
     """Bytes at the worst moment of each phase."""
-    rows, size = _kept_rows(recipe, drive), next(model.parameters()).dtype.itemsize
-    held = [] if folder else [rows * layer.width * size for layer in layers if layer.leads]
+    size = next(model.parameters()).dtype.itemsize
+    rows = {layer.width: _kept_rows(recipe, drive, layer.width) for layer in layers}
+    held = [] if folder else [rows[layer.width] * layer.width * size for layer in layers if layer.leads]
     integers = 0 if folder else sum(layer.weights for layer in layers)
     packed = sum(layer.weights // 2 for layer in layers if layer.scheme.weight_bits == 4)
     widest = max((layer.weights for layer in layers), default=0) * size
@@ -143,7 +146,7 @@ def _ram(
         )
     if twice:
         phases["sensitivity"] = base + changed + drive.call_bytes + drive.kept_bytes + sum(held) + integers
-    work = max((_working_set(recipe, layer, rows) for layer in layers), default=0)
+    work = max((_working_set(recipe, layer, rows[layer.width]) for layer in layers), default=0)
     phases["reconstruction"] = base + sum(held) + integers * _candidates(recipe) + work
     phases["writing"] = base + integers + packed + _kept_bytes(model, layers)
     return phases
@@ -185,9 +188,10 @@ def _disk(
 ) -> dict[str, int]:
     sizes = {}
     if folder:
-        rows = _kept_rows(recipe, drive) * 5 // 4 * next(model.parameters()).dtype.itemsize
+        size = next(model.parameters()).dtype.itemsize
+        kept = (_kept_rows(recipe, drive, layer.width) * layer.width for layer in layers if layer.leads)
         stored = sum(layer.weights for layer in layers) * (_candidates(recipe) + twice)
-        sizes["checkpoint files"] = stored + sum(rows * layer.width for layer in layers if layer.leads)
+        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
         ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))
@@ -201,14 +205,18 @@ def _disk(
 def _time(
     recipe: Recipe, layers: list[_Layer], drive: Drive, example: Drive, twice: bool, speed: Speed
 ) -> dict[str, float]:
-    weights, inputs = sum(layer.weights for layer in layers), _kept_rows(recipe, drive)
-    sampled = sum(min(_SAMPLED, inputs * layer.width) for layer in layers if layer.leads)
+    weights = sum(layer.weights for layer in layers)
+    rows = {layer.width: _kept_rows(recipe, drive, layer.width) for layer in layers}
+    inputs = any(rows.values())
+    sampled = sum(min(_SAMPLED, rows[layer.width] * layer.width) for layer in layers if layer.leads)
     learned = sum(layer.weights for layer in layers if layer.scheme.reconstruct) if inputs else 0
     iterations = sum(method.iterations for method in recipe.methods if isinstance(method, LearningMethod))
     solved = [layer for layer in layers if layer.leads and layer.scheme.reconstruct] if inputs else []
     solvers = [method for method in recipe.methods if isinstance(method, SolvingMethod)]
     operations = sum(
-        method.operations(inputs, layer.width, layer.group * layer.outputs) for method in solvers for layer in solved
+        method.operations(rows[layer.width], layer.width, layer.group * layer.outputs)
+        for method in solvers
+        for layer in solved
     )
     passes = _BACKWARD if recipe.chunk_weighting is Weighting.GRADIENT else 1
     search = weights * speed.search + sampled * speed.inputs

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxq.calibration.row_sample import RowSample, measure, strata
+from fxq.calibration.row_sample import RowSample, measure, row_limit, strata
 from tests.toys import rows
 
 
@@ -118,3 +118,10 @@ def test_the_default_dtype_does_not_matter():
         finally:
             torch.set_default_dtype(torch.float32)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(want, got, strict=True))
+
+
+@given(st.integers(1, 100_000))
+def test_narrow_inputs_keep_more_rows_and_none_keeps_few(width):
+    limit = row_limit(width)
+    assert 16384 <= limit <= 65536 and limit >= row_limit(width + 1)
+    assert limit in (16384, 65536) or (limit * width <= 24 << 20 < (limit + 1) * width)

@@ -36,8 +36,8 @@ def test_a_row_comes_back_as_it_was_but_for_what_is_not_finite(tmp_path):
 
 def test_a_row_of_another_recipe_is_refused_with_what_differs(tmp_path):
     store, entry, _ = filled(tmp_path)
-    other = dataclasses.replace(entry, recipe=dataclasses.replace(entry.recipe, max_rows=7))
-    with pytest.raises(ComparisonError, match="made with another recipe: max rows is 16384 there, 7 here"):
+    other = dataclasses.replace(entry, recipe=dataclasses.replace(entry.recipe, rows_per_call=7))
+    with pytest.raises(ComparisonError, match="made with another recipe: rows per call is 512 there, 7 here"):
         store.row(other, 4)
 
 

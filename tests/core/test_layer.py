@@ -130,6 +130,10 @@ def no_integers(layer, q):
     layer.set_arguments(q=next(iter(q.graph.nodes)))
 
 
+def no_node(layer, q):
+    layer.set_arguments(q=None)
+
+
 def as_the_other_scheme(layer, q):
     scheme = dataclasses.replace(layer.scheme, per_token=not layer.per_token)
     set_plan(layer.node, dataclasses.replace(layer.plan, scheme=scheme))
@@ -145,11 +149,15 @@ def test_scales_of_another_layer_are_not_a_layer_of_a_frozen_graph():
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("change", [no_integers, as_the_other_scheme])
+@pytest.mark.parametrize("change", [no_integers, no_node, as_the_other_scheme])
 def test_another_quantize_than_the_schemes_is_refused(change, per_token):
     layer = QuantizedLayer.of(damaged(change)(per_token).node)
     with pytest.raises(LayerError, match=f"node {layer.product.name} is no product of its quantized input"):
         _ = layer.input_bits
+
+
+def test_integers_that_come_from_no_node_have_no_quantize():
+    assert damaged(no_node)(True).quantize is None
 
 
 def test_nodes_that_are_no_layer_are_refused_with_the_reason():

@@ -57,7 +57,8 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", [pytest.param(v, marks=pytest.mark.sweep) if v in ("W8", "per token") else v for v in VARIANTS]
+    "variant",
+    [pytest.param(v, marks=pytest.mark.sweep) if v in ("W8", "per token", "asymmetric") else v for v in VARIANTS],
 )
 def test_the_ranks_together_make_the_video_of_one_process(variant, two_ranks, tmp_path):
     options, allowed, ways = VARIANTS[variant]
@@ -77,7 +78,7 @@ def test_the_ranks_together_make_the_video_of_one_process(variant, two_ranks, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.sweep), "bfloat16"])
 def test_the_transformer_of_diffusers_is_split_as_well(dtype, two_ranks, tmp_path):
     pytest.importorskip("diffusers")
     model = diffusers_wan(dtype)

@@ -91,7 +91,7 @@ POSITIONS = {"absolute": PLAIN, "relative": CachePolicy(sink=3, window=21, posit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("positions", ["absolute", pytest.param("relative", marks=pytest.mark.sweep)])
 def test_half_the_layers_forget_with_little_loss(tiny, absorbing, positions, without_maps):
     plain = POSITIONS[positions]
     policy = dataclasses.replace(plain, absorb=Absorb())

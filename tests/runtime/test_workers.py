@@ -19,7 +19,7 @@ from tests.published import options
 from tests.toys import rows
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
-QUANTIZE = ["--videos", "2", "--batch", "1", "--iterations", "60", "--quiet"]
+QUANTIZE = ["--videos", "2", "--batch", "1", "--iterations", "20", "--quiet"]
 
 
 def torchrun(*words, ranks=2):

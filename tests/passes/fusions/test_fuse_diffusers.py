@@ -40,6 +40,11 @@ def call(dtype, per_token, batch=2):
     return {"hidden_states": x, "timestep": t, "encoder_hidden_states": text, "return_dict": False}
 
 
+_SWEEP = pytest.mark.sweep
+SCALAR = [pytest.param(False, id="timestep"), pytest.param(True, id="timestep per token", marks=_SWEEP)]
+VECTOR = [pytest.param(False, id="timestep", marks=_SWEEP), pytest.param(True, id="timestep per token")]
+
+
 @functools.cache
 def quantized(dtype, per_token):
     """(model, quantized, fused graph)."""
@@ -49,8 +54,15 @@ def quantized(dtype, per_token):
     return model, q, run_passes(QuantGraph(q, Stage.FROZEN).fork(), PASSES)
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["timestep", "timestep per token"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "per_token"),
+    [
+        pytest.param(torch.float32, False, id="float32-timestep"),
+        pytest.param(torch.bfloat16, True, id="bfloat16-timestep per token"),
+        pytest.param(torch.float32, True, id="float32-timestep per token", marks=_SWEEP),
+        pytest.param(torch.bfloat16, False, id="bfloat16-timestep", marks=_SWEEP),
+    ],
+)
 def test_every_node_of_a_block_is_fused(dtype, per_token):
     _, _, graph = quantized(dtype, per_token)
     names = ("norm_quantize", "rms_norm_rope", "attention", "dual_scale_linear_quantize", "dual_scale_linear_add")
@@ -74,7 +86,7 @@ def test_what_is_left_has_its_reason():
     assert text.startswith("the next quantize not in its epilogue: its result is read by quantize_act_default")
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["timestep", "timestep per token"])
+@pytest.mark.parametrize("per_token", SCALAR)
 def test_the_result_is_the_same(per_token):
     _, q, graph = quantized(torch.float32, per_token)
     arguments = call(torch.float32, per_token)
@@ -84,7 +96,7 @@ def test_the_result_is_the_same(per_token):
     assert float((got - want).abs().mean() / want.abs().mean()) <= 1e-4
 
 
-@pytest.mark.parametrize("per_token", [False, True], ids=["timestep", "timestep per token"])
+@pytest.mark.parametrize("per_token", VECTOR)
 def test_bfloat16_is_not_further_from_the_float_model_than_before(per_token):
     model, q, graph = quantized(torch.bfloat16, per_token)
     exact_model = diffusers.WanTransformer3DModel(**CONFIG).eval()
