@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/mixed.py --out benchmarks/results/mixed.json
 
-Several calibration seeds (other prompts and noise) are pooled; every comparison is paired by video. Errors are of
+Several calibration seeds (other prompts and noise) are pooled; every comparison, with uniform W4A8 and with the
+published Q-ARVD of these bits, is paired by video. Errors are of
 unseen prompts: teacher-forced predictions, and latents of free-running videos; and teacher-forced predictions of the
 calibration videos. A finished seed is one file in ``--work``; a killed run resumes with the next seed.
 """
@@ -32,6 +33,7 @@ from fxq.runtime.progress import Progress
 from fxq.runtime.writable import whole_file
 
 BASE = "uniform W4A8"
+FAITHFUL = "Q-ARVD W4A8"
 METRICS = ("teacher_forced", "latent_mse", "on_calibration_videos")
 
 
@@ -43,13 +45,14 @@ def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, 
     recipes = {BASE: base}
     recipes |= {f"+{part:.0%} weight bytes": with_budget(base, bits_per_weight=4 * (1 + part)) for part in extra}
     recipes["uniform W8A8, same weighting"] = wide
+    recipes[FAITHFUL] = dataclasses.replace(PRESETS["q_arvd-w4a8"], seed=seed)
     with Progress(prefix=f"seed {seed} ") as bar:
         lab = Lab(tiny_rollout(model, 16, seed=seed, unseen=False)[0], base, bar)
         rollout, conditions = tiny_rollout(model, videos, seed=100 + seed, unseen=True)
         reference = latents_of(rollout)
         candidates = []
         for name, recipe in recipes.items():
-            module, seconds = lab.quantized(dataclasses.replace(recipe, name=name), base)
+            module, seconds = lab.quantized(dataclasses.replace(recipe, name=name), recipe)
             candidates.append(Candidate(method=name, bits="mixed", module=module, seconds=seconds))
         variants, _ = evaluate(rollout, conditions, reference, candidates, bar)
         with bar.step("teacher-forced errors on the calibration videos"):
@@ -72,12 +75,14 @@ def run_seed(seed: int, videos: int, extra: list[float]) -> dict[str, dict[str, 
 
 
 def row(name: str, seeds: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """One variant, its errors pooled over seeds and compared with the base."""
-    result: dict[str, Any] = {"variant": name, "against": BASE}
+    """One variant, its errors pooled over seeds and compared with uniform widths and with the published method."""
+    result: dict[str, Any] = {"variant": name}
     for metric in METRICS:
-        a, b = (np.concatenate([seed[n][metric] for seed in seeds]) for n in (name, BASE))
-        ratio, low, high = paired_ratio(a, b)
-        result[metric] = {"mean": float(a.mean()), "ratio": ratio, "low": low, "high": high}
+        a, *others = (np.concatenate([seed[n][metric] for seed in seeds]) for n in (name, BASE, FAITHFUL))
+        result[metric] = {"mean": float(a.mean())}
+        for against, b in zip((BASE, FAITHFUL), others, strict=True):
+            ratio, low, high = paired_ratio(a, b)
+            result[metric][f"over {against}"] = {"ratio": ratio, "low": low, "high": high}
     for key in ("size_ratio_of_quantized", "bytes", "seconds", "chosen", "at_8_bits"):
         result[key] = [seed[name][key] for seed in seeds]
     return result
@@ -118,7 +123,9 @@ def main() -> None:
         cells = [f"{entry['variant']:<30} {entry['bytes'][0]:>8}"]
         for metric in METRICS:
             cell = entry[metric]
-            cells.append(f"{cell['mean']:.3e} x{cell['ratio']:.3f} ({cell['low']:.3f}..{cell['high']:.3f})")
+            ratios = [cell[f"over {against}"] for against in (BASE, FAITHFUL)]
+            words = ", ".join(f"x{r['ratio']:.3f} ({r['low']:.3f}..{r['high']:.3f})" for r in ratios)
+            cells.append(f"{cell['mean']:.3e} {words}")
         print("  ".join(cells))
 
 
