@@ -10,7 +10,7 @@ from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_from_json
 from fxq.core.facts import Facts
 from fxq.core.ir import QuantGraph
-from fxq.core.pipeline import PassError
+from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.passes.absorb_cache import AbsorbCache, absorb_cache
 from fxq.passes.pack_cache import PackCache, pack_cache
 
@@ -28,11 +28,13 @@ def check_cache(graph: QuantGraph, policy: CachePolicy) -> None:
                     f"codec {codec.name} with fit = 'model' needs what it learned from caches, which a recipe does not "
                     "hold: use fit = 'video', or fxq.passes.pack_cache and SelfForcingRollout(cache_tables=...)"
                 )
-    trial = graph.fork()
-    if policy.packs:
-        PackCache(policy).run(trial)
-    if policy.absorb is not None:
-        AbsorbCache(policy).run(trial)
+    run_passes(graph.fork(), cache_passes(policy))
+
+
+def cache_passes(policy: CachePolicy) -> tuple[Rewrite, ...]:
+    """What makes a graph of any stage take keys and values as the policy keeps them."""
+    packing = (PackCache(policy),) if policy.packs else ()
+    return packing if policy.absorb is None else (*packing, AbsorbCache(policy))
 
 
 def with_cache(module: fx.GraphModule, policy: CachePolicy) -> fx.GraphModule:

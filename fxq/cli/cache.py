@@ -15,7 +15,7 @@ from fxq.cache.choose import KINDS, Choice, choose, components, rivals
 from fxq.cache.codecs.codec import Kind
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_to_json
-from fxq.cache.store import Cache
+from fxq.cli.cache_options import exact_caches
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout
 from fxq.cli.quantize import VideosOption
@@ -64,27 +64,6 @@ def cache(
     console.print(_layers(choices, spectrum, config.head_dim))
     for name, reason in {name: reason for choice in choices for name, reason in choice.unfit.items()}.items():
         console.print(f"not tried: {name}: {reason}", markup=False, highlight=False)
-
-
-def exact_caches(rollout: SelfForcingRollout, chunks: int) -> list[Cache]:
-    """Caches of every batch after some chunks, with nothing encoded or evicted.
-
-    Raises:
-        AdapterError: when videos are shorter.
-    """
-    rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy())
-    found = []
-    for condition, draws in rollout.batches:
-        if rollout.units(condition, draws) < chunks:
-            raise AdapterError(
-                f"videos of {rollout.units(condition, draws)} chunks have no span of {chunks}: pass a smaller --span, "
-                "or more --frames"
-            )
-        state = rollout.begin(condition, draws)
-        for _ in range(chunks):
-            state = rollout.advance(state)
-        found.append(state.cache)
-    return found
 
 
 def _codecs(choices: Sequence[Choice]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Annotated, Any, Literal
@@ -10,8 +11,9 @@ import typer
 from rich.table import Table
 
 from fxq.capture.trace import trace
+from fxq.cli.cache_options import CacheOptions, with_cache_options
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
-from fxq.cli.models import ModelFiles, make_rollout
+from fxq.cli.models import AdapterError, ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
@@ -82,9 +84,11 @@ def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe
 
 
 @with_model_files
+@with_cache_options
 def quantize(
     out: Annotated[pathlib.Path, typer.Option(help="Bundle folder to write.")],
     files: ModelFiles,
+    kept: CacheOptions,
     model: ModelOption = "tiny",
     recipe: RecipeOption = "w4a8",
     videos: VideosOption = 16,
@@ -109,9 +113,12 @@ def quantize(
     --model diffusers takes a folder of save_pretrained as --checkpoint and what fxq.record saw as --calls.
     Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
     --bits-per-weight, --budget or --max-error choose the bits of each layer; what is chosen from is among the facts of
-    --json.
+    --json. --kv, --absorb and what goes with them replace the recipe's [cache]: the bundle's graph then takes keys and
+    values as they are stored.
     """
     chosen = _recipe(recipe, iterations, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
+    if kept.given and model == "diffusers":
+        raise AdapterError(f"{kept.given}: models of diffusers keep no fxq cache, leave out these options")
     if save_recipe is not None and save_recipe.suffix.lower() != ".toml":
         raise RecipeError(f"--save-recipe {save_recipe}: a recipe file ends in .toml")
     with launched() as workers:
@@ -122,6 +129,11 @@ def quantize(
             source = diffusers_source(files, calls, chosen)
         else:
             source = rollout_source(model, files, calls, chosen, videos, seed)
+        if kept.given:
+            assert source.rollout is not None
+            chosen = dataclasses.replace(
+                chosen, cache=kept.policy(source.rollout, source.rollout if source.prompted else None)
+            )
         if workers.first:
             announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(

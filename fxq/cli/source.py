@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect as inspection
 import itertools
 import math
 import pathlib
-from collections.abc import Callable
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from torch import fx, nn
@@ -17,6 +15,7 @@ from fxq import plugins
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.record import Recording
 from fxq.calibration.rollout import Rollout
+from fxq.cli.common import expanding
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.core.config import Recipe
 from fxq.job import uses_data
@@ -69,34 +68,24 @@ def _model_files(
     )
 
 
-def with_model_files(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options of :func:`_model_files` in the place of its parameter ``files``."""
-    own = inspection.signature(command).parameters
-    options = inspection.signature(_model_files).parameters
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(_model_files, include_extras=True)
-
-    def run(**given: Any) -> None:
-        files = _model_files(**{name: given.pop(name) for name in options})
-        command(files=files, **given)
-
-    parameters = [*(p for name, p in own.items() if name != "files"), *options.values()]
-    keyword = inspection.Parameter.KEYWORD_ONLY
-    typed = [p.replace(kind=keyword, annotation=hints[p.name]) for p in parameters]
-    run.__signature__ = inspection.Signature(typed)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in typed}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run
+with_model_files = expanding("files", _model_files)
+"""The command with the options of a model's files in the place of its parameter ``files``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model, what it is calibrated on, what it is captured with, and calls to compare its outputs on."""
+    """A model, what it is calibrated on, what it is captured with, calls to compare its outputs on, and its loop.
+
+    ``prompted`` says whether the loop has prompts, so that it can be run.
+    """
 
     model: nn.Module
     loader: Rollout | Recording | None
     example: Batch
     shapes: Any
     checks: tuple[Batch, ...] = ()
+    rollout: Rollout | None = None
+    prompted: bool = False
 
     def metrics(self, quantized: fx.GraphModule) -> dict[str, float]:
         """What a quantized module's outputs are worth on the calls to compare on; JSON values by name."""
@@ -127,7 +116,8 @@ def rollout_source(
     driven = uses_data(recipe) or files.prompts is not None
     rollout = make_rollout(name, videos, seed, files, driven=driven)
     args, shapes = rollout.example_call()
-    return Source(rollout.denoiser, rollout if driven else None, Batch(args), shapes)
+    loader, prompted = rollout if driven else None, driven or files.checkpoint is None
+    return Source(rollout.denoiser, loader, Batch(args), shapes, rollout=rollout, prompted=prompted)
 
 
 def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Recipe) -> Source:
