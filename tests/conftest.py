@@ -34,6 +34,14 @@ def golden_files() -> list[pathlib.Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What a file leaves behind stays (caches, captures): later collections need not look through it again."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -90,6 +90,7 @@ values = "klt"
 """
 
 
+@pytest.mark.sweep
 def test_a_bundle_brings_the_cache_of_its_recipe(tmp_path):
     (tmp_path / "r.toml").write_text(RECIPE)
     words = ["quantize", "--out", str(tmp_path / "b"), "--recipe", str(tmp_path / "r.toml"), "--videos", "1", "--quiet"]

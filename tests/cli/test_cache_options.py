@@ -82,6 +82,8 @@ def test_a_bundle_keeps_what_was_asked_for_and_generates_on_it(tmp_path):
     video = ["generate", "--out", str(tmp_path / "v.gif"), "--json"]
     done = RUN.invoke(app, [*video, "--bundle", str(out), "--chunks", "9"])
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
+    done = RUN.invoke(app, [*video, "--bundle", str(out), "--kv", "qvg"])
+    assert isinstance(done.exception, AdapterError) and "by its recipe: leave out --kv" in str(done.exception)
     done = RUN.invoke(app, [*video, "--chunks", "9", *words])  # the float model absorbs too
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
 

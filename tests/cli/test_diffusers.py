@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+@pytest.mark.parametrize("recipe", ["w8a8", pytest.param("w8a8-dynamic", marks=pytest.mark.sweep)])
 def test_a_folder_with_recorded_calls_becomes_a_bundle_and_a_folder(folder, tmp_path, recipe):
     source = ["--model", "diffusers", "--checkpoint", folder / "model", "--calls", folder / "calls.safetensors"]
     words = ["quantize", *source, "--recipe", recipe, "--iterations", 3, "--out", tmp_path / "bundle"]

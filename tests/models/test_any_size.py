@@ -26,7 +26,7 @@ def video(rollout, module):
 
 @pytest.fixture(
     scope="module",
-    params=[(8, False), pytest.param((4, False), marks=pytest.mark.sweep), (8, True)],
+    params=[(8, False), *(pytest.param(p, marks=pytest.mark.sweep) for p in ((4, False), (8, True)))],
     ids=["w8", "w4", "w8-per-token"],
 )
 def free(request):

@@ -1,13 +1,11 @@
 """Attention to an encoded cache equals attention to the decoded one, and decodes one span at a time."""
 
 import functools
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.live_bytes import LiveBytes
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
@@ -129,38 +127,11 @@ def test_what_does_not_fit_is_refused_before_it_is_read(name):
         attention_packed(*changed)
 
 
-class Sizes(TorchDispatchMode):
-    """Bytes of the largest tensor that is made, and of all that are alive at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.live = self.peak = 0
-        self.held = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (place := tensor.untyped_storage()).data_ptr() not in given:
-                self.largest = max(self.largest, place.nbytes())
-                self._hold(tensor, place.nbytes())
-        return result
-
-    def _hold(self, tensor, size):
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-        def gone():
-            self.live -= size
-
-        weakref.finalize(tensor.untyped_storage(), gone)
-
-
 @pytest.mark.parametrize("codec", [Klt(1.0), Prq(1, 16, block=16), Kivi(2, 0, 16)], ids=lambda c: c.name)
 def test_one_span_at_a_time_is_dense(codec):
     def measured(spans):
         arguments, _ = case(codec, codec, spans=spans, rows=4)
-        with Sizes() as sizes:
+        with LiveBytes() as sizes:
             attention_packed.reference(*arguments)
         return sizes
 
