@@ -200,14 +200,14 @@ TESTED_ELSEWHERE = {
     "planning/test_memory.py": "planning.estimate",
     "planning/test_plan.py": "cli.plan planning.report planning.tables",
     "planning/test_workloads.py": "models.families",
-    "report/test_html.py": "report.charts report.video",
+    "report/test_html.py": "report.charts",
     "report/test_tables.py": "report.verdict",
     "runtime/test_ranks.py": "calibration.agreement handshake",
     "test_growth.py": "runtime.generated",
 }
 """Test file -> modules of another name that it tests, below ``fxq``; ``*`` for any."""
 
-DECLARATIONS = "__main__ version cli.common report.data"
+DECLARATIONS = "__main__ version report.data"
 """Modules that hold nothing to test."""
 
 

@@ -23,7 +23,7 @@ from fxq.metrics import sprites
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER, load_tiny
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
-from fxq.report.video import FORMATS, write_video
+from fxq.report.video import VideoError, check_format, write_video
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file
@@ -45,7 +45,7 @@ def _parse_prompt(text: str) -> torch.Tensor:
 
 @with_cache_options
 def generate(
-    out: Annotated[pathlib.Path, typer.Option(help="Video to write: .gif, .webp or .png.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Video to write: .gif, .webp, .png or .mp4.")],
     kept: CacheOptions,
     prompt: Annotated[
         str | None,
@@ -58,8 +58,10 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Generate a video with the shipped model, in full precision or from a bundle."""
-    if writable_file(out).suffix.lower() not in FORMATS:
-        raise AdapterError(f"--out {out}: videos are written as {', '.join(FORMATS)}; choose such a name")
+    try:
+        check_format(writable_file(out))
+    except VideoError as error:
+        raise AdapterError(f"--out {error}") from None
     model = load_tiny()
     if prompt is None:
         rollout, conditions = tiny_rollout(model, 1, seed=seed, unseen=True)

@@ -125,7 +125,7 @@ def test_generate_writes_the_asked_video_from_model_and_bundle(bundle, tmp_path)
         (("quantize", "--out", "x", "--bits-per-weight", "5", "--budget", "0.3"), "got bits_per_weight, ratio"),
         (("quantize", "--out", "x", "--save-recipe", "x.json"), "--save-recipe x.json: a recipe file ends in .toml"),
         (("inspect", "nothing-here"), "unknown model 'nothing-here'"),
-        (("generate", "--out", "x.mp4"), ".gif, .webp, .png"),
+        (("generate", "--out", "x.avi"), ".gif, .webp, .png, .mp4"),
         (("generate", "--out", "x.gif", "--prompt", "rign red right slow black row1 column2"), "did you mean 'ring'"),
     ],
 )
