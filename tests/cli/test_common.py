@@ -25,8 +25,8 @@ def command(name: str, bounds: tuple[int, int], most: int, loud: bool = False) -
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--name", "x"], "x 1 9 5 False"),
-        (["--name", "x", "--low", "3", "--at-most", "2", "--loud"], "x 3 9 2 True"),
+        (["x"], "x 1 9 5 False"),
+        (["x", "--low", "3", "--at-most", "2", "--loud"], "x 3 9 2 True"),
     ],
 )
 def test_a_command_has_its_own_options_and_those_of_its_groups(words, said):
