@@ -24,6 +24,7 @@ from fxq.passes.methods.input_search import InputSearch
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
 from fxq.passes.methods.signround import SignRound
+from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
@@ -43,7 +44,7 @@ _SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent,
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
-TRANSFORMS: dict[str, type[Transform]] = {cls.__name__: cls for cls in (Rotate, Smooth, LowRank)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.__name__: cls for cls in (Rotate, Smooth, Balance, LowRank)}
 """The transforms by the name they have in recipe files."""
 
 _KEPT = (

@@ -26,6 +26,7 @@ from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.passes.share_inputs import ShareInputs
+from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
@@ -47,6 +48,7 @@ __all__ = [
     "AbsorbCache",
     "Analysis",
     "ApplyMethods",
+    "Balance",
     "ChooseWidths",
     "DetectOutliers",
     "FoldPermutations",

@@ -13,6 +13,7 @@ from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.passes.methods.signround import SignRound
+from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
@@ -49,6 +50,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "signround": lambda preset: _plain(preset, RangeSearch(), SignRound()),
     "gptq": lambda preset: _plain(preset, RangeSearch(), GPTQ()),
     "smoothquant": lambda preset: _plain(preset, RangeSearch(), transforms=(Smooth(),)),
+    "ptq4dit": lambda preset: _plain(preset, RangeSearch(), AdaRound(), transforms=(Balance(),)),
     "rotation": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(Rotate(),)),
     "svdquant": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(LowRank(),)),
     "q_arvd": _q_arvd,

@@ -7,58 +7,24 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxq.core.config import RecipeError
-from fxq.core.ir import QuantGraph, Stage, put_tensor
+from fxq.core.ir import QuantGraph, Stage
 from fxq.core.method import LayerProblem, LayerStatistics
 from fxq.core.pipeline import Rewrite
 from fxq.passes.methods import output_errors, subsample
 from fxq.passes.methods.ranges import RangeSearch
-from fxq.passes.methods.units import unit_of
-from fxq.passes.transforms.sites import (
-    Layer,
-    call,
-    change_inputs,
-    groups_of,
-    mark,
-    outliers_of,
-    replace_weight,
-    shape_of,
-    stored,
-    wide,
+from fxq.passes.transforms.scaling import (
+    FEWEST_ROWS,
+    column_tops,
+    may_learn,
+    scale_inputs,
+    scaled_weight,
+    smoothing_scale,
 )
+from fxq.passes.transforms.sites import Layer, groups_of, outliers_of
 from fxq.runtime.residency import Residency
-
-_MOST = 12.0  # doublings and halvings from the mean scale, so that a channel that is nearly dead stays finite
-_FEWEST = 8  # rows to choose on
-
-
-def smoothing_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
-    """``s_j = inputs_j^alpha / weights_j^(1 - alpha)``, over its geometric mean: float64 [K].
-
-    Channels in which either is zero have 1. Changing the unit of either changes nothing.
-
-    Args:
-        inputs: largest magnitude of each input channel, [K].
-        weights: the same of the weight's columns, [K].
-        alpha: 0..1, how much of the difficulty goes from inputs to weights.
-
-    Source: SmoothQuant (arXiv 2211.10438), Eq. 4.
-    """
-    x, w = ((top.float() / unit_of(top)).double() for top in (inputs, weights))
-    live = (x > 0) & (w > 0)
-    if not bool(live.any()):
-        return torch.ones_like(x)
-    logs = torch.where(live, alpha * x.log2() - (1 - alpha) * w.log2(), 0.0)
-    logs = torch.where(live, logs - logs[live].mean(), 0.0)
-    return logs.clamp(-_MOST, _MOST).exp2()
-
-
-def _smoothed(weight: Tensor, multiplier: Tensor) -> Tensor:
-    """The weight [N, K], in its dtype, for inputs that are multiplied by ``multiplier`` [K]."""
-    exact = wide(weight)
-    return (exact / multiplier.to(exact)).to(weight.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,13 +53,13 @@ class Smooth(Rewrite):
     def __post_init__(self) -> None:
         if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
             raise RecipeError(f"Smooth: alphas = {self.alphas}, expected at least one in 0..1")
-        if self.rows < _FEWEST:
-            raise RecipeError(f"Smooth: rows = {self.rows}, expected at least {_FEWEST}")
+        if self.rows < FEWEST_ROWS:
+            raise RecipeError(f"Smooth: rows = {self.rows}, expected at least {FEWEST_ROWS}")
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of layers smoothed."""
         workers, residency = graph.workers, Residency()
-        groups = [group for group in groups_of(graph.module) if _may_learn(graph, group)]
+        groups = [group for group in groups_of(graph.module) if may_learn(graph, group)]
         owners = graph.owners([layer.plan for layer in group] for group in groups)
         count = 0
         for group, owner in zip(groups, owners, strict=True):
@@ -101,7 +67,8 @@ class Smooth(Rewrite):
             found = workers.share(self._search(graph, group) if mine else None, owner)
             residency.give_back(*(layer.weight(graph.module) for layer in group))
             if found:
-                _rewrite(graph, group, found)
+                outliers = [tuple(found[f"outliers.{i}"].tolist()) for i in range(len(group))]
+                scale_inputs(graph, group, found["multiplier"], outliers, Smooth.__name__)
                 count += len(group)
         return count
 
@@ -110,7 +77,7 @@ class Smooth(Rewrite):
         statistics = graph.statistics[group[0].name]
         weights = [layer.weight(graph.module) for layer in group]
         tops = torch.maximum(-statistics.low, statistics.high).clamp(min=0)
-        columns = torch.stack([w.abs().amax(0) for w in weights]).amax(0).cpu()
+        columns = column_tops(weights)
         counts = torch.ones(len(statistics.rows)) if statistics.weights is None else statistics.weights
         index, mass = subsample(statistics.rows.float(), counts, self.rows, 0)
         sample = _Sample(statistics, statistics.rows[index].float(), mass)
@@ -118,7 +85,7 @@ class Smooth(Rewrite):
         found: dict[str, Tensor] = {}
         for alpha in self.alphas:
             multiplier = (1 / smoothing_scale(tops, columns, alpha)).to(group[0].dtype)
-            smoothed = [_smoothed(weight, multiplier) for weight in weights]
+            smoothed = [scaled_weight(weight, multiplier) for weight in weights]
             if not all(bool(w.isfinite().all()) for w in smoothed):
                 continue  # of float16
             outliers = outliers_of(smoothed, [layer.plan for layer in group])
@@ -137,12 +104,6 @@ class _Sample:
     statistics: LayerStatistics
     rows: Tensor
     mass: Tensor
-
-
-def _may_learn(graph: QuantGraph, group: Sequence[Layer]) -> bool:
-    statistics = graph.statistics.get(group[0].name)
-    enough = statistics is not None and len(statistics.rows) >= _FEWEST
-    return enough and all(layer.plan.quantization.reconstruct for layer in group)
 
 
 def _error(
@@ -186,23 +147,3 @@ def _problem(
         split=weight.shape[1] - len(outliers),
         seed=0,
     )
-
-
-def _rewrite(graph: QuantGraph, group: Sequence[Layer], found: dict[str, Tensor]) -> None:
-    module, multiplier = graph.module, found["multiplier"]
-    weights = [layer.weight(module) for layer in group]
-    for i, (layer, weight) in enumerate(zip(group, weights, strict=True)):
-        replace_weight(module, layer, _smoothed(weight, multiplier))
-        mark(layer, Smooth.__name__, tuple(found[f"outliers.{i}"].tolist()))
-        known, factor = graph.statistics[layer.name], multiplier.float()
-        graph.statistics[layer.name] = dataclasses.replace(
-            known, low=known.low * factor, high=known.high * factor, multiplier=factor
-        )
-
-    def change(before: fx.Node, x: fx.Node, layer: str) -> fx.Node:
-        put_tensor(module, f"{layer}.smoothing", multiplier.to(weights[0].device))
-        return call(
-            before, torch.ops.aten.mul.Tensor, (x, stored(before, f"{layer}.smoothing", multiplier)), shape_of(x)
-        )
-
-    change_inputs(group, change)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from fxq.core.ir import get_tensor
 from fxq.core.pipeline import run_passes
 from fxq.passes import Smooth
 from fxq.passes.methods.ranges import RangeSearch
-from fxq.passes.transforms.smooth import smoothing_scale
 from fxq.runtime.workers import Workers
 from tests.passes.transforms.test_rotate import siblings, spiky
 from tests.toys import recipe, relative_error, rewritten, rows
@@ -24,21 +24,6 @@ def linear(scale=1.0):
     with torch.no_grad():
         model[0].weight *= scale
     return model
-
-
-@pytest.mark.parametrize("unit", [2.0**-100, 2.0**100])
-def test_scales_have_no_unit_and_their_geometric_mean_is_one(unit):
-    x, w = rows(96).abs(), rows(96, seed=3).abs()
-    scale = smoothing_scale(x, w, 0.5)
-    torch.testing.assert_close(scale, (x / w).sqrt().double() / (x / w).sqrt().log().mean().exp(), rtol=1e-5, atol=0)
-    assert torch.equal(smoothing_scale(x * unit, w / unit, 0.5), scale)
-
-
-def test_dead_channels_have_a_scale_of_one_and_those_nearly_dead_a_finite_one():
-    x, w = torch.tensor([1.0, 0.0, 1.0, 1e-37, 1e30]), torch.tensor([2.0, 1.0, 0.0, 1.0, 1e-30])
-    scale = smoothing_scale(x, w, 0.75)
-    assert scale[1] == scale[2] == 1 and bool((scale >= 2.0**-12).all() and (scale <= 2.0**12).all())
-    assert torch.equal(smoothing_scale(torch.zeros(3), torch.ones(3), 0.5), torch.ones(3, dtype=torch.float64))
 
 
 def test_the_float_graph_computes_the_same_and_layers_on_one_input_read_one_product():
@@ -74,7 +59,8 @@ def test_outlier_channels_of_inputs_cost_less_behind_smoothing(bits, per_token, 
         module = fxq.quantize(model, data, dataclasses.replace(plain, transforms=transforms), progress=False)
         errors.append(relative_error(model, module, spiky(100, 96, seed=3)))
     assert errors[1] < most * errors[0]
-    assert fxq.summary(module).rows[0].output_sqnr == pytest.approx(-20 * torch.tensor(errors[1]).log10().item(), abs=1)
+    seen = relative_error(model, module, data[0])
+    assert fxq.summary(module).rows[0].output_sqnr == pytest.approx(-20 * math.log10(seen), abs=0.1)
 
 
 def test_weights_of_any_unit_get_the_same_integers():
