@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxq import numerics
 from fxq.core.facts import Facts
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, example_value, get_tensor, planned
 from fxq.core.layer import LayerTensors, QuantizedLayer, told_in_graph
 from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.files import BundleError
@@ -25,6 +25,7 @@ from fxq.numerics import decibels, energy
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
 PER_TOKEN = "int8 per token, measured at run time"
 ASYMMETRIC = "int8 per token with a zero point, measured at run time"
+MERGED = "two scales merged into one per output channel"
 
 
 class InteropError(BundleError):
@@ -37,16 +38,24 @@ class Options:
 
     ``float_dtype`` for tensors that stay in floating point, None keeps each one's own; ``widen`` allows int4 layers to
     be stored in a byte where the target has no int4; ``base_config`` is the model's ``config.json`` to be completed.
+    ``original`` are the float weights that were quantized, by name, for formats whose grid is not the bundle's: they
+    are rounded once instead of twice. ``causal`` says whether the model generates chunk by chunk; None: as its inputs
+    show.
     """
 
     float_dtype: torch.dtype | None = None
     widen: bool = False
     base_config: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    original: Mapping[str, Tensor] | None = None
+    causal: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredLayer:
-    """One quantized linear: integers int8 [N, K] in group order, ``weight_scale`` [G, N], ``dtype`` of its result."""
+    """One quantized linear: integers int8 [N, K] in group order, ``weight_scale`` [G, N], ``dtype`` of its result.
+
+    ``original`` is the float weight [N, K] that was quantized, where the caller gave it.
+    """
 
     plan: LayerPlan
     integers: Tensor
@@ -54,6 +63,7 @@ class StoredLayer:
     perm: Tensor | None
     bias: Tensor | None
     dtype: torch.dtype
+    original: Tensor | None = None
 
     @property
     def bits(self) -> int:
@@ -79,7 +89,8 @@ class StoredModel:
     """A bundle's content.
 
     ``layers`` are the quantized linears by name, ``kept`` the names of the others, ``floats`` every tensor outside of
-    quantized linears (constants that capture made are left out and named in ``constants``).
+    quantized linears (constants that capture made are left out and named in ``constants``). ``head_size``: channels of
+    a head of the keys that a causal Wan takes from its cache, None where a model takes none.
     """
 
     layers: dict[str, StoredLayer]
@@ -88,6 +99,11 @@ class StoredModel:
     constants: tuple[str, ...]
     naming: Naming
     receipt: Receipt
+    head_size: int | None = None
+
+    def causal(self, options: Options) -> bool:
+        """Whether the model generates chunk by chunk with a cache: as the caller says, else as its inputs show."""
+        return self.head_size is not None if options.causal is None else options.causal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +111,7 @@ class LayerRecord:
     """What became of one linear: ``form`` it is stored in and the cost in dB against the bundle's weight.
 
     ``weight_sqnr_db`` is 10 log10 of the bundle's weight energy over that of the change; None: not changed at all.
+    ``original_sqnr_db`` is the same of the original weight, where the caller gave it: what counts.
     """
 
     layer: str
@@ -102,16 +119,21 @@ class LayerRecord:
     form: str
     weight_sqnr_db: float | None = None
     note: str = ""
+    original_sqnr_db: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear."""
+    """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear.
+
+    ``notes`` are for the reader of the report.
+    """
 
     tensors: dict[str, tuple[dict[str, Tensor], dict[str, str]]]
     documents: dict[str, object]
     records: list[LayerRecord]
     activations: str = PER_TOKEN
+    notes: tuple[str, ...] = ()
 
 
 def read_model(path: str | os.PathLike[str]) -> StoredModel:
@@ -138,7 +160,17 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
         constants=constants,
         naming=Naming.of([*names, *(f"{layer}.weight" for layer in layers)]),
         receipt=dataclasses.replace(receipt, source=manifest.files[TENSORS]),
+        head_size=_head_size(module),
     )
+
+
+def _head_size(module: fx.GraphModule) -> int | None:
+    """Last size of a cached key [B, P, heads, channels] among the inputs, by the names of fxq's causal Wan."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = example_value(node)
+        if str(node.target).startswith("prefix_k") and value is not None and value.ndim == 4:
+            return int(value.shape[-1])
+    return None
 
 
 def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
@@ -171,22 +203,26 @@ def sqnr(want: Tensor, got: Tensor) -> float | None:
 def to_int8(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
     """The layer as int8 [N, K] with one scale [N, 1] per output channel, and what that cost.
 
-    A layer of one scale keeps its integers. Of two scales the dequantized weight is rounded again.
+    A layer of one scale keeps its integers. Of two scales the original weight is rounded, or the dequantized one where
+    the caller did not give the original.
     """
     single = layer.single_scale()
-    weight = layer.weight()
-    integers, scale = round_per_channel(weight, scale_dtype) if single is None else single
+    source = layer.weight() if layer.original is None else layer.original
+    integers, scale = round_per_channel(source, scale_dtype) if single is None else single
     scale = scale.to(scale_dtype)
-    merged = "two scales merged into one per output channel" if single is None else ""
+    merged = "" if single is not None else MERGED if layer.original is None else "one scale, of the original weight"
     widened = "int4 in a byte" if layer.bits == 4 else ""
-    record = LayerRecord(
-        layer=layer.plan.layer,
-        name=name,
-        form="int8",
-        weight_sqnr_db=sqnr(weight, integers.float() * scale.float()),
-        note="; ".join(filter(None, (merged, widened))),
+    note = "; ".join(filter(None, (merged, widened)))
+    return integers, scale, record_of(layer, name, "int8", integers.float() * scale.float(), note)
+
+
+def record_of(layer: StoredLayer, name: str, form: str, written: Tensor, note: str = "") -> LayerRecord:
+    """What became of a quantized linear that a file holds as ``written`` [N, K] in floats."""
+    original = None if layer.original is None else sqnr(layer.original, written)
+    cost = sqnr(layer.weight(), written)
+    return LayerRecord(
+        layer=layer.plan.layer, name=name, form=form, weight_sqnr_db=cost, note=note, original_sqnr_db=original
     )
-    return integers, scale, record
 
 
 def refuse_int4(model: StoredModel, target: str, options: Options) -> None:

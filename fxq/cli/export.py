@@ -12,6 +12,7 @@ from fxq.cli.common import JsonOption, emit_json
 from fxq.dtypes import DTYPES
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle
+from fxq.models.checkpoints import read_tensors
 from fxq.models.diffusers_folder import load_folder
 from fxq.runtime.reading import ReadError, read_json
 from fxq.runtime.streams import stdout_console
@@ -46,6 +47,10 @@ def export(
     base_config: Annotated[
         pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
     ] = None,
+    original: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="The float weights that were quantized, for formats that round them in their own way."),
+    ] = None,
     source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
     vnni: Annotated[
         bool | None,
@@ -69,7 +74,12 @@ def export(
         _export_diffusers(bundle, source, out, as_json)
         return
     dtype = None if float_dtype == "keep" else DTYPES[float_dtype]
-    options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
+    options = Options(
+        float_dtype=dtype,
+        widen=widen_int4,
+        base_config=_read_config(base_config),
+        original=None if original is None else read_tensors(original),
+    )
     _print(export_bundle(bundle, target, out, options), as_json)
 
 

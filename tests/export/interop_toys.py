@@ -35,6 +35,11 @@ def make_bundle(path, bits):
     return fxq.save(fxq.quantize(rollout.denoiser, rollout, recipe(bits), progress=False), path, fingerprint=False)
 
 
+def original_weights():
+    """The float weights that :func:`make_bundle` quantizes."""
+    return wan_rollout(seeds=(1,), frames=2).denoiser.state_dict()
+
+
 def forms(file):
     """Dtype and shape of every tensor, and the metadata."""
     with safe_open(file, "pt") as content:
