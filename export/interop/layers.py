@@ -40,7 +40,7 @@ class Options:
     be stored in a byte where the target has no int4; ``base_config`` is the model's ``config.json`` to be completed.
     ``original`` are the float weights that were quantized, by name, for formats whose grid is not the bundle's: they
     are rounded once instead of twice. ``causal`` says whether the model generates chunk by chunk; None: as its inputs
-    show.
+    show. ``per_block`` asks for a file per block where the target can load them so.
     """
 
     float_dtype: torch.dtype | None = None
@@ -48,6 +48,7 @@ class Options:
     base_config: Mapping[str, object] = dataclasses.field(default_factory=dict)
     original: Mapping[str, Tensor] | None = None
     causal: bool | None = None
+    per_block: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,14 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
     plans = planned(module)
     if reason := told_in_graph((plan for plan, _ in plans.values()), "another tool's format"):
         raise InteropError(reason)
-    layers = {name: _layer(module, plan, nodes[0]) for name, (plan, nodes) in plans.items() if plan.scheme is not None}
-    own = {f"{layer}.{tensor}" for layer in layers for tensor in LAYER_TENSORS}
     names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+    naming = Naming.of([*names, *(f"{layer}.weight" for layer in plans)])
+    layers = {
+        name: _layer(module, plan, nodes[0], naming.is_wan)
+        for name, (plan, nodes) in plans.items()
+        if plan.scheme is not None
+    }
+    own = {f"{layer}.{tensor}" for layer in layers for tensor in LAYER_TENSORS}
     constants = tuple(sorted({name for name in names if _CONSTANT.fullmatch(name)}))
     floats = {name: get_tensor(module, name) for name in sorted(set(names) - own - set(constants))}
     receipt = make_receipt(manifest.fxq_version, Facts.of(module), (plan for plan, _ in plans.values()), {})
@@ -158,7 +164,7 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
         kept=tuple(name for name, (plan, _) in plans.items() if plan.scheme is None),
         floats=floats,
         constants=constants,
-        naming=Naming.of([*names, *(f"{layer}.weight" for layer in layers)]),
+        naming=naming,
         receipt=dataclasses.replace(receipt, source=manifest.files[TENSORS]),
         head_size=_head_size(module),
     )
@@ -173,7 +179,8 @@ def _head_size(module: fx.GraphModule) -> int | None:
     return None
 
 
-def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
+def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, is_wan: bool) -> StoredLayer:
+    """A layer; a bias of zeros is there in Wan, all of whose linears have one, and readers miss it."""
     stored, dtype = LayerTensors.of(module, plan), QuantizedLayer.of(node).dtype
     bias = stored.bias()
     return StoredLayer(
@@ -181,7 +188,7 @@ def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLaye
         integers=stored.integers(),
         weight_scale=stored.weight_scale,
         perm=stored.perm,
-        bias=bias.to(dtype) if bool(bias.any()) else None,
+        bias=bias.to(dtype) if is_wan or bool(bias.any()) else None,
         dtype=dtype,
     )
 

@@ -43,6 +43,7 @@ _TOP = (
     ("head.head", "proj_out"),
 )
 _BLOCK_NAME = re.compile(r"blocks\.\d+\.")
+_IN_BLOCK = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.")
 _SIGNS = {ORIGINAL: re.compile(r"blocks\.\d+\.self_attn\.q\."), DIFFUSERS: re.compile(r"blocks\.\d+\.attn1\.to_q\.")}
 
 
@@ -61,6 +62,15 @@ class Naming:
                 if found := sign.search(name):
                     return cls(style, name[: found.start()])
         return cls(OWN)
+
+    @property
+    def is_wan(self) -> bool:
+        """Whether the names are Wan's, in whatever style."""
+        return self.style != OWN
+
+    def in_block(self, layer: str) -> bool:
+        """Whether a linear is one of attention or feed-forward in a block of Wan; any is, of other models."""
+        return not self.is_wan or bool(_IN_BLOCK.match(self.rename(layer, ORIGINAL) + "."))
 
     def rename(self, name: str, style: str) -> str:
         """A tensor's or module's name in another style; unchanged where the model is not Wan."""

@@ -51,6 +51,15 @@ def export(
         pathlib.Path | None,
         typer.Option(help="The float weights that were quantized, for formats that round them in their own way."),
     ] = None,
+    causal: Annotated[
+        bool | None,
+        typer.Option(
+            "--causal/--no-causal", help="Whether it generates chunk by chunk; as its inputs show when absent."
+        ),
+    ] = None,
+    per_block: Annotated[
+        bool, typer.Option("--per-block", help="For lightx2v: a file per block, for lazy_load.")
+    ] = False,
     source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
     vnni: Annotated[
         bool | None,
@@ -79,6 +88,8 @@ def export(
         widen=widen_int4,
         base_config=_read_config(base_config),
         original=None if original is None else read_tensors(original),
+        causal=causal,
+        per_block=per_block,
     )
     _print(export_bundle(bundle, target, out, options), as_json)
 

@@ -53,6 +53,8 @@ DIFFUSERS_KEPT = [
     "condition_embedder.time_proj",
     "proj_out",
 ]
+EMBEDDER = [f"condition_embedder.text_embedder.linear_{number}" for number in (1, 2)]
+LEAVES = ("weight", "bias")
 ORIGINAL_FLOAT = {
     "blocks.0.cross_attn.norm_k.weight": (64,),
     "blocks.0.cross_attn.norm_q.weight": (64,),
@@ -107,10 +109,10 @@ def test_lightx2v(eight, tmp_path):
     report, file, found, metadata = export(eight, "lightx2v", tmp_path)
     text = {f"{name}.{leaf}": s for name, shape in TEXT.items() for leaf, s in (("weight", shape), ("bias", shape[:1]))}
     assert file.name == "model.safetensors" and metadata == {"format": "pt"}
-    assert found == int8(BLOCK) | floats(ORIGINAL_FLOAT | text)
+    assert found == {f"model.{name}": form for name, form in (int8(BLOCK) | floats(ORIGINAL_FLOAT | text)).items()}
     assert read_json(tmp_path / "out" / "lightx2v.json") == {
         "dit_quantized": True,
-        "dit_quant_scheme": "int8-triton",
+        "dit_quant_scheme": "int8-vllm",
         "dit_quantized_ckpt": "model.safetensors",
     }
     notes = {r.layer: (r.form, r.note) for r in report.layers if r.layer in TEXT}
@@ -128,22 +130,25 @@ def test_lightx2v_rounds_linears_of_a_block_that_the_recipe_kept(tmp_path):
     assert (
         record.form == "int8" and record.note.startswith("kept by the recipe; rounded") and record.weight_sqnr_db > 35
     )
-    assert found["blocks.0.ffn.2.weight"] == ("int8", (64, 96))
+    assert found["model.blocks.0.ffn.2.weight"] == ("int8", (64, 96))
     tensors = load_file(file)
-    got = tensors["blocks.0.ffn.2.weight"].float() * tensors["blocks.0.ffn.2.weight_scale"]
+    got = tensors["model.blocks.0.ffn.2.weight"].float() * tensors["model.blocks.0.ffn.2.weight_scale"]
     assert sqnr(rollout.denoiser.blocks[0].ffn[2].weight, got) == record.weight_sqnr_db
 
 
 def test_vllm_omni(eight, tmp_path):
     _, file, found, metadata = export(eight, "vllm-omni", tmp_path, base_config=WAN_CONFIG)
     assert file.name == "diffusion_pytorch_model.safetensors" and metadata == {"format": "pt"}
-    assert found == int8(DIFFUSERS_BLOCK) | floats(DIFFUSERS_FLOAT)
+    blocks = {name: shape for name, shape in DIFFUSERS_BLOCK.items() if name.startswith("blocks.")}
+    text = {f"{name}.{leaf}": DIFFUSERS_BLOCK[name][: 2 - i] for name in EMBEDDER for i, leaf in enumerate(LEAVES)}
+    assert found == int8(blocks) | floats(DIFFUSERS_FLOAT | text)
     assert read_json(tmp_path / "out" / "config.json") == {
         **WAN_CONFIG,
         "quantization_config": {
             "quant_method": "int8",
+            "is_checkpoint_int8_serialized": True,
             "activation_scheme": "dynamic",
-            "ignored_layers": DIFFUSERS_KEPT,
+            "ignored_layers": [*DIFFUSERS_KEPT, *EMBEDDER],
         },
     }
 

@@ -194,7 +194,7 @@ def test_floats_take_the_dtype_that_was_asked_for(wan, tmp_path):
     export_bundle(wan, "lightx2v", tmp_path / "out", Options(float_dtype=torch.bfloat16))
     found, _ = forms(tmp_path / "out" / "model.safetensors")
     floats = {dtype for name, (dtype, _) in found.items() if not name.endswith(("weight_scale",)) and dtype != "int8"}
-    assert floats == {"bfloat16"} and found["blocks.0.ffn.0.weight_scale"][0] == "float32"
+    assert floats == {"bfloat16"} and found["model.blocks.0.ffn.0.weight_scale"][0] == "float32"
 
 
 def test_a_bfloat16_model_keeps_its_biases_exactly(tmp_path):
