@@ -54,7 +54,7 @@ ANY_CPU = (
     "core",
     "demo",
     "diffusers",
-    "export/interop/test_layers.py",
+    "export/interop",
     "export/test_contract.py",
     "export/test_files.py",
     "export/test_names.py",

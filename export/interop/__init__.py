@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fxq import plugins
 from fxq.export.files import whole_folder, write_tensors
-from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, vllm_omni
+from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, sglang, vllm_omni
 from fxq.export.interop.layers import (
     MERGED,
     InteropError,
@@ -35,6 +35,7 @@ TARGETS: dict[str, Target] = {
     "lightx2v": lightx2v.build,
     "vllm-omni": vllm_omni.build,
     "comfy": comfy.build,
+    "sglang": sglang.build,
     "compressed-tensors": compressed_tensors.build,
     "diffusers-torchao": diffusers_torchao.build,
 }

@@ -52,7 +52,7 @@ def block_file(
             tensors[f"{name}.weight"], scale, record = to_int8(stored, name, torch.float32)
             tensors[f"{name}.weight_scale"] = scale
         else:
-            tensors[f"{name}.weight"], record = _as_float(stored, name, options)
+            tensors[f"{name}.weight"], record = as_float(stored, name, options)
         if stored.bias is not None:
             tensors[f"{name}.bias"] = cast(stored.bias, options)
         records.append(record)
@@ -63,7 +63,7 @@ def _rounds(model: StoredModel, layer: str) -> bool:
     return model.naming.is_wan and model.naming.in_block(layer) and f"{layer}.weight" in model.floats
 
 
-def _as_float(stored: StoredLayer, name: str, options: Options) -> tuple[Tensor, LayerRecord]:
+def as_float(stored: StoredLayer, name: str, options: Options) -> tuple[Tensor, LayerRecord]:
     """The original weight, or what the integers stand for, in the layer's dtype."""
     source = stored.weight() if stored.original is None else stored.original
     weight = cast(source.to(stored.dtype), options)

@@ -7,6 +7,7 @@ import json
 import torch
 from torch import Tensor
 
+from fxq.export.interop.blocks import as_float
 from fxq.export.interop.layers import (
     InteropError,
     LayerRecord,
@@ -55,16 +56,22 @@ def build(model: StoredModel, options: Options) -> Output:
 
 
 def marked_file(
-    model: StoredModel, style: str, options: Options
+    model: StoredModel, style: str, options: Options, blocks_only: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, object]], list[LayerRecord]]:
-    """All tensors with a marker for each quantized layer, the markers by layer, and what became of the linears."""
+    """All tensors with a marker for each quantized layer, the markers by layer, and what became of the linears.
+
+    With ``blocks_only`` linears outside of Wan's blocks are written in floating point.
+    """
     tensors = float_tensors(model, style, options)
     records = kept_records(model, style)
     markers: dict[str, dict[str, object]] = {}
     for stored, name in layer_names(model, style):
-        own, markers[name], record = _form(stored, name)
-        tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
-        tensors[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps(markers[name]).encode()), dtype=torch.uint8)
+        if blocks_only and not model.naming.in_block(stored.plan.layer):
+            tensors[f"{name}.weight"], record = as_float(stored, name, options)
+        else:
+            own, markers[name], record = _form(stored, name)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in own.items()}
+            tensors[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps(markers[name]).encode()), dtype=torch.uint8)
         if stored.bias is not None:
             tensors[f"{name}.bias"] = cast(stored.bias, options)
         records.append(record)
