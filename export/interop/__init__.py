@@ -40,6 +40,8 @@ TARGETS: dict[str, Target] = {
     "diffusers-torchao": diffusers_torchao.build,
 }
 """The shipped targets by name; others come by :mod:`fxq.plugins`."""
+ROTATING = ("comfy", "sglang")
+"""Targets that rotate inputs as :class:`~fxq.passes.transforms.conv_rot.ConvRot` does."""
 OTHER_TARGETS = ("diffusers", "onnx")
 """Targets with a writer of their own, whose names no plug-in may have."""
 REPORT = "fxq_report.json"
@@ -114,7 +116,7 @@ def export_bundle(
         BundleError: the bundle is damaged, or ``out`` cannot be written.
     """
     build = find_target(target)
-    model = read_model(path)
+    model = read_model(path, rotated=target in ROTATING)
     if not model.layers:
         raise InteropError(f"{path} has no quantized layer; there is nothing to export")
     chosen = options or Options()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxq.export.interop.blocks import as_float
 from fxq.export.interop.layers import (
+    MERGED,
     InteropError,
     LayerRecord,
     Options,
@@ -84,19 +85,30 @@ def marked_header(markers: dict[str, dict[str, object]]) -> dict[str, str]:
 
 
 def _form(stored: StoredLayer, name: str) -> Form:
+    if stored.rotation is not None and (stored.bits == 8 or stored.original is None):
+        return rotated_int8(stored, name, stored.rotation)
     size = rotation_size(stored.plan.in_features)
     if size is None or stored.original is None:
         integers, scale, record = to_int8(stored, name, torch.float32)
         return {"weight": integers, "weight_scale": scale}, {"format": "int8_tensorwise"}, record
-    make = rotated_int4 if stored.bits == 4 else rotated_int8
-    return make(stored, stored.original, name, size)
+    return rotated_int4(stored, stored.original, name, size) if stored.bits == 4 else rotated_int8(stored, name, size)
 
 
-def rotated_int8(stored: StoredLayer, original: Tensor, name: str, size: int) -> Form:
-    """The original weight [N, K] rotated in groups of ``size`` channels and rounded to int8 with a scale per output."""
-    integers, scale = round_per_channel(rotate(original, size))
+def rotated_int8(stored: StoredLayer, name: str, size: int) -> Form:
+    """int8 [N, K] rotated in groups of ``size`` channels, with a scale per output.
+
+    The bundle's integers where they are rotated so and have one scale, else the original weight rotated and rounded.
+    """
+    single = stored.single_scale() if stored.rotation == size else None
+    if single is not None:
+        (integers, scale), note = single, "int4 in a byte" if stored.bits == 4 else ""
+    else:
+        source = stored.weight() if stored.original is None else stored.original
+        integers, scale = round_per_channel(rotate(source, size))
+        note = MERGED if stored.original is None else _note(size)
     marker = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
-    record = record_of(stored, name, "int8 rotated", rotate(integers * scale, size), _note(size))
+    written = stored.weight() if single is not None else rotate(integers * scale, size)
+    record = record_of(stored, name, "int8 rotated", written, note)
     return {"weight": integers, "weight_scale": scale}, marker, record
 
 

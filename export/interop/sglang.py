@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxq.export.interop.comfy import marked_file, marked_header
-from fxq.export.interop.layers import InteropError, Options, Output, StoredModel, refuse_asymmetric
+from fxq.export.interop.layers import InteropError, Options, Output, StoredLayer, StoredModel, refuse_asymmetric
 from fxq.export.interop.names import DIFFUSERS
 from fxq.export.interop.rotation import rotation_size
 
@@ -26,11 +26,11 @@ def build(model: StoredModel, options: Options) -> Output:
     """
     refuse_asymmetric(model, "SGLang")
     layers = {name: stored for name, stored in model.layers.items() if model.naming.in_block(name)}
-    if lacking := [name for name, stored in layers.items() if stored.original is None]:
+    if lacking := [name for name, stored in layers.items() if stored.original is None and not _as_it_is(stored)]:
         raise InteropError(
             f"SGLang reads integers of rotated weights only, and {len(lacking)} layers of the bundle are not rotated "
             f"({', '.join(lacking[:3])}): give the weights that were quantized, which are rounded once (original=..., "
-            "--original FILE)"
+            "--original FILE), or quantize with the preset w8a8-single-convrot"
         )
     by_bits: dict[int, list[str]] = {}
     for name, stored in layers.items():
@@ -52,3 +52,8 @@ def build(model: StoredModel, options: Options) -> Output:
         records=records,
         notes=(_READERS,),
     )
+
+
+def _as_it_is(stored: StoredLayer) -> bool:
+    """Whether the bundle's integers are those of the format."""
+    return stored.bits == 8 and stored.rotation is not None and stored.single_scale() is not None

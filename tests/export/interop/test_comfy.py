@@ -124,3 +124,29 @@ def test_rounding_once_onto_the_targets_grid_is_what_its_own_converter_does(bits
         print(f"\n{bits} bits, layer {layer}: bundle {sqnr(want, stored[layer].weight())} dB, ", end="")
         print(f"rounded twice {before} dB, rounded once {decibels} dB")
         assert decibels >= least and decibels > before + 3
+
+
+@pytest.mark.parametrize("target", ["comfy", "sglang"])
+def test_a_bundle_that_is_rotated_so_keeps_its_integers(target, tmp_path):
+    model, x = heavy(), torch.randn(64, 256)
+    quantized = fxq.quantize(model, [x], "w8a8-single-convrot", progress=False)
+    path = fxq.save(quantized, tmp_path / "b", fingerprint=False)
+    report = export_bundle(path, target, tmp_path / "out")
+    assert [(r.form, r.weight_sqnr_db, r.note) for r in report.layers] == [("int8 rotated", None, "")] * 2
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = load_file(file)
+    assert not [name for name in tensors if "rotation" in name]
+    h = multiplied(tensors, "2", torch.nn.functional.gelu(multiplied(tensors, "0", x)))
+    assert sqnr(quantized(x), h) > 50 and sqnr(model(x), h) > 38
+    with pytest.raises(InteropError, match="the targets comfy and sglang rotate as ConvRot does"):
+        export_bundle(path, "vllm-omni", tmp_path / "other")
+
+
+def test_a_bundle_of_one_scale_keeps_its_integers_everywhere(tmp_path):
+    model, x = heavy(), torch.randn(64, 256)
+    path = fxq.save(fxq.quantize(model, [x], "w8a8-single", progress=False), tmp_path / "b", fingerprint=False)
+    for target in ("comfy", "vllm-omni", "lightx2v", "compressed-tensors", "diffusers-torchao"):
+        report = export_bundle(path, target, tmp_path / target)
+        assert [record.weight_sqnr_db for record in report.layers] == [None, None]
+        assert not [note for note in report.notes if "two scales" in note]
+        assert report.activations.endswith("as in the bundle")
