@@ -181,7 +181,7 @@ TESTED_ELSEWHERE = {
     "export/interop/test_lightx2v.py": "export.interop.blocks",
     "export/test_diffusers_classes.py": "integrations.diffusers",
     "export/test_interop_targets.py": "export.interop.*",
-    "export/test_onnx.py": "export.capture export.onnx_form models.runtime",
+    "export/test_onnx.py": "export.capture models.runtime",
     "kernels/gemm/test_activations.py": "kernels.gemm.epilogues",
     "kernels/test_launches.py": "kernels.device",
     "kernels/test_native.py": "kernels.gemm.panels",

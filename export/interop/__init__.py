@@ -42,7 +42,7 @@ TARGETS: dict[str, Target] = {
 """The shipped targets by name; others come by :mod:`fxq.plugins`."""
 ROTATING = ("comfy", "sglang")
 """Targets that rotate inputs as :class:`~fxq.passes.transforms.conv_rot.ConvRot` does."""
-OTHER_TARGETS = ("diffusers", "onnx")
+OTHER_TARGETS = ("diffusers", "onnx", "tensorrt")
 """Targets with a writer of their own, whose names no plug-in may have."""
 REPORT = "fxq_report.json"
 

@@ -191,7 +191,9 @@ def check_transforms(transforms: Sequence[object], budget: object) -> None:
         if any(type(other) is type(value) for other in seen):
             raise RecipeError(f"transform {name} is named twice: its tensors would take each other's place")
         if meets := [type(other).__name__ for other in seen if {*other.stores} & {*value.stores}]:
-            raise RecipeError(f"transforms {meets[0]} and {name}: their tensors would take each other's place; name one")
+            raise RecipeError(
+                f"transforms {meets[0]} and {name}: their tensors would take each other's place; name one"
+            )
         if seen and value.needs < seen[-1].needs:
             raise RecipeError(f"transform {name} runs before calibration: name it before {type(seen[-1]).__name__}")
         seen.append(value)

@@ -82,7 +82,7 @@ def test_an_onnx_file_is_written_for_either_kind_of_cpu(bundle, tmp_path, option
 
 def test_the_kind_of_cpu_is_for_onnx_only(bundle, tmp_path):
     done = invoke("export", bundle, "--target", "comfy", "--out", tmp_path / "out", "--no-vnni")
-    assert "are for target onnx, not comfy" in str(done.exception) and not (tmp_path / "out").exists()
+    assert "--in-halves are for target onnx, not comfy" in str(done.exception) and not (tmp_path / "out").exists()
 
 
 def test_every_target_can_be_chosen():
