@@ -67,6 +67,7 @@ ANY_CPU = (
     "kernels/test_triton_interpret.py",
     "metrics",
     "models/test_any_size.py",
+    "models/published",
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",

@@ -177,7 +177,7 @@ TESTED_ELSEWHERE = {
     "cli/test_diffusers.py": "cli.source",
     "cli/test_recipe.py": "recipe_files",
     "demo/test_run.py": "lab",
-    "export/interop/test_layers.py": "export.interop.names",
+    "export/interop/test_layers.py": "export.interop.names models.published.names",
     "export/interop/test_lightx2v.py": "export.interop.blocks",
     "export/test_diffusers_classes.py": "integrations.diffusers",
     "export/test_interop_targets.py": "export.interop.*",
