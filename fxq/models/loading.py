@@ -13,7 +13,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.checkpoints import FLOAT8, KEYS, CheckpointError, compact, read_tensors
 from fxq.models.families import FAMILIES, FLOATS, Family
 from fxq.models.lora import Update, check_updates, read_lora
-from fxq.models.published.adapters import adapted
+from fxq.models.published.adapters import adapted, own_layer
 from fxq.models.published.foreign import foreign_names
 from fxq.models.published.sizes import sizes_of
 
@@ -57,7 +57,7 @@ def load_causal_wan(
     path = pathlib.Path(path)
     tensors = _read(path, family.keys)
     check_layout(tensors, family, path)
-    updates = {} if lora is None else read_lora(lora, lora_alpha)
+    updates = {} if lora is None else {own_layer(name): u for name, u in read_lora(lora, lora_alpha).items()}
     check_updates(tensors, updates, pathlib.Path(lora or ""))
     with torch.device("meta"):
         model = CausalWan(family.config)

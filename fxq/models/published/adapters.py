@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -44,3 +45,12 @@ def adapted(tensors: Mapping[str, Tensor]) -> Tensors:
         if adapter.fits(found):
             found = adapter.adapt(found)
     return found
+
+
+_LAYER = re.compile(r"(.*\.)?(blocks\.\d+\.(attn[12]|ffn\.net)\.|condition_embedder\.)")
+
+
+def own_layer(layer: str) -> str:
+    """A layer's name among Wan's own, where it is one of diffusers, with any prefix; else unchanged."""
+    found = _LAYER.match(layer)
+    return Naming(DIFFUSERS, found[1] or "").rename(layer, ORIGINAL) if found else layer

@@ -11,7 +11,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig, rope_tables
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.families import FAMILIES, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan, seen_sizes
-from fxq.models.published.adapters import adapted
+from fxq.models.published.adapters import adapted, own_layer
 from fxq.models.published.names import DIFFUSERS, ORIGINAL, Naming
 
 SIZES = {"ffn_dim": 40, "num_layers": 2, "freq_dim": 16, "text_dim": 20}
@@ -147,3 +147,18 @@ def test_wan_of_48_channels_says_ti2v(tmp_path):
     family = with_settings(FAMILIES["causal-wan"], read_settings(tmp_path) | {"num_frame_per_block": 8})
     assert family.config == config and family.sampler.frames_per_chunk == 8
     assert_loads(tmp_path / "a.pt", family)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "base_model.model.transformer."])
+def test_a_lora_by_the_names_of_diffusers_is_merged_as_one_by_wans_own(prefix, tmp_path):
+    layers = {"blocks.1.ffn.0": (24, 40), "blocks.0.cross_attn.o": (24, 24), "text_embedding.2": (24, 24)}
+    pairs = {n: {"lora_A": torch.randn(3, k), "lora_B": torch.randn(m, 3)} for n, (k, m) in layers.items()}
+    save_file(weights(), tmp_path / "a.safetensors")
+    naming = Naming(ORIGINAL)
+    for file, name in (("own", lambda n: n), ("theirs", lambda n: prefix + naming.rename(n, DIFFUSERS))):
+        lora = {f"{name(n)}.{half}.weight": t for n, pair in pairs.items() for half, t in pair.items()}
+        save_file(lora, tmp_path / f"{file}.safetensors")
+    own = load_causal_wan(tmp_path / "a.safetensors", FAMILY, lora=tmp_path / "own.safetensors").state_dict()
+    assert_loads(tmp_path / "a.safetensors", want=own, lora=tmp_path / "theirs.safetensors")
+    assert not torch.equal(own["blocks.1.ffn.0.weight"], weights()["blocks.1.ffn.0.weight"])
+    assert own_layer("blocks.0.self_attn.q") == "blocks.0.self_attn.q"
