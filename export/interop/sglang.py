@@ -10,7 +10,7 @@ from fxq.export.interop.rotation import rotation_size
 FILE = "diffusion_pytorch_model.safetensors"
 _READERS = (
     "SGLang 0.5.23 asks for these markers when it loads MiniMax-H3 and text encoders; its Wan transformers do not: "
-    "serve those with --quantization convrot_int8 from the float model, which is rounded to the same grid then"
+    "serve those with its quantization convrot_int8 from the float model, which is rounded to the same grid then"
 )
 
 

@@ -62,7 +62,7 @@ def test_its_own_rules_read_the_blocks_and_leave_the_rest_in_floats(bits, least,
         else:
             assert torch.equal(tensors[f"{name}.weight"], want)
     assert read_json(tmp_path / "out" / "config.json") == WAN_CONFIG
-    assert any("--quantization convrot_int8" in note for note in report.notes)
+    assert any("its quantization convrot_int8" in note for note in report.notes)
 
 
 def bundle_of(path, bits, widths=(64, 64), **layers):
