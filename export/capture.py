@@ -60,7 +60,7 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
     return graph
 
 
-def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
+def lower(module: fx.GraphModule, in_halves: bool = False, signed: bool = False) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
 
     Raises:
@@ -69,7 +69,7 @@ def lower(module: fx.GraphModule, in_halves: bool = False) -> QuantGraph:
     """
     whole = frozen(module)
     _refuse_taken_names(whole)
-    graph = run_passes(whole, (ToQdq(in_halves),))
+    graph = run_passes(whole, (ToQdq(in_halves, signed),))
     left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     if left:
         raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")

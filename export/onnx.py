@@ -25,7 +25,7 @@ from fxq.core.aliasing import written_inputs
 from fxq.core.ir import LayerPlan, get_tensor
 from fxq.core.signature import call_rules, rules_of
 from fxq.export.capture import Example, ExportError, capture, lower, plain_metadata
-from fxq.export.onnx_form import integer_form
+from fxq.export.onnx_form import WEIGHTS, integer_form, tensorrt_faults
 from fxq.passes.qdq.qdq_layers import may_saturate
 from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 21
+TARGETS = ("onnxruntime", "tensorrt")
+"""What files are written for; OpenVINO reads those for ONNX Runtime."""
 EXTERNAL_ABOVE = 1 << 31
 """Bytes of tensors that no longer fit into one protobuf file."""
 DEQUANTIZE = "DequantizeLinear"
@@ -62,6 +64,8 @@ def export_onnx(
     metadata: Mapping[str, object] | None = None,
     external_above: int = EXTERNAL_ABOVE,
     vnni: bool | None = None,
+    in_halves: bool = False,
+    target: str = TARGETS[0],
 ) -> pathlib.Path:
     """Write a quantized float32 module as ONNX (opset 21, no custom operators).
 
@@ -74,7 +78,11 @@ def export_onnx(
 
     x86 CPUs without VNNI saturate products of 8-bit activations (unsigned) and 8-bit weights (signed), in every
     runtime. A file for them has unsigned weights: exact on every CPU, faster than float32 there, and several times
-    slower than the other form on CPUs with VNNI. Layers of fewer bits have one form for all.
+    slower than the other form on CPUs with VNNI. Layers of fewer bits have one form for all. In halves of 7
+    bits, each with a product of its own, weights are exact on every CPU too, and fast on those with VNNI.
+
+    A file for TensorRT has signed activations around zero, quantized and dequantized with one scale, and 4-bit weights
+    in bytes: what that parser takes (:func:`~fxq.export.onnx_form.tensorrt_faults`).
 
     Args:
         module: of :func:`fxq.quantize` or :func:`fxq.load`.
@@ -83,28 +91,47 @@ def export_onnx(
         metadata: JSON values for the program that runs the file.
         external_above: from this many bytes on, tensors lie in a second file ``<path>.<hash>.data``.
         vnni: whether the x86 CPUs that will run the file have VNNI; None: as the one that exports it.
+        in_halves: whether 8-bit weights are stored as sums of two of 7 bits, for a file for both kinds of CPUs.
+        target: what will run it, one of :data:`TARGETS`.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: when the module cannot be exported, or a package is missing.
+        ExportError: when the module cannot be exported, a package is missing, the target is unknown, or forms are named
+            that exclude each other or that a target on GPUs has not.
     """
+    _check_form(target, vnni, in_halves)
     ir = _package("onnx_ir")
     _package("onnxscript")
     runtime = plain_metadata(metadata)
-    graph = lower(module)
+    for_vnni = not cpu.saturates() if vnni is None else vnni
+    on_gpu = target == "tensorrt"
+    graph = lower(module, in_halves, signed=on_gpu)
     _refuse_half(graph.module)
     plans = graph.quantized_plans
     _refuse_writes(graph.module)
     program = capture(graph.module, example)
     model = _convert(program, graph.module)
-    for_vnni = not cpu.saturates() if vnni is None else vnni
-    integer_form(model, plans, for_vnni)
+    integer_form(model, plans, for_vnni or on_gpu or in_halves, nibbles=not on_gpu)
+    if on_gpu and (faults := tensorrt_faults(ir.serde.serialize_model(model))):
+        raise ExportError(f"TensorRT would refuse the file: {'; '.join(faults[:4])}")
     rules = rules_of(module) or call_rules(module)
-    facts = _facts(plans, for_vnni, runtime) | {"call": {"names": list(rules.names)} | rules.to_json()}
+    facts = _facts(plans, for_vnni and not (on_gpu or in_halves), runtime)
+    facts |= {"call": {"names": list(rules.names)} | rules.to_json()}
+    if target != TARGETS[0]:
+        facts |= {"target": target}
     model.metadata_props["fxq"] = json.dumps(facts)
     return _write(ir, model, pathlib.Path(path).absolute(), external_above)
+
+
+def _check_form(target: str, vnni: bool | None, in_halves: bool) -> None:
+    if target not in TARGETS:
+        raise ExportError(f"unknown target {target!r} of an ONNX file: expected one of {', '.join(TARGETS)}")
+    if target == "tensorrt" and (in_halves or vnni is not None):
+        raise ExportError("vnni and in_halves are about x86 CPUs, TensorRT runs on GPUs: leave them out")
+    if in_halves and vnni is not None:
+        raise ExportError("in_halves is one form for CPUs with VNNI and without: leave vnni out")
 
 
 def _package(name: str) -> types.ModuleType:
@@ -209,13 +236,16 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
         path: of :func:`export_onnx`.
 
     Returns:
-        One entry per quantized layer, in the file's order.
+        One entry per quantized layer, in the file's order. Of a file for TensorRT the rules of its parser are
+        checked instead, and the kernel is ``tensorrt``.
 
     Raises:
-        ExportError: when the file cannot be read, was not written by fxq, a layer would be multiplied in floats, or
-            this CPU would compute one wrong: a file that needs VNNI on an x86 CPU that has none.
+        ExportError: when the file cannot be read, was not written by fxq, a layer would be multiplied in floats, a rule
+            of TensorRT is broken, or this CPU would compute one wrong: a file that needs VNNI on an x86 CPU without.
     """
     model, optimized, facts = _read(os.fspath(path))
+    if facts.get("target") == "tensorrt":
+        return _check_tensorrt(model, facts["layers"], os.fspath(path))
     layers: dict[str, int] = facts["layers"]
     owners = _owners(model, layers)
     found: dict[str, list[str]] = {layer: [] for layer in layers}
@@ -244,6 +274,13 @@ def check_onnx(path: str | os.PathLike[str]) -> list[OnnxLayer]:
     ]
 
 
+def _check_tensorrt(model: onnx.ModelProto, layers: Mapping[str, int], file: str) -> list[OnnxLayer]:
+    if faults := tensorrt_faults(model):
+        raise ExportError(f"{file}: TensorRT would refuse it: {'; '.join(faults[:4])}")
+    products = _products(model, _owners(model, layers))
+    return [OnnxLayer(layer=n, bits=bits, kernel="tensorrt", products=products[n]) for n, bits in layers.items()]
+
+
 def _read(file: str) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]:
     """The model, what ONNX Runtime makes of it, and the facts fxq wrote into it."""
     onnx, runtime = _package("onnx"), _package("onnxruntime")
@@ -251,7 +288,9 @@ def _read(file: str) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, Any]]:
         model = onnx.load(file, load_external_data=False)
         onnx.checker.check_model(file)
         facts = json.loads(next(p.value for p in model.metadata_props if p.key == "fxq"))
-        return model, _optimized(onnx, runtime, file), facts | {"layers": dict(facts["layers"])}
+        # What ONNX Runtime makes of a file for TensorRT says nothing about that.
+        optimized = model if facts.get("target") == "tensorrt" else _optimized(onnx, runtime, file)
+        return model, optimized, facts | {"layers": dict(facts["layers"])}
     except StopIteration:
         raise ExportError(f"{file} has no fxq entry in its metadata; it was not written by fxq.export_onnx") from None
     except Exception as error:
@@ -263,7 +302,7 @@ def _owners(model: onnx.ModelProto, layers: Mapping[str, int]) -> dict[str, str]
     stored = {tensor.name for tensor in model.graph.initializer}
     owners: dict[str, str] = {}
     for layer in layers:
-        for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
+        for name in (f"{layer}.{part}" for part in WEIGHTS):
             if name in stored:
                 owners |= {name: layer, f"{name}_int8": layer}
     return owners

@@ -11,10 +11,15 @@ from fxq.core.ir import LayerPlan
 from fxq.passes.qdq.qdq_layers import may_saturate
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
 
 
-def integer_form(model: onnx_ir.Model, plans: Mapping[str, LayerPlan], vnni: bool = True) -> None:
+WEIGHTS = ("weight", "outlier_weight", "weight_rest", "outlier_weight_rest")
+"""Tensors of integers that a layer may have."""
+
+
+def integer_form(model: onnx_ir.Model, plans: Mapping[str, LayerPlan], vnni: bool = True, nibbles: bool = True) -> None:
     """Bring the products of quantized layers to a form that runtimes keep in integers; in place.
 
     Weights are stored [K, N], as MatMul reads them, and in half a byte when they have 4 bits. Products and offset are
@@ -26,21 +31,25 @@ def integer_form(model: onnx_ir.Model, plans: Mapping[str, LayerPlan], vnni: boo
     Args:
         model: onnx_ir.Model made of a graph of :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
         plans: of the quantized layers.
-        vnni: whether the CPUs that run it have VNNI.
+        vnni: whether the CPUs that run it have VNNI, or the weights are in halves that cannot saturate.
+        nibbles: whether 4-bit weights may be stored in half a byte.
     """
     import onnx_ir as ir
 
     for layer, plan in plans.items():
-        for name in (f"{layer}.weight", f"{layer}.outlier_weight"):
+        for name in (f"{layer}.{part}" for part in WEIGHTS):
             value = model.graph.initializers.get(name)
             if value is not None:
                 _store_as_read(ir, value)
-                if plan.quantization.weight_bits == 4:
+                if plan.quantization.weight_bits == 4 and nibbles:
                     _store_in_half_bytes(ir, model, value)
                 elif may_saturate(plan.quantization) and not vnni:
                     _store_unsigned(ir, model, value)
         offset = model.graph.initializers.get(f"{layer}.offset")
         for node, _ in [] if offset is None else list(offset.uses()):
+            _sum_at_once(ir, node)
+    for node in [node for node in model.graph if node.op_type == "Add"]:
+        if all(value.producer() is not None and value.producer().op_type == "MatMul" for value in node.inputs):
             _sum_at_once(ir, node)
     if any(plan.quantization.per_token for plan in plans.values()):
         _largest_of_none(ir, model)
@@ -72,24 +81,28 @@ def _free_name(name: str, taken: Container[str]) -> str:
 
 
 def _largest_of_none(ir: ModuleType, model: onnx_ir.Model) -> None:
-    """Take largest values by TopK.
+    """Keep one of the largest values.
 
     ONNX Runtime 1.31 gives a reduction of an empty input the input's own shape, and inputs are empty where a call has
-    no text.
+    no text. Of others the piece is all there is.
     """
-    name = _free_name("fxq_one", model.graph.initializers)
-    count = ir.Value(name=name, const_value=ir.tensor([1], dtype=ir.DataType.INT64, name=name))
-    count.dtype, count.shape = ir.DataType.INT64, ir.Shape([1])
     found = [node for node in model.graph if node.op_type == "ReduceMax" and _is_last_axis_kept(node)]
+    if not found:
+        return
+    ends = []
+    for what, number in (("start", 0), ("end", 1), ("axis", -1)):
+        name = _free_name(f"fxq_{what}", model.graph.initializers)
+        ends.append(ir.Value(name=name, const_value=ir.tensor([number], dtype=ir.DataType.INT64, name=name)))
+        ends[-1].dtype, ends[-1].shape = ir.DataType.INT64, ir.Shape([1])
+        model.graph.register_initializer(ends[-1])
     for node in found:
-        largest = ir.node("TopK", [node.inputs[0], count], attributes={"axis": -1}, num_outputs=2, name=node.name)
-        old, new = node.outputs[0], largest.outputs[0]
-        new.name, new.type, new.shape, largest.outputs[1].name = old.name, old.type, old.shape, f"{old.name}_at"
-        node.graph.insert_after(node, largest)
+        old = node.outputs[0]
+        piece = ir.node("Slice", [old, *ends], name=f"{node.name}_one")
+        new = piece.outputs[0]
+        new.name, new.type, new.shape = f"{old.name}_one", old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        node.graph.remove(node, safe=True)
-    if found:
-        model.graph.register_initializer(count)
+        piece.replace_input_with(0, old)
+        node.graph.insert_after(node, piece)
 
 
 def _is_last_axis_kept(node: onnx_ir.Node) -> bool:
@@ -107,19 +120,25 @@ def _chains(weight: onnx_ir.Value) -> Iterator[tuple[onnx_ir.Node, onnx_ir.Node]
 
 
 def _sum_at_once(ir: ModuleType, last: onnx_ir.Node) -> None:
-    """``Add(Add(product, product), offset)`` as one ``Sum``."""
-    terms = list(last.inputs)
-    first = terms[0].producer()
-    if first is not None and first.op_type == "Add" and len(first.outputs[0].uses()) == 1:
-        terms = [*first.inputs, terms[1]]
+    """``Add(Add(product, product), offset)``, however deep, as one ``Sum``."""
+    terms: list[onnx_ir.Value] = []
+    inner: list[onnx_ir.Node] = []
+    todo = [value for value in last.inputs if value is not None]
+    while todo:
+        value = todo.pop(0)
+        node = value.producer()
+        if node is not None and node.op_type == "Add" and len(value.uses()) == 1:
+            inner.append(node)
+            todo = [*(part for part in node.inputs if part is not None), *todo]
+        else:
+            terms.append(value)
     total = ir.node("Sum", terms, name=last.name)
     total.outputs[0].name, total.outputs[0].type = last.outputs[0].name, last.outputs[0].type
     total.outputs[0].shape = last.outputs[0].shape
     last.graph.insert_after(last, total)
     ir.convenience.replace_all_uses_with(last.outputs[0], total.outputs[0], replace_graph_outputs=True)
-    last.graph.remove(last, safe=True)
-    if len(terms) == 3:
-        first.graph.remove(first, safe=True)
+    for node in (last, *inner):
+        node.graph.remove(node, safe=True)
 
 
 def _store_as_read(ir: ModuleType, weight: onnx_ir.Value) -> None:
@@ -164,3 +183,63 @@ def _store_in_half_bytes(ir: ModuleType, model: onnx_ir.Model, weight: onnx_ir.V
     model.graph.insert_before(model.graph[0], cast)
     for reader, index in readers:
         reader.replace_input_with(index, cast.outputs[0])
+
+
+def tensorrt_faults(model: onnx.ModelProto) -> list[str]:
+    """What TensorRT's parser would refuse in a file, or not multiply in integers; empty where there is nothing.
+
+    The rules are those of "Working with Quantized Types" of its documentation (10.x): int8 alone, zero points 0, scales
+    constant and positive, a scale per tensor for activations and per output channel for weights, a DequantizeLinear of
+    the same scale behind each QuantizeLinear, and every quantized product between two of them.
+    """
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    makers = {name: node for node in model.graph.node for name in node.output}
+    faults = [
+        f"{tensor.name} has {_type_name(tensor.data_type)} elements"
+        for tensor in constants.values()
+        if _type_name(tensor.data_type) in ("UINT8", "INT4", "UINT4", "INT16", "UINT16")
+    ]
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            faults += [f"{node.op_type} of {node.input[0]}: {fault}" for fault in _qdq_faults(node, constants, makers)]
+        if node.op_type == "MatMul":
+            sides = [makers.get(name) for name in node.input]
+            if sum(side is not None and side.op_type == "DequantizeLinear" for side in sides) == 1:
+                faults.append(f"MatMul {node.output[0]}: one side is quantized and the other is not")
+    return faults
+
+
+def _qdq_faults(
+    node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], makers: Mapping[str, onnx.NodeProto]
+) -> Iterator[str]:
+    from onnx import numpy_helper
+
+    scale, zero = (constants.get(name) for name in [*node.input[1:3], "", ""][:2])
+    if scale is None:
+        yield "the scale is no constant"
+        return
+    values = numpy_helper.to_array(scale)
+    if not (values > 0).all():
+        yield "a scale is not positive"
+    if len(node.input) > 2 and node.input[2]:
+        if zero is None:
+            yield "the zero point is no constant"
+        elif _type_name(zero.data_type) != "INT8" or numpy_helper.to_array(zero).any():
+            yield "the zero point is not 0 in int8"
+    elif node.op_type == "QuantizeLinear":
+        yield "without a zero point it gives uint8"
+    stored = node.input[0] in constants
+    if values.size > 1 and not stored:
+        yield "an activation has more than one scale"
+    if stored or node.op_type == "QuantizeLinear":
+        return
+    maker = makers.get(node.input[0])
+    before = None if maker is None or maker.op_type != "QuantizeLinear" else constants.get(maker.input[1])
+    if before is None or numpy_helper.to_array(before).tolist() != values.tolist():
+        yield "no QuantizeLinear of the same scale is before it"
+
+
+def _type_name(number: int) -> str:
+    from onnx import TensorProto
+
+    return str(TensorProto.DataType.Name(number))

@@ -25,6 +25,7 @@ from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
 from fxq.passes.methods.signround import SignRound
 from fxq.passes.transforms.balance import Balance
+from fxq.passes.transforms.conv_rot import ConvRot
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
@@ -44,7 +45,7 @@ _SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent,
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
-TRANSFORMS: dict[str, type[Transform]] = {cls.__name__: cls for cls in (Rotate, Smooth, Balance, LowRank)}
+TRANSFORMS: dict[str, type[Transform]] = {cls.__name__: cls for cls in (Rotate, ConvRot, Smooth, Balance, LowRank)}
 """The transforms by the name they have in recipe files."""
 
 _KEPT = (
@@ -100,6 +101,12 @@ def _token(name: str, weight_bits: int, input_bits: int, weighting: str) -> Reci
     return wan_recipe(name, scheme, weighting=weighting)
 
 
+def _single(name: str, transforms: tuple[Transform, ...] = ()) -> Recipe:
+    """What int8 formats of other runtimes hold: inputs with a scale per token, one weight scale per output channel."""
+    scheme = Scheme(per_token=True, dual_scale=False)
+    return dataclasses.replace(wan_recipe(name, scheme, weighting="uniform"), transforms=transforms)
+
+
 def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
     """The published method as it is (arXiv 2605.21072)."""
     return wan_recipe(f"q_arvd-{bits}", scheme, Q_ARVD, "sensitivity")
@@ -117,10 +124,13 @@ PRESETS: dict[str, Recipe] = {
     "w8a8-token": _token("w8a8-token", 8, 8, "uniform"),
     "w4a8-token": _token("w4a8-token", 4, 8, "gradient"),
     "w4a6-token": _token("w4a6-token", 4, 6, "gradient"),
+    "w8a8-single": _single("w8a8-single"),
+    "w8a8-single-convrot": _single("w8a8-single-convrot", (ConvRot(),)),
     **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
-"""Recipes by name. Those called ``dynamic`` or ``token`` need no calibration data; the latter measure zero points too,
-and learn from data where there are some. ``q_arvd`` are the published method."""
+"""Recipes by name. Those called ``dynamic``, ``token`` or ``single`` need no calibration data. ``token`` measure zero
+points too, and like ``single``, for formats of other runtimes, learn from data where there are some. ``q_arvd`` are the
+published method."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

@@ -1,6 +1,7 @@
 """Formats that other runtimes read, written from a bundle. One file per target.
 
-Nothing here requantizes: the integers are those of the bundle.
+Nothing here rounds in silence: the integers are those of the bundle where a format can hold them. Where its grid is
+another, the original weights are rounded to it if the caller gives them; a second rounding is refused or reported.
 """
 
 from __future__ import annotations
@@ -15,20 +16,33 @@ from rich.table import Table
 
 from fxq import plugins
 from fxq.export.files import whole_folder, write_tensors
-from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, vllm_omni
-from fxq.export.interop.layers import InteropError, LayerRecord, Options, Output, StoredLayer, StoredModel, read_model
+from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, sglang, vllm_omni
+from fxq.export.interop.layers import (
+    MERGED,
+    InteropError,
+    LayerRecord,
+    Options,
+    Output,
+    StoredLayer,
+    StoredModel,
+    read_model,
+)
 from fxq.export.interop.names import OWN
+from fxq.export.interop.original import with_originals
 
 Target = Callable[[StoredModel, Options], Output]
 TARGETS: dict[str, Target] = {
     "lightx2v": lightx2v.build,
     "vllm-omni": vllm_omni.build,
     "comfy": comfy.build,
+    "sglang": sglang.build,
     "compressed-tensors": compressed_tensors.build,
     "diffusers-torchao": diffusers_torchao.build,
 }
 """The shipped targets by name; others come by :mod:`fxq.plugins`."""
-OTHER_TARGETS = ("diffusers", "onnx")
+ROTATING = ("comfy", "sglang")
+"""Targets that rotate inputs as :class:`~fxq.passes.transforms.conv_rot.ConvRot` does."""
+OTHER_TARGETS = ("diffusers", "onnx", "tensorrt")
 """Targets with a writer of their own, whose names no plug-in may have."""
 REPORT = "fxq_report.json"
 
@@ -69,12 +83,15 @@ class ExportReport:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"{self.target}: {', '.join(self.files)}")
-        for name, justify in (("layer", "left"), ("form", "left"), ("weight SQNR dB", "right"), ("note", "left")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        compared = any(record.original_sqnr_db is not None for record in self.layers)
+        for name in ("layer", "form", "weight SQNR dB", *(["of the original"] if compared else []), "note"):
+            table.add_column(name, justify="right" if name in ("weight SQNR dB", "of the original") else "left")
         for record in self.layers:
             changed = "-" if record.form == "float" else "exact"
             cost = changed if record.weight_sqnr_db is None else f"{record.weight_sqnr_db:.1f}"
-            table.add_row(record.name, record.form, cost, record.note, style="dim" if record.form == "float" else None)
+            original = "-" if record.original_sqnr_db is None else f"{record.original_sqnr_db:.1f}"
+            cells = (record.name, record.form, cost, *([original] if compared else []), record.note)
+            table.add_row(*cells, style="dim" if record.form == "float" else None)
         yield table
         yield f"activations: {self.activations}"
         yield from self.notes
@@ -99,10 +116,11 @@ def export_bundle(
         BundleError: the bundle is damaged, or ``out`` cannot be written.
     """
     build = find_target(target)
-    model = read_model(path)
+    model = read_model(path, rotated=target in ROTATING)
     if not model.layers:
         raise InteropError(f"{path} has no quantized layer; there is nothing to export")
-    result = build(model, options or Options())
+    chosen = options or Options()
+    result = build(with_originals(model, chosen.original), chosen)
     files = (*result.tensors, *result.documents)
     report = ExportReport(
         target=target,
@@ -110,7 +128,7 @@ def export_bundle(
         files=files,
         activations=_activations(model, result),
         layers=tuple(result.records),
-        notes=_notes(model, options or Options(), result),
+        notes=_notes(model, chosen, result),
     )
     with whole_folder(out, (*files, REPORT), "an export") as folder:
         for name, (tensors, metadata) in result.tensors.items():
@@ -155,4 +173,12 @@ def _notes(model: StoredModel, options: Options, result: Output) -> tuple[str, .
         notes.append(f"constants of the captured graph are left out: {', '.join(model.constants)}")
     if "config.json" in result.documents and not options.base_config:
         notes.append("config.json holds the quantization_config only: merge it into the model's own")
-    return tuple(notes)
+    merged = [record for record in result.records if MERGED in record.note]
+    if merged:
+        worst = min(record.weight_sqnr_db or float("inf") for record in merged)
+        notes.append(
+            f"{len(merged)} layers had two scales, the format has one: they were rounded a second time, at {worst:.1f} "
+            "dB at worst, and are no better than the runtime's own rounding of the float model. Give the original "
+            "weights (--original) or quantize with the preset w8a8-single"
+        )
+    return (*notes, *result.notes)

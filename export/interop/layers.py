@@ -6,116 +6,67 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx
 
-from fxq import numerics
 from fxq.core.facts import Facts
-from fxq.core.ir import LAYER_TENSORS, LayerPlan, get_tensor, planned
+from fxq.core.ir import LAYER_TENSORS, LayerPlan, example_value, get_tensor, planned
 from fxq.core.layer import LayerTensors, QuantizedLayer, told_in_graph
 from fxq.export.bundle import TENSORS, load, read_manifest
-from fxq.export.files import BundleError
 from fxq.export.interop.names import Naming
-from fxq.export.receipt import Receipt, make_receipt
+from fxq.export.interop.stored import (
+    PER_TOKEN,
+    InteropError,
+    LayerRecord,
+    Options,
+    Output,
+    StoredLayer,
+    StoredModel,
+)
+from fxq.export.receipt import make_receipt
 from fxq.numerics import decibels, energy
+from fxq.passes.transforms.conv_rot import ConvRot
+
+__all__ = [
+    "ASYMMETRIC",
+    "MERGED",
+    "PER_TOKEN",
+    "InteropError",
+    "LayerRecord",
+    "NamedTensors",
+    "Options",
+    "Output",
+    "StoredLayer",
+    "StoredModel",
+    "cast",
+    "float_tensors",
+    "int8_file",
+    "kept_records",
+    "layer_names",
+    "read_model",
+    "record_of",
+    "refuse_asymmetric",
+    "refuse_int4",
+    "round_per_channel",
+    "sqnr",
+    "to_int8",
+]
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
-PER_TOKEN = "int8 per token, measured at run time"
 ASYMMETRIC = "int8 per token with a zero point, measured at run time"
+CONVROT = ConvRot.__name__
+MERGED = "two scales merged into one per output channel"
 
 
-class InteropError(BundleError):
-    """A bundle that a target's format cannot hold."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """What the caller of an export may choose.
-
-    ``float_dtype`` for tensors that stay in floating point, None keeps each one's own; ``widen`` allows int4 layers to
-    be stored in a byte where the target has no int4; ``base_config`` is the model's ``config.json`` to be completed.
-    """
-
-    float_dtype: torch.dtype | None = None
-    widen: bool = False
-    base_config: Mapping[str, object] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredLayer:
-    """One quantized linear: integers int8 [N, K] in group order, ``weight_scale`` [G, N], ``dtype`` of its result."""
-
-    plan: LayerPlan
-    integers: Tensor
-    weight_scale: Tensor
-    perm: Tensor | None
-    bias: Tensor | None
-    dtype: torch.dtype
-
-    @property
-    def bits(self) -> int:
-        """Planned bits of the weight."""
-        return self.plan.quantization.weight_bits
-
-    def weight(self) -> Tensor:
-        """float32 [N, K]: what the integers stand for, channels in the model's order."""
-        return self._ordered(numerics.dequantize_weight(self.integers, self.weight_scale, self.plan.split))
-
-    def single_scale(self) -> tuple[Tensor, Tensor] | None:
-        """Integers int8 [N, K] in the model's order and their scale float32 [N, 1]; None with two scales."""
-        if len(self.weight_scale) > 1:
-            return None
-        return self._ordered(self.integers), self.weight_scale[0].unsqueeze(1)
-
-    def _ordered(self, tensor: Tensor) -> Tensor:
-        return tensor if self.perm is None else tensor[:, self.perm.long().argsort()]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StoredModel:
-    """A bundle's content.
-
-    ``layers`` are the quantized linears by name, ``kept`` the names of the others, ``floats`` every tensor outside of
-    quantized linears (constants that capture made are left out and named in ``constants``).
-    """
-
-    layers: dict[str, StoredLayer]
-    kept: tuple[str, ...]
-    floats: dict[str, Tensor]
-    constants: tuple[str, ...]
-    naming: Naming
-    receipt: Receipt
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerRecord:
-    """What became of one linear: ``form`` it is stored in and the cost in dB against the bundle's weight.
-
-    ``weight_sqnr_db`` is 10 log10 of the bundle's weight energy over that of the change; None: not changed at all.
-    """
-
-    layer: str
-    name: str
-    form: str
-    weight_sqnr_db: float | None = None
-    note: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Output:
-    """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear."""
-
-    tensors: dict[str, tuple[dict[str, Tensor], dict[str, str]]]
-    documents: dict[str, object]
-    records: list[LayerRecord]
-    activations: str = PER_TOKEN
-
-
-def read_model(path: str | os.PathLike[str]) -> StoredModel:
+def read_model(path: str | os.PathLike[str], rotated: bool = False) -> StoredModel:
     """Read a bundle's layers back.
+
+    Args:
+        path: of the bundle.
+        rotated: whether the reader knows :attr:`StoredLayer.rotation`.
 
     Raises:
         BundleError: as :func:`fxq.load`.
@@ -123,11 +74,18 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
     """
     module, manifest = load(path), read_manifest(path)
     plans = planned(module)
-    if reason := told_in_graph((plan for plan, _ in plans.values()), "another tool's format"):
-        raise InteropError(reason)
-    layers = {name: _layer(module, plan, nodes[0]) for name, (plan, nodes) in plans.items() if plan.scheme is not None}
-    own = {f"{layer}.{tensor}" for layer in layers for tensor in LAYER_TENSORS}
+    unknown = [plan for plan, _ in plans.values() if not (rotated and plan.transform == CONVROT)]
+    if reason := told_in_graph(unknown, "another tool's format"):
+        rotations = "; the targets comfy and sglang rotate as ConvRot does"
+        raise InteropError(reason + (rotations if {plan.transform for plan in unknown} <= {"", CONVROT} else ""))
     names = [str(node.target) for node in module.graph.find_nodes(op="get_attr")]
+    naming = Naming.of([*names, *(f"{layer}.weight" for layer in plans)])
+    layers = {
+        name: _layer(module, plan, nodes[0], naming.is_wan)
+        for name, (plan, nodes) in plans.items()
+        if plan.scheme is not None
+    }
+    own = {f"{layer}.{tensor}" for layer in layers for tensor in (*LAYER_TENSORS, *ConvRot.stores)}
     constants = tuple(sorted({name for name in names if _CONSTANT.fullmatch(name)}))
     floats = {name: get_tensor(module, name) for name in sorted(set(names) - own - set(constants))}
     receipt = make_receipt(manifest.fxq_version, Facts.of(module), (plan for plan, _ in plans.values()), {})
@@ -136,12 +94,23 @@ def read_model(path: str | os.PathLike[str]) -> StoredModel:
         kept=tuple(name for name, (plan, _) in plans.items() if plan.scheme is None),
         floats=floats,
         constants=constants,
-        naming=Naming.of([*names, *(f"{layer}.weight" for layer in layers)]),
+        naming=naming,
         receipt=dataclasses.replace(receipt, source=manifest.files[TENSORS]),
+        head_size=_head_size(module),
     )
 
 
-def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLayer:
+def _head_size(module: fx.GraphModule) -> int | None:
+    """Last size of a cached key [B, P, heads, channels] among the inputs, by the names of fxq's causal Wan."""
+    for node in module.graph.find_nodes(op="placeholder"):
+        value = example_value(node)
+        if str(node.target).startswith("prefix_k") and value is not None and value.ndim == 4:
+            return int(value.shape[-1])
+    return None
+
+
+def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, is_wan: bool) -> StoredLayer:
+    """A layer; a bias of zeros is there in Wan, all of whose linears have one, and readers miss it."""
     stored, dtype = LayerTensors.of(module, plan), QuantizedLayer.of(node).dtype
     bias = stored.bias()
     return StoredLayer(
@@ -149,9 +118,17 @@ def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node) -> StoredLaye
         integers=stored.integers(),
         weight_scale=stored.weight_scale,
         perm=stored.perm,
-        bias=bias.to(dtype) if bool(bias.any()) else None,
+        bias=bias.to(dtype) if is_wan or bool(bias.any()) else None,
         dtype=dtype,
+        rotation=_rotation_of(module, plan) if plan.transform == CONVROT else None,
     )
+
+
+def _rotation_of(module: fx.GraphModule, plan: LayerPlan) -> int:
+    """Channels of the rotation in a layer's graph: the recipe's, or the largest that divides the width."""
+    transforms: Any = Facts.of(module).recipe.get("transforms", ())
+    found = next((ConvRot(entry["block"]) for entry in transforms if entry["transform"] == CONVROT), ConvRot())
+    return found.size_of(plan.in_features)
 
 
 def round_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -171,22 +148,26 @@ def sqnr(want: Tensor, got: Tensor) -> float | None:
 def to_int8(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
     """The layer as int8 [N, K] with one scale [N, 1] per output channel, and what that cost.
 
-    A layer of one scale keeps its integers. Of two scales the dequantized weight is rounded again.
+    A layer of one scale keeps its integers. Of two scales the original weight is rounded, or the dequantized one where
+    the caller did not give the original.
     """
     single = layer.single_scale()
-    weight = layer.weight()
-    integers, scale = round_per_channel(weight, scale_dtype) if single is None else single
+    source = layer.weight() if layer.original is None else layer.original
+    integers, scale = round_per_channel(source, scale_dtype) if single is None else single
     scale = scale.to(scale_dtype)
-    merged = "two scales merged into one per output channel" if single is None else ""
+    merged = "" if single is not None else MERGED if layer.original is None else "one scale, of the original weight"
     widened = "int4 in a byte" if layer.bits == 4 else ""
-    record = LayerRecord(
-        layer=layer.plan.layer,
-        name=name,
-        form="int8",
-        weight_sqnr_db=sqnr(weight, integers.float() * scale.float()),
-        note="; ".join(filter(None, (merged, widened))),
+    note = "; ".join(filter(None, (merged, widened)))
+    return integers, scale, record_of(layer, name, "int8", integers.float() * scale.float(), note)
+
+
+def record_of(layer: StoredLayer, name: str, form: str, written: Tensor, note: str = "") -> LayerRecord:
+    """What became of a quantized linear that a file holds as ``written`` [N, K] in floats."""
+    original = None if layer.original is None else sqnr(layer.original, written)
+    cost = sqnr(layer.weight(), written)
+    return LayerRecord(
+        layer=layer.plan.layer, name=name, form=form, weight_sqnr_db=cost, note=note, original_sqnr_db=original
     )
-    return integers, scale, record
 
 
 def refuse_int4(model: StoredModel, target: str, options: Options) -> None:

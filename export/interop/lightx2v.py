@@ -1,75 +1,57 @@
-"""LightX2V: int8 linears of the blocks under Wan's original names, one file, and the keys of the run config."""
+"""LightX2V: int8 linears of the blocks under Wan's original names, in one file or one per block, and its run config."""
 
 from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor
 
-from fxq.export.interop.layers import (
-    LayerRecord,
-    Options,
-    Output,
-    StoredModel,
-    cast,
-    float_tensors,
-    kept_records,
-    layer_names,
-    refuse_asymmetric,
-    refuse_int4,
-    round_per_channel,
-    sqnr,
-    to_int8,
-)
-from fxq.export.interop.names import ORIGINAL, OWN
+from fxq.export.interop.blocks import block_file
+from fxq.export.interop.layers import NamedTensors, Options, Output, StoredModel
+from fxq.export.interop.names import ORIGINAL
 
 FILE = "model.safetensors"
-_QUANTIZED = re.compile(r"blocks\.\d+\.(self_attn|cross_attn|ffn)\.")
+PREFIX = "model."
+"""Before the names of a causal model: LightX2V's causal runner cuts six characters off each key that it reads."""
+SCHEME = "int8-vllm"
+"""The kernels to name; ``int8-sgl`` and ``int8-q8f`` read the same tensors, ``int8-triton`` cuts activations off."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_PLACE = (
+    "dit_quantized_ckpt is opened from the folder LightX2V runs in: write the full path of {} there. Kernels of "
+    "int8-sgl and int8-q8f read the same tensors; int8-triton cuts activations off instead of rounding them"
+)
 
 
 def build(model: StoredModel, options: Options) -> Output:
     """``<layer>.weight`` int8 [N, K] and ``<layer>.weight_scale`` float32 [N, 1].
 
     The runtime reads integers for all linears of the blocks and for no other: a linear that the recipe kept there is
-    rounded here, one that it quantized elsewhere (the text embedding) is written in floating point.
+    rounded here, one that it quantized elsewhere (the text embedding) is written in floating point. A causal model's
+    names begin with ``model.``. With ``per_block`` the tensors lie in ``block_0.safetensors`` and so on and
+    ``non_block.safetensors``, for ``lazy_load``; those of blocks are read by their own names, causal or not.
     """
-    refuse_int4(model, "LightX2V", options)
-    refuse_asymmetric(model, "LightX2V")
-    wanted = {layer for layer in (*model.layers, *model.kept) if _wants(model, layer)}
-    rounded = [layer for layer in model.kept if layer in wanted and f"{layer}.weight" in model.floats]
-    tensors = float_tensors(model, ORIGINAL, options, skip=rounded)
-    records = kept_records(model, ORIGINAL, skip=rounded)
-    for layer in rounded:
-        records.append(_round(model, layer, tensors))
-    for stored, name in layer_names(model, ORIGINAL):
-        if stored.plan.layer in wanted:
-            tensors[f"{name}.weight"], scale, record = to_int8(stored, name, torch.float32)
-            tensors[f"{name}.weight_scale"] = scale
-        else:
-            tensors[f"{name}.weight"] = cast(stored.weight().to(stored.dtype), options)
-            note = "the runtime keeps it in floating point"
-            cost = sqnr(stored.weight(), tensors[f"{name}.weight"])
-            record = LayerRecord(layer=stored.plan.layer, name=name, form="float", weight_sqnr_db=cost, note=note)
-        if stored.bias is not None:
-            tensors[f"{name}.bias"] = cast(stored.bias, options)
-        records.append(record)
-    config = {"dit_quantized": True, "dit_quant_scheme": "int8-triton", "dit_quantized_ckpt": FILE}
-    return Output(tensors={FILE: (tensors, {"format": "pt"})}, documents={"lightx2v.json": config}, records=records)
-
-
-def _wants(model: StoredModel, layer: str) -> bool:
-    return (
-        layer in model.layers
-        if model.naming.style == OWN
-        else bool(_QUANTIZED.match(model.naming.rename(layer, ORIGINAL) + "."))
+    tensors, records = block_file(model, options, ORIGINAL, "LightX2V", round_kept=True)
+    prefix = PREFIX if model.causal(options) else ""
+    config: dict[str, object] = {"dit_quantized": True, "dit_quant_scheme": SCHEME, "dit_quantized_ckpt": FILE}
+    files = _per_block(tensors, prefix) if options.per_block else {FILE: _with_prefix(tensors, prefix)}
+    if options.per_block:
+        config |= {"dit_quantized_ckpt": ".", "cpu_offload": True, "lazy_load": True}
+    return Output(
+        tensors={name: (content, {"format": "pt"}) for name, content in files.items()},
+        documents={"lightx2v.json": config},
+        records=records,
+        notes=(_PLACE.format("this folder" if options.per_block else FILE),),
     )
 
 
-def _round(model: StoredModel, layer: str, tensors: dict[str, Tensor]) -> LayerRecord:
-    name, weight = model.naming.rename(layer, ORIGINAL), model.floats[f"{layer}.weight"]
-    integers, scale = round_per_channel(weight)
-    tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"] = integers, scale
-    cost = sqnr(weight, integers * scale)
-    note = "kept by the recipe; rounded, as the runtime reads integers for every linear of a block"
-    return LayerRecord(layer=layer, name=name, form="int8", weight_sqnr_db=cost, note=note)
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _per_block(tensors: dict[str, Tensor], prefix: str) -> dict[str, dict[str, Tensor]]:
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        block = _BLOCK.match(name)
+        file = f"block_{block[1]}.safetensors" if block else "non_block.safetensors"
+        files.setdefault(file, NamedTensors())[name if block else prefix + name] = tensor
+    return files

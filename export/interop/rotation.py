@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from fxq.passes.methods.units import unit
+from fxq.passes.transforms.conv_rot import regular_hadamard, rotation_size
+
+__all__ = ["GROUP", "LEVELS", "RotatedInt4", "quantize_rotated", "rotate", "rotation_size"]
 
 GROUP = 16
 LEVELS = 16
@@ -42,18 +45,10 @@ class RotatedInt4:
         return rotate(rotated, self.rotation)
 
 
-def rotation_size(width: int) -> int | None:
-    """Largest rotation (256, 64 or 16 channels) that divides ``width``; None where none does."""
-    return next((size for size in (256, 64, 16) if width % size == 0), None)
-
-
 def rotate(weight: Tensor, size: int) -> Tensor:
     """Multiply each group of ``size`` input channels of [N, K] with the regular Hadamard matrix; its own inverse."""
-    base = torch.ones(4, 4, dtype=torch.float32) - 2 * torch.eye(4, dtype=torch.float32).flip(1)
-    matrix = base
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, base)
-    return (weight.float().unflatten(1, (-1, size)) @ (matrix / size**0.5)).flatten(1)
+    matrix = regular_hadamard(size).to(weight.device, torch.float32)
+    return (weight.float().unflatten(1, (-1, size)) @ matrix).flatten(1)
 
 
 def quantize_rotated(weight: Tensor, size: int) -> RotatedInt4:

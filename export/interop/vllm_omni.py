@@ -1,20 +1,67 @@
-"""vLLM-Omni: int8 linears under the names of diffusers, for the folder ``transformer`` of a model."""
+"""vLLM-Omni: int8 linears of the blocks under the names of diffusers, for the folder ``transformer`` of a model."""
 
 from __future__ import annotations
 
-import torch
+import re
 
-from fxq.export.interop.layers import Options, Output, StoredModel, int8_file, refuse_asymmetric
+from fxq.export.interop.blocks import block_file
+from fxq.export.interop.layers import InteropError, LayerRecord, Options, Output, StoredModel
 from fxq.export.interop.names import DIFFUSERS
 
 FILE = "diffusion_pytorch_model.safetensors"
+_MODULES = ((".ffn.net.0.", ".ffn.net_0."), (".ffn.net.2", ".ffn.net_2"), (".to_out.0", ".to_out"))
+"""Names of diffusers and of the modules that vLLM-Omni 0.30 builds for them."""
+_FUSED = re.compile(r"(.*\.attn1)\.to_([qkv])")
+_CAUSAL = (
+    "vLLM-Omni 0.30 has no loop for causal Wan: it denoises all frames at once, without the cache that this model was "
+    "trained with"
+)
 
 
 def build(model: StoredModel, options: Options) -> Output:
-    """``<layer>.weight`` int8 [N, K], ``<layer>.weight_scale`` float32 [N, 1]; the config says ``int8``."""
-    refuse_asymmetric(model, "vLLM-Omni")
-    tensors, records = int8_file(model, options, DIFFUSERS, "vLLM-Omni", torch.float32)
-    ignored = [record.name for record in records if record.form == "float"]
-    method = {"quant_method": "int8", "activation_scheme": "dynamic", "ignored_layers": ignored}
+    """``<layer>.weight`` int8 [N, K], ``<layer>.weight_scale`` float32 [N, 1] for the linears of the blocks.
+
+    The config says ``int8``, that the file holds integers, and by the runtime's own names which linears it does not.
+    The text embedding is a plain linear there and is written in floating point.
+
+    Raises:
+        InteropError: when one or two of q, k and v of a self-attention are kept, which the runtime has as one linear.
+    """
+    tensors, records = block_file(model, options, DIFFUSERS, "vLLM-Omni")
+    method = {
+        "quant_method": "int8",
+        "is_checkpoint_int8_serialized": True,
+        "activation_scheme": "dynamic",
+        "ignored_layers": _ignored(records),
+    }
     config = {**options.base_config, "quantization_config": method}
-    return Output(tensors={FILE: (tensors, {"format": "pt"})}, documents={"config.json": config}, records=records)
+    return Output(
+        tensors={FILE: (tensors, {"format": "pt"})},
+        documents={"config.json": config},
+        records=records,
+        notes=(_CAUSAL,) if model.causal(options) else (),
+    )
+
+
+def _ignored(records: list[LayerRecord]) -> list[str]:
+    """Names of the float linears as the runtime has them; it compares whole names."""
+    names, fused = list[str](), dict[str, list[str]]()
+    for record in records:
+        if record.form != "float":
+            continue
+        names.append(_module(record.name))
+        if found := _FUSED.fullmatch(record.name):
+            fused.setdefault(found[1], []).append(found[2])
+    if partly := [f"{name}: {', '.join(parts)}" for name, parts in fused.items() if len(parts) < 3]:
+        raise InteropError(
+            f"vLLM-Omni multiplies q, k and v of a self-attention as one linear, and the recipe keeps a part of them "
+            f"in {len(partly)} ({'; '.join(partly[:3])}): keep all three by a rule, or quantize all three"
+        )
+    return [*names, *(f"{name}.to_qkv" for name in fused)]
+
+
+def _module(name: str) -> str:
+    for old, new in _MODULES:
+        if old in name or name.endswith(old):
+            return name.replace(old, new)
+    return name

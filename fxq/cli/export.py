@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -12,11 +12,14 @@ from fxq.cli.common import JsonOption, emit_json
 from fxq.dtypes import DTYPES
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle
+from fxq.models.checkpoints import read_tensors
 from fxq.models.diffusers_folder import load_folder
 from fxq.runtime.reading import ReadError, read_json
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file, writable_folder
 
+ONNX_FILES = {"onnx": "onnxruntime", "tensorrt": "tensorrt"}
+"""Targets that are ONNX files, by what runs them."""
 SHIPPED_TARGETS = (*OTHER_TARGETS, *TARGETS)
 """What ``--target`` takes beside the names of plug-ins."""
 
@@ -35,7 +38,7 @@ def export(
     target: Annotated[
         str, typer.Option(help=f"The runtime that is to read it: {', '.join(SHIPPED_TARGETS)}, or a plug-in's name.")
     ],
-    out: Annotated[pathlib.Path, typer.Option(help="Folder to write; for onnx the file.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Folder to write; for onnx and tensorrt the file.")],
     float_dtype: Annotated[
         Literal["keep", "bfloat16", "float16", "float32"],
         typer.Option(help="Dtype of tensors that stay in floating point."),
@@ -46,6 +49,19 @@ def export(
     base_config: Annotated[
         pathlib.Path | None, typer.Option(help="The model's own config.json, to be completed for the target.")
     ] = None,
+    original: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="The float weights that were quantized, for formats that round them in their own way."),
+    ] = None,
+    causal: Annotated[
+        bool | None,
+        typer.Option(
+            "--causal/--no-causal", help="Whether it generates chunk by chunk; as its inputs show when absent."
+        ),
+    ] = None,
+    per_block: Annotated[
+        bool, typer.Option("--per-block", help="For lightx2v: a file per block, for lazy_load.")
+    ] = False,
     source: Annotated[pathlib.Path | None, typer.Option(help="For diffusers: the folder that was quantized.")] = None,
     vnni: Annotated[
         bool | None,
@@ -55,21 +71,34 @@ def export(
             "products of a file with --vnni saturate.",
         ),
     ] = None,
+    in_halves: Annotated[
+        bool,
+        typer.Option(
+            "--in-halves", help="For onnx: 8-bit weights as two of 7 bits, one file for CPUs with VNNI and without."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
     _check_target(target)
-    if target == "onnx":
-        _export_onnx(bundle, out, vnni, as_json)
+    if target in ONNX_FILES:
+        _export_onnx(bundle, out, target, OnnxForm(vnni=vnni, in_halves=in_halves), as_json)
         return
-    if vnni is not None:
-        raise BundleError(f"--vnni and --no-vnni are for target onnx, not {target}")
+    if vnni is not None or in_halves:
+        raise BundleError(f"--vnni, --no-vnni and --in-halves are for target onnx, not {target}")
     writable_folder(out)
     if target == "diffusers":
         _export_diffusers(bundle, source, out, as_json)
         return
     dtype = None if float_dtype == "keep" else DTYPES[float_dtype]
-    options = Options(float_dtype=dtype, widen=widen_int4, base_config=_read_config(base_config))
+    options = Options(
+        float_dtype=dtype,
+        widen=widen_int4,
+        base_config=_read_config(base_config),
+        original=None if original is None else read_tensors(original),
+        causal=causal,
+        per_block=per_block,
+    )
     _print(export_bundle(bundle, target, out, options), as_json)
 
 
@@ -81,14 +110,25 @@ def _check_target(target: str) -> None:
     plugins.find(plugins.EXPORTS, target, SHIPPED_TARGETS)
 
 
-def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, vnni: bool | None, as_json: bool) -> None:
-    file = export_onnx(load(bundle), writable_file(out), vnni=vnni)
-    anywhere = cpu.saturates() if vnni is None else not vnni
-    cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
-    if as_json:
-        emit_json({"file": str(file), "cpus": cpus})
+class OnnxForm(NamedTuple):
+    """Which of the forms for x86 CPUs an ONNX file is to have."""
+
+    vnni: bool | None
+    in_halves: bool
+
+
+def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, target: str, form: OnnxForm, as_json: bool) -> None:
+    file = export_onnx(load(bundle), writable_file(out), target=ONNX_FILES[target], **form._asdict())
+    if target == "tensorrt":
+        said, line = {"runtime": target}, "for TensorRT"
     else:
-        stdout_console().print(f"{file}: for ONNX Runtime and OpenVINO on {cpus}", highlight=False)
+        anywhere = form.in_halves or (cpu.saturates() if form.vnni is None else not form.vnni)
+        cpus = "every CPU" if anywhere else "CPUs with VNNI, where 8-bit layers do not saturate"
+        said, line = {"cpus": cpus}, f"for ONNX Runtime and OpenVINO on {cpus}"
+    if as_json:
+        emit_json({"file": str(file), **said})
+    else:
+        stdout_console().print(f"{file}: {line}", highlight=False)
 
 
 def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:

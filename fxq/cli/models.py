@@ -17,8 +17,9 @@ from fxq import plugins
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.lab import tiny_rollout
 from fxq.models.families import FAMILIES, FLOATS, SHIPPED_MODELS, Family, read_settings, with_settings
-from fxq.models.loading import load_causal_wan
+from fxq.models.loading import load_causal_wan, seen_sizes
 from fxq.models.prompts import Prompts, load_function, load_prompts
+from fxq.models.published.sizes import HEAD, UNSEEN
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
 
@@ -127,14 +128,35 @@ def find_family(name: str, files: ModelFiles) -> Family:
     family, settings = FAMILIES[name], dict(files.settings)
     if files.config is not None:
         settings = read_settings(files.config) | settings
-    elif name == "causal-wan" and not settings and files.checkpoint is not None:
-        settings = read_settings(files.checkpoint)
+    elif name == "causal-wan" and files.checkpoint is not None:
+        settings = _found_settings(files.checkpoint, settings)
     family = with_settings(family, settings)
     channels, rows, columns = family.config.in_dim, files.height or family.latent[1], files.width or family.latent[2]
     _, patch_rows, patch_columns = family.config.patch_size
     if rows % patch_rows or columns % patch_columns:
         raise AdapterError(f"latents of {rows} x {columns} are not whole patches of {patch_rows} x {patch_columns}")
     return dataclasses.replace(family, frames=files.frames or family.frames, latent=(channels, rows, columns))
+
+
+def _found_settings(checkpoint: pathlib.Path, given: dict[str, object]) -> dict[str, object]:
+    """What was given, or the config.json beside a file; without one, what was given and what the shapes show."""
+    beside = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    if beside.is_file():
+        return given or read_settings(checkpoint)
+    if not (seen := seen_sizes(checkpoint)):
+        return given or read_settings(checkpoint)
+    settings = seen | given
+    if UNSEEN not in settings:
+        dim = settings.get("dim")
+        hint = (
+            f", probably {dim // HEAD} (Wan has heads of {HEAD} channels)"
+            if isinstance(dim, int) and dim >= HEAD
+            else ""
+        )
+        raise AdapterError(
+            f"{checkpoint} shows all sizes but the number of heads: say --set {UNSEEN}=N{hint}, or --config config.json"
+        )
+    return settings
 
 
 def parse_device(name: str | None) -> torch.device:

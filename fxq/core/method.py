@@ -190,11 +190,10 @@ def check_transforms(transforms: Sequence[object], budget: object) -> None:
         name = type(value).__name__
         if any(type(other) is type(value) for other in seen):
             raise RecipeError(f"transform {name} is named twice: its tensors would take each other's place")
-        for other in seen:
-            if both := sorted(set(other.stores) & set(value.stores)):
-                raise RecipeError(
-                    f"transforms {type(other).__name__} and {name} would both store <layer>.{both[0]}: name one of them"
-                )
+        if meets := [type(other).__name__ for other in seen if {*other.stores} & {*value.stores}]:
+            raise RecipeError(
+                f"transforms {meets[0]} and {name}: their tensors would take each other's place; name one"
+            )
         if seen and value.needs < seen[-1].needs:
             raise RecipeError(f"transform {name} runs before calibration: name it before {type(seen[-1]).__name__}")
         seen.append(value)

@@ -20,7 +20,7 @@ from fxq.models.archives import check_archive, check_loaded
 from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, TensorHeader, read_header, read_json, regular_file
 
-KEYS = ("generator_ema", "generator", "model")
+KEYS = ("generator_ema", "generator", "ema", "model", "state_dict", "module")
 """Where training checkpoints keep the denoiser, the preferred place first."""
 _PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
@@ -33,7 +33,13 @@ _DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Weights cast to these, with no scales, are read as bfloat16, which has all of their values."""
+_SCALES = ("_scale", ".scale", "scale_weight", "scale_input", "weight_scale_inv", "scaled_fp8", ".comfy_quant")
+"""How names end that say that 8-bit numbers are multiplied by something."""
 _PIECE = 1 << 30
 _INDEX = ".safetensors.index.json"
 
@@ -122,6 +128,12 @@ def _state_dict(content: Any, path: pathlib.Path, keys: Sequence[str]) -> dict[s
 def _read_safetensors(path: pathlib.Path, folder: pathlib.Path | None = None) -> dict[str, Tensor]:
     try:
         header = read_header(path, folder)  # header and data fit together
+        eight = [name for name, tensor in header.tensors.items() if tensor.dtype.startswith("F8_")]
+        if eight and (scales := [name for name in header.tensors if name.endswith(_SCALES)]):
+            raise CheckpointError(
+                f"{path}: {compact(eight)} is {header.tensors[eight[0]].dtype} with scales ({compact(scales, 3)}); a "
+                "file that is quantized already cannot be quantized again: take the float weights it was made from"
+            )
         if strange := [name for name, tensor in header.tensors.items() if tensor.dtype not in _DTYPES]:
             raise CheckpointError(
                 f"{path}: {compact(strange)} is {header.tensors[strange[0]].dtype}, expected {', '.join(_DTYPES)}; a "

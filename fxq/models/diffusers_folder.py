@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fxq.models.checkpoints import CheckpointError, compact, read_raw
+from fxq.models.checkpoints import FLOAT8, CheckpointError, compact, read_raw
+from fxq.models.published.foreign import foreign_kind
 from fxq.runtime.messages import close_names
 from fxq.runtime.reading import ReadError, read_json
 
@@ -105,6 +106,10 @@ def _find_class(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         close = close_names(name, [n for n in dir(diffusers) if n.endswith("Model")], 0.6)
         hint = f"; {close}" if close else ""
+        if name.startswith("CausalWan"):
+            hint += ". A causal Wan by the names of diffusers is read with --model causal-wan"
+        elif reason := foreign_kind(name):
+            hint += f". It is {reason}"
         raise CheckpointError(
             f"{folder}: {name} is no model class of diffusers {diffusers.__version__}{hint}. Install the version that "
             f"wrote the folder ({config.get('_diffusers_version', 'not stated')})"
@@ -162,7 +167,7 @@ def _main_dtype(tensors: Mapping[str, Tensor], folder: pathlib.Path) -> torch.dt
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         if tensor.is_floating_point():
-            counts[tensor.dtype] += tensor.numel()
+            counts[torch.bfloat16 if tensor.dtype in FLOAT8 else tensor.dtype] += tensor.numel()
     if not counts:
         raise CheckpointError(f"{folder} holds no floating-point tensor; expected the weights of a model")
     return counts.most_common(1)[0][0]

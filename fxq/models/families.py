@@ -12,6 +12,7 @@ from fxq.cache.policy import CachePolicy
 from fxq.dtypes import DTYPES
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import KEYS, CheckpointError
+from fxq.models.published.settings import official
 from fxq.models.schedule import FlowSchedule
 from fxq.models.self_forcing import SamplerConfig
 from fxq.runtime.reading import ReadError, read_json
@@ -104,15 +105,17 @@ def with_settings(family: Family, settings: Mapping[str, Any]) -> Family:
 
     Args:
         family: where unnamed settings come from.
-        settings: fields of :class:`~fxq.models.causal_wan.CausalWanConfig`, ``denoising_step_list``,
+        settings: fields of :class:`~fxq.models.causal_wan.CausalWanConfig`, those of diffusers and FastVideo
+            (:func:`~fxq.models.published.settings.official`), ``denoising_step_list``,
             ``num_frame_per_block``, ``local_attn_size``, ``sink_size``, ``timestep_shift`` and relatives.
 
     Raises:
         CheckpointError: an unknown setting, an impossible value, or another kind of model.
     """
-    public = {key: value for key, value in settings.items() if not key.startswith("_")}
-    if (kind := public.pop("model_type", "t2v")) != "t2v":
-        raise CheckpointError(f"model_type {kind!r}: only text-to-video causal Wan models are supported, 't2v'")
+    try:
+        public = official(settings)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     shift = public.pop("timestep_shift", None)
     unknown = sorted(public.keys() - _CONFIG_SETTINGS - _SAMPLER_SETTINGS.keys() - _CACHE_SETTINGS.keys() - _IGNORED)
     if unknown:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
-from fxq.models.checkpoints import CheckpointError, compact, read_tensors
+from fxq.models.checkpoints import FLOAT8, KEYS, CheckpointError, compact, read_tensors
 from fxq.models.families import FAMILIES, FLOATS, Family
 from fxq.models.lora import Update, check_updates, read_lora
+from fxq.models.published.adapters import adapted, own_layer
+from fxq.models.published.foreign import foreign_names
+from fxq.models.published.sizes import sizes_of
 
 _PIECE = 1 << 29
 
@@ -52,15 +55,32 @@ def load_causal_wan(
             "that are merged already are a causal-wan model"
         )
     path = pathlib.Path(path)
-    tensors = read_tensors(path, family.keys)
+    tensors = _read(path, family.keys)
     check_layout(tensors, family, path)
-    updates = {} if lora is None else read_lora(lora, lora_alpha)
+    updates = {} if lora is None else {own_layer(name): u for name, u in read_lora(lora, lora_alpha).items()}
     check_updates(tensors, updates, pathlib.Path(lora or ""))
     with torch.device("meta"):
         model = CausalWan(family.config)
     state = tensors | _changed(path, family.keys, tensors, updates, dtype or _main_dtype(tensors, path))
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _read(path: pathlib.Path, keys: Sequence[str]) -> dict[str, Tensor]:
+    return adapted(read_tensors(path, keys))
+
+
+def seen_sizes(path: str | pathlib.Path, keys: Sequence[str] = KEYS) -> dict[str, object]:
+    """Settings that the shapes in a file show, see :func:`~fxq.models.published.sizes.sizes_of`; no weight is read.
+
+    Raises:
+        CheckpointError: when the file cannot be read, or is of a family that is not.
+    """
+    path = pathlib.Path(path)
+    tensors = _read(path, keys)
+    if reason := foreign_names(tensors):
+        raise CheckpointError(f"{path} holds {reason}")
+    return sizes_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
 
 
 def _changed(
@@ -81,21 +101,22 @@ def _changed(
         if update is None and tensor.dtype == dtype:
             continue
         if read >= _PIECE:
-            fresh, read = read_tensors(path, keys), 0
+            fresh, read = _read(path, keys), 0
         read += tensor.nbytes
         changed[name] = fresh[name].to(dtype) if update is None else update.merged(fresh[name], dtype)
     return changed
 
 
 def _main_dtype(tensors: Mapping[str, Tensor], path: pathlib.Path) -> torch.dtype:
-    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in FLOATS.values()]:
+    known = (*FLOATS.values(), *FLOAT8)
+    if strange := [name for name, tensor in tensors.items() if tensor.dtype not in known]:
         raise CheckpointError(
             f"{path}: {compact(strange)} is {tensors[strange[0]].dtype}, expected {', '.join(FLOATS)}; a file that is "
             "quantized already cannot be quantized again"
         )
     counts: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
-        counts[tensor.dtype] += tensor.numel()
+        counts[torch.bfloat16 if tensor.dtype in FLOAT8 else tensor.dtype] += tensor.numel()
     return counts.most_common(1)[0][0]
 
 
@@ -105,6 +126,8 @@ def check_layout(tensors: Mapping[str, Tensor], family: Family, path: pathlib.Pa
     Raises:
         CheckpointError: listing every difference and the closest family.
     """
+    if reason := foreign_names(tensors):
+        raise CheckpointError(f"{path} holds {reason}")
     expected = layout(family.config)
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected]
@@ -127,8 +150,6 @@ def check_layout(tensors: Mapping[str, Tensor], family: Family, path: pathlib.Pa
 
 def _closest(tensors: Mapping[str, Tensor]) -> str:
     """One sentence: which families the tensors fit best."""
-    if any(".attn1." in name or name.startswith("condition_embedder.") for name in tensors):
-        return "The names are those of a diffusers transformer: load it with diffusers and quantize that module"
     fitting: dict[CausalWanConfig, tuple[int, int]] = {}
     for family in FAMILIES.values():
         expected = layout(family.config)
@@ -137,5 +158,8 @@ def _closest(tensors: Mapping[str, Tensor]) -> str:
     config, (fits, total) = max(fitting.items(), key=lambda item: item[1][0])
     names: Sequence[str] = [f.name for f in FAMILIES.values() if f.config == config and f.name != "causal-wan"]
     if not fits:
-        return "No family has a tensor in common with it; another size of causal Wan needs causal-wan and a config.json"
+        return (
+            "No family has a tensor in common with it; another size of causal Wan is read as causal-wan, with --set "
+            "num_heads=N or a config.json"
+        )
     return f"The closest family is {' or '.join(names)}: {fits} of its {total} tensors fit"

@@ -95,8 +95,13 @@ def terms(node: fx.Node) -> tuple[object, object]:
 def operands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Both orders of the operands of a binary operator on two tensors; none for a scaled sum."""
     a, b = terms(node)
-    if isinstance(a, fx.Node) and isinstance(b, fx.Node) and node.kwargs.get("alpha", 1) == 1:
+    if _is_tensor(a) and _is_tensor(b) and node.kwargs.get("alpha", 1) == 1:
         yield from ((a, b), (b, a))
+
+
+def _is_tensor(value: object) -> TypeGuard[fx.Node]:
+    """Whether it is a node of a tensor and not of a size."""
+    return isinstance(value, fx.Node) and isinstance(example_value(value), Tensor)
 
 
 def partner(node: fx.Node, operand: fx.Node) -> fx.Node | None:

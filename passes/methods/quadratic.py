@@ -9,6 +9,7 @@ calibration rows that are kept are in G and T; none is needed afterwards.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -71,8 +72,12 @@ class Quadratic:
         cross = torch.zeros(problem.weight.shape, dtype=sums, device=device)  # [N, K]: sum of W x x'^T
         mean = torch.zeros(width, dtype=torch.float64, device=device)
         mean_output = torch.zeros(len(problem.weight), dtype=torch.float64, device=device)
+        middle = _middle(problem.rows[:_ROWS])
+        origin, origin_output = simulated_input(problem, update, middle), middle @ problem.weight.T
         for rows, w in zip(problem.rows.split(_ROWS), weights.float().split(_ROWS), strict=True):
-            quantized, output = simulated_input(problem, update, rows), rows @ problem.weight.T
+            # From a row in the middle of them: sums of squares about zero would cancel where inputs hardly vary.
+            quantized = simulated_input(problem, update, rows) - origin
+            output = rows @ problem.weight.T - origin_output
             weighted = quantized * w[:, None]
             gram += weighted.T @ quantized
             cross += output.T @ weighted
@@ -84,6 +89,7 @@ class Quadratic:
         gram.diagonal().add_(damping)
         cross.add_(problem.weight, alpha=damping)
         target = torch.cholesky_solve(cross.T, _factor(gram)).T.float()
+        mean, mean_output = mean + origin[0], mean_output + origin_output[0]
         return cls(problem.weight, gram.float(), target.contiguous(), mean_output.float(), mean.float())
 
     def loss(self, weight: Tensor) -> Tensor:
@@ -96,18 +102,32 @@ class Quadratic:
         return self.shift_of_float - weight @ self.mean
 
 
+def _middle(rows: Tensor) -> Tensor:
+    """The row nearest to the mean of all, [1, K]."""
+    return rows[(rows - rows.mean(0)).square().sum(1).argmin()][None]
+
+
 def _concentration(weights: Tensor) -> float:
     """One over the number of rows that weights of sum 1 amount to (Kish)."""
     return float(weights.square().sum())
 
 
 def _factor(gram: Tensor) -> Tensor:
-    """Lower Cholesky factor of a positive matrix that rounding may have made a little indefinite."""
+    """Lower Cholesky factor of a positive matrix that rounding may have made a little indefinite.
+
+    Raises:
+        ValueError: for a matrix that is not finite.
+    """
+    size = float(gram.diagonal().abs().max())
+    if not math.isfinite(size):
+        raise ValueError("sums of squares of a layer's inputs are not finite: its calibration data are out of range")
     factor, failed = torch.linalg.cholesky_ex(gram)
-    damping = float(gram.diagonal().mean()) * _DAMPING
-    while int(failed):
+    damping = max(float(gram.diagonal().mean()), size * _DAMPING, TINY) * _DAMPING
+    while int(failed) and damping < max(size, 1.0) * 1e6:
         damping *= 10
         factor, failed = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram), dtype=gram.dtype).to(gram))
+    if int(failed):
+        raise ValueError("sums of squares of a layer's inputs are not finite: its calibration data are out of range")
     return factor
 
 

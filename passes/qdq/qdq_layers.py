@@ -87,6 +87,7 @@ class Layer(ABC):
         quantize: fx.Node,
         stored: dict[str, Tensor],
         in_halves: bool = False,
+        signed: bool = False,
     ) -> None:
         self.graph, self.layer, self.node, self.stored = graph, layer, layer.node, stored
         self.in_halves = in_halves and may_saturate(layer.scheme)
@@ -94,7 +95,8 @@ class Layer(ABC):
         self.x: fx.Node = self.quantize["x"]
         self.input_bits: int = self.quantize["bits"]
         # Activations are carried as uint8, because CPU kernels multiply uint8 by int8, and no larger than they must be.
-        self.shift = 1 << (self.input_bits - 1)
+        self.shift = 0 if signed else 1 << (self.input_bits - 1)
+        self.signed = signed
         self.x_value, self.value = example_value(self.x), example_value(self.node)
 
     def _tensor(self, node: object) -> Tensor:
@@ -161,12 +163,14 @@ class Layer(ABC):
     def _product(self, x: fx.Node, group: int, part: Part) -> fx.Node:
         """The product of one scale group, float32 [..., N]."""
 
-    def _integers(self, h: fx.Node, zero: int, scale: float, part: Part) -> fx.Node:
-        """``h`` rounded to uint8 around ``zero`` plus the shift, and dequantized with ``scale``."""
+    def _integers(self, h: fx.Node, zero: int, scale: float, part: Part, step: float = 1.0) -> fx.Node:
+        """``h / step`` rounded to bytes around ``zero`` plus the shift, and dequantized with ``scale``."""
         width = part.weight.shape[1]
-        bytes_, floats = (self._like(self.x_value, width, dtype) for dtype in (torch.uint8, torch.float32))
-        q = self._call(QDQ.quantize_per_tensor.default, (h, 1.0, zero + self.shift, 0, 255, torch.uint8), bytes_)
-        return self._call(QDQ.dequantize_per_tensor.default, (q, scale, self.shift, 0, 255, torch.uint8), floats)
+        dtype = torch.int8 if self.signed else torch.uint8
+        ends = (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        bytes_, floats = (self._like(self.x_value, width, kind) for kind in (dtype, torch.float32))
+        q = self._call(QDQ.quantize_per_tensor.default, (h, step, zero + self.shift, *ends, dtype), bytes_)
+        return self._call(QDQ.dequantize_per_tensor.default, (q, scale, self.shift, *ends, dtype), floats)
 
     def _matmul(self, d: fx.Node, group: int, part: Part, value: Tensor | None) -> fx.Node:
         """``d`` times the weights of a scale group, in one product or in two that are added."""
@@ -200,6 +204,10 @@ class StaticLayer(Layer):
         floats = self._like(self.x_value, width, torch.float32)
         scale = self._tensor(self.quantize["scale"])[group]
         zero_point = int(self._tensor(self.quantize["zero_point"])[group])
+        result = self._like(self.value, outputs, torch.float32)
+        if self.signed:
+            h = self._shifted(self._channels(x, part), zero_point, float(scale), floats)
+            return self._matmul(self._integers(h, 0, float(scale), part, float(scale)), group, part, result)
         h = self._call(ATEN.mul.Tensor, (self._channels(x, part), float(scale.reciprocal())), floats)
         low, high = numerics.integer_range(self.input_bits)
         zero = min(max(zero_point, -self.shift), 2 * BYTE - 1 - self.shift)
@@ -210,7 +218,14 @@ class StaticLayer(Layer):
             h = self._call(ATEN.round.default, (h,), floats)
             h = self._call(ATEN.add.Tensor, (h, float(zero_point - zero)), floats)
         d = self._integers(h, zero, float(scale), part)
-        return self._matmul(d, group, part, self._like(self.value, outputs, torch.float32))
+        return self._matmul(d, group, part, result)
+
+    def _shifted(self, x: fx.Node, zero_point: int, scale: float, floats: Tensor | None) -> fx.Node:
+        """``x`` plus the zero point's share, within the range of the activation's bits: its integers need no zero."""
+        h = self._call(ATEN.add.Tensor, (x, zero_point * scale), floats) if zero_point else x
+        low, high = numerics.integer_range(self.input_bits)
+        whole = (low, high) == (-BYTE, BYTE - 1)
+        return h if whole else self._call(ATEN.clamp.default, (h, low * scale, high * scale), floats)
 
 
 class PerTokenLayer(Layer):

@@ -28,6 +28,9 @@ class ToQdq(Rewrite):
     x86 CPUs without VNNI saturate pairs of products of 8 by 8 bits. ``in_halves`` computes such a layer exactly there:
     its weights become a sum of two of 7 bits, ``weight`` and ``weight_rest``, each with a product of its own.
 
+    ``signed`` is the form of runtimes that take int8 activations around zero and one scale for quantizing and
+    dequantizing (TensorRT): the zero point's share is added to ``x``, which is quantized to int8 with ``input_scale``.
+
     With scales per token the graph measures them: rows are multiplied by the reciprocal of their own scale, quantized
     with scale 1 and zero point 128, and each group's product is multiplied by the scale. Zero points of rows are added
     to the rounded values, and ``weight_sum`` float32 [N] times them is taken off the product.
@@ -38,6 +41,7 @@ class ToQdq(Rewrite):
     """
 
     in_halves: bool = False
+    signed: bool = False
 
     needs: ClassVar[Stage] = Stage.FROZEN
     gives: ClassVar[Stage] = Stage.FUSED
@@ -56,7 +60,7 @@ class ToQdq(Rewrite):
                 continue
             measured = AsymmetricLayer if layer.scheme.asymmetric else PerTokenLayer
             made = measured if layer.per_token else StaticLayer
-            made(graph, layer, quantize, stored, self.in_halves).replace()
+            made(graph, layer, quantize, stored, self.in_halves, self.signed).replace()
             graph.remark(layer.name, "lowered to quantize, dequantize and matmul")
             count += 1
         self._clean(graph, stored)

@@ -93,7 +93,7 @@ class Rotate(Rewrite):
         weights = {layer.name: layer.weight(module) for layer in layers}
         matrices = dict[str, Tensor]()
         for layer in layers:
-            matrix = rotation(self._size(layer)).to(weights[layer.name].device, layer.dtype)
+            matrix = self.matrix(self._size(layer)).to(weights[layer.name].device, layer.dtype)
             matrices[layer.name] = matrix
             replace_weight(module, layer, rotated(weights[layer.name], matrix))
             residency.give_back(weights[layer.name])
@@ -113,5 +113,13 @@ class Rotate(Rewrite):
         change_inputs(layers, change)
         return len(layers)
 
+    def matrix(self, size: int) -> Tensor:
+        """The rotation of ``size`` channels, see :func:`rotation`."""
+        return rotation(size)
+
+    def size_of(self, width: int) -> int:
+        """Channels rotated together, 1 where none are."""
+        return block_of_width(width, self.block)
+
     def _size(self, layer: Layer) -> int:
-        return block_of_width(layer.plan.in_features, self.block)
+        return self.size_of(layer.plan.in_features)

@@ -3,11 +3,13 @@ from typing import get_type_hints
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import export as cli_export
 from fxq.export.interop import TARGETS
+from fxq.export.onnx import check_onnx
 from tests.toys import recipe, rows, toy
 
 app = typer.Typer()
@@ -82,9 +84,43 @@ def test_an_onnx_file_is_written_for_either_kind_of_cpu(bundle, tmp_path, option
 
 def test_the_kind_of_cpu_is_for_onnx_only(bundle, tmp_path):
     done = invoke("export", bundle, "--target", "comfy", "--out", tmp_path / "out", "--no-vnni")
-    assert "are for target onnx, not comfy" in str(done.exception) and not (tmp_path / "out").exists()
+    assert "--in-halves are for target onnx, not comfy" in str(done.exception) and not (tmp_path / "out").exists()
 
 
 def test_every_target_can_be_chosen():
     help_text = get_type_hints(cli_export.export, include_extras=True)["target"].__metadata__[0].help
     assert all(name in help_text for name in ("diffusers", "onnx", *TARGETS))
+
+
+def test_the_original_weights_are_rounded_once_for_a_grid_of_its_own(bundle, tmp_path):
+    save_file({f"model.{name}": tensor for name, tensor in toy().state_dict().items()}, tmp_path / "w.safetensors")
+    done = invoke(
+        "export", bundle, "--target", "comfy", "--out", tmp_path / "out", "--original", tmp_path / "w.safetensors"
+    )
+    assert done.exit_code == 0 and "of the original" in " ".join(done.output.split())
+    stored = json.loads((tmp_path / "out" / "fxq_report.json").read_text())
+    forms = {layer["layer"]: (layer["form"], layer["original_sqnr_db"]) for layer in stored["layers"]}
+    assert forms["blocks.0.up"][0] == "int8 rotated" and forms["blocks.0.up"][1] > 35
+    gone = invoke("export", bundle, "--target", "comfy", "--out", tmp_path / "no", "--original", tmp_path / "none.pt")
+    assert isinstance(gone.exception, fxq.CheckpointError) and not (tmp_path / "no").exists()
+
+
+def test_a_model_can_be_said_to_be_causal_and_be_split_by_block(bundle, tmp_path):
+    options = ("--target", "lightx2v", "--out", tmp_path / "out", "--causal", "--per-block")
+    assert invoke("export", bundle, *options).exit_code == 0
+    names = load_file(tmp_path / "out" / "non_block.safetensors")
+    assert set(names) == {"model.head.weight", "model.head.bias"}
+    assert "blocks.0.up.weight_scale" in load_file(tmp_path / "out" / "block_0.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--target", "tensorrt"), "for TensorRT"), (("--target", "onnx", "--in-halves"), "on every CPU")],
+)
+def test_onnx_files_are_written_for_tensorrt_and_in_halves(bundle, options, said, tmp_path):
+    pytest.importorskip("onnx")
+    done = invoke("export", bundle, "--out", tmp_path / "toy.onnx", *options)
+    assert done.exit_code == 0 and said in " ".join(done.output.split())
+    assert len(check_onnx(tmp_path / "toy.onnx")) == 2
+    done = invoke("export", bundle, "--out", tmp_path / "b.onnx", *options, "--vnni")
+    assert isinstance(done.exception, fxq.ExportError) and "vnni" in str(done.exception)

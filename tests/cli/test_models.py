@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -51,8 +52,13 @@ def test_sizes_come_from_a_named_file_or_from_settings(published):
     other = files(published, config=published / "sizes.json", settings={"num_layers": 5, "num_frame_per_block": 1})
     family = find_family("causal-wan", other)
     assert (family.config.num_layers, family.sampler.frames_per_chunk) == (5, 1)
-    with pytest.raises(CheckpointError, match=r"config\.json is no readable JSON"):
+    seen = {"num_heads": CONFIG.num_heads, "text_len": CONFIG.text_len}
+    assert find_family("causal-wan", files(published, settings=seen)).config == CONFIG, "the shapes show the rest"
+    with pytest.raises(AdapterError, match=r"all sizes but the number of heads: say --set num_heads=N, or --config"):
         find_family("causal-wan", files(published))
+    save_file({"a": torch.ones(2)}, published / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json is no readable JSON"):
+        find_family("causal-wan", dataclasses.replace(files(published), checkpoint=published / "other.safetensors"))
 
 
 def test_a_family_has_its_published_sizes_where_nothing_else_is_said():

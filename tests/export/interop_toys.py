@@ -1,5 +1,6 @@
 """Bundles of a small Wan and the interpreter that has the libraries of other runtimes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fxq
-from fxq.export.interop.layers import read_model
+from fxq.export.interop.layers import read_model, sqnr
 from tests.toys import recipe, wan_rollout
 
 WAN_CONFIG = {
@@ -30,9 +31,18 @@ WAN_CONFIG = {
 INTERPRETER = os.environ.get("FXQ_INTEROP_PYTHON", sys.executable)
 
 
-def make_bundle(path, bits):
+def make_bundle(path, bits, keep=()):
+    """A small Wan whose layers of the patterns ``keep`` stay in floating point."""
     rollout = wan_rollout(seeds=(1,), frames=2)
-    return fxq.save(fxq.quantize(rollout.denoiser, rollout, recipe(bits), progress=False), path, fingerprint=False)
+    chosen = recipe(bits)
+    rules = tuple(fxq.Rule(pattern, None, "a test keeps it") for pattern in keep)
+    chosen = dataclasses.replace(chosen, rules=(*rules, *chosen.rules))
+    return fxq.save(fxq.quantize(rollout.denoiser, rollout, chosen, progress=False), path, fingerprint=False)
+
+
+def original_weights():
+    """The float weights that :func:`make_bundle` quantizes."""
+    return wan_rollout(seeds=(1,), frames=2).denoiser.state_dict()
 
 
 def forms(file):
@@ -70,6 +80,18 @@ def expected_weights(bundle, style, path):
         tensors[model.naming.rename(name, style)] = tensor
     save_file(tensors, path)
     return tensors
+
+
+def int8_product(x, integers, scale, bias):
+    """A linear with rows of ``x`` rounded to int8 by their largest magnitude, as the int8 kernels of servers do it."""
+    step = x.abs().amax(1, keepdim=True) / 127
+    return (x / step).round() @ integers.float().t() * step * scale.float().t() + bias.float()
+
+
+def agreement(stored, got, x):
+    """dB of a layer of the bundle over what a reader computes for it, on inputs x [rows, K]."""
+    found = sqnr(torch.nn.functional.linear(x, stored.weight(), stored.bias.float()), got)
+    return float("inf") if found is None else found
 
 
 def read_json(file):

@@ -98,7 +98,7 @@ def test_the_swapped_model_computes_what_the_graph_does(quantized, bundle):
     assert "per token, asymmetric" in repr(up)
 
 
-@pytest.mark.parametrize("target", ["lightx2v", "vllm-omni", "comfy", "diffusers-torchao"])
+@pytest.mark.parametrize("target", ["lightx2v", "vllm-omni", "comfy", "sglang", "diffusers-torchao"])
 def test_formats_without_zero_points_are_refused_by_the_names_of_layers(target, bundle, tmp_path):
     message = r"2 layers measure zero points per token \(blocks.0.up, blocks.0.down\); .* measures scales alone"
     with pytest.raises(InteropError, match=message):

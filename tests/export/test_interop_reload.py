@@ -6,7 +6,7 @@ import pytest
 
 from fxq.export.interop import Options, export_bundle
 from fxq.export.interop.names import DIFFUSERS, ORIGINAL
-from tests.export.interop_toys import WAN_CONFIG, expected_weights, make_bundle, run_apart
+from tests.export.interop_toys import WAN_CONFIG, expected_weights, make_bundle, original_weights, run_apart
 
 pytestmark = pytest.mark.slow
 
@@ -124,7 +124,8 @@ for name, marker in layers.items():
     common = {"orig_dtype": torch.float32, "orig_shape": tuple(want.shape)}
     if marker["format"] == "int8_tensorwise":
         layout = "TensorWiseINT8Layout"
-        params = {"scale": tensors[name + ".weight_scale"]}
+        params = {key: value for key, value in marker.items() if key.startswith("convrot")}
+        params["scale"] = tensors[name + ".weight_scale"]
     else:
         layout = "AsymW4A8Int8Layout"
         params = {
@@ -178,8 +179,10 @@ def test_compressed_tensors_decompresses_the_export(eight, tmp_path):
     assert len(json.loads(out.splitlines()[-1])) == 16
 
 
-def test_comfy_kitchen_reads_and_multiplies_the_export(bundle, tmp_path):
-    report = export_bundle(bundle, "comfy", tmp_path / "out")
+@pytest.mark.parametrize("original", [True, False])
+def test_comfy_kitchen_reads_and_multiplies_the_export(bundle, original, tmp_path):
+    given = original_weights() if original else None
+    report = export_bundle(bundle, "comfy", tmp_path / "out", Options(original=given, widen=not original))
     expected_weights(bundle, ORIGINAL, tmp_path / "expected.safetensors")
     four = any(record.form == "int4 rotated" for record in report.layers)
     arguments = tmp_path / "out" / "model.safetensors", tmp_path / "expected.safetensors", 0.15 if four else 0.02

@@ -13,7 +13,7 @@ from fxq.export.interop import Options, export_bundle
 from fxq.export.interop.layers import read_model, sqnr
 from fxq.export.interop.rotation import quantize_rotated, rotate, rotation_size
 from fxq.export.receipt import HEADER_KEY
-from tests.export.interop_toys import WAN_CONFIG, forms, make_bundle, read_json
+from tests.export.interop_toys import WAN_CONFIG, forms, make_bundle, original_weights, read_json
 from tests.toys import recipe, rows, wan_rollout
 
 BLOCK = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "cross_attn.q", "cross_attn.k", "cross_attn.v")
@@ -53,6 +53,8 @@ DIFFUSERS_KEPT = [
     "condition_embedder.time_proj",
     "proj_out",
 ]
+EMBEDDER = [f"condition_embedder.text_embedder.linear_{number}" for number in (1, 2)]
+LEAVES = ("weight", "bias")
 ORIGINAL_FLOAT = {
     "blocks.0.cross_attn.norm_k.weight": (64,),
     "blocks.0.cross_attn.norm_q.weight": (64,),
@@ -107,10 +109,10 @@ def test_lightx2v(eight, tmp_path):
     report, file, found, metadata = export(eight, "lightx2v", tmp_path)
     text = {f"{name}.{leaf}": s for name, shape in TEXT.items() for leaf, s in (("weight", shape), ("bias", shape[:1]))}
     assert file.name == "model.safetensors" and metadata == {"format": "pt"}
-    assert found == int8(BLOCK) | floats(ORIGINAL_FLOAT | text)
+    assert found == {f"model.{name}": form for name, form in (int8(BLOCK) | floats(ORIGINAL_FLOAT | text)).items()}
     assert read_json(tmp_path / "out" / "lightx2v.json") == {
         "dit_quantized": True,
-        "dit_quant_scheme": "int8-triton",
+        "dit_quant_scheme": "int8-vllm",
         "dit_quantized_ckpt": "model.safetensors",
     }
     notes = {r.layer: (r.form, r.note) for r in report.layers if r.layer in TEXT}
@@ -128,22 +130,25 @@ def test_lightx2v_rounds_linears_of_a_block_that_the_recipe_kept(tmp_path):
     assert (
         record.form == "int8" and record.note.startswith("kept by the recipe; rounded") and record.weight_sqnr_db > 35
     )
-    assert found["blocks.0.ffn.2.weight"] == ("int8", (64, 96))
+    assert found["model.blocks.0.ffn.2.weight"] == ("int8", (64, 96))
     tensors = load_file(file)
-    got = tensors["blocks.0.ffn.2.weight"].float() * tensors["blocks.0.ffn.2.weight_scale"]
+    got = tensors["model.blocks.0.ffn.2.weight"].float() * tensors["model.blocks.0.ffn.2.weight_scale"]
     assert sqnr(rollout.denoiser.blocks[0].ffn[2].weight, got) == record.weight_sqnr_db
 
 
 def test_vllm_omni(eight, tmp_path):
     _, file, found, metadata = export(eight, "vllm-omni", tmp_path, base_config=WAN_CONFIG)
     assert file.name == "diffusion_pytorch_model.safetensors" and metadata == {"format": "pt"}
-    assert found == int8(DIFFUSERS_BLOCK) | floats(DIFFUSERS_FLOAT)
+    blocks = {name: shape for name, shape in DIFFUSERS_BLOCK.items() if name.startswith("blocks.")}
+    text = {f"{name}.{leaf}": DIFFUSERS_BLOCK[name][: 2 - i] for name in EMBEDDER for i, leaf in enumerate(LEAVES)}
+    assert found == int8(blocks) | floats(DIFFUSERS_FLOAT | text)
     assert read_json(tmp_path / "out" / "config.json") == {
         **WAN_CONFIG,
         "quantization_config": {
             "quant_method": "int8",
+            "is_checkpoint_int8_serialized": True,
             "activation_scheme": "dynamic",
-            "ignored_layers": DIFFUSERS_KEPT,
+            "ignored_layers": [*DIFFUSERS_KEPT, *EMBEDDER],
         },
     }
 
@@ -213,16 +218,17 @@ def test_comfy_with_eight_bits(eight, tmp_path):
         "format_version": "1.0",
         "layers": {name: {"format": "int8_tensorwise"} for name in layers},
     }
+    assert json.loads(metadata["config"]) == {"transformer": {"causal_ar": True}}
     assert bytes(load_file(file)["blocks.0.ffn.0.comfy_quant"].tolist()) == marker
 
 
 def test_comfy_with_four_bits_is_rotated(four, tmp_path):
-    report, file, found, metadata = export(four, "comfy", tmp_path)
+    report, file, found, metadata = export(four, "comfy", tmp_path, original=original_weights())
     want = floats(ORIGINAL_FLOAT)
     markers = {}
     for name, (outputs, width) in (BLOCK | TEXT).items():
         size = {64: 64, 32: 16, 96: 16}[width]
-        markers[name] = {"format": "asym_w4a8_int8", "group_size": 16, "convrot_groupsize": size}
+        markers[name] = {"format": "asym_w4a8_int8", "group_size": 16, "convrot": True, "convrot_groupsize": size}
         want[f"{name}.weight"] = ("int8", (outputs, width // 2))
         want[f"{name}.weight_s_rel"] = ("float8_e4m3fn", (outputs, width // 16))
         want[f"{name}.weight_s_channel"] = ("float32", (outputs,))
@@ -231,13 +237,17 @@ def test_comfy_with_four_bits_is_rotated(four, tmp_path):
         want[f"{name}.comfy_quant"] = ("uint8", (len(json.dumps(markers[name])),))
     assert found == want
     assert json.loads(metadata["_quantization_metadata"]) == {"format_version": "1.0", "layers": markers}
-    tensors, layers = load_file(file), read_model(four).layers
+    tensors, layers, original = load_file(file), read_model(four).layers, original_weights()
     for record in report.layers:
         if record.form == "int4 rotated":
-            assert 17 < record.weight_sqnr_db < 30 and re.search("rotation of (64|16) channels", record.note)
+            assert 20 < record.original_sqnr_db < 30 and re.search("rotation of (64|16) channels", record.note)
             marker = json.loads(bytes(tensors[f"{record.name}.comfy_quant"].tolist()))
             got = decode(tensors, record.name, marker["convrot_groupsize"])
             assert sqnr(layers[record.layer].weight(), got) == pytest.approx(record.weight_sqnr_db, abs=0.02)
+            want = original[f"{record.layer}.weight"]
+            assert sqnr(want, got) == pytest.approx(record.original_sqnr_db, abs=0.02)
+            twice = quantize_rotated(layers[record.layer].weight(), marker["convrot_groupsize"]).weight()
+            assert sqnr(want, got) > sqnr(want, twice) + 1, "rounding the bundle's integers again is worse"
 
 
 def decode(tensors, name, rotation):
@@ -256,7 +266,7 @@ def decode(tensors, name, rotation):
 
 def test_comfy_stores_four_bits_in_a_byte_where_no_rotation_fits(tmp_path, monkeypatch, four):
     monkeypatch.setattr("fxq.export.interop.comfy.rotation_size", lambda width: None)
-    report, _, found, _ = export(four, "comfy", tmp_path)
+    report, _, found, _ = export(four, "comfy", tmp_path, original=original_weights())
     assert found["blocks.0.ffn.0.weight"] == ("int8", (96, 64))
     assert all("int4 in a byte" in r.note for r in report.layers if r.form == "int8")
 

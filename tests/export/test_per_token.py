@@ -86,7 +86,8 @@ def test_the_swapped_model_computes_what_the_graph_does(quantized, bundle):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_formats_take_the_weights_and_say_that_inputs_stay_as_they_were(target, bundle, bits, tmp_path):
-    report = export_bundle(bundle, target, tmp_path / "out", Options(widen=True))
+    original = toy().state_dict() if target == "sglang" else None
+    report = export_bundle(bundle, target, tmp_path / "out", Options(widen=True, original=original))
     assert report.activations == "int8 per token, measured at run time, as in the bundle"
     assert {record.layer for record in report.layers} >= {"blocks.0.up", "blocks.0.down"}
     for name, stored in read_model(bundle).layers.items():

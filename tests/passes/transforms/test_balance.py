@@ -62,7 +62,9 @@ def test_few_rows_and_layers_that_may_not_learn_are_left_as_they_are():
 
 
 def test_one_recipe_scales_inputs_once():
-    with pytest.raises(RecipeError, match=r"Smooth and Balance would both store <layer>\.smoothing: name one of them"):
+    with pytest.raises(
+        RecipeError, match=r"transforms Smooth and Balance: their tensors would take each other.s place; name one"
+    ):
         dataclasses.replace(recipe(4), transforms=(Smooth(), Balance()))
     data = fxq.recipes.recipe_to_json(recipe(4)) | {"transforms": [{"transform": "Balance"}]}
     assert fxq.recipes.recipe_from_json(data).transforms == (Balance(),)

@@ -91,7 +91,8 @@ def test_every_route_that_takes_layers_out_of_the_graph_refuses_by_name(transfor
 
 
 def test_without_transforms_neither_recipes_nor_plans_say_anything_of_them():
-    assert all("transforms" not in recipe_to_json(preset) for preset in PRESETS.values())
+    plain = [preset for preset in PRESETS.values() if preset.name != "w8a8-single-convrot"]
+    assert len(plain) == len(PRESETS) - 1 and all("transforms" not in recipe_to_json(preset) for preset in plain)
     assert "transform" not in LayerPlan(layer="a", in_features=3, out_features=5).to_json()
     assert recipe_from_json(recipe_to_json(PRESETS["w4a8"])).transforms == ()
 
