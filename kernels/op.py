@@ -29,6 +29,7 @@ import torch
 from torch.library import Library, register_fake
 
 from fxq.kernels import gradient, guards
+from fxq.kernels.opaque import opaque
 from fxq.kernels.schema import fields, flatten, schema_of, taker
 
 NAMESPACE = "fxq"
@@ -181,7 +182,7 @@ def declare(
 
 def _register(name: str, key: str, kernel: Callable[..., object], with_keyset: bool = False) -> None:
     if (name, key) not in _REGISTRY.done:
-        _REGISTRY.library.impl(name, kernel, key, with_keyset=with_keyset)
+        _REGISTRY.library.impl(name, opaque(kernel), key, with_keyset=with_keyset)
         _REGISTRY.done.add((name, key))
 
 

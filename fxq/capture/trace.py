@@ -18,6 +18,7 @@ from fxq.calls.conditions import ConditionError
 from fxq.capture.comparisons import compared_sizes
 from fxq.capture.dense_masks import dense_masks
 from fxq.capture.guards import Assumptions, assumptions_of
+from fxq.capture.names import unsayable_name
 from fxq.capture.regions import complex_as_real, inline_regions, without_autocast
 from fxq.capture.small_sizes import final_conditions
 from fxq.core.aliasing import read_around_writes, told
@@ -93,8 +94,8 @@ def trace(
         _run_unchanged(graph.module, args, kwargs)
         return _guarded(graph, _assumed(model, None, given=True), args, kwargs, None, tolerance)
     eager, errors = plain_model(model), list[TraceError]()
-    if absent := absent_weights(eager):
-        raise TraceError(f"{type(eager).__name__} cannot be captured: {absent}")
+    if reason := absent_weights(eager) or unsayable_name(eager):
+        raise TraceError(f"{type(eager).__name__} cannot be captured: {reason}")
     # Called before capture: what a forward makes once and keeps would be kept from the capture, without values.
     want = _eager(eager, args, kwargs)
     for strict in (False, True):

@@ -173,3 +173,22 @@ def test_a_vector_that_varies_otherwise_is_unfit_with_both_shapes(vector, view, 
         nodes[-1].meta["val"] = torch.empty(shape)
     with pytest.raises(Unfit, match=reason):
         frames_of(*nodes, (2, 12, 8))
+
+
+SIZED = {
+    "times a size": lambda x, w: x * x.shape[0],
+    "a size times": lambda x, w: x.shape[0] * (x * w),
+    "plus a multiple": lambda x, w: x + (x * w) * (x.shape[0] // 3),
+    "by a sum of sizes": lambda x, w: (x * w) * (1 + x.shape[0]),
+    "of all sizes": lambda x, w: (x * w) * max(x.shape[0], x.shape[1]),
+}
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_sizes_are_no_operands(name):
+    free = {"args": ({0: torch.export.Dim("n", min=2)}, None)}
+    graph = graph_of(SIZED[name], rows(6, 8), rows(8), dynamic_shapes=free)
+    products = calls(graph, ATEN.mul.Tensor)
+    pairs = [pair for node in products for pair in operands(node)]
+    assert all(isinstance(value_of(side), torch.Tensor) for pair in pairs for side in pair)
+    assert len(pairs) < 2 * len(products) and any(not list(operands(node)) for node in products)

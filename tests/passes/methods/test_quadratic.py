@@ -7,7 +7,7 @@ from fxq import numerics
 from fxq.passes.methods import Units, output_sqnr, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import Quadratic, steps
+from fxq.passes.methods.quadratic import Quadratic, cholesky, steps
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
 from tests.toys import problem, rows
@@ -163,3 +163,37 @@ def test_few_rows_alike_do_not_spoil_the_others(bits):
     gain = 2 if bits == 4 else 0.3  # at 8 bits the rounding of inputs is most of the error
     assert output_sqnr(p, update) > output_sqnr(p, nearest) + gain
     assert output_sqnr(other, update) > output_sqnr(other, nearest) - 1.65
+
+
+@pytest.mark.parametrize("value", [0.3, 1.1, 7.3, 100.0])
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
+def test_rows_that_are_all_equal_say_nothing_of_weights_and_all_of_the_mean(method, value):
+    p = problem(count=16, width=64)
+    x = torch.full((16, 64), value) * (1 + torch.arange(64) % 3)
+    p = dataclasses.replace(p, rows=x, low=x.amin(0), high=x.amax(0))
+    before = RangeSearch().apply(p, None)
+    form = Quadratic.of(p, before)
+    assert not form.gram.sub(form.gram.diag().diag()).any()
+    after = method.apply(p, before)
+    assert output_sqnr(p, after) > 100  # by the shift alone
+
+
+@pytest.mark.parametrize("offset", [1e2, 1e4])
+def test_inputs_that_hardly_vary_about_a_large_value_have_the_form_of_their_variation(offset):
+    p = problem(count=400, width=64, per_token=True)
+    moved = dataclasses.replace(p, rows=p.rows + offset, low=p.low + offset, high=p.high + offset)
+    x = simulated_input(moved, RangeSearch().apply(moved, None), moved.rows).double()
+    want = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+    got = Quadratic.of(moved, RangeSearch().apply(moved, None)).gram.double()
+    units = Units.of(moved).inputs
+    off = ~torch.eye(64, dtype=torch.bool)
+    torch.testing.assert_close(got[off] * units**2, want[off], rtol=1e-3, atol=1e-4 * float(want.diagonal().mean()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sums_that_are_not_finite_are_an_error_and_no_endless_search(value):
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[2, 2] = value
+    with pytest.raises(ValueError, match="sums of squares of a layer's inputs are not finite"):
+        cholesky(gram, 0.0)
+    assert torch.equal(cholesky(torch.zeros(4, 4), 0.0).isfinite(), torch.ones(4, 4, dtype=torch.bool))
