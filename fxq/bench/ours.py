@@ -90,7 +90,7 @@ def kernel_facts(module: fx.GraphModule, device: str) -> dict[str, object]:
         "operators": {name: {"nodes": n, "kernel": kernels.used(name, device)} for name, n in counts.items()},
         "layers": {row["layer"]: row["kernel"] or f"kept: {row['reason']}" for row in data["layers"]},
         "outliers": {row["layer"]: row["outliers"] for row in data["layers"] if row["quantized"]},
-        "native": native.why_not() or "ready",
+        "native": native.why_not() or native.name(),
         "remarks": data["facts"].get("remarks", {}),
     }
 
