@@ -26,19 +26,19 @@ inline __m256i broadcast(const void* p) {
   return _mm256_set1_epi32(v);
 }
 
-// Sums of R rows and 8 * COUNT columns in registers.
-template <int R, int COUNT>
+// Sums of R rows and 16 columns in registers.
+template <int R>
 struct Sums {
-  __m256i value[R][COUNT];
+  __m256i value[R][2];
 
   explicit Sums(const int32_t* from) {
     FXQ_UNROLL for (int i = 0; i < R; i++) {
-      FXQ_UNROLL for (int j = 0; j < COUNT; j++) value[i][j] = load_ints(from + i * TILE_COLUMNS + 8 * j);
+      FXQ_UNROLL for (int j = 0; j < 2; j++) value[i][j] = load_ints(from + i * TILE_COLUMNS + 8 * j);
     }
   }
   void store(int32_t* to) const {
     FXQ_UNROLL for (int i = 0; i < R; i++) {
-      FXQ_UNROLL for (int j = 0; j < COUNT; j++) store_bytes(to + i * TILE_COLUMNS + 8 * j, value[i][j]);
+      FXQ_UNROLL for (int j = 0; j < 2; j++) store_bytes(to + i * TILE_COLUMNS + 8 * j, value[i][j]);
     }
   }
 };
@@ -73,7 +73,7 @@ inline void add_bytes_narrow(__m256i& sum, __m256i u, __m256i w) {
 // Any int8 weights, as int16: a step is two channels. |255 * 128| * 2 fits the int32 of vpmaddwd many times over.
 template <int R>
 void multiply_words(const int16_t* a, const int16_t* b, long steps, int32_t* c) {
-  Sums<R, 2> sums(c);
+  Sums<R> sums(c);
   const auto step = [&](long k) __attribute__((always_inline)) {
     const __m256i b0 = load_bytes(b + 32 * k), b1 = load_bytes(b + 32 * k + 16);
     FXQ_UNROLL for (int i = 0; i < R; i++) {
@@ -97,7 +97,7 @@ void multiply_words(const int16_t* a, const int16_t* b, long steps, int32_t* c) 
 // pair bounds the sum where the signs differ.
 template <int R>
 void multiply_pairs(const uint8_t* a, const int8_t* b, long steps, int32_t* c) {
-  Sums<R, 2> sums(c);
+  Sums<R> sums(c);
   const auto step = [&](long k) __attribute__((always_inline)) {
     const __m256i b0 = load_bytes(b + 64 * k), b1 = load_bytes(b + 64 * k + 32);
     FXQ_UNROLL for (int i = 0; i < R; i++) {
@@ -112,18 +112,6 @@ void multiply_pairs(const uint8_t* a, const int8_t* b, long steps, int32_t* c) {
     step(k + 1);
   }
   if (k < steps) step(k);
-  sums.store(c);
-}
-
-// As above for 8 columns, [count][8 columns][4 bytes], whose step k belongs to step places[k] of the rows.
-template <int R>
-void multiply_rest(const uint8_t* a, const int8_t* b, const int16_t* places, long count, int32_t* c) {
-  Sums<R, 1> sums(c);
-  for (long k = 0; k < count; k++) {
-    const __m256i w = load_bytes(b + 32 * k);
-    const uint8_t* at = a + 4 * R * places[k];
-    FXQ_UNROLL for (int i = 0; i < R; i++) add_bytes(sums.value[i][0], broadcast(at + 4 * i), w);
-  }
   sums.store(c);
 }
 
