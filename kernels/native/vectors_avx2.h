@@ -117,10 +117,15 @@ inline void store(T* p, V v, Lanes mask) {
 
 // p[0], p[0], p[1], p[1], ... for the lanes of a vector of `left` elements.
 inline Floats load_twice(const float* p, long left) {
-  float half[LANES / 2] = {};
-  std::memcpy(half, p, std::min<long>(LANES, left) / 2 * sizeof(float));
-  const __m256 both = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(half));
-  return _mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+  __m128 half;
+  if (left >= LANES) {
+    half = _mm_loadu_ps(p);
+  } else {
+    float part[LANES / 2] = {};
+    std::memcpy(part, p, left / 2 * sizeof(float));
+    half = _mm_loadu_ps(part);
+  }
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(half), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
 }
 
 // Neighbouring pairs (even, odd) -> (even c - odd s, even s + odd c).
