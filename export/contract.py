@@ -24,11 +24,12 @@ from fxq.export.fingerprint import compare_fingerprint
 from fxq.export.graph.rehearsal import RehearsalError
 from fxq.export.receipt import read_receipt
 from fxq.kernels.gemm import op as gemm
+from fxq.kernels.native.build import SETS
 from fxq.runtime.messages import first_line
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""
-SOUND = frozenset({"native", "triton", "int_mm", gemm.IN_FLOAT, "eager"})
+SOUND = frozenset({*(found.kernel for found in SETS), "triton", "int_mm", gemm.IN_FLOAT, "eager"})
 """Implementations that are written for their device; any other, :data:`FALLBACK` among them, is a failure."""
 
 Status = Literal["passed", "failed", "skipped"]

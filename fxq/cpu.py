@@ -1,7 +1,8 @@
 """What instructions this CPU has, or is to be taken to have: the one place that is asked.
 
-``FXQ_CPU=avx2`` makes a larger CPU behave as one with AVX2 only. It reaches torch, oneDNN, MKL and inductor through
-their own environment variables, which they read once: so it has to be set before torch computes anything.
+``FXQ_CPU=avx2`` makes a larger CPU behave as one with AVX2 only, ``FXQ_CPU=portable`` as one that fxq has no kernels
+for. Both reach torch, oneDNN, MKL and inductor, to limit them to AVX2, through their own environment variables, which
+they read once: so it has to be set before torch computes anything.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from collections.abc import Iterable
 
 LIMIT = "FXQ_CPU"
 """Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
-LIMITS = ("avx2",)
 ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
 """How the names of instructions begin that a CPU with AVX2 only does not have."""
+LIMITS = {"avx2": ABOVE_AVX2, "portable": ("avx", "amx", "fma", "f16c")}
+"""What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
 MARCH = "x86-64-v3"
 """AVX2 in the words of compilers."""
@@ -92,7 +94,7 @@ def _features(limited: str) -> frozenset[str]:
     else:
         asked = {f: names for f, names in _OF_OLDER_TORCH.items() if getattr(torch.cpu, f, bool)()}
         found = {name for names in asked.values() for name in names}
-    return frozenset(name for name in found if not (limited and name.startswith(ABOVE_AVX2)))
+    return frozenset(name for name in found if not name.startswith(LIMITS.get(limited, ())))
 
 
 def above_avx2() -> bool:

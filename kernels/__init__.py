@@ -72,8 +72,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
         weight: of a linear; its layout chooses the kernel on a CPU.
 
     Returns:
-        "triton", "native", "int_mm", "float32" (a product of integers in floats, exact), "sdpa", "eager", or
-        "reference" where nothing faster is bound.
+        "triton", "native", "native avx2", "int_mm", "float32" (a product of integers in floats, exact), "sdpa",
+        "eager", or "reference" where nothing faster is bound.
 
     Raises:
         ValueError: when there is no such operator.
@@ -83,7 +83,7 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
     for op in OPS:
         if op.name == name:
             panels = weight is not None and weight.ndim == 4
-            return "native" if kind == "cpu" and panels and native.ready() else op.used(kind)
+            return native.name() if kind == "cpu" and panels and native.ready() else op.used(kind)
     raise ValueError(f"no operator {op_name!r}: expected one of {', '.join(op.name for op in OPS)}")
 
 

@@ -24,8 +24,13 @@ class Feature:
     why_not: Callable[[], str]
 
 
+def _no_attention() -> str:
+    return native.why_not() or ("" if native.attends() else f"the {native.name()} kernels have no attention")
+
+
 FEATURES = {
-    "native": Feature("native AVX512 kernels", native.why_not),
+    "native": Feature("native kernels", native.why_not),
+    "attends": Feature("native attention", _no_attention),
     "vnni": Feature("integer products by instructions of the CPU", lambda: "" if cpu.has_vnni() else cpu.lacks()),
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),

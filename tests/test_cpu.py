@@ -30,7 +30,9 @@ a = torch.full((64, 64), 127, dtype=torch.int8)
 torch._int_mm(a, a)
 print(json.dumps({
     "features": sorted(cpu.features()), "torch": torch.backends.cpu.get_cpu_capability(), "why": native.why_not(),
-    "linear": kernels.used("dual_scale_linear", "cpu"), "limited": read_environment().limited_to,
+    "linear": kernels.used("dual_scale_linear", "cpu"), "attention": kernels.used("attention", "cpu"),
+    "panels": kernels.used("dual_scale_linear", "cpu", torch.zeros(1, 3, 64, 4, dtype=torch.int8)),
+    "limited": read_environment().limited_to,
     "product": int(gemm.cpu_matmul(a, a)[0, 0]), "quantize": kernels.used("quantize_act", "cpu"),
 }))
 """
@@ -40,8 +42,18 @@ def test_the_switch_takes_everything_above_avx2_from_every_library():
     found, verbose = fresh(ALL, FXQ_CPU="avx2", ONEDNN_VERBOSE="1")
     assert not [name for name in found["features"] if name.startswith(("avx512", "avx_vnni", "amx"))]
     assert found["torch"] == "AVX2" and found["limited"] == "avx2"
-    assert "FXQ_CPU=avx2 takes away avx512_vnni, avx512_bf16, avx512_vbmi2" in found["why"]
-    assert (found["linear"], found["quantize"], found["product"]) == ("float32", "eager", 64 * 127 * 127)
+    assert (found["linear"], found["attention"], found["product"]) == ("float32", "sdpa", 64 * 127 * 127)
+    assert found["why"] or (found["panels"], found["quantize"]) == ("native avx2", "native avx2")
+    assert "isa:Intel AVX2" in verbose or "avx512" not in verbose
+
+
+def test_the_portable_switch_leaves_everything_to_torch_which_is_limited_too():
+    found, verbose = fresh(ALL, FXQ_CPU="portable", ONEDNN_VERBOSE="1")
+    assert not [name for name in found["features"] if name.startswith(("avx", "fma", "amx"))]
+    assert found["torch"] == "AVX2" and found["limited"] == "portable"
+    assert "FXQ_CPU=portable takes away avx2, fma3" in found["why"]
+    assert (found["linear"], found["panels"], found["quantize"]) == ("float32", "float32", "eager")
+    assert found["product"] == 64 * 127 * 127
     assert "isa:Intel AVX2" in verbose or "avx512" not in verbose
 
 
@@ -73,11 +85,13 @@ def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
 @pytest.mark.parametrize("value", ["avx3", "sse", "avx512"])
 def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
-    with pytest.raises(ValueError, match=rf"FXQ_CPU='{value}': expected avx2, or unset for what this CPU has"):
+    with pytest.raises(
+        ValueError, match=rf"FXQ_CPU='{value}': expected avx2, portable, or unset for what this CPU has"
+    ):
         cpu.features()
 
 
-@pytest.mark.parametrize("value", ["", " ", "avx2", "AVX2 "])
+@pytest.mark.parametrize("value", ["", " ", "avx2", "AVX2 ", "Portable"])
 def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     assert cpu.limit() == value.strip().lower()
@@ -134,13 +148,13 @@ SUMMARY = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k",
 
 
 def test_the_closing_summary_says_which_kernels_were_not_tested():
-    environment = os.environ | {cpu.LIMIT: "avx2"}
+    environment = os.environ | {cpu.LIMIT: "portable"}
     command = [sys.executable, "-m", "pytest", *SUMMARY]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=features.ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.strip().splitlines()
-    (native,) = (line for line in lines if line.startswith("not tested: native AVX512 kernels (4 tests skipped)"))
-    assert "native kernels need a CPU with avx512_vnni" in native
+    (native,) = (line for line in lines if line.startswith("not tested: native kernels (4 tests skipped)"))
+    assert "native kernels need a CPU with avx2, fma3" in native
     assert any(line.startswith("not tested: bytes multiplied by other libraries (0 tests skipped)") for line in lines)
     assert "2 passed, 4 skipped" in lines[-1]
 

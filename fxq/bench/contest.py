@@ -50,7 +50,7 @@ class Contestant:
         name: shown in tables; unique in a case.
         build: compiles and packs; may raise.
         least_sqnr: in dB; an output below it is wrong.
-        arithmetic: "float32", "bfloat16", "int8" or "float8": what multiplies.
+        arithmetic: "float32", "bfloat16", "int8", "int4" (weights of 4 bits) or "float8": what multiplies.
         dtype: of the float inputs and outputs.
         needs: package that has to be installed, or "".
         ours: whether it is this library's.

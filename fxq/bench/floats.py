@@ -17,6 +17,11 @@ def no_bfloat16() -> str:
     return ""
 
 
+def own_dtype(device: str) -> torch.dtype:
+    """Dtype of the models that this library quantizes here: bfloat16, float32 on a CPU without kernels for it."""
+    return torch.float32 if torch.device(device).type == "cpu" and no_bfloat16() else torch.bfloat16
+
+
 def eager(problem: Problem, dtype: torch.dtype) -> Built:
     """The module as it is."""
     model, args = problem.model(dtype), problem.args(dtype)

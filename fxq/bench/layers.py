@@ -13,10 +13,12 @@ from torch import Tensor, fx
 from fxq import kernels, numerics
 from fxq.bench.cases import LEAST_SQNR
 from fxq.bench.contest import BF16, FP32, Built, Case, CaseResult, Contestant
+from fxq.bench.floats import own_dtype
 from fxq.calibration.rollout import Rollout
 from fxq.core.ir import LayerPlan, planned
 from fxq.core.layer import LayerTensors, Operators, quantized_layers
 from fxq.core.signature import flatten_call
+from fxq.dtypes import dtype_name
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
 
@@ -92,20 +94,20 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     stored = LayerTensors.of(module, plan, device)
     back = slice(None) if stored.perm is None else torch.argsort(stored.perm)
     x, bias = _inputs(rows, stored)
-    x, w = x[:, back], stored.float_weight()
+    x, w, own = x[:, back], stored.float_weight(), own_dtype(device)
 
     def plain(dtype: torch.dtype) -> Built:
         args = x.to(dtype), w.to(dtype), bias.to(dtype)
         return Built(lambda: F.linear(*args), "F.linear")
 
     def quantized() -> Built:
-        return (_per_token if plan.quantization.per_token else _static)(x.bfloat16(), stored)
+        return (_per_token if plan.quantization.per_token else _static)(x.to(own), stored)
 
     bounds = LEAST_SQNR["model"]
     contestants = (
         Contestant(FP32, lambda: plain(torch.float32), bounds["float32"], "float32"),
         Contestant(BF16, lambda: plain(torch.bfloat16), bounds["bfloat16"], "bfloat16", "bfloat16"),
-        Contestant(OURS, quantized, bounds["int8"], "int8", "bfloat16", ours=True),
+        Contestant(OURS, quantized, bounds["int8"], "int8", dtype_name(own), ours=True),
     )
     facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
     name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.quantization.detail}, {len(plan.outliers)} outliers"
@@ -127,7 +129,7 @@ def _inputs(rows: int, stored: LayerTensors) -> tuple[Tensor, Tensor]:
 def _static(x: Tensor, stored: LayerTensors) -> Built:
     plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
     first = stored.perm, stored.input_scale, stored.input_zero_point, plan.split, scheme.input_bits
-    rest = stored.input_scale, stored.offset, plan.split, scheme.weight_bits, torch.bfloat16
+    rest = stored.input_scale, stored.offset, plan.split, scheme.weight_bits, x.dtype
 
     def call() -> Tensor:
         q = kernels.quantize_act(x, *first)
@@ -138,7 +140,7 @@ def _static(x: Tensor, stored: LayerTensors) -> Built:
 
 def _per_token(x: Tensor, stored: LayerTensors) -> Built:
     plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
-    rest = weight, stored.weight_scale, stored.offset, plan.split, scheme.weight_bits, torch.bfloat16
+    rest = weight, stored.weight_scale, stored.offset, plan.split, scheme.weight_bits, x.dtype
     quantize = Operators.of(scheme).quantize
 
     def call() -> Tensor:

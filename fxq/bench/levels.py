@@ -12,31 +12,38 @@ from torch import Tensor
 
 from fxq.bench import cases, ours
 from fxq.bench.contest import BASELINES, Case, Contestant
+from fxq.bench.floats import own_dtype
 from fxq.bench.problems import Problem, block_problem, linear_problem
 from fxq.bench.rivals import rivals_for
+from fxq.dtypes import dtype_name
 
 
-def _ours(problem: Problem, device: str, bound: float, single: bool) -> tuple[Contestant, ...]:
-    def contestant(name: str, dual_scale: bool, per_token: bool = False) -> Contestant:
+def _ours(problem: Problem, device: str, bounds: dict[str, float], single: bool) -> tuple[Contestant, ...]:
+    dtype = own_dtype(device)
+
+    def contestant(name: str, arithmetic: str = "int8", **scheme: Any) -> Contestant:
         def build() -> Any:
-            recipe = ours.speed_recipe(dual_scale, per_token)
-            return ours.build(problem.model(torch.bfloat16), problem.args(torch.bfloat16), recipe, device)
+            return ours.build(problem.model(dtype), problem.args(dtype), ours.speed_recipe(**scheme), device)
 
-        return Contestant(name, build, bound, "int8", "bfloat16", ours=True)
+        return Contestant(name, build, bounds[arithmetic], arithmetic, dtype_name(dtype), ours=True)
 
     def compiled() -> Any:
-        return ours.through_backend(problem.model(torch.bfloat16), problem.args(torch.bfloat16))
+        return ours.through_backend(problem.model(dtype), problem.args(dtype))
 
-    dual = contestant("fxq dual scale", True), contestant("fxq per token", True, True)
+    dual = (
+        contestant("fxq dual scale", dual_scale=True),
+        contestant("fxq per token", dual_scale=True, per_token=True),
+        contestant("fxq W4A8", "int4", dual_scale=True, weight_bits=4),
+    )
     if single:
-        return (contestant("fxq single scale", False), *dual)
-    return (*dual, Contestant("fxq torch.compile", compiled, bound, "int8", "bfloat16", ours=True))
+        return (contestant("fxq single scale", dual_scale=False), *dual)
+    return (*dual, Contestant("fxq torch.compile", compiled, bounds["int8"], "int8", dtype_name(dtype), ours=True))
 
 
 def _contestants(level: str, problem: Problem, device: str, threads: int, single: bool) -> tuple[Contestant, ...]:
     bounds = cases.LEAST_SQNR[level]
     rivals = tuple(rival.contestant(problem, threads, bounds) for rival in rivals_for(level, device))
-    return rivals + _ours(problem, device, bounds["int8"], single)
+    return rivals + _ours(problem, device, bounds, single)
 
 
 def linear_case(shape: cases.LinearShape, device: str, threads: int) -> Case:

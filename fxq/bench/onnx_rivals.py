@@ -59,13 +59,16 @@ class _Graph:
         (b,) = self.node("DequantizeLinear", self.constant(bias), self.constant(scale * input_scale), none, axis=0)
         return self.node("Add", y, b)[0]
 
-    def dynamic_linear(self, x: str, linear: nn.Linear) -> str:
-        """DynamicQuantizeLinear and MatMulInteger."""
+    def dynamic_linear(self, x: str, linear: nn.Linear, unsigned: bool) -> str:
+        """DynamicQuantizeLinear and MatMulInteger, with weights as int8 or, around 128, as uint8."""
         float_type = importlib.import_module("onnx").TensorProto.FLOAT
         weight, scale = _integers(linear)
         q, s, z = self.node("DynamicQuantizeLinear", x, outputs=3)
-        zeros = self.constant(np.zeros(len(scale), np.int8))
-        (y,) = self.node("MatMulInteger", q, self.constant(weight.T), z, zeros)
+        stored: list[NDArray[Any]] = [weight.T, np.zeros(len(scale), np.int8)]
+        if unsigned:
+            stored = [(array.astype(np.int16) + 128).astype(np.uint8) for array in stored]
+        w, zeros = map(self.constant, stored)
+        (y,) = self.node("MatMulInteger", q, w, z, zeros)
         (y,) = self.node("Cast", y, to=float_type)
         (both,) = self.node("Mul", s, self.constant(scale))
         (y,) = self.node("Mul", y, both)
@@ -82,7 +85,9 @@ def _bias(linear: nn.Linear) -> NDArray[np.float32]:
     return linear.bias.detach().cpu().numpy()
 
 
-def write_model(layers: Sequence[nn.Module], x: Tensor, ranges: Sequence[Range], dynamic: bool, path: str) -> None:
+def write_model(
+    layers: Sequence[nn.Module], x: Tensor, ranges: Sequence[Range], dynamic: bool, path: str, unsigned: bool = False
+) -> None:
     """Write the quantized model of linears and GELUs.
 
     Args:
@@ -91,13 +96,14 @@ def write_model(layers: Sequence[nn.Module], x: Tensor, ranges: Sequence[Range],
         ranges: least and largest input of each linear.
         dynamic: MatMulInteger with scales at run time instead of static QDQ.
         path: .onnx file.
+        unsigned: weights of MatMulInteger as uint8, whose products do not saturate on CPUs without VNNI.
     """
     onnx = importlib.import_module("onnx")
     graph, name, spans = _Graph(), "x", iter(ranges)
     for layer in layers:
         if isinstance(layer, nn.Linear):
             span = next(spans)
-            name = graph.dynamic_linear(name, layer) if dynamic else graph.static_linear(name, layer, span)
+            name = graph.dynamic_linear(name, layer, unsigned) if dynamic else graph.static_linear(name, layer, span)
         else:
             (name,) = graph.node("Gelu", name, approximate="tanh")
     outputs = [layer for layer in layers if isinstance(layer, nn.Linear)][-1].out_features
@@ -109,12 +115,19 @@ def write_model(layers: Sequence[nn.Module], x: Tensor, ranges: Sequence[Range],
     onnx.save(model, path)
 
 
-def onnxruntime(layers: Sequence[nn.Module], x: Tensor, ranges: Sequence[Range], dynamic: bool, threads: int) -> Built:
+def onnxruntime(
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    ranges: Sequence[Range],
+    dynamic: bool,
+    threads: int,
+    unsigned: bool = False,
+) -> Built:
     """An ONNX Runtime session on the CPU; ``kernel`` lists the operators of its optimized model."""
     ort, onnx = importlib.import_module("onnxruntime"), importlib.import_module("onnx")
     with tempfile.TemporaryDirectory() as folder:
         path, fused = (str(pathlib.Path(folder) / name) for name in ("model.onnx", "fused.onnx"))
-        write_model(layers, x, ranges, dynamic, path)
+        write_model(layers, x, ranges, dynamic, path, unsigned)
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.optimized_model_filepath = fused

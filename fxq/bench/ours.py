@@ -24,10 +24,10 @@ from fxq.quantize import quantize
 from fxq.recipes import wan_recipe
 
 
-def speed_recipe(dual_scale: bool, per_token: bool = False) -> Recipe:
-    """W8A8 by ranges alone: speed does not depend on how well the integers are chosen."""
-    scheme = Scheme(weight_bits=8, input_bits=8, dual_scale=dual_scale, per_token=per_token)
-    name = f"w8a8 {'dual' if dual_scale else 'single'} scale{' per token' if per_token else ''}"
+def speed_recipe(dual_scale: bool, per_token: bool = False, weight_bits: int = 8) -> Recipe:
+    """W8A8, or fewer bits, by ranges alone: speed does not depend on how well the integers are chosen."""
+    scheme = Scheme(weight_bits=weight_bits, input_bits=8, dual_scale=dual_scale, per_token=per_token)
+    name = f"w{weight_bits}a8 {'dual' if dual_scale else 'single'} scale{' per token' if per_token else ''}"
     return wan_recipe(name, scheme, methods=(MinMax(),), weighting="uniform")
 
 
@@ -90,7 +90,7 @@ def kernel_facts(module: fx.GraphModule, device: str) -> dict[str, object]:
         "operators": {name: {"nodes": n, "kernel": kernels.used(name, device)} for name, n in counts.items()},
         "layers": {row["layer"]: row["kernel"] or f"kept: {row['reason']}" for row in data["layers"]},
         "outliers": {row["layer"]: row["outliers"] for row in data["layers"] if row["quantized"]},
-        "native": native.why_not() or "ready",
+        "native": native.why_not() or native.name(),
         "remarks": data["facts"].get("remarks", {}),
     }
 

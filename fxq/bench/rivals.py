@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxq import cpu
 from fxq.bench import onnx_rivals
 from fxq.bench.contest import BF16, FP32, Built, Contestant
 from fxq.bench.floats import compiled, eager, no_bfloat16, onednn
@@ -211,6 +212,13 @@ RIVALS: tuple[Rival, ...] = (
     Rival("PT2E x86 inductor", x86_inductor, dtype=torch.float32, needs="torchao", levels=_ALL),
     Rival("onnxruntime QDQ", _onnx(onnx_rivals.onnxruntime, False), dtype=torch.float32, needs="onnxruntime"),
     Rival("onnxruntime MatMulInteger", _onnx(onnx_rivals.onnxruntime, True), dtype=torch.float32, needs="onnxruntime"),
+    Rival(
+        "onnxruntime MatMulInteger u8",
+        _onnx(onnx_rivals.onnxruntime, True, unsigned=True),
+        dtype=torch.float32,
+        needs="onnxruntime",
+        obstacle=lambda: "" if cpu.saturates() else "products with int8 weights are exact on this CPU",
+    ),
     Rival("OpenVINO QDQ", _onnx(onnx_rivals.openvino, False), dtype=torch.float32, needs="openvino"),
     Rival(
         "OpenVINO QDQ, bf16 hint",

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
-from fxq.bench.floats import no_bfloat16, onednn_model
+from fxq.bench.floats import no_bfloat16, onednn_model, own_dtype
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.calibration.rollout import Draws, Rollout, current_call
 from fxq.dtypes import dtype_name
@@ -86,7 +86,7 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
 
     Whole videos are not compared: small differences grow from chunk to chunk in any arithmetic.
     """
-    base = make_rollout(shape, device)
+    base, own = make_rollout(shape, device), own_dtype(device)
     args: list[tuple[object, ...]] = []
 
     def reference() -> Tensor:
@@ -99,9 +99,9 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
         return Built(_through(rollout, run), kernel, lambda: run(*probe)[0])
 
     def quantized() -> Built:
-        rollout = in_dtype(base, torch.bfloat16)
+        rollout = in_dtype(base, own)
         module = ours.optimized(rollout.model, rollout, ours.speed_recipe(dual_scale=True))
-        probe = cast_args(args[0], torch.bfloat16)
+        probe = cast_args(args[0], own)
         return ours.finish(module, probe, device, _through(rollout, module), output=lambda: module(*probe)[0])
 
     bounds = LEAST_SQNR["rollout"]
@@ -116,6 +116,6 @@ def rollout_case(shape: RolloutShape, device: str) -> Case:
         *(floats(name, EAGER) for name in BASELINES),
         *(floats(f"{name} compiled", INDUCTOR) for name in ("fp32", "bf16")),
         *(floats(f"{name} oneDNN", ONEDNN) for name in ("fp32", "bf16") if torch.device(device).type == "cpu"),
-        Contestant("fxq dual scale", quantized, bounds["int8"], "int8", "bfloat16", ours=True),
+        Contestant("fxq dual scale", quantized, bounds["int8"], "int8", dtype_name(own), ours=True),
     )
     return Case(shape.name, reference, contestants, facts={"chunks": shape.chunks, **vars(shape.config)})

@@ -160,9 +160,9 @@ def check_op(op: Op, device: str) -> Iterator[Check]:
     if _is_linear(op) and device == "cpu":
         if native.ready():
             laid_out = [_with_panels(op, arguments) for arguments in portable]
-            yield _check(op, device, "native", laid_out, "weights laid out by fxq.optimize")
+            yield _check(op, device, native.name(), laid_out, "weights laid out by fxq.optimize")
         else:
-            yield Check(op.name, device, "native", "unusable", None, native.why_not())
+            yield Check(op.name, device, native.name(), "unusable", None, native.why_not())
 
 
 def _is_linear(op: Op) -> bool:
@@ -193,13 +193,15 @@ def _unusable(op: Op, device: str) -> str:
 def why_slow(op: Op, device: str) -> str:
     """Why an operator has nothing faster than what runs on a device, or ""."""
     kernel = kernels.used(op.name, device)
-    if kernel in ("triton", "native"):
+    if kernel in ("triton", native.name()):
         return ""
     if device != "cpu":
         return no_triton() or "torch's own kernels serve it"
     if _is_linear(op):
         return in_float_note() if kernel == IN_FLOAT else ""
-    return "no CPU kernel is written for it" if kernel == "reference" else native.why_not()
+    if kernel == "reference":
+        return "no CPU kernel is written for it"
+    return native.why_not() or f"the {native.name()} kernels have none for it"
 
 
 def _check(op: Op, device: str, kernel: str, samples: list[Arguments], note: str) -> Check:

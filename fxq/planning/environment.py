@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fxq import cpu
-from fxq.kernels.native.build import NEEDS, compiler
+from fxq.kernels.native.build import SETS, compiler
 from fxq.planning.gpus import GIB
 
 OPTIONAL = {
@@ -78,7 +78,8 @@ class Environment:
 
 def read_environment() -> Environment:
     """Look at this machine."""
-    lacking = cpu.missing(NEEDS)
+    used = tuple(name for found in reversed(SETS) for name in found.needs)
+    lacking = cpu.missing(used)
     return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
@@ -89,7 +90,7 @@ def read_environment() -> Environment:
         cpu=cpu.name() or platform.machine(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        instructions=tuple(name for name in NEEDS if name not in lacking),
+        instructions=tuple(name for name in used if name not in lacking),
         missing_instructions=lacking,
         limited_to=cpu.limit(),
         compiler=_compiler(),

@@ -92,9 +92,9 @@ def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-@attention.on("cpu", native.or_else("sdpa"))
+@attention.on("cpu", native.or_else("sdpa", native.attends))
 def attention_cpu(a: Attention) -> Tensor:
     """Native kernel for bfloat16, else scaled_dot_product_attention."""
-    if a.q.dtype == torch.bfloat16 and native.ready():
+    if a.q.dtype == torch.bfloat16 and native.attends():
         return native.attention(a, _fake(a))
     return attention.compute(a)

@@ -149,10 +149,10 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     return found[0].to(a.q.dtype).flatten(2).contiguous()
 
 
-@attention_packed.on("cpu", native.or_else("reference"))
+@attention_packed.on("cpu", native.or_else("reference", native.attends))
 def attention_packed_cpu(a: AttentionPacked) -> Tensor:
     """Native kernel for bfloat16 pieces and decoded spans, else the reference."""
-    if a.q.dtype != torch.bfloat16 or not native.ready() or not any(k.shape[1] for k in a.k):
+    if a.q.dtype != torch.bfloat16 or not native.attends() or not any(k.shape[1] for k in a.k):
         return attention_packed.compute(a)
     found = native.attention_lse(Attention(a.q, a.k, a.v))
     for part in _parts(a):

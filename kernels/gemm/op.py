@@ -150,14 +150,16 @@ def cpu_integers(a: Tensor, b: Tensor) -> Tensor:
 
 _HAS_VNNI = cpu.has_vnni()
 IN_FLOAT = "float32"
-"""Name of the implementation that multiplies integers in float32: exact, and slower than the float model."""
+"""Name of the implementation that multiplies integers in float32, for portable layouts on a CPU without VNNI and where
+there are no native kernels: exact, and slower than the float model."""
 ON_CPU = "int_mm" if _HAS_VNNI else IN_FLOAT
 """Name of the CPU implementation for weights in the portable layouts."""
 
 
 def in_float_note() -> str:
     """What a user of :data:`IN_FLOAT` should know, in one line."""
-    return f"{cpu.lacks()}: integers are multiplied in float32, which is exact and slower than the float model"
+    note = f"{cpu.lacks()}: integers are multiplied in float32, which is exact and slower than the float model"
+    return f"{note}; fxq.optimize lays weights out for the native kernels" if native.ready() else note
 
 
 def _supports(a: DualScaleLinear) -> str:

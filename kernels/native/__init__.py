@@ -1,4 +1,6 @@
-"""C++ kernels for x86 CPUs with AVX512 VNNI and BF16, compiled at first use and called through ctypes.
+"""C++ kernels for x86 CPUs, compiled at first use and called through ctypes.
+
+Which instruction sets there are kernels for, and which of them this CPU gets, says :mod:`fxq.kernels.native.build`.
 
 The functions here take tensors that the operators have checked, and write into ``out``. Tensors are read with the
 strides they have as long as the last dimension is contiguous.
@@ -27,16 +29,18 @@ from fxq.kernels.arguments import (
     QuantizePerToken,
     RmsNormRope,
 )
-from fxq.kernels.native.build import library
+from fxq.kernels.native.build import instruction_set, library
 
 __all__ = [
     "activation_code",
+    "attends",
     "attention",
     "attention_lse",
     "linear",
     "linear_add",
     "linear_per_token",
     "linear_quantize",
+    "name",
     "norm_quantize",
     "or_else",
     "quantize_act",
@@ -68,9 +72,21 @@ def activation_code(name: str) -> int:
     return -1 if loaded is None else int(loaded.fxq_activation(name.encode()))
 
 
-def or_else(name: str) -> Callable[[], str]:
-    """Says "native" where the native kernels can be called and ``name`` where not."""
-    return lambda: "native" if ready() else name
+def name() -> str:
+    """How reports call the native kernels of this CPU: "native" or, with AVX2 only, "native avx2"."""
+    found = instruction_set()
+    return "native" if found is None else found.kernel
+
+
+def attends() -> bool:
+    """Whether attention is among the native kernels of this CPU."""
+    found = instruction_set()
+    return ready() and found is not None and found.attention
+
+
+def or_else(other: str, there: Callable[[], bool] | None = None) -> Callable[[], str]:
+    """Says :func:`name` where the native kernels can be called, or ``there`` says so, and ``other`` where not."""
+    return lambda: name() if (there or ready)() else other
 
 
 def _struct(name: str, fields: str) -> type[ctypes.Structure]:

@@ -1,33 +1,15 @@
-// Flash attention in bfloat16 with float32 sums, for caches of any length in any number of pieces.
+// Flash attention in bfloat16 for AVX512 BF16, with float32 sums, for caches of any length in any number of pieces.
 //
 // Per batch and head the keys and values are packed once into the panels that the tile reads; blocks of queries then run
 // over blocks of keys: scores by bfloat16 products, one pass for maximum and exp, and a second product that accumulates.
 #include <cstring>
 #include <limits>
 
-#include "common.h"
-#include "tile.h"
+#include "calls.h"
+#include "product.h"
+#include "vectors.h"
 
 using namespace fxq;
-
-extern "C" struct Piece {
-  const bfloat16* k;  // [batch, length, heads, size] with unit stride along size
-  const bfloat16* v;
-  long length;
-  long k_batch, k_row, k_head;  // strides in elements
-  long v_batch, v_row, v_head;
-};
-
-extern "C" struct Attention {
-  const bfloat16* q;  // [batch, rows, heads, size] with unit stride along size
-  bfloat16* out;      // [batch, rows, heads * size], or null
-  float* part;        // where out is null: the same, to be merged with the results for other keys,
-  float* lse;         // [batch, rows, heads], by the logarithm of the sum of the weights
-  const Piece* pieces;
-  long piece_count, batch, rows, heads, size;
-  long q_batch, q_row, q_head;
-  int32_t threads;
-};
 
 namespace {
 

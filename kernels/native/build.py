@@ -12,16 +12,42 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 
 from fxq import cpu
 from fxq.kernels.native.cache import cache_folder, is_own_file, why_shared
 
-SOURCES = ("linear.cpp", "rows.cpp", "attention.cpp")
-HEADERS = ("common.h", "tile.h")
-NEEDS = ("avx512_vnni", "avx512_bf16", "avx512_vbmi2")
-INSTRUCTIONS = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi2", "avx512bf16", "fma")
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """What kernels are compiled for.
+
+    Attributes:
+        kernel: how reports name the kernels.
+        needs: instructions as :func:`fxq.cpu.features` spells them.
+        flags: the same in the words of compilers.
+        sources: C++ files; they choose headers by what the compiler may use.
+        attention: whether attention is among them.
+    """
+
+    kernel: str
+    needs: tuple[str, ...]
+    flags: tuple[str, ...]
+    sources: tuple[str, ...]
+    attention: bool = False
+
+
+AVX512 = InstructionSet(
+    "native",
+    ("avx512_vnni", "avx512_bf16", "avx512_vbmi2"),
+    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi2", "avx512bf16", "fma"),
+    ("linear.cpp", "rows.cpp", "attention.cpp"),
+    attention=True,
+)
+AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), ("linear.cpp", "rows.cpp"))
+SETS = (AVX512, AVX2)
+"""From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
-FLAGS += [f"-m{name}" for name in INSTRUCTIONS]
 FOLDER = pathlib.Path(__file__).parent
 VERSION_SECONDS, COMPILE_SECONDS = 30, 600
 
@@ -32,12 +58,19 @@ def missing() -> str:
         return "native kernels are switched off by FXQ_NATIVE=0"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"native kernels are for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
-    if absent := cpu.missing(NEEDS):
+    if instruction_set() is None:
+        needs = SETS[-1].needs
         why = f"{cpu.LIMIT}={cpu.limit()} takes away" if cpu.limit() else "this one lacks"
-        return f"native kernels need a CPU with {', '.join(NEEDS)}; {why} {', '.join(absent)}"
+        absent = ", ".join(cpu.missing(needs))
+        return f"native kernels need a CPU with {', '.join(needs)}; {why} {absent}"
     if compiler() is None:
         return "native kernels are compiled at first use and there is no C++ compiler: install g++ or set CXX"
     return ""
+
+
+def instruction_set() -> InstructionSet | None:
+    """The fastest that this CPU has, or None."""
+    return next((found for found in SETS if not cpu.missing(found.needs)), None)
 
 
 def compiler() -> str | None:
@@ -53,8 +86,8 @@ def compiler() -> str | None:
     return None
 
 
-def build(cxx: str, folder: pathlib.Path) -> pathlib.Path:
-    """The shared library, compiled when this source, compiler and these flags were not compiled before.
+def build(cxx: str, folder: pathlib.Path, target: InstructionSet) -> pathlib.Path:
+    """The shared library for an instruction set, compiled where source, compiler and flags were not compiled before.
 
     A library in ``folder`` counts only where this user alone can have written it.
 
@@ -64,25 +97,27 @@ def build(cxx: str, folder: pathlib.Path) -> pathlib.Path:
     """
     command = shlex.split(cxx)
     version = _run([*command, "--version"], VERSION_SECONDS).stdout
-    digest = hashlib.sha256(repr((version, FLAGS, *command[1:])).encode())
-    for name in (*SOURCES, *HEADERS):
-        digest.update((FOLDER / name).read_bytes())
-    target = folder / f"native-{digest.hexdigest()[:24]}.so"
-    if is_own_file(target):
-        return target
+    flags = [*FLAGS, *(f"-m{name}" for name in target.flags)]
+    digest = hashlib.sha256(repr((version, flags, *command[1:])).encode())
+    sources = [FOLDER / name for name in target.sources]
+    for path in (*sources, *sorted(FOLDER.glob("*.h"))):
+        digest.update(path.read_bytes())
+    file = folder / f"native-{digest.hexdigest()[:24]}.so"
+    if is_own_file(file):
+        return file
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if reason := why_shared(folder):
         raise RuntimeError(f"{reason}; set FXQ_CACHE_DIR to a folder of your own")
     # A private name until it is whole: several processes may compile at the same time.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        half = pathlib.Path(scratch) / target.name
-        done = _run([*command, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(half)], COMPILE_SECONDS)
+        half = pathlib.Path(scratch) / file.name
+        done = _run([*command, *flags, *map(str, sources), "-o", str(half)], COMPILE_SECONDS)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise RuntimeError(f"{cxx} cannot compile the native kernels: {' '.join(lines[:2]) or 'no message'}")
         half.chmod(0o600)
-        half.replace(target)
-    return target
+        half.replace(file)
+    return file
 
 
 def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
@@ -99,9 +134,9 @@ def library() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and why there is none. Compiles at the first call, a few seconds."""
     if reason := missing():
         return None, reason
-    cxx = compiler()
-    assert cxx is not None
+    cxx, target = compiler(), instruction_set()
+    assert cxx is not None and target is not None
     try:
-        return ctypes.CDLL(str(build(cxx, cache_folder()))), ""
+        return ctypes.CDLL(str(build(cxx, cache_folder(), target))), ""
     except (OSError, RuntimeError) as error:
         return None, f"native kernels could not be built: {error}"

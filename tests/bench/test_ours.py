@@ -5,7 +5,7 @@ import torch
 
 import fxq
 from fxq import kernels
-from fxq.bench import ours
+from fxq.bench import floats, ours
 from fxq.bench.cases import LinearShape
 from fxq.bench.problems import linear_problem
 from fxq.core.ir import get_tensor
@@ -68,3 +68,15 @@ def test_a_single_integer_that_differs_is_an_error_above_zero():
 
 def test_the_measured_module_stores_integers(frozen):
     assert get_tensor(frozen, "blocks.0.0.weight").dtype == torch.int8
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_models_are_bfloat16_where_the_cpu_multiplies_it(missing, monkeypatch):
+    monkeypatch.setattr(floats, "no_bfloat16", lambda: "not on this CPU" if missing else "")
+    assert floats.own_dtype("cpu") == (torch.float32 if missing else torch.bfloat16)
+    assert floats.own_dtype("cuda:0") == torch.bfloat16
+
+
+def test_weights_of_four_bits_are_a_recipe_too(problem):
+    built = ours.build(problem.module, problem.args(torch.float32), ours.speed_recipe(True, weight_bits=4), "cpu")
+    assert built.refusal == "" and built.facts["outliers"]["blocks.0.0"] == 32

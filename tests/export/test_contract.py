@@ -13,6 +13,7 @@ from fxq.export import bundle as bundle_module
 from fxq.export import read_manifest, verify_bundle
 from fxq.export.fingerprint import take_fingerprint
 from fxq.export.inputs import input_entries, noise, seeded_inputs
+from fxq.kernels import native
 from fxq.kernels.gemm import op as gemm
 from tests.export.test_bundle import change, resign
 from tests.toys import recipe, rows, toy, wan_rollout
@@ -70,7 +71,7 @@ def test_a_sound_bundle_passes_every_check_and_names_the_kernels(original):
         ("blocks.0.down", "W4A8", ()),
     ]
     for item in verdict.layers:
-        assert item.linear_kernel == gemm.ON_CPU and item.quantize_kernel in ("eager", "native")
+        assert item.linear_kernel == gemm.ON_CPU and item.quantize_kernel in ("eager", native.name())
     slow = gemm.in_float_note() in detail(verdict, "planned layers are quantized")
     assert slow == (gemm.ON_CPU == gemm.IN_FLOAT)
     assert json.loads(json.dumps(verdict.to_json()))["ok"] is True

@@ -31,7 +31,7 @@ from fxq.kernels.gemm.panels import pack_panels, panel_shape, unpack_panels
 from fxq.kernels.native import attention_lse, build
 from tests.features import needs
 
-needs_native = needs("native")
+needs_native, needs_attention = needs("native"), needs("attends")
 RANGES = quantize_per_token_asymmetric
 
 
@@ -265,7 +265,7 @@ def exact_attention(q, k, v):
     return F.scaled_dot_product_attention(*(t.double().transpose(1, 2) for t in (q, k, v))).transpose(1, 2).flatten(2)
 
 
-@needs_native
+@needs_attention
 @pytest.mark.parametrize("rows", [1, 191, 193])
 @pytest.mark.parametrize("lengths", [(1,), (3, 0, 254), (255, 2), (600, 77)])
 @pytest.mark.parametrize("size", [16, 66, 128])
@@ -277,7 +277,7 @@ def test_attention_is_as_exact_as_bfloat16_allows(rows, lengths, size):
     assert float((got - want).norm() / want.norm()) < 0.006
 
 
-@needs_native
+@needs_attention
 def test_attention_reads_strided_pieces_in_any_number_of_threads(threads):
     torch.manual_seed(3)
     merged = torch.randn(2, 50, 3 * 96).bfloat16()
@@ -287,7 +287,7 @@ def test_attention_reads_strided_pieces_in_any_number_of_threads(threads):
     assert float((got - want).norm() / want.norm()) < 0.006
 
 
-@needs_native
+@needs_attention
 def test_attention_of_enough_work_for_several_threads(threads):
     torch.manual_seed(4)
     q, k, v = (torch.randn(1, rows, 2, 64).bfloat16() for rows in (500, 900, 900))
@@ -295,7 +295,7 @@ def test_attention_of_enough_work_for_several_threads(threads):
     assert float((got - want).norm() / want.norm()) < 0.006
 
 
-@needs_native
+@needs_attention
 @pytest.mark.parametrize(("rows", "lengths", "size"), [(37, (150, 3), 64), (70, (513, 40, 0, 5), 80), (5, (9,), 128)])
 def test_parts_of_attention_come_with_the_logarithm_of_their_weights(rows, lengths, size):
     q = torch.randn(2, rows, 3, size).bfloat16()
@@ -306,7 +306,7 @@ def test_parts_of_attention_come_with_the_logarithm_of_their_weights(rows, lengt
     torch.testing.assert_close(out, want, atol=2**-6, rtol=0)
 
 
-@needs_native
+@needs_attention
 def test_attention_survives_scores_of_any_size():
     q = torch.tensor([300.0, -300.0, 0.0]).reshape(1, 3, 1, 1).expand(1, 3, 1, 16).bfloat16()
     k = torch.linspace(-300, 300, 400).reshape(1, 400, 1, 1).expand(1, 400, 1, 16).bfloat16()
@@ -347,18 +347,31 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing_behind(tmp_path):
 
 @needs_native
 def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path, monkeypatch):
-    first = build.build(build.compiler(), tmp_path)
+    here = build.compiler(), tmp_path, build.instruction_set()
+    first = build.build(*here)
     stamp = first.stat().st_mtime_ns
-    assert build.build(build.compiler(), tmp_path) == first and first.stat().st_mtime_ns == stamp
+    assert build.build(*here) == first and first.stat().st_mtime_ns == stamp
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DOTHER"])
-    assert build.build(build.compiler(), tmp_path) != first
+    assert build.build(*here) != first
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("missing", ["avx512_bf16", "avx512_vbmi2"])
+EVERYTHING = frozenset((*build.AVX512.needs, *build.AVX2.needs))
+
+
+@pytest.mark.parametrize("missing", build.AVX512.needs)
+def test_a_cpu_that_lacks_an_instruction_of_the_largest_set_gets_the_next(missing, monkeypatch):
+    monkeypatch.setattr(cpu, "features", lambda: EVERYTHING)
+    assert build.instruction_set() is build.AVX512
+    monkeypatch.setattr(cpu, "features", lambda: EVERYTHING - {missing})
+    assert build.instruction_set() is build.AVX2
+    assert "instructions" not in build.missing() and "CPU" not in build.missing()
+
+
+@pytest.mark.parametrize("missing", build.AVX2.needs)
 def test_a_cpu_without_the_instructions_is_named(missing, monkeypatch):
-    monkeypatch.setattr(cpu, "features", lambda: frozenset(build.NEEDS) - {missing})
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(build.AVX2.needs) - {missing})
     monkeypatch.setattr(cpu, "limit", lambda: "")
     assert f"this one lacks {missing}" in build.missing()
-    monkeypatch.setattr(cpu, "limit", lambda: "avx2")
-    assert f"FXQ_CPU=avx2 takes away {missing}" in build.missing()
+    monkeypatch.setattr(cpu, "limit", lambda: "portable")
+    assert f"FXQ_CPU=portable takes away {missing}" in build.missing()

@@ -379,7 +379,7 @@ def test_wrong_arguments_of_dual_scale_linear_per_token_are_named(position, valu
 
 def test_the_kernel_in_use_has_a_name(monkeypatch):
     panels = pack_panels(torch.zeros(8, 8, dtype=torch.int8), 8)
-    for ready, quantizer, linear in ((True, "native", "native"), (False, "eager", gemm.ON_CPU)):
+    for ready, quantizer, linear in ((True, native.name(), native.name()), (False, "eager", gemm.ON_CPU)):
         monkeypatch.setattr(native, "ready", lambda ready=ready: ready)
         assert used("quantize_act", "cpu") == quantizer
         assert used("fxq::dual_scale_linear.default", "cpu") == gemm.ON_CPU

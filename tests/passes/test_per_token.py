@@ -192,7 +192,7 @@ def test_an_optimized_denoiser_computes_the_same(bits):
     for want, got in zip(*(pytree.tree_leaves(m(*args)) for m in (q, fast)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert len(calls(fast, QUANTIZE)) == 9 < len(calls(q, QUANTIZE)) == 12
-    kernel = "native" if native.ready() else ON_CPU
+    kernel = native.name() if native.ready() else ON_CPU
     assert all(REMARK in row.remarks and row.kernel == kernel for row in fxq.summary(fast).quantized)
 
 

@@ -8,9 +8,6 @@
 
 namespace fxq {
 
-constexpr int TILE_ROWS = 6;
-constexpr int TILE_COLUMNS = 64;
-
 #define FXQ_ROW(OP, source, c0, c1, c2, c3, t)           \
   "vpbroadcastd " source ", %%zmm" t "\n\t"              \
   OP " %%zmm24, %%zmm" t ", %%zmm" c0 "\n\t"             \

@@ -1,0 +1,37 @@
+// The product of int8 rows with panels: what linear.cpp asks of every instruction set. A class Product holds some rows
+// as its inner loop reads them:
+//
+//   static constexpr double LEAST_WORK;        // multiply-adds that are worth a thread
+//   static long most_rows(const Segments&);    // of one Product
+//   Product(const Linear&, const Segments&, long begin, long end);
+//   template <typename Done> void multiply(const int8_t* panel, Done done);
+//
+// `multiply` calls done(row, height, normal, outlier) for all its rows, some at a time, with their int32 sums of
+// (q + 128) * w [height, 64] of both segments; `outlier` is null where there is none. Sums wrap modulo 2^32, and so does
+// the panel's sum that is subtracted: only the difference has to fit.
+#pragma once
+
+#include "calls.h"
+#include "common.h"
+
+namespace fxq {
+
+constexpr int TILE_ROWS = 6;
+constexpr int TILE_COLUMNS = 64;
+
+// Rows of a panel, steps of four channels each, that hold the segments.
+struct Segments {
+  long normal, outlier;
+
+  explicit Segments(const Linear& p) : normal(ceil_div(p.split, 4)), outlier(ceil_div(p.width - p.split, 4)) {}
+  long steps() const { return normal + outlier; }
+  long panel_bytes() const { return (steps() + 2) * 4 * TILE_COLUMNS; }
+};
+
+}  // namespace fxq
+
+#ifdef __AVX512VNNI__
+#include "product_avx512.h"
+#else
+#include "product_avx2.h"
+#endif

@@ -1,0 +1,131 @@
+// Vectors of 16 lanes for AVX512 with BF16; see vectors.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "common.h"
+
+namespace fxq {
+
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m128i;
+using Lanes = __mmask16;
+constexpr int LANES = 16;
+constexpr int SUMS = 1;  // that a long sum is split into
+constexpr Lanes ALL = 0xFFFF;
+
+// Lanes of a vector that hold elements, when `left` of them are left.
+inline Lanes lanes(long left) { return left >= 16 ? ALL : static_cast<Lanes>((1u << std::max(0L, left)) - 1); }
+inline uint32_t bits(Lanes lanes) { return lanes; }
+
+inline Floats floats(float x) { return _mm512_set1_ps(x); }
+inline Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
+
+inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats greatest(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+inline Floats least(Floats a, Floats b) { return _mm512_min_ps(a, b); }     // b where one is NaN
+inline Floats magnitude(Floats a) { return _mm512_abs_ps(a); }
+inline Floats keep(Floats a, Lanes lanes) { return _mm512_maskz_mov_ps(lanes, a); }
+inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
+inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
+inline uint32_t not_finite(Floats a) { return _mm512_fpclass_ps_mask(a, 0x99); }  // NaN of both kinds, infinity of both signs
+
+// a where the number is below zero, b elsewhere.
+inline Floats below_zero(Floats number, Floats a, Floats b) {
+  return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(number, _mm512_setzero_ps(), _CMP_LT_OQ), a);
+}
+
+inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+template <int COUNT>
+inline Ints shift_down(Ints a) {
+  return _mm512_srai_epi32(a, COUNT);
+}
+inline Ints to_ints(Floats a) { return _mm512_cvtps_epi32(a); }  // nearest, half to even
+inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+inline Bytes to_bytes(Ints a) { return _mm512_cvtepi32_epi8(a); }  // of values that int8 holds
+inline Bytes choose(Bytes a, Bytes b, Lanes first) { return _mm_mask_mov_epi8(b, first, a); }  // a in the lanes of `first`
+
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
+
+inline Floats widen(__m256i v) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16)); }
+
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline Floats load(const bfloat16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+
+// Masked accesses to memory are several times slower than whole ones on some CPUs: a branch chooses. Other lanes are 0.
+inline Floats load(const float* p, Lanes mask) { return mask == ALL ? load(p) : _mm512_maskz_loadu_ps(mask, p); }
+
+inline Floats load(const bfloat16* p, Lanes mask) {
+  return mask == ALL ? load(p) : widen(_mm256_maskz_loadu_epi16(mask, p));
+}
+
+inline void store(float* p, Floats v, Lanes mask = ALL) {
+  if (mask == ALL) return _mm512_storeu_ps(p, v);
+  _mm512_mask_storeu_ps(p, mask, v);
+}
+
+inline __m256i to_bfloat16(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+
+inline void store(bfloat16* p, Floats v, Lanes mask = ALL) {
+  if (mask == ALL) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));
+  _mm256_mask_storeu_epi16(p, mask, to_bfloat16(v));
+}
+
+inline void store(int8_t* p, Bytes v, Lanes mask = ALL) {
+  if (mask == ALL) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+  _mm_mask_storeu_epi8(p, mask, v);
+}
+
+// p[0], p[0], p[1], p[1], ... for the lanes of a vector of `left` elements.
+inline Floats load_twice(const float* p, long left) {
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm512_permutexvar_ps(twice, load(p, lanes(left / 2) & 0xFF));
+}
+
+// Neighbouring pairs (even, odd) -> (even c - odd s, even s + odd c).
+inline Floats rotate(Floats v, Floats c, Floats s) {
+  return _mm512_fmaddsub_ps(v, c, _mm512_mul_ps(_mm512_permute_ps(v, 0xB1), s));
+}
+
+// exp(x) to about 1e-7 relative; saturates to 0 and infinity.
+inline Floats exp(Floats x) {
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 0x08);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(p, n);
+}
+
+// 1 / x to about 1e-7 relative for normal x >= 1; 0 at infinity.
+inline Floats reciprocal(Floats x) {
+  const __m512 guess = _mm512_rcp14_ps(x);
+  const __m512 error = _mm512_fnmadd_ps(x, guess, _mm512_set1_ps(1.0f));
+  const __mmask16 finite = _mm512_cmp_ps_mask(x, _mm512_set1_ps(1e38f), _CMP_LT_OQ);
+  return _mm512_mask_fmadd_ps(guess, finite, error, guess);
+}
+
+inline __mmask32 poison_lanes(long width) { return width >= POISON_MOST ? ~0u : (1u << width) - 1; }
+
+inline void poison(int8_t* row, long width) {
+  if (width < POISON_LEAST) return;
+  const __m256i codes = _mm256_mask_blend_epi8(POISON, _mm256_set1_epi8(-128), _mm256_set1_epi8(127));
+  _mm256_mask_storeu_epi8(row, poison_lanes(width), codes);
+}
+
+inline bool poisoned(const int8_t* row, long width) {
+  if (width < POISON_LEAST) return false;
+  const __m256i codes = _mm256_mask_blend_epi8(POISON, _mm256_set1_epi8(-128), _mm256_set1_epi8(127));
+  const __mmask32 mask = poison_lanes(width);
+  return _mm256_mask_cmpneq_epi8_mask(mask, _mm256_maskz_loadu_epi8(mask, row), codes) == 0;
+}
+
+}  // namespace fxq

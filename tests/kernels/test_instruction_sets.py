@@ -1,0 +1,188 @@
+"""Products of every instruction set that this CPU has, against int64: worst cases, rests, and the bounds themselves."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from fxq import cpu
+from fxq.kernels import dual_scale_linear, native, quantize_act
+from fxq.kernels.gemm.panels import pack_panels
+from fxq.kernels.native import build
+from fxq.kernels.native.cache import cache_folder
+from tests.features import needs
+
+pytestmark = needs("native")
+
+
+def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
+    monkeypatch.setattr(native, "library", lambda: (library, ""))
+    monkeypatch.setattr(native, "instruction_set", lambda: found)
+
+
+@pytest.fixture(params=build.SETS, ids=lambda found: found.kernel)
+def kernels(request, monkeypatch):
+    """The native kernels for one instruction set, whether or not they are the ones that this CPU gets."""
+    if cpu.missing(request.param.needs):
+        pytest.skip(f"needs {', '.join(cpu.missing(request.param.needs))}")
+    library = ctypes.CDLL(str(build.build(build.compiler(), cache_folder(), request.param)))
+    use(monkeypatch, request.param, library)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n}-threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def product(q, w, split=None):
+    """Sums of the native kernel, float32 [M, N], with all scales 1."""
+    split = split or q.shape[1]
+    groups = 1 if split == q.shape[1] else 2
+    ones = torch.ones(groups, w.shape[0]), torch.ones(groups), torch.zeros(w.shape[0])
+    return dual_scale_linear(q, pack_panels(w, split), *ones, split, 8, torch.float32)
+
+
+def expected(q, w, split=None):
+    """The same of int64 sums: a segment is rounded to float32, then their sum."""
+    split = split or q.shape[1]
+    parts = [slice(0, split), slice(split, q.shape[1])]
+    first, second = (q[:, part].long() @ w[:, part].long().T for part in parts)
+    return first.float() + second.float()
+
+
+def filled(*shape, value):
+    return torch.full(shape, value, dtype=torch.int8)
+
+
+def within(shape, low, high, seed=0):
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+
+
+def with_few_pairs(outputs, width):
+    """Normal weights: about one pair in a hundred is more than one multiplication of bytes holds."""
+    w = torch.randn(outputs, width, generator=torch.Generator().manual_seed(1))
+    return (w / w.abs().amax(1, keepdim=True) * 127).round().to(torch.int8)
+
+
+SHAPES = [
+    (16, 131, 130, 128),
+    (17, 9000, 5, 8999),
+    (1, 1, 1, 1),
+    (5, 96, 40, 96),
+    (6, 64, 64, 63),
+    (7, 75, 19, 50),
+    (25, 2052, 70, 2001),
+    (200, 1111, 97, 1000),
+    (13, 777, 65, 1),
+    (784, 64, 66, 48),
+]
+
+
+@pytest.mark.parametrize(("rows", "width", "outputs", "split"), SHAPES)
+def test_sums_equal_those_of_int64(rows, width, outputs, split, kernels, threads):
+    q = within((rows, width), -128, 127)
+    weights = [within((outputs, width), -(2**b), 2**b - 1, seed=b) for b in range(3, 8)]
+    for w in (*weights, with_few_pairs(outputs, width)):
+        assert torch.equal(product(q, w, split), expected(q, w, split))
+
+
+PAIRS = [(-128, -128), (127, 127), (-128, 127), (-128, 0), (64, 64), (64, 65), (65, 64), (-64, -64), (-64, -65)]
+PAIRS += [(127, 1), (127, 2), (-127, -1), (-127, -2), (-1, -128), (0, 127)]
+NARROW = [-8, 7, -9, 8, -16, 15, -17, 16, -32, 31, -33, 32, -64, 63]
+
+
+def assert_extremes_are_exact(value):
+    """255, or 0, times each pair, in every step: what saturates is seen."""
+    w = torch.stack([torch.tensor(pair * 512, dtype=torch.int8) for pair in PAIRS])
+    w = torch.cat([w, torch.stack([filled(1024, value=v) for v in NARROW]), w.flip(1)])
+    for rows, width in ((3, 1024), (9, 1024), (25, 1024), (17, 1023), (40, 776), (16, 7), (25, 7)):
+        q = filled(rows, 1024, value=value)[:, :width]
+        for alone in w[:, :width].split(1):  # others could choose the loop
+            assert torch.equal(product(q, alone), expected(q, alone)), alone[0, :2]
+        assert torch.equal(product(q, w[:, :width]), expected(q, w[:, :width]))
+
+
+@pytest.mark.parametrize("value", [127, -128])
+def test_the_largest_sums_of_every_pair_of_weights_are_exact(value, kernels):
+    assert_extremes_are_exact(value)
+
+
+def test_the_longest_rows_of_extremes_are_exact(kernels):
+    q, w = filled(18, 13824, value=127), torch.cat([filled(1, 13824, value=-128), filled(1, 13824, value=127)])
+    assert torch.equal(product(q, w, 13633), expected(q, w, 13633))
+    for rows in (1, 17):
+        q, w = filled(rows, 2**17 - 1, value=-128), filled(1, 2**17 - 1, value=-128)
+        assert product(q, w).unique().tolist() == [2.0**14 * (2**17 - 1)]
+
+
+BOUNDS = {
+    "a pair of 129": ("excess_avx2.h", "_mm256_set1_epi16(128)", "_mm256_set1_epi16(129)"),
+    "a pair of -129": ("excess_avx2.h", "_mm256_set1_epi16(-128)", "_mm256_set1_epi16(-129)"),
+    "excess of 129": ("excess_avx2.h", "room = 128", "room = 129"),
+    "eight steps of 5 bits": ("product_avx2.h", "if (within(7))", "if (within(15))"),
+    "four steps of 6 bits": ("product_avx2.h", "if (within(15))", "if (within(31))"),
+    "two steps of 7 bits": ("product_avx2.h", "if (within(31))", "if (within(63))"),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_bound_that_is_one_wider_is_found_out(bound, tmp_path, monkeypatch):
+    """The test above has teeth: it fails for a copy of the sources with one bound widened."""
+    if cpu.missing(build.AVX2.needs):
+        pytest.skip("needs avx2")
+    copy = shutil.copytree(build.FOLDER, tmp_path / "source", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    name, old, new = BOUNDS[bound]
+    text = (copy / name).read_text()
+    assert old in text
+    (copy / name).write_text(text.replace(old, new))
+    monkeypatch.setattr(build, "FOLDER", copy)
+    monkeypatch.setattr(build, "FLAGS", [flag.replace("-O3", "-O1") for flag in build.FLAGS])
+    product_only = build.InstructionSet("wider", build.AVX2.needs, build.AVX2.flags, ("linear.cpp",))
+    use(monkeypatch, product_only, ctypes.CDLL(str(build.build(build.compiler(), tmp_path, product_only))))
+    with pytest.raises(AssertionError):
+        assert_extremes_are_exact(127)
+
+
+def test_one_layer_after_another_leaves_nothing_behind(kernels, threads):
+    """Memory that a thread keeps is used for narrow, wide and short ones in turn."""
+    torch.manual_seed(0)
+    for rows, width, low in ((30, 900, -8), (9, 64, -128), (61, 1500, -64), (3, 40, -128), (30, 900, -128)):
+        q, w = within((rows, width), -128, 127), within((70, width), low, -low - 1)
+        assert torch.equal(product(q, w, width - 24), expected(q, w, width - 24))
+
+
+def test_rows_are_quantized_alike_by_every_instruction_set(kernels):
+    torch.manual_seed(2)
+    x = torch.randn(9, 301) * 3
+    order = torch.randperm(301)
+    for perm in (None, order, torch.cat([order[:250].sort().values, order[250:].sort().values])):
+        arguments = (x, perm if perm is None else perm.int(), torch.tensor([0.02, 0.3]), torch.tensor([4, -30]).int())
+        assert torch.equal(quantize_act(*arguments, 250, 8), quantize_act.reference(*arguments, 250, 8))
+
+
+ABOVE_AVX2 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])|vpdpbusd|vpdpwssd"
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
+    if cpu.missing(build.AVX2.needs):
+        pytest.skip("needs avx2")
+    file = build.build(build.compiler(), cache_folder(), build.AVX2)
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True).stdout
+    assert "vpmaddubsw" in code and "vfmadd" in code
+    assert not re.findall(ABOVE_AVX2, code)
+    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column)\w*>:\n(.*?)\n\n", code, re.S)
+    assert loops
+    spilled = [
+        line for body in loops for line in body.splitlines() if re.search(r"%ymm\d+,-?(0x)?[\da-f]*\(%rsp", line)
+    ]
+    assert len(spilled) <= len(loops), spilled  # one constant at most, never a sum
