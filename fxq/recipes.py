@@ -29,15 +29,7 @@ from fxq.passes.transforms.conv_rot import ConvRot
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
-from fxq.recipe_files import (
-    MAX_BASES,
-    MAX_RECIPE_BYTES,
-    check_content,
-    refuse_unknown,
-    tables,
-    to_toml,
-    validated,
-)
+from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, refuse_unknown, tables, to_toml, validated
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
