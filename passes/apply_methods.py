@@ -12,17 +12,19 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
+from fxq.calibration.collect import CalibrationError
 from fxq.core.config import Weighting
 from fxq.core.graph import LinearSite, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, planned, set_plan
 from fxq.core.method import LayerProblem, LayerStatistics, LayerUpdate, Method
 from fxq.core.pipeline import Analysis
 from fxq.core.products import low_rank_branch
-from fxq.passes.methods import output_sqnr
+from fxq.passes.methods import Units, output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.residency import Residency, trim
 
+_LEAST_OUTPUT = 2.0**-100  # in the range of float32 with room for the steps of integers, and for sums
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
 
 
@@ -119,6 +121,8 @@ class ApplyMethods(Analysis):
         """
         residency = Residency()
         problems = [self._problem(graph, site, plans[site.layer]) for site in group]
+        for problem, site in zip(problems, group, strict=True):
+            _check_range(problem, site.weight(graph.module).dtype)
         joint = _stacked(problems)
         judged = () if judge is None else judge.reads(graph, group[0].layer)
         key = _key(joint, self.methods, judged) if self.checkpoint is not None else ""
@@ -187,6 +191,23 @@ class ApplyMethods(Analysis):
             counts=None if counts is None else counts.to(device),
             bias=None if bias is None else bias.float().to(device),
             branch=None if branch is None else branch[:, order.to(device)],
+        )
+
+
+def _check_range(problem: LayerProblem, dtype: torch.dtype) -> None:
+    """Refuse a layer of a float64 model whose outputs float32, in which integers are scaled, does not hold.
+
+    Raises:
+        CalibrationError: naming it, and what would do.
+    """
+    if dtype != torch.float64 or not len(problem.rows) or not problem.rows.any() or not problem.weight.any():
+        return
+    units = Units.of(problem)
+    if not _LEAST_OUTPUT < units.inputs * units.weights < 1 / _LEAST_OUTPUT:
+        raise CalibrationError(
+            f"layer {problem.layer}: products of its inputs (about {units.inputs:.0e}) and weights (about "
+            f"{units.weights:.0e}) leave the range of float32, in which integers are scaled; bring the model to "
+            "another unit, or keep the layer by a rule without a scheme"
         )
 
 

@@ -121,6 +121,8 @@ def _export(
         # itself refuses calls of other sizes.
         with torch.no_grad(), quiet(*_ADVISERS):
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+    except OSError:  # of the machine, not of the model
+        raise
     except Exception as error:
         raise TraceError(f"torch.export cannot capture {type(model).__name__}: {_briefly(error)}. {_ADVICE}") from error
 

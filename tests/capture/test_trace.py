@@ -238,3 +238,12 @@ def test_torch_does_not_talk_about_dimensions_that_it_fixed(caplog):
     assert "specialized" not in caplog.text
     torch.export.export(nn.Linear(8, 4), (one,), dynamic_shapes=shapes)
     assert "specialized" in caplog.text
+
+
+def test_a_working_directory_that_is_gone_is_told_as_it_is(tmp_path, monkeypatch):
+    def gone(*args, **options):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(torch.export, "export", gone)
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
+        trace(torch.nn.Linear(8, 8).eval(), (torch.zeros(2, 8),))

@@ -172,3 +172,19 @@ def test_methods_choose_on_a_gpu_what_they_choose_on_a_cpu(per_token):
     assert all(t.is_cuda for t in quantized[1].state_dict().values())
     assert all(row.output_sqnr > 10 for row in fxq.summary(quantized[1]).quantized)
     torch.testing.assert_close(quantized[1](x.cuda()).cpu(), quantized[0](x), rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("inputs", "weights"), [(1e-30, 1e-20), (1e30, 1e10)])
+@pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic"])
+def test_a_float64_layer_whose_outputs_float32_does_not_hold_is_refused_by_name(name, inputs, weights):
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)).double().eval()
+    with torch.no_grad():
+        model[0].weight.mul_(weights)
+    x = rows(16, 64).double() * inputs
+    with pytest.raises(fxq.CalibrationError, match=r"layer 0: products of its inputs .* leave the range of float32"):
+        fxq.quantize(model, [x], name, progress=False)
+    q = fxq.quantize(model, [x / inputs * (1e-10 / weights)], name, progress=False)
+    assert fxq.summary(q).rows[0].output_sqnr > 30
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert fxq.summary(fxq.quantize(model, [x], name, progress=False)).rows[0].quantized
