@@ -41,8 +41,8 @@ def compiler(tmp_path):
 def test_a_library_is_compiled_once_into_a_folder_of_ones_own(own, compiler):
     cxx, ran = compiler
     assert cache.cache_folder() == own
-    first = build.build(cxx, own)
-    assert build.build(cxx, own) == first and ran() == 1
+    first = build.build(cxx, own, build.AVX2)
+    assert build.build(cxx, own, build.AVX2) == first and ran() == 1
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
 
 
@@ -58,25 +58,25 @@ def test_a_folder_that_others_can_write_into_is_not_used(own, compiler, mode):
     assert used != own and not cache.why_shared(used)
     assert stat.S_IMODE(used.stat().st_mode) == 0o700
     with pytest.raises(RuntimeError, match="set FXQ_CACHE_DIR to a folder of your own"):
-        build.build(compiler[0], own)
+        build.build(compiler[0], own, build.AVX2)
 
 
 def test_a_library_that_others_could_have_written_is_compiled_again(own, compiler):
     cxx, ran = compiler
-    library = build.build(cxx, own)
+    library = build.build(cxx, own, build.AVX2)
     library.write_text("evil")
     library.chmod(0o666)
-    assert build.build(cxx, own) == library
+    assert build.build(cxx, own, build.AVX2) == library
     assert ran() == 2 and library.read_text() == "lib\n"
 
 
 def test_a_link_in_the_place_of_a_library_is_not_followed(own, compiler, tmp_path):
     cxx, _ = compiler
-    library = build.build(cxx, own)
+    library = build.build(cxx, own, build.AVX2)
     (tmp_path / "evil.so").write_text("evil")
     library.unlink()
     library.symlink_to(tmp_path / "evil.so")
-    assert build.build(cxx, own) == library
+    assert build.build(cxx, own, build.AVX2) == library
     assert not library.is_symlink() and library.read_text() == "lib\n"
     assert (tmp_path / "evil.so").read_text() == "evil"
 
@@ -84,9 +84,9 @@ def test_a_link_in_the_place_of_a_library_is_not_followed(own, compiler, tmp_pat
 @needs_root
 def test_a_library_of_another_user_is_compiled_again(own, compiler):
     cxx, ran = compiler
-    library = build.build(cxx, own)
+    library = build.build(cxx, own, build.AVX2)
     os.chown(library, STRANGER, STRANGER)
-    build.build(cxx, own)
+    build.build(cxx, own, build.AVX2)
     assert ran() == 2 and library.stat().st_uid == 0
 
 
@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_made_gives_way_to_a_private_one(tmp_path, monke
 def test_a_compiler_that_hangs_is_given_up(own, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "VERSION_SECONDS", 1)
     with pytest.raises(RuntimeError, match="does not end within 1 seconds; set CXX to another compiler"):
-        build.build(script(tmp_path / "slow", "exec sleep 60"), own)
+        build.build(script(tmp_path / "slow", "exec sleep 60"), own, build.AVX2)
 
 
 @pytest.mark.parametrize("options", ["-O2", "-O2 -g", "'-DX=a b'"])
@@ -151,7 +151,7 @@ def test_a_planted_library_does_not_run(tmp_path):
         "warnings.simplefilter('ignore')\n"
         "from fxq.kernels.native import build\n"
         "build.missing = lambda: ''\n"
-        "build.build = lambda cxx, folder: print(folder) or (_ for _ in ()).throw(OSError('end'))\n"
+        "build.build = lambda cxx, folder, target: print(folder) or (_ for _ in ()).throw(OSError('end'))\n"
         "build.library()\n"
     )
     environment = {**os.environ, "FXQ_CACHE_DIR": str(shared)}
