@@ -93,7 +93,9 @@ def test_every_contestant_of_a_level_is_right_or_not_for_this_machine(level):
         assert not bad
         skipped = [r for r in case["results"] if r["status"] == "skipped"]
         absent = [r["name"] for r in skipped if r["note"].startswith("not on this CPU")]
-        assert all(r["note"].endswith("is not installed") for r in skipped if r["name"] not in absent)
+        needless = [r["name"] for r in skipped if r["note"] == "products with int8 weights are exact on this CPU"]
+        assert set(needless) <= {"onnxruntime MatMulInteger u8"}
+        assert all(r["note"].endswith("is not installed") for r in skipped if r["name"] not in (*absent, *needless))
         assert absent == ["bf16 oneDNN"] * bool(no_bfloat16())
 
 
