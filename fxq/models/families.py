@@ -97,6 +97,8 @@ _SAMPLER_SETTINGS = {
 }
 _CACHE_SETTINGS = {"local_attn_size": "window", "sink_size": "sink"}
 _CONFIG_SETTINGS = {field.name for field in dataclasses.fields(CausalWanConfig)}
+_MOST_LAYERS, _MOST = 1000, 1 << 20
+"""Sizes that no model has; a settings file may say anything, and layers take time before a weight is looked for."""
 _IGNORED = {"window_size", "num_train_timestep", "num_output_frames"}
 
 
@@ -123,8 +125,9 @@ def with_settings(family: Family, settings: Mapping[str, Any]) -> Family:
         raise CheckpointError(f"unknown settings {', '.join(unknown)}; known are {known}")
     sizes = {key: value for key, value in public.items() if key in _CONFIG_SETTINGS}
     for key in sizes.keys() - {"patch_size", "eps"}:
-        if not isinstance(sizes[key], int) or sizes[key] < 0:
-            raise CheckpointError(f"setting {key} is {sizes[key]!r}, expected a whole number")
+        most = _MOST_LAYERS if key == "num_layers" else _MOST
+        if not isinstance(sizes[key], int) or not 0 <= sizes[key] <= most:
+            raise CheckpointError(f"setting {key} is {sizes[key]!r}, expected a whole number, {most} at most")
     loop = {_SAMPLER_SETTINGS[key]: value for key, value in public.items() if key in _SAMPLER_SETTINGS}
     try:
         if shift is not None:

@@ -528,6 +528,8 @@ def test_a_config_file_gives_sizes_and_loop(tmp_path):
     [
         ({"dim": 25}, "must split into 12 heads"),
         ({"dim": "wide"}, "setting dim is 'wide', expected a whole number"),
+        ({"num_layers": 10**9}, "setting num_layers is 1000000000, expected a whole number, 1000 at most"),
+        ({"ffn_dim": 10**9}, "setting ffn_dim is 1000000000, expected a whole number, 1048576 at most"),
         ({"hidden": 3}, "unknown settings hidden; known are .*dim, .*sink_size"),
         ({"model_type": "i2v"}, "model_type 'i2v'"),
         ({"num_heads": 0}, "do not fit"),

@@ -38,15 +38,18 @@ def official(settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_type {kind!r}: only text-to-video causal Wan models are supported, 't2v' and 'ti2v'")
     if named := [key for key in _IMAGE if found.pop(key, None) is not None]:
         raise ValueError(f"{named[0]} is set: {foreign_kind('i2v')}")
-    if (width := found.pop("attention_head_dim", None)) is not None and "num_attention_heads" in found:
-        found.setdefault("dim", width * found["num_attention_heads"])
+    width, heads = found.pop("attention_head_dim", None), found.get("num_attention_heads")
+    if isinstance(width, int) and isinstance(heads, int):
+        found.setdefault("dim", width * heads)
     for old, new in _SAME.items():
         if old in found:
             found.setdefault(new, found.pop(old))
     if found.get("out_dim", 0) is None:
-        found["out_dim"] = found["in_dim"]
+        del found["out_dim"]
+        if "in_dim" in found:
+            found["out_dim"] = found["in_dim"]
     if "qk_norm" in found and not isinstance(found["qk_norm"], int):
-        if found["qk_norm"] not in _NORMS:
+        if not (found["qk_norm"] is None or isinstance(found["qk_norm"], str)) or found["qk_norm"] not in _NORMS:
             raise ValueError(f"qk_norm {found['qk_norm']!r}: expected rms_norm_across_heads, as Wan has it")
         found["qk_norm"] = _NORMS[found["qk_norm"]]
     return found

@@ -20,7 +20,7 @@ def sizes_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
     Returns:
         What the shapes show; empty when they are of something else.
     """
-    blocks = [int(found[1]) for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))]
+    blocks = {found[1] for name in shapes if (found := re.match(r"blocks\.(\d+)\.", name))}
     try:
         patch, head = list(shapes["patch_embedding.weight"]), list(shapes["head.head.weight"])
         dim, in_dim, *patch_size = patch
@@ -28,7 +28,7 @@ def sizes_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
         return {
             "dim": dim,
             "ffn_dim": next(iter(shapes["blocks.0.ffn.0.weight"])),
-            "num_layers": max(blocks) + 1,
+            "num_layers": len(blocks),
             "freq_dim": list(shapes["time_embedding.0.weight"])[1],
             "text_dim": list(shapes["text_embedding.0.weight"])[1],
             "in_dim": in_dim,
@@ -37,5 +37,5 @@ def sizes_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, object]:
             "qk_norm": int("blocks.0.self_attn.norm_q.weight" in shapes),
             "cross_attn_norm": int("blocks.0.norm3.weight" in shapes),
         }
-    except (KeyError, ValueError, IndexError):
+    except (KeyError, ValueError, IndexError, StopIteration, ZeroDivisionError):
         return {}

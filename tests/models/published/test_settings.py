@@ -19,3 +19,14 @@ def test_the_names_of_diffusers_become_official_ones():
 def test_images_are_refused_by_the_key_that_says_so():
     with pytest.raises(ValueError, match="added_kv_proj_dim is set: an image-to-video Wan"):
         official({"added_kv_proj_dim": 5120, "image_dim": None})
+
+
+@pytest.mark.parametrize("value", [[1], {}, "layer_norm"])
+def test_a_norm_that_wan_has_not_is_refused(value):
+    with pytest.raises(ValueError, match="expected rms_norm_across_heads, as Wan has it"):
+        official({"qk_norm": value})
+
+
+def test_values_of_other_types_are_left_to_who_reads_them():
+    assert official({"attention_head_dim": [0], "num_attention_heads": 10**9}) == {"num_heads": 10**9}
+    assert official({"out_channels": None}) == {}

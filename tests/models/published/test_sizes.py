@@ -26,3 +26,10 @@ def test_shapes_show_every_size_but_the_number_of_heads(config):
 
 def test_other_tensors_show_nothing():
     assert sizes_of({"blocks.0.up.weight": (3, 3)}) == {} and sizes_of({}) == {}
+
+
+def test_what_a_file_says_of_blocks_is_bounded_by_what_it_has():
+    shapes = sizes_of(layout(CONFIGS[3]) | {"blocks.999999999.ffn.0.weight": (3, 3)})
+    assert shapes["num_layers"] == 3
+    without_pixels = layout(CONFIGS[3]) | {"patch_embedding.weight": (24, 16, 1, 0, 0)}
+    assert sizes_of(without_pixels) == {} and sizes_of(layout(CONFIGS[3]) | {"blocks.0.ffn.0.weight": ()}) == {}
