@@ -1,10 +1,8 @@
 """Forms of an 8-bit product in ONNX over torch's float32, each right or wrong on this CPU.
 
 OMP_NUM_THREADS=1 python -m benchmarks.onnx_forms --out benchmarks/results/onnx_forms.json
-tests/machine/as_avx2 env OMP_NUM_THREADS=1 \\
-    python -m benchmarks.onnx_forms --out benchmarks/results/onnx_forms_avx2.json
 
-One thread, interleaved rounds of CPU time; a ratio is the median over rounds.
+Behind `tests/machine/as_avx2 env` it measures a CPU without VNNI. One thread, interleaved rounds of CPU time; a ratio is the median over rounds.
 """
 
 from __future__ import annotations
