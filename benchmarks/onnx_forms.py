@@ -2,7 +2,8 @@
 
 OMP_NUM_THREADS=1 python -m benchmarks.onnx_forms --out benchmarks/results/onnx_forms.json
 
-Behind `tests/machine/as_avx2 env` it measures a CPU without VNNI. One thread, interleaved rounds of CPU time; a ratio is the median over rounds.
+Behind `tests/machine/as_avx2 env` it measures a CPU without VNNI. One thread, interleaved rounds of CPU
+time; a ratio is the median over rounds.
 """
 
 from __future__ import annotations
