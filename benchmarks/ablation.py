@@ -1,6 +1,6 @@
 """What each part of Q-ARVD adds on the shipped model: Tables 3 and 4 of arXiv 2605.21072, with intervals.
 
-    python benchmarks/ablation.py --out benchmarks/results/ablation.json
+    python -m benchmarks.ablation --out benchmarks/results/ablation.json
 
 Several calibration seeds (other prompts, noise and rounding order) are pooled; every comparison is paired by video.
 A finished seed is one file in ``--work``; a killed run resumes with the next seed.
@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
-import shlex
-import sys
 
 import numpy as np
 
-from fxq.environment import environment
+from benchmarks.record import write
 from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, latents_of, tiny_rollout, weighting_recipes
 from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
@@ -81,17 +78,13 @@ def main() -> None:
     parts = [name for name in pooled if not name.startswith("weights ")]
     weights = [name for name in pooled if name.startswith("weights ")]
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "bits": args.bits,
         "videos": len(next(iter(pooled.values()))["latent_mse"]),
         "seeds": args.seeds,
         "parts": [row(name, "+ reconstruction") for name in parts],
         "weightings": [row(name, "weights uniform") for name in weights],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     for table in ("parts", "weightings"):
         for entry in result[table]:  # type: ignore[attr-defined]
             cells = [f"{entry['variant']:<42}"]

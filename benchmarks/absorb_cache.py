@@ -1,27 +1,23 @@
 """Layers of the shipped model that forget their history, with and without what takes its place.
 
-python benchmarks/absorb_cache.py --out benchmarks/results/absorb_cache.json
+python -m benchmarks.absorb_cache --out benchmarks/results/absorb_cache.json
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import pathlib
-import shlex
-import sys
 
 import torch
 from torch import Tensor
 
+from benchmarks.record import write
 from fxq.cache.absorb import Absorb
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws
 from fxq.capture.trace import trace
 from fxq.core.pipeline import run_passes
-from fxq.environment import environment
 from fxq.lab import tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import bootstrap
@@ -115,15 +111,11 @@ def main() -> None:
             whole_scores = sprites.score(whole.latents[:, 3 * WARMUP :], bench.conditions).means()
             result[name] = {"whole": {"scores": whole_scores, "bytes": whole.cache.nbytes()}, "rows": rows}
     head = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "videos": args.videos,
         "warmup": WARMUP,
         "chunks_after": AFTER,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, head | result)
 
 
 if __name__ == "__main__":

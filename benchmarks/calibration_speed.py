@@ -1,6 +1,6 @@
 """How long the presets' methods take for one layer beside the Adam loop of Q-ARVD, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/calibration_speed.py --out benchmarks/results/calibration_speed.json
+    OMP_NUM_THREADS=1 python -m benchmarks.calibration_speed --out benchmarks/results/calibration_speed.json
 
 Random weights and correlated inputs with outlier channels, W4A8 dual scale. Of the Adam loop ``--measured`` iterations
 are timed, behind one that is not, and multiplied: its iterations take the same time.
@@ -9,17 +9,13 @@ are timed, behind one that is not, and multiplied: its iterations take the same 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import pathlib
-import shlex
-import sys
 import time
 
 import torch
 
+from benchmarks.record import write
 from fxq.core.method import LayerProblem, LayerUpdate, Scheme
-from fxq.environment import environment
 from fxq.passes.methods import output_sqnr
 from fxq.passes.methods.adaround import AdaRound
 from fxq.recipes import LEAST_ERROR
@@ -98,13 +94,9 @@ def main() -> None:
         row = rows[-1]
         print(f"{width} -> {outputs}: {row['seconds']:.1f} s, Adam {row['adam_seconds']:.0f} s, {row['ratio']:.1f}x")
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "layers": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 import torch
@@ -23,13 +19,13 @@ from torch import Tensor, fx
 
 import fxq
 from benchmarks.live_bytes import LiveBytes
+from benchmarks.record import write
 from fxq.cache.absorb import Absorb
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws
 from fxq.capture.trace import trace
 from fxq.core.pipeline import run_passes
-from fxq.environment import environment
 from fxq.lab import tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import bootstrap
@@ -129,17 +125,13 @@ def main() -> None:
             rows[name], latents = bench.row(name, whole)
             whole = latents if whole is None else whole
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "videos": args.videos,
         "calibration_videos": args.calibration_videos,
         "chunks": CHUNKS,
         "compared_from": FROM,
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     print("| recipe | PSNR dB | worst video | motion | linears, kB | cache, MB | peak of a chunk, MB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, row in rows.items():

@@ -1,29 +1,25 @@
 """Codecs of the key-value cache on the shipped model: reconstruction, free rollouts, long rollouts.
 
-python benchmarks/kv_cache.py --out benchmarks/results/kv_cache.json
+python -m benchmarks.kv_cache --out benchmarks/results/kv_cache.json
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.record import write
 from fxq.cache.choose import KINDS, cache_tables, try_codec
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.codecs.codec import Codec
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache
 from fxq.calibration.rollout import Draws
-from fxq.environment import environment
 from fxq.lab import tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import bootstrap, latent_mse
@@ -218,15 +214,11 @@ def main() -> None:
         result["absolute_positions_motion_by_chunk"] = absolute_positions(model, args.long_videos, bar)
         result["long_rollouts"] = long_rollouts(model, args.long_videos, args.chunks, learned, bar)
     head = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "videos": args.videos,
         "long_videos": args.long_videos,
         "chunks": args.chunks,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(head | result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, head | result)
     for name, row in result["reconstruction"].items():
         print(f"{name:<36} bits {row['keys_bits']:.2f}  K {row['keys_sqnr']:.1f} dB  V {row['values_sqnr']:.1f} dB")
     print("a basis of two chunks less that of six, dB:", result["basis_of_two_chunks_less_that_of_six"])

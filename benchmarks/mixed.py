@@ -1,6 +1,6 @@
 """Mixed precision on the shipped model: budgets of weight bytes between uniform W4A8 and W8A8.
 
-    OMP_NUM_THREADS=1 python benchmarks/mixed.py --out benchmarks/results/mixed.json
+    OMP_NUM_THREADS=1 python -m benchmarks.mixed --out benchmarks/results/mixed.json
 
 Several calibration seeds (other prompts and noise) are pooled; every comparison, with uniform W4A8 and with the
 published Q-ARVD of these bits, is paired by video. Errors are of
@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import pathlib
-import shlex
-import sys
 from typing import Any
 
 import numpy as np
 
+from benchmarks.record import write
 from fxq.core.config import with_budget
 from fxq.core.facts import Facts
-from fxq.environment import environment
 from fxq.lab import Candidate, Lab, evaluate, latents_of, tiny_rollout
 from fxq.metrics.latents import paired_ratio, teacher_forced
 from fxq.models.tiny import load_tiny
@@ -111,16 +108,12 @@ def main() -> None:
     rows = [row(name, seeds) for name in seeds[0]]
     budgets = [name for name in seeds[0] if seeds[0][name]["frontier"]]
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "seeds": args.seeds,
         "videos_of_each_seed": args.videos,
         "variants": rows,
         "frontiers": [seed[budgets[0]]["frontier"] for seed in seeds] if budgets else [],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     for entry in rows:
         cells = [f"{entry['variant']:<30} {entry['bytes'][0]:>8}"]
         for metric in METRICS:

@@ -9,12 +9,8 @@ time; a ratio is the median over rounds.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import pathlib
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fxq
+from benchmarks.record import write
 from fxq import cpu
-from fxq.environment import environment
 from fxq.passes.methods.ranges import MinMax
 
 ROWS, WIDTH = 512, 1536
@@ -79,13 +75,9 @@ def main() -> None:
             if name != "float32"
         }
     result = {
-        "command": shlex.join(["python", "-m", "benchmarks.onnx_forms", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment() | {"onnxruntime": onnxruntime.__version__, "vnni": cpu.has_vnni()},
         "rows": rows,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result, onnxruntime=onnxruntime.__version__, vnni=cpu.has_vnni())
     for name, row in rows.items():
         print(f"{name:<24} {row['over float32']:.2f}x float32, {row['sqnr']:.1f} dB")
 

@@ -1,24 +1,20 @@
 """Scores and chunk sensitivity of the demo's bundles on many unseen prompts.
 
 fxq demo --out out/demo
-python benchmarks/tiny_quality.py --bundles out/demo --videos 256 --out benchmarks/results/tiny_quality.json
+python -m benchmarks.tiny_quality --bundles out/demo --videos 256 --out benchmarks/results/tiny_quality.json
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import pathlib
-import shlex
-import sys
 
 import torch
 
+from benchmarks.record import write
 from fxq.calibration.sensitivity import chunk_sensitivity
 from fxq.demo.run import sensitivity_view
-from fxq.environment import environment
 from fxq.export import load
 from fxq.lab import Lab, tiny_rollout
 from fxq.metrics import sprites
@@ -56,15 +52,11 @@ def main() -> None:
                     sensitivity_view(bits, chunk_sensitivity(rollout, lab.initialised(bits), None, on_progress))
                 )
     result = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "environment": environment(),
         "videos": args.videos,
         "scores": scores,
         "sensitivity": [dataclasses.asdict(view) for view in views],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     for name, row in scores.items():
         print(f"{name:<16}" + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     for view in views:
