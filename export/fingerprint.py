@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from pydantic import Field
@@ -44,8 +44,10 @@ class OutputMark:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """The outputs of one seeded call, or the ``reason`` why none was made.
+    """What one seeded call gives, or the ``reason`` why none was made.
 
+    ``writes`` are the contents, after the call, of inputs and stored tensors that it wrote into; None in bundles from
+    before these were recorded.
     ``tolerance`` is relative to each output's norm: kernels agree on the integers, not on the last bits of floats,
     and where a float lies on the border of two integers the next layer sees the difference.
     """
@@ -53,6 +55,7 @@ class Fingerprint:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = SEED
     tolerance: Annotated[float, Field(ge=0, le=MAX_TOLERANCE)] = 0.0
     outputs: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] = ()
+    writes: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] | None = None
     reason: Text = ""
 
 
@@ -71,7 +74,7 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
     if reason := _too_large(module, entries):
         return Fingerprint(reason=reason)
     try:
-        outputs = seeded_call(module, entries, SEED)
+        outputs, writes = seeded_call(module, entries, SEED)
     except RehearsalError as error:
         return Fingerprint(reason=f"one call is too large: {error}")
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -80,7 +83,11 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
     if not floats or not all(bool(output.isfinite().all()) for output in floats):
         return Fingerprint(reason="the graph gives no finite floating point output on seeded inputs")
     half = any(output.element_size() < 4 for output in floats)
-    return Fingerprint(tolerance=0.05 if half else 0.01, outputs=tuple(_mark(output) for output in outputs))
+    return Fingerprint(
+        tolerance=0.05 if half else 0.01,
+        outputs=tuple(_mark(output) for output in outputs),
+        writes=tuple(_mark(written) for written in writes),
+    )
 
 
 def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], recorded: Fingerprint) -> list[str]:
@@ -90,28 +97,42 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
         RehearsalError: when the call would take more than a fingerprint's call may.
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
-    outputs = seeded_call(module, entries, recorded.seed)
-    if len(outputs) != len(recorded.outputs):
-        return [f"{len(outputs)} outputs, recorded {len(recorded.outputs)}"]
+    outputs, writes = seeded_call(module, entries, recorded.seed)
+    found = _differences("output", outputs, recorded.outputs, recorded.tolerance)
+    if recorded.writes is not None:
+        found += _differences("written tensor", writes, recorded.writes, recorded.tolerance)
+    return found
+
+
+def _differences(what: str, tensors: Sequence[Tensor], marks: Sequence[OutputMark], tolerance: float) -> list[str]:
+    if len(tensors) != len(marks):
+        return [f"{len(tensors)} {what}s, recorded {len(marks)}"]
     found = []
-    for number, (output, want) in enumerate(zip(outputs, recorded.outputs, strict=True)):
-        got = _mark(output, len(want.projections))
+    for number, (tensor, want) in enumerate(zip(tensors, marks, strict=True)):
+        got = _mark(tensor, len(want.projections))
         if (got.dtype, got.shape) != (want.dtype, want.shape):
-            found.append(f"output {number} is {got.dtype} {got.shape}, recorded {want.dtype} {want.shape}")
+            found.append(f"{what} {number} is {got.dtype} {got.shape}, recorded {want.dtype} {want.shape}")
             continue
         distance = max(
             abs(a - b) for a, b in zip((got.norm, *got.projections), (want.norm, *want.projections), strict=True)
         )
-        if not distance <= recorded.tolerance * want.norm:
+        if not distance <= tolerance * want.norm:
             found.append(
-                f"output {number} differs by {distance / max(want.norm, 1e-30):.2g} of its norm, "
-                f"tolerance {recorded.tolerance:g}"
+                f"{what} {number} differs by {distance / max(want.norm, 1e-30):.2g} of its norm, "
+                f"tolerance {tolerance:g}"
             )
     return found
 
 
-def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> list[Tensor]:
-    """The tensors of one call on seeded inputs, of bounded size.
+class SeededCall(NamedTuple):
+    """The tensors that a call returns, and those of inputs and module that it wrote into."""
+
+    outputs: list[Tensor]
+    writes: list[Tensor]
+
+
+def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> SeededCall:
+    """One call on seeded inputs, of bounded size.
 
     Raises:
         RehearsalError: when inputs and values would take more than ``MAX_CALL_BYTES``, or the call more than
@@ -128,8 +149,12 @@ def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int
             f"its inputs and values take {given + cost.bytes} bytes and {cost.work} multiplications, at most "
             f"{limit + given} and {MAX_CALL_WORK} are spent"
         )
+    inputs = seeded_inputs(entries, seed, device_of(module))
+    held = [t for t in inputs if isinstance(t, Tensor)] + [*module.parameters(), *module.buffers()]
+    versions = [tensor._version for tensor in held]
     with contextlib.nullcontext() if cost.known else Brake(limit, MAX_CALL_WORK):
-        return call_flat(module, seeded_inputs(entries, seed, device_of(module)))
+        outputs = call_flat(module, inputs)
+    return SeededCall(outputs, [t for t, before in zip(held, versions, strict=True) if t._version != before])
 
 
 def device_of(module: fx.GraphModule) -> torch.device:

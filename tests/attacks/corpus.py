@@ -1,5 +1,6 @@
 """Real bundles that mutants and attacks are made of, small enough for thousands of loads."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -45,7 +46,7 @@ class Nested(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A bundle, the float model it is of, a call and what it gives."""
+    """A bundle, the float model it is of, a call, and what it gives and leaves in its inputs."""
 
     name: str
     folder: pathlib.Path
@@ -80,9 +81,15 @@ def make(name: str, folder: pathlib.Path) -> Base:
     q = fxq.quantize(model, [batch], chosen, progress=False)
     path = fxq.save(q, folder / name)
     export_program(q, folder / f"{name}-program")
+    return Base(name, path, model, batch.args, batch.kwargs, called(q, batch.args, batch.kwargs))
+
+
+def called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors of a call on copies of its inputs, then these, which the call may have written into."""
+    given = copy.deepcopy((args, kwargs))
     with torch.no_grad():
-        outputs = flat(q(*batch.args, **batch.kwargs))
-    return Base(name, path, model, batch.args, batch.kwargs, outputs)
+        outputs = module(*given[0], **given[1])
+    return flat((outputs, given))
 
 
 def flat(result: Any) -> list[torch.Tensor]:

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -53,3 +54,29 @@ def test_older_fingerprints_with_fewer_projections_are_compared(saved):
         dataclasses.replace(mark, projections=mark.projections[:OLDEST_PROJECTIONS]) for mark in recorded.outputs
     )
     assert compare_fingerprint(module, entries, dataclasses.replace(recorded, outputs=older)) == []
+
+
+def writing(module):
+    """The module with a node at its end that doubles its input, which no output shows."""
+    changed = copy.deepcopy(module)
+    graph = changed.graph
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.ops.aten.mul_.Tensor, (graph.find_nodes(op="placeholder")[0], 2.0))
+    changed.recompile()
+    return changed
+
+
+def test_a_write_into_an_input_is_a_difference(saved):
+    module, entries, recorded = saved
+    changed = writing(module)
+    assert compare_fingerprint(changed, entries, recorded) == ["1 written tensors, recorded 0"]
+    own = take_fingerprint(changed, entries)
+    assert compare_fingerprint(changed, entries, own) == []
+    assert compare_fingerprint(module, entries, own) == ["0 written tensors, recorded 1"]
+
+
+def test_fingerprints_from_before_writes_were_recorded_are_compared(saved):
+    module, entries, recorded = saved
+    assert recorded.writes == ()
+    older = dataclasses.replace(recorded, writes=None)
+    assert compare_fingerprint(writing(module), entries, older) == []
