@@ -19,7 +19,7 @@ from benchmarks.record import write
 from fxq.lab import Candidate, Lab, ablation_recipes, evaluate, latents_of, tiny_rollout, weighting_recipes
 from fxq.metrics.latents import paired_ratio
 from fxq.models.tiny import load_tiny
-from fxq.recipes import PRESETS, with_iterations
+from fxq.presets import PRESETS, with_iterations
 from fxq.runtime.progress import Progress
 from fxq.runtime.writable import whole_file
 

@@ -18,7 +18,7 @@ from benchmarks.record import write
 from fxq.core.method import LayerProblem, LayerUpdate, Scheme
 from fxq.passes.methods import output_sqnr
 from fxq.passes.methods.adaround import AdaRound
-from fxq.recipes import LEAST_ERROR
+from fxq.presets import LEAST_ERROR
 
 LAYERS = ((1536, 1536), (1536, 8960), (8960, 1536))
 """Inputs and outputs: the linears of Wan 1.3B."""

@@ -32,7 +32,7 @@ from fxq.metrics.latents import bootstrap
 from fxq.models.self_forcing import SelfForcingRollout, SelfForcingState
 from fxq.models.tiny import load_tiny
 from fxq.passes.with_cache import cache_passes
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from fxq.runtime.progress import Progress
 
 CHUNKS, FROM = 12, 6

@@ -23,7 +23,7 @@ from fxq.core.graph import linear_sites
 from fxq.environment import environment
 from fxq.metrics.outputs import output_sqnr
 from fxq.passes.methods.ranges import MinMax
-from fxq.recipes import wan_recipe
+from fxq.presets import wan_recipe
 from tests.diffusers.cases import Case, linears
 from tests.diffusers.configs import CASES
 

@@ -25,7 +25,7 @@ from fxq.lab import Candidate, Lab, evaluate, latents_of, tiny_rollout
 from fxq.metrics.latents import paired_ratio, teacher_forced
 from fxq.models.tiny import load_tiny
 from fxq.passes.choose_widths import FACT
-from fxq.recipes import PRESETS, with_iterations
+from fxq.presets import PRESETS, with_iterations
 from fxq.runtime.progress import Progress
 from fxq.runtime.writable import whole_file
 

@@ -29,7 +29,7 @@ from fxq.export.onnx import check_onnx, export_onnx
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods.ranges import MinMax
-from fxq.recipes import wan_recipe
+from fxq.presets import wan_recipe
 
 OUTLIERS = 64
 Case = tuple[nn.Module, fx.GraphModule, tuple[Any, ...], tuple[Any, ...], Any]

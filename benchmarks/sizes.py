@@ -11,7 +11,7 @@ import fxq
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods.ranges import MinMax
-from fxq.recipes import wan_recipe
+from fxq.presets import wan_recipe
 
 
 def main() -> None:

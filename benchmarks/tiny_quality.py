@@ -20,7 +20,7 @@ from fxq.lab import Lab, tiny_rollout
 from fxq.metrics import sprites
 from fxq.metrics.latents import latent_mse, psnr
 from fxq.models.tiny import load_tiny
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from fxq.runtime.progress import Progress
 
 

@@ -28,8 +28,9 @@ from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
+from fxq.presets import PRESETS
 from fxq.quantize import quantize, sensitivity
-from fxq.recipes import PRESETS, load_recipe
+from fxq.recipes import load_recipe
 from fxq.runtime.allocator import keep_memory
 from fxq.runtime.workers import WorkerError, launched
 from fxq.version import __version__ as __version__

@@ -27,8 +27,9 @@ from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER
 from fxq.passes.methods.ranges import RangeSearch
+from fxq.presets import PRESETS, single_scale
 from fxq.quantize import finish
-from fxq.recipes import PRESETS, recipe_to_json, single_scale
+from fxq.recipes import recipe_to_json
 from fxq.report.data import Comparison, Variant
 from fxq.runtime.progress import Progress
 

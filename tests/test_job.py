@@ -11,7 +11,7 @@ from fxq.capture.trace import trace
 from fxq.core.config import Rule, Scheme, with_budget
 from fxq.core.ir import Stage
 from fxq.job import Job, needs_data, uses_data
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from fxq.runtime.progress import Progress
 from tests.toys import LEARN, recipe, rows, toy
 

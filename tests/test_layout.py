@@ -29,7 +29,7 @@ FLOORS = (
     ("runtime", "calls", "core", "cache"),
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
-    ("recipes", "recipe_files", "export", "report"),
+    ("presets", "recipes", "recipe_files", "export", "report"),
     ("job", "handshake", "optimize", "parallel", "planning"),
     ("quantize", "integrations"),
     ("fxq", "lab", "bench"),

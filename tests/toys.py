@@ -16,7 +16,7 @@ from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import RangeSearch
-from fxq.recipes import wan_recipe
+from fxq.presets import wan_recipe
 from fxq.runtime.progress import Progress
 
 QUICK = (RangeSearch((0.999, 1.0), (0.8, 1.0)),)

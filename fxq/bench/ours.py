@@ -20,8 +20,8 @@ from fxq.integrations.binding import bind
 from fxq.kernels import native
 from fxq.optimize import optimize
 from fxq.passes.methods.ranges import MinMax
+from fxq.presets import wan_recipe
 from fxq.quantize import quantize
-from fxq.recipes import wan_recipe
 
 
 def speed_recipe(dual_scale: bool, per_token: bool = False, weight_bits: int = 8) -> Recipe:

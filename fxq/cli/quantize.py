@@ -26,9 +26,10 @@ from fxq.export.bundle import check_bundle_place
 from fxq.job import Job
 from fxq.passes import detect_outliers
 from fxq.passes.choose_widths import FACT
+from fxq.presets import with_iterations
 from fxq.quantize import measure_sensitivity
 from fxq.quantize import quantize as quantize_model
-from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml, with_iterations
+from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import emit, stderr_console, stdout_console

@@ -10,7 +10,8 @@ from rich.table import Table
 from fxq.cli.common import JsonOption, emit_json
 from fxq.core.config import Recipe
 from fxq.job import needs_data
-from fxq.recipes import PRESETS, get_recipe, recipe_to_json, recipe_to_toml
+from fxq.presets import PRESETS
+from fxq.recipes import get_recipe, recipe_to_json, recipe_to_toml
 from fxq.runtime.streams import emit, stdout_console
 
 recipe = typer.Typer(help="Show recipes: the presets, or what a recipe file comes to.", no_args_is_help=True)

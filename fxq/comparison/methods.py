@@ -17,17 +17,8 @@ from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
-from fxq.recipes import (
-    PRESETS,
-    Q_ARVD,
-    get_recipe,
-    minmax,
-    recipe_from_json,
-    recipe_to_json,
-    single_scale,
-    wan_recipe,
-    with_iterations,
-)
+from fxq.presets import PRESETS, Q_ARVD, minmax, single_scale, wan_recipe, with_iterations
+from fxq.recipes import get_recipe, recipe_from_json, recipe_to_json
 from fxq.runtime.messages import did_you_mean
 
 

@@ -18,7 +18,7 @@ from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_
 from fxq.metrics import sprites
 from fxq.models.tiny import CHUNK, load_tiny, tiny_facts
 from fxq.passes import detect_outliers
-from fxq.recipes import PRESETS, minmax, with_iterations
+from fxq.presets import PRESETS, minmax, with_iterations
 from fxq.report.data import Clip, LayerView, Report, SensitivityView, Variant
 from fxq.runtime.progress import Progress
 

@@ -21,7 +21,7 @@ from fxq.planning.memory import (
 )
 from fxq.planning.roofline import ARITHMETICS, chunk_seconds, frames_per_second, gain
 from fxq.planning.workloads import Workload
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 
 RESERVE = 1.5 * GIB
 """For the CUDA context, libraries and what the allocator cannot use."""

@@ -11,7 +11,7 @@ from fxq.core.config import Recipe
 from fxq.planning.gpus import Gpu, Range
 from fxq.planning.memory import LinearCall, weight_bits
 from fxq.planning.workloads import TEMPORAL_STRIDE, Workload
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 
 LAUNCH_SECONDS = 5e-6
 INT4_RATE = (0.80, 1.0)

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from fxq.cli import app
 from fxq.cli.models import AdapterError
 from fxq.comparison.methods import ComparisonError
-from fxq.recipes import PRESETS, recipe_to_toml
+from fxq.presets import PRESETS
+from fxq.recipes import recipe_to_toml
 from tests.published import options
 
 RUN = CliRunner()

@@ -12,7 +12,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.families import FAMILIES
 from fxq.models.prompts import PromptError
-from fxq.recipes import with_iterations
+from fxq.presets import with_iterations
 
 SETTINGS = {
     "dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 2, "freq_dim": 16, "text_dim": 20, "text_len": 5,

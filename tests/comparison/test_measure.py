@@ -10,7 +10,7 @@ from fxq.comparison.methods import entries
 from fxq.comparison.subject import Subject, tiny_subject
 from fxq.lab import Lab, latents_of
 from fxq.passes import LowRank, Rotate, Smooth
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from fxq.runtime.progress import Progress
 from tests.toys import wan_rollout
 

@@ -7,7 +7,8 @@ from fxq.passes import LowRank, Rotate, Smooth
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.ranges import MinMax, RangeSearch
-from fxq.recipes import PRESETS, RecipeError, recipe_to_toml
+from fxq.presets import PRESETS
+from fxq.recipes import RecipeError, recipe_to_toml
 
 
 def test_every_method_makes_a_row_at_each_width_in_the_order_of_the_widths():

@@ -6,7 +6,8 @@ import torch
 
 import fxq
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, Weighting
-from fxq.recipes import PRESETS, recipe_from_json, recipe_to_json
+from fxq.presets import PRESETS
+from fxq.recipes import recipe_from_json, recipe_to_json
 from tests.toys import QUICK, recipe
 
 NAMES = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.10.ffn.0", "head.head")

@@ -35,7 +35,7 @@ def correlated(count, seed):
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w8a8-token", "q_arvd-w8a8"])
 def test_a_model_that_was_quantized_is_known_by_its_weights_and_another_is_not(preset, tmp_path):
     model, data = toy(blocks=2), [correlated(300, seed) for seed in range(3)]
-    recipe = fxq.recipes.with_iterations(fxq.PRESETS[preset], 5)
+    recipe = fxq.presets.with_iterations(fxq.PRESETS[preset], 5)
     fxq.save(fxq.quantize(model, data, recipe, progress=False), tmp_path / "b")
     bundle = fxq.load(tmp_path / "b")
     for layer in quantized_layers(bundle):

@@ -13,7 +13,8 @@ from fxq.cli.models import make_rollout
 from fxq.core.config import RecipeError
 from fxq.export.interop import find_target
 from fxq.planning.doctor import check_plugins
-from fxq.recipes import PRESETS, recipe_from_json, recipe_to_json
+from fxq.presets import PRESETS
+from fxq.recipes import recipe_from_json, recipe_to_json
 from tests.toys import recipe, rows, toy
 
 METHOD = """

@@ -186,7 +186,7 @@ def test_outliers_that_differ_keep_layers_apart(noted):
 
 
 def test_a_recipe_file_says_whether_inputs_are_shared(tmp_path):
-    data = recipe_to_json(fxq.recipes.PRESETS["w4a8"])
+    data = recipe_to_json(fxq.presets.PRESETS["w4a8"])
     assert data["share_inputs"] is True
     del data["share_inputs"]
     assert recipe_from_json(data).share_inputs

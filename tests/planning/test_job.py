@@ -22,7 +22,7 @@ from fxq.planning.estimate import duration
 from fxq.planning.job import estimate_job
 from fxq.planning.memory import meta_model
 from fxq.planning.speed import Speed, measure_speed
-from fxq.recipes import PRESETS, with_iterations
+from fxq.presets import PRESETS, with_iterations
 from tests.toys import LEARN, QUICK, recipe, rows, toy, wan_rollout
 
 SPEED = Speed(flops=1e11, search=1e-7, inputs=1e-7, learn=1e-7)

@@ -10,7 +10,7 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.planning import memory
 from fxq.planning.memory import CACHE_FORMATS, cache_bytes, linear_calls, meta_model, weight_bytes
 from fxq.planning.workloads import Workload, find_workload
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from tests.toys import WAN, recipe, wan_rollout
 
 BF16, INT8, QVG, KLT = CACHE_FORMATS

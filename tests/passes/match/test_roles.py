@@ -10,7 +10,7 @@ from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
 from fxq.passes import PlanLayers, run_passes
 from fxq.passes.match.roles import roles_of
-from fxq.recipes import PRESETS
+from fxq.presets import PRESETS
 from tests.toys import QUICK, rows, toy, wan_rollout
 
 BY_ROLE = (

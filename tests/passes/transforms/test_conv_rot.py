@@ -4,7 +4,8 @@ import torch
 from fxq.core.config import RecipeError
 from fxq.passes.transforms.conv_rot import ConvRot, regular_hadamard, rotation_size
 from fxq.passes.transforms.sites import layers_of
-from fxq.recipes import PRESETS, recipe_from_json, recipe_to_json
+from fxq.presets import PRESETS
+from fxq.recipes import recipe_from_json, recipe_to_json
 from tests.toys import rewritten, rows, toy
 
 

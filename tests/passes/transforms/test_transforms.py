@@ -19,7 +19,8 @@ from fxq.parallel.groups import Place
 from fxq.parallel.plan import ParallelError, ShardPlan
 from fxq.parallel.shard_graph import ShardGraph
 from fxq.passes import LowRank, PassError, PlanLayers, Rotate, Smooth
-from fxq.recipes import PRESETS, TRANSFORMS, load_recipe, recipe_from_json, recipe_to_json, recipe_to_toml
+from fxq.presets import PRESETS
+from fxq.recipes import TRANSFORMS, load_recipe, recipe_from_json, recipe_to_json, recipe_to_toml
 from tests.passes.transforms.test_rotate import spiky
 from tests.toys import recipe, relative_error, rows, toy
 
