@@ -251,6 +251,8 @@ def load(
         place = torch.device(device)
     except RuntimeError as error:
         raise BundleError(f"device {device} is invalid: {first_line(error)}") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"device {place}: torch {torch.__version__} sees no GPU here; fxq doctor says more")
     with allowing(operators):
         module = read_graph(folder, manifest, _read_tensors(folder, manifest, place), place)
     if manifest.inputs is not None:

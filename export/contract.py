@@ -10,8 +10,6 @@ from typing import Literal
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, fx
 
 from fxq import kernels
@@ -26,6 +24,7 @@ from fxq.export.receipt import read_receipt
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.native.build import SETS
 from fxq.runtime.messages import first_line
+from fxq.runtime.tables import Sheet
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""
@@ -74,23 +73,19 @@ class Verdict:
         return {"ok": self.ok, **dataclasses.asdict(self)}
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{self.folder} on {self.device}: {'passed' if self.ok else 'FAILED'}")
-        for name in ("check", "result", "detail"):
-            table.add_column(name)
+        title = f"{self.folder} on {self.device}: {'passed' if self.ok else 'FAILED'}"
+        table = Sheet(title, {"check": "left", "result": "left"}, "detail")
         for check in self.checks:
-            cells = (check.name, check.status, check.detail)
-            table.add_row(*map(Text, cells), style="red" if check.status == "failed" else None)
+            style = "red" if check.status == "failed" else None
+            table.add(check.name, check.status, note=check.detail, style=style)
         yield table
         if not self.layers:
             return
-        rows = Table()
-        for name in ("layer", "bits", "quantize", "linear", "problems"):
-            rows.add_column(name)
+        rows = Sheet("", dict.fromkeys(("layer", "bits", "quantize", "linear"), "left"), "problems")
         for item in self.layers:
-            problems = "; ".join(item.problems)
-            style = "red" if problems else None
-            cells_of = (item.layer, item.bits, item.quantize_kernel, item.linear_kernel, problems)
-            rows.add_row(*map(Text, cells_of), style=style)
+            style = "red" if item.problems else None
+            cells = (item.layer, item.bits, item.quantize_kernel, item.linear_kernel)
+            rows.add(*cells, note="; ".join(item.problems), style=style)
         yield rows
 
 

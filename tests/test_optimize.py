@@ -160,7 +160,7 @@ def test_what_is_said_of_modules_without_a_layer_stands_below_the_rows():
     made = Summary((), {}, said | {"blocks.0.attn": ["attention fused"]})
     text = " ".join(str(made).split())
     assert "complex rotation in real float32: blocks.0.rope, blocks.1.rope, blocks.2.rope and 2 more" in text
-    assert "attention fused: blocks.0.attn" in text
+    assert "blocks.0.attn: attention fused" in text
 
 
 @needs("native")

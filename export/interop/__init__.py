@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 
 from fxq import plugins
 from fxq.export.files import whole_folder, write_tensors
@@ -29,6 +28,7 @@ from fxq.export.interop.layers import (
 )
 from fxq.export.interop.names import OWN
 from fxq.export.interop.original import with_originals
+from fxq.runtime.tables import Justify, Sheet
 
 Target = Callable[[StoredModel, Options], Output]
 TARGETS: dict[str, Target] = {
@@ -82,17 +82,20 @@ class ExportReport:
         return dataclasses.asdict(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        table = Table(title=f"{self.target}: {', '.join(self.files)}")
         compared = any(record.original_sqnr_db is not None for record in self.layers)
-        for name in ("layer", "form", "weight SQNR dB", *(["of the original"] if compared else []), "note"):
-            table.add_column(name, justify="right" if name in ("weight SQNR dB", "of the original") else "left")
+        columns: dict[str, Justify] = {"layer": "left", "form": "left", "weight SQNR dB": "right"}
+        sheet = Sheet(
+            f"{self.target}: {', '.join(self.files)}",
+            columns | ({"of the original": "right"} if compared else {}),
+            "note",
+        )
         for record in self.layers:
             changed = "-" if record.form == "float" else "exact"
             cost = changed if record.weight_sqnr_db is None else f"{record.weight_sqnr_db:.1f}"
             original = "-" if record.original_sqnr_db is None else f"{record.original_sqnr_db:.1f}"
-            cells = (record.name, record.form, cost, *([original] if compared else []), record.note)
-            table.add_row(*cells, style="dim" if record.form == "float" else None)
-        yield table
+            cells = (record.name, record.form, cost, *([original] if compared else []))
+            sheet.add(*cells, note=record.note, style="dim" if record.form == "float" else None)
+        yield sheet
         yield f"activations: {self.activations}"
         yield from self.notes
 

@@ -12,6 +12,7 @@ from fxq.calibration.collect import CalibrationError
 from fxq.calibration.record import RecordError
 from fxq.capture.trace import TraceError
 from fxq.cli.models import AdapterError
+from fxq.cli.user_code import show_users_error, users_part
 from fxq.comparison.methods import ComparisonError
 from fxq.core.config import RecipeError
 from fxq.core.pipeline import PassError
@@ -46,7 +47,7 @@ _REFUSALS = (
 
 
 def main() -> None:
-    """Entry point: refusals become one line on stderr and exit code 1."""
+    """Entry point: refusals become one line on stderr and exit code 1, errors of a user's code their own traceback."""
     code: Any = 0
     try:
         app()
@@ -58,5 +59,11 @@ def main() -> None:
         console = stderr_console()
         console.print(f"[bold red]refused[/]: {type(error).__name__}: ", end="")
         console.print(str(error), markup=False, soft_wrap=True)
+        code = 1
+    except Exception as error:
+        part = users_part(error)
+        if part is None:
+            raise
+        show_users_error(error, part)
         code = 1
     sys.exit(code if finish_output() else 1)

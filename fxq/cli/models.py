@@ -105,7 +105,7 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
         raise AdapterError(
             f"unknown model {name!r}: expected 'tiny', one of "
             f"{', '.join((*FAMILIES, *plugins.names(plugins.MODELS)))}, or 'package.module:function' returning a "
-            "fxq.Rollout"
+            "fxq.Rollout; no folder has that name either"
         )
     return _checked(name, load_function(name, AdapterError)(videos, seed))
 

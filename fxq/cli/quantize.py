@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -33,6 +33,7 @@ from fxq.recipes import get_recipe, plain_recipe, recipe_to_toml
 from fxq.report.data import PUBLISHED_SENSITIVITY
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import emit, stderr_console, stdout_console
+from fxq.runtime.tables import Justify, Sheet
 from fxq.runtime.workers import launched
 from fxq.runtime.writable import whole_file, writable_file
 
@@ -194,19 +195,17 @@ def inspect(
     if as_json:
         emit_json(rows)
         return
-    table = Table(title=f"{target} under {recipe}")
-    for name in ("layer", "bits", "shape", "above", "outliers", "median", "threshold", "largest", "note"):
-        justify: Literal["left", "right"] = "left" if name in ("layer", "bits", "note") else "right"
-        table.add_column(name, justify=justify, no_wrap=name != "note")
+    right = ("shape", "above", "outliers", "median", "threshold", "largest")
+    columns: dict[str, Justify] = {"layer": "left", "bits": "left", **dict.fromkeys(right, "right")}
+    sheet = Sheet(f"{target} under {recipe}", columns, "note")
     for row in rows:
         numbers = [f"{row[k]:.3f}" if k in row else "-" for k in ("median", "threshold", "largest")]
         shape = "x".join(map(str, row["shape"]))
         above = str(row.get("above_threshold", "-"))
         style = None if row["bits"] != "-" else "dim"
-        table.add_row(
-            row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers, row["reason"], style=style
-        )
-    stdout_console().print(table)
+        cells = (row["layer"], row["bits"], shape, above, str(row["outliers"]), *numbers)
+        sheet.add(*cells, note=row["reason"], style=style)
+    stdout_console().print(sheet)
 
 
 def _inspect_bundle(path: pathlib.Path, as_json: bool) -> None:

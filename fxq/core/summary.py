@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
 from rich.text import Text
 from torch import fx
 
@@ -18,7 +17,15 @@ from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
 from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
 from fxq.kernels.gemm import op as gemm
+from fxq.runtime.tables import Justify, Sheet, grouped
 
+_COLUMNS: dict[str, Justify] = {
+    "layer": "left",
+    "bits": "left",
+    "shape": "right",
+    "outliers": "right",
+    "output SQNR dB": "right",
+}
 _OTHER = "matrix product that is no linear"
 
 
@@ -97,25 +104,19 @@ class Summary:
         others = len(self.others)
         counts = f"{len(self.quantized)} linears quantized, {len(self.kept) - others} kept"
         counts += f", {others} other product{'s' * (others > 1)}" if others else ""
-        table = Table(title=f"{counts}, {self.ratio:.3f}x of bf16")
-        for name, justify in (("layer", "left"), ("bits", "left"), ("shape", "right"), ("outliers", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("output SQNR dB", justify="right")
-        table.add_column("kernel or reason")
+        sheet = Sheet(f"{counts}, {self.ratio:.3f}x of bf16", _COLUMNS, "kernel or reason")
         for row in self.rows:
-            cells = (
+            said = (row.kernel, row.transform, row.reason, *row.remarks) if row.quantized else (row.reason,)
+            sheet.add(
                 row.layer,
                 row.bits,
                 f"{row.shape[0]}x{row.shape[1]}",
                 str(row.outliers or "-"),
                 "-" if row.output_sqnr is None else f"{row.output_sqnr:.1f}",
-                "; ".join(filter(None, (row.kernel, row.transform, row.reason, *row.remarks)))
-                if row.quantized
-                else row.reason,
+                note="; ".join(filter(None, said)),
+                style=None if row.quantized else "dim",
             )
-            # As plain text: names and reasons may come from a file, and brackets in them are no markup.
-            table.add_row(*map(Text, cells), style=None if row.quantized else "dim")
-        yield table
+        yield sheet
         if notes := self._notes():
             yield Text(notes)
         if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
@@ -123,14 +124,7 @@ class Summary:
 
     def _notes(self) -> str:
         """Each sentence about modules once, with the modules it is said of."""
-        places: dict[str, list[str]] = {}
-        for place, texts in self.notes.items():
-            for text in dict.fromkeys(texts):
-                places.setdefault(text, []).append(place)
-        return "\n".join(
-            f"{text}: {', '.join(found[:3])}" + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-            for text, found in places.items()
-        )
+        return grouped((place, text) for place, texts in self.notes.items() for text in texts)
 
     def __str__(self) -> str:
         console = Console(width=140, record=True, file=None, force_terminal=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import pathlib
 import sys
@@ -72,10 +73,12 @@ def load_prompts(source: str | pathlib.Path, text_dim: int, text_len: int, count
 
 
 def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
-    """The function ``package.module:function`` names, looked up from the working directory too.
+    """The function of a number of videos and a seed that ``package.module:function`` names.
+
+    It is looked up from the working directory too.
 
     Raises:
-        ValueError: of the given type, when there is no such function.
+        ValueError: of the given type, when there is no such function or it does not take the two.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -86,6 +89,12 @@ def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
         raise error(f"{name!r}: {reason}") from None
     if not callable(found):
         raise error(f"{name!r} is a {type(found).__name__}, expected a function")
+    try:
+        inspect.signature(found).bind(1, 0)
+    except TypeError as reason:
+        raise error(f"{name!r} has to take the number of videos and a seed: {reason}") from None
+    except ValueError:  # of builtins no signature is known
+        pass
     result: Callable[..., object] = found
     return result
 

@@ -27,6 +27,7 @@ from fxq.planning.gains import OLDEST_FP8, OLDEST_INT8, arch_name, cpu_gain, gpu
 from fxq.plugins import Plugin
 from fxq.recipes import METHODS
 from fxq.runtime.messages import kind_and_line
+from fxq.runtime.tables import Sheet
 
 RARE = 0.01
 """Share of integers that may differ by one where they follow a float computation."""
@@ -86,13 +87,12 @@ class Diagnosis:
         for line in self.environment.lines():
             facts.add_row(*line)
         yield facts
-        table = Table(title="operators, each against its reference", title_justify="left")
-        for name in ("device", "operator", "kernel", "state", "error", "note"):
-            table.add_column(name, no_wrap=name != "note")
+        names = ("operator", "device", "kernel", "state", "error")
+        table = Sheet("operators, each against its reference", dict.fromkeys(names, "left"), "note")
         for check in self.checks:
             style = None if check.state == "ok" else "dim" if check.healthy else "bold red"
             error = "-" if check.error is None else f"{check.error:.1e}"
-            table.add_row(check.device, check.op, check.kernel, check.state, error, check.note, style=style)
+            table.add(check.op, check.device, check.kernel, check.state, error, note=check.note, style=style)
         yield table
         if self.plugins:
             yield self._plugin_table()

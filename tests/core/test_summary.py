@@ -91,7 +91,7 @@ def test_the_table_shows_kernels_remarks_and_reasons_as_plain_text():
 def test_a_note_on_many_modules_is_said_once_with_the_first_three():
     notes = {f"m{i}": ["no rotation", "no rotation"] for i in range(5)} | {"n": ["no norm"]}
     text = str(Summary((ROW,), {}, notes))
-    assert "no rotation: m0, m1, m2 and 2 more" in text and "no norm: n" in text
+    assert "no rotation: m0, m1, m2 and 2 more" in text and "n: no norm" in text
     assert text.count("no rotation") == 1
 
 
