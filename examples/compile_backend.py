@@ -29,8 +29,7 @@ def main() -> None:
     rollout, _ = tiny_rollout(load_tiny(), 2, seed=1, unseen=False)
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))
     model = rollout.denoiser
-    recipe = dataclasses.replace(fxq.PRESETS["w8a8"], methods=fxq.PRESETS["w8a8"].methods[:1], weighting="uniform")
-    quantized = fxq.quantize(model, rollout, recipe, progress=False)
+    quantized = fxq.quantize(model, rollout, "w8a8", progress=False)
     print(fxq.summary(quantized))
 
     with tempfile.TemporaryDirectory() as folder:

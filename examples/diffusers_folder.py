@@ -9,7 +9,6 @@ does; without it the folder is written only.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import pathlib
 import sys
@@ -19,8 +18,6 @@ import warnings
 import torch
 
 import fxq
-from fxq.export.diffusers_folder import save_diffusers
-from fxq.models.diffusers_folder import load_folder
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -62,20 +59,17 @@ def main(arguments: list[str]) -> None:
         if not arguments:
             torch.manual_seed(0)
             diffusers.WanTransformer3DModel(**CONFIG).save_pretrained(source)
-        model = load_folder(source)
-        recipe = dataclasses.replace(fxq.PRESETS["w8a8"], methods=fxq.PRESETS["w8a8"].methods[:1], weighting="uniform")
-        quantized = fxq.quantize(model, [call(model, seed) for seed in range(4)], recipe, progress=False)
+        model = fxq.load_folder(source)
+        quantized = fxq.quantize(model, [call(model, seed) for seed in range(4)], "w8a8", progress=False)
         print(fxq.summary(quantized))
-        folder = save_diffusers(quantized, model, out)
+        folder = fxq.save_diffusers(quantized, model, out)
         print(f"{folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
         (want,), (integers,) = model(**call(model, 100)), quantized(**call(model, 100))
         print(f"relative error of the quantized graph {((integers - want).norm() / want.norm()).item():.5f}")
         if importlib.util.find_spec("accelerate") is None:
             print("diffusers needs accelerate to load it: pip install accelerate")
             return
-        from fxq.integrations.diffusers import register
-
-        register()
+        fxq.register()
         (again,) = type(model).from_pretrained(folder)(**call(model, 100))
         print(f"the folder read by from_pretrained differs from it by {(again - integers).abs().max().item():.5f}")
 

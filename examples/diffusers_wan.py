@@ -9,7 +9,6 @@ its blocks compiled by the fxq backend. The module with swapped linears goes int
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import tempfile
 import warnings
@@ -55,8 +54,7 @@ def main() -> None:
         sys.exit("this example needs diffusers: pip install diffusers")
     torch.manual_seed(0)
     model = WanTransformer3DModel(**CONFIG).eval().requires_grad_(False)
-    recipe = dataclasses.replace(fxq.PRESETS["w8a8"], methods=fxq.PRESETS["w8a8"].methods[:1], weighting="uniform")
-    quantized = fxq.quantize(model, [call(seed) for seed in range(4)], recipe, progress=False)
+    quantized = fxq.quantize(model, [call(seed) for seed in range(4)], "w8a8", progress=False)
     print(fxq.summary(quantized))
 
     example = call(100)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxq
-from fxq.calibration.rollout import Condition, OnCall
 
 CHUNK, CHUNKS, WIDTH, STEPS = 2, 4, 64, (1000.0, 500.0)
 
@@ -51,15 +50,15 @@ class ToyState(fxq.State):
 class ToyRollout(fxq.Rollout):
     """Two denoising steps a chunk, each chunk continuing the last."""
 
-    def units(self, condition: Condition, draws: fxq.Draws) -> int:
+    def units(self, condition: fxq.Condition, draws: fxq.Draws) -> int:
         """Chunks of a video."""
         return CHUNKS
 
-    def begin(self, condition: Condition, draws: fxq.Draws) -> ToyState:
+    def begin(self, condition: fxq.Condition, draws: fxq.Draws) -> ToyState:
         """Start from the prompt."""
         return ToyState(condition, draws, 0, torch.zeros(draws.batch, 0, WIDTH), condition["prompt"])
 
-    def advance(self, state: fxq.State, on_call: OnCall | None = None) -> ToyState:
+    def advance(self, state: fxq.State, on_call: fxq.OnCall | None = None) -> ToyState:
         """Denoise one chunk."""
         assert isinstance(state, ToyState)
         unit, batch = state.next_unit, state.draws.batch

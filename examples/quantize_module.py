@@ -18,11 +18,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(128, 512), nn.GELU(approximate="tanh"), nn.Linear(512, 128)).eval()
     batches = [torch.randn(64, 128) for _ in range(8)]
-    scheme = fxq.Scheme(weight_bits=8, input_bits=8)
-    recipe = fxq.Recipe(
-        name="mlp", rules=(fxq.Rule("*", scheme),), methods=fxq.PRESETS["w8a8"].methods[:1], weighting="uniform"
-    )
-    quantized = fxq.quantize(model, batches, recipe)
+    quantized = fxq.quantize(model, batches, "w8a8")
     print(fxq.summary(quantized))
     x = torch.randn(64, 128)
     with torch.no_grad():

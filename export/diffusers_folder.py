@@ -135,7 +135,7 @@ class QuantizationConfig:
 def save_diffusers(
     quantized: fx.GraphModule | str | os.PathLike[str], model: nn.Module, path: str | os.PathLike[str]
 ) -> pathlib.Path:
-    """Write a folder for ``type(model).from_pretrained`` after ``fxq.integrations.diffusers.register()``.
+    """Write a folder for ``type(model).from_pretrained`` after ``fxq.register()``.
 
     Args:
         quantized: made by :func:`fxq.quantize` or :func:`fxq.load` from the model, or a bundle's folder.

@@ -6,7 +6,7 @@ from fxq import cpu  # noqa: F401  first: FXQ_CPU has to reach torch's libraries
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.collect import CalibrationError
 from fxq.calibration.record import RecordError, Recording, record
-from fxq.calibration.rollout import Call, Draws, Rollout, Span, State
+from fxq.calibration.rollout import Call, Condition, Draws, OnCall, Rollout, Span, State
 from fxq.capture.trace import TraceError
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.core.summary import Summary, summary
@@ -22,9 +22,12 @@ from fxq.export import (
     save,
     verify_bundle,
 )
+from fxq.export.diffusers_folder import save_diffusers
 from fxq.integrations.binding import BackendError, Binding, bind
+from fxq.integrations.registration import register
 from fxq.integrations.swap import ApplyError, apply
 from fxq.models.checkpoints import CheckpointError
+from fxq.models.diffusers_folder import load_folder
 from fxq.models.prompts import PromptError
 from fxq.optimize import optimize
 from fxq.passes import OutlierChannels, detect_outliers
@@ -46,8 +49,10 @@ __all__ = [
     "CalibrationError",
     "Call",
     "CheckpointError",
+    "Condition",
     "Draws",
     "ExportError",
+    "OnCall",
     "OutlierChannels",
     "PromptError",
     "Recipe",
@@ -71,13 +76,16 @@ __all__ = [
     "keep_memory",
     "launched",
     "load",
+    "load_folder",
     "load_program",
     "load_recipe",
     "optimize",
     "quantize",
     "read_receipt",
     "record",
+    "register",
     "save",
+    "save_diffusers",
     "sensitivity",
     "summary",
     "verify_bundle",

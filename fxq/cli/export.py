@@ -136,11 +136,9 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
         raise BundleError("target diffusers needs --source, the folder that was quantized: the model's class is there")
     folder = save_diffusers(bundle, load_folder(source), out)
     if as_json:
-        emit_json({"folder": str(folder), "reader": "fxq.integrations.diffusers.register()"})
+        emit_json({"folder": str(folder), "reader": "fxq.register()"})
     else:
-        stdout_console().print(
-            f"{folder}: for from_pretrained, after fxq.integrations.diffusers.register()", highlight=False
-        )
+        stdout_console().print(f"{folder}: for from_pretrained, after fxq.register()", highlight=False)
 
 
 def _read_config(path: pathlib.Path | None) -> dict[str, object]:

@@ -88,7 +88,7 @@ def read_config(folder: pathlib.Path) -> dict[str, object]:
     if (quantization := config.get("quantization_config")) is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         remedy = (
-            "load it with its class's from_pretrained after fxq.integrations.diffusers.register()"
+            "load it with its class's from_pretrained after fxq.register()"
             if method == "fxq"
             else "give the folder it was made from"
         )
