@@ -23,7 +23,7 @@ from fxq.dtypes import dtype_name
 from fxq.export.files import plan_file
 from fxq.models.families import DTYPES, FAMILIES
 from fxq.models.loading import layout
-from fxq.runtime.residency import DiskError
+from fxq.runtime.memory.residency import DiskError
 
 OUTLIERS = 24
 """Input channels per linear of a block that are five times as large, so that dual scales have to be stored."""

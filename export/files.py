@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fxq.dtypes import dtype_name
+from fxq.runtime.memory.residency import DiskError, Residency
 from fxq.runtime.reading import ReadError, read_header
-from fxq.runtime.residency import DiskError, Residency
 from fxq.runtime.writable import writable_folder
 
 _PIECE = 1 << 26  # most bytes of a tensor that are copied at a time

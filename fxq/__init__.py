@@ -34,7 +34,7 @@ from fxq.passes import OutlierChannels, detect_outliers
 from fxq.presets import PRESETS
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import load_recipe
-from fxq.runtime.allocator import keep_memory
+from fxq.runtime.memory.allocator import keep_memory
 from fxq.runtime.workers import WorkerError, launched
 from fxq.version import __version__ as __version__
 

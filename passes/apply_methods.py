@@ -22,7 +22,7 @@ from fxq.core.products import low_rank_branch
 from fxq.passes.methods import Units, output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
-from fxq.runtime.residency import Residency, trim
+from fxq.runtime.memory.residency import Residency, trim
 
 _LEAST_OUTPUT = 2.0**-100  # in the range of float32 with room for the steps of integers, and for sums
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient

@@ -13,7 +13,7 @@ from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
 from fxq.passes.methods.units import unit_of
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 
 @dataclasses.dataclass(frozen=True)

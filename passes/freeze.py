@@ -10,7 +10,7 @@ from fxq.core.graph import drop_unread_attributes, unused_tensors
 from fxq.core.ir import QuantGraph, Stage, drop_tensor, get_tensor, put_tensor, stored_names
 from fxq.core.layer import quantized_layers
 from fxq.core.pipeline import Rewrite
-from fxq.runtime.residency import Residency, trim
+from fxq.runtime.memory.residency import Residency, trim
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ from fxq.core.layer import Operators
 from fxq.core.method import LayerUpdate
 from fxq.core.pipeline import Rewrite
 from fxq.passes.apply_methods import group_order
-from fxq.runtime.residency import give_back
+from fxq.runtime.memory.residency import give_back
 
 
 class LoweringError(RuntimeError):

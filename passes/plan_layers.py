@@ -14,7 +14,7 @@ from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
 from fxq.core.pipeline import Analysis
 from fxq.numerics import PACK_BLOCK, unfit_width
 from fxq.passes.match.roles import roles_of
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -15,7 +15,7 @@ from fxq.core.ir import LayerPlan, QuantGraph, Stage, plan_of, set_plan
 from fxq.core.pipeline import Analysis
 from fxq.passes.detect_outliers import outlier_channels
 from fxq.passes.match.blocks import block_of
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 
 def input_groups(module: fx.GraphModule) -> list[list[LinearSite]]:

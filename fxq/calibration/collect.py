@@ -12,7 +12,7 @@ from torch import Tensor
 from fxq.calibration.rollout import current_call
 from fxq.calibration.row_sample import RowSample, measure, row_limit
 from fxq.core.method import LayerStatistics
-from fxq.runtime.residency import give_back, mapped_tensor
+from fxq.runtime.memory.residency import give_back, mapped_tensor
 from fxq.runtime.workers import Workers
 
 

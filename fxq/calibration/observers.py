@@ -15,8 +15,8 @@ from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import current_call
 from fxq.core.interpret import SparingInterpreter
 from fxq.core.ir import plan_of
+from fxq.runtime.memory.residency import give_back
 from fxq.runtime.messages import first_line
-from fxq.runtime.residency import give_back
 
 _LARGE = 1 << 20  # bytes from which on a tensor that backward needs goes to a file
 

@@ -27,8 +27,8 @@ from fxq.core.ir import QuantGraph, Stage, get_tensor, module_path
 from fxq.core.places import DataAccesses, place_of, quoted_place
 from fxq.core.signature import call_rules, flatten_call
 from fxq.runtime.exclusive import exclusive, quiet
+from fxq.runtime.memory.offload import absent_weights
 from fxq.runtime.messages import first_line
-from fxq.runtime.offload import absent_weights
 
 if TYPE_CHECKING:
     import sympy

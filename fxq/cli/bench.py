@@ -26,7 +26,7 @@ from fxq.bench.rollout import rollout_case
 from fxq.cli.models import make_rollout
 from fxq.export import load
 from fxq.quantize import quantize
-from fxq.runtime.allocator import keep_memory
+from fxq.runtime.memory.allocator import keep_memory
 from fxq.runtime.streams import emit, stderr_console, stdout_console
 from fxq.runtime.writable import writable_file
 

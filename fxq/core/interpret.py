@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, fx, nn
 
 from fxq.core.signature import flatten_call
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 
 class SparingInterpreter(fx.Interpreter):
     """Runs a graph.
 
-    A file-mapped weight leaves memory after each node that read it (see :mod:`fxq.runtime.residency`).
+    A file-mapped weight leaves memory after each node that read it (see :mod:`fxq.runtime.memory.residency`).
     """
 
     def __init__(self, module: fx.GraphModule) -> None:

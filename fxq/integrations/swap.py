@@ -24,7 +24,7 @@ from fxq.integrations.quantized_linear import QuantizedLinear
 from fxq.integrations.reach import holders
 from fxq.integrations.stand_in import ApplyError
 from fxq.runtime.ambient import own_tensors
-from fxq.runtime.offload import absent_weights
+from fxq.runtime.memory.offload import absent_weights
 
 __all__ = ["ApplyError", "Bundle", "QuantizedLinear", "apply", "check_weight", "match", "read_layers"]
 

@@ -22,7 +22,7 @@ from fxq.planning.drive import Drive
 from fxq.planning.estimate import JobEstimate
 from fxq.planning.memory import quantized_bytes
 from fxq.planning.speed import Speed, measure_speed
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 _PROCESS = int(0.6e9)  # Python, torch, the graph; measured on 300 linears
 _REMNANTS = 6  # times the largest weight: what the allocator keeps of earlier matrix products; measured at 1.3B and 14B

@@ -27,7 +27,7 @@ from fxq.passes.transforms.sites import (
     stored,
     wide,
 )
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 _ATEN = torch.ops.aten
 _MORE = 8  # directions followed beside those that are wanted

@@ -22,7 +22,7 @@ from fxq.passes.transforms.sites import (
     stored,
     wide,
 )
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 _ATEN = torch.ops.aten
 _LARGEST = 1024

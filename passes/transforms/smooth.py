@@ -24,7 +24,7 @@ from fxq.passes.transforms.scaling import (
     smoothing_scale,
 )
 from fxq.passes.transforms.sites import Layer, groups_of, outliers_of
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 
 
 @dataclasses.dataclass(frozen=True)

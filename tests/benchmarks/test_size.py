@@ -16,7 +16,7 @@ from fxq.models.prompts import load_prompts
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.passes import detect_outliers
 from fxq.planning.memory import meta_model
-from fxq.runtime.residency import DiskError
+from fxq.runtime.memory.residency import DiskError
 from tests.toys import recipe
 
 CONFIG = CausalWanConfig(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxq.calibration.collect import CalibrationError, Collector
-from fxq.runtime.residency import Residency
+from fxq.runtime.memory.residency import Residency
 from tests.toys import rows
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from fxq.capture.trace import trace
 from fxq.core.interpret import SparingInterpreter, sparing
-from fxq.runtime.residency import Residency, mapped_tensor
+from fxq.runtime.memory.residency import Residency, mapped_tensor
 from tests.toys import rows
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from fxq.export import files
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.models.checkpoints import read_tensors
-from fxq.runtime.residency import DiskError, give_back, mapped_tensor, resident_bytes
+from fxq.runtime.memory.residency import DiskError, give_back, mapped_tensor, resident_bytes
 
 
 def written_by_safetensors(tensors, path, metadata):

@@ -5,7 +5,7 @@ from torch import nn
 import fxq
 from fxq.capture.trace import TraceError
 from fxq.integrations.swap import ApplyError
-from fxq.runtime.offload import absent_weights
+from fxq.runtime.memory.offload import absent_weights
 from tests.toys import recipe, relative_error, rows, toy
 
 accelerate = pytest.importorskip("accelerate")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from fxq.models.checkpoints import read_tensors
-from fxq.runtime import residency
-from fxq.runtime.residency import (
+from fxq.runtime.memory import residency
+from fxq.runtime.memory.residency import (
     DiskError,
     Residency,
     give_back,

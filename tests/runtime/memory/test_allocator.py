@@ -4,11 +4,11 @@ import sys
 
 import pytest
 
-from fxq.runtime import allocator
+from fxq.runtime.memory import allocator
 
 PEAK = """
 import resource, torch
-from fxq.runtime.allocator import keep_memory
+from fxq.runtime.memory.allocator import keep_memory
 assert keep_memory() is True
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
