@@ -29,6 +29,9 @@ COMMANDS = {
     "verify": ("fxq.cli.export", "Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 "
                "on any failure."),
     "export": ("fxq.cli.export", "Write a bundle in the format of another runtime and say what that costs per layer."),
+    "card": ("fxq.cli.hub", "Write the model card of a bundle or an exported folder, as Markdown with the hub's "
+             "metadata."),
+    "push": ("fxq.cli.hub", "Upload a bundle or an exported folder to the hub of Hugging Face, with a model card."),
     "cache": ("fxq.cli.cache", "Compare codecs of the key-value cache on a model's own rollouts, and choose one per "
               "layer within --bits."),
     "compare": ("fxq.cli.compare", "Quantize one model by several methods at several widths and measure all of them "

@@ -6,11 +6,12 @@ Nothing here runs passes of the line, and nothing in a file is executed when it 
 from __future__ import annotations
 
 from fxq.export import pickled as pickled  # lets modules be pickled
-from fxq.export.bundle import load, read_manifest, save
+from fxq.export.bundle import read_manifest, save
 from fxq.export.capture import ExportError
 from fxq.export.contract import Verdict, verify_bundle
 from fxq.export.diffusers_folder import save_diffusers
 from fxq.export.files import BundleError
+from fxq.export.hub.fetch import load
 from fxq.export.onnx import check_onnx, export_onnx
 from fxq.export.program import export_program, load_program
 from fxq.export.receipt import Receipt, read_receipt

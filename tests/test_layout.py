@@ -181,6 +181,7 @@ TESTED_ELSEWHERE = {
     "export/interop/test_lightx2v.py": "export.interop.blocks",
     "export/test_diffusers_classes.py": "integrations.diffusers",
     "export/test_interop_targets.py": "export.interop.*",
+    "export/hub/test_commands.py": "cli.hub",
     "export/test_onnx.py": "export.capture models.runtime",
     "kernels/gemm/test_activations.py": "kernels.gemm.epilogues",
     "kernels/test_launches.py": "kernels.device",

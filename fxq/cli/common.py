@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import pathlib
 from collections.abc import Callable
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from fxq.export.hub.client import is_repository
+from fxq.export.hub.fetch import locate
 from fxq.runtime.streams import emit
 
 SeedOption = Annotated[int, typer.Option(help="Seed of prompts and noise.")]
@@ -19,6 +22,16 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress ba
 def emit_json(data: object) -> None:
     """Write a result to standard output as JSON."""
     emit(json.dumps(data, indent=1))
+
+
+def bundle_folder(given: pathlib.Path) -> pathlib.Path:
+    """The folder of a bundle that a user named: a folder, or ``org/name`` or ``org/name@revision`` of the hub.
+
+    Raises:
+        BundleError: when the repository is not there, cannot be reached or holds what is not fetched.
+    """
+    name, at, revision = str(given).partition("@")
+    return locate(name, revision) if at and is_repository(name) and not given.exists() else locate(str(given))
 
 
 def expanding(name: str, group: Callable[..., object]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import typer
 
 from fxq import cpu, plugins
-from fxq.cli.common import JsonOption, emit_json
+from fxq.cli.common import JsonOption, bundle_folder, emit_json
 from fxq.dtypes import DTYPES
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle
@@ -23,7 +23,9 @@ ONNX_FILES = {"onnx": "onnxruntime", "tensorrt": "tensorrt"}
 SHIPPED_TARGETS = (*OTHER_TARGETS, *TARGETS)
 """What ``--target`` takes beside the names of plug-ins."""
 
-BundleArgument = Annotated[pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`.")]
+BundleArgument = Annotated[
+    pathlib.Path, typer.Argument(help="Bundle folder made by `fxq quantize`, or org/name[@revision] of the hub.")
+]
 
 
 def _print(result: Any, as_json: bool) -> None:
@@ -81,6 +83,7 @@ def export(
 ) -> None:
     """Write a bundle in the format of another runtime and say what that costs per layer."""
     _check_target(target)
+    bundle = bundle_folder(bundle)
     if target in ONNX_FILES:
         _export_onnx(bundle, out, target, OnnxForm(vnni=vnni, in_halves=in_halves), as_json)
         return
@@ -159,7 +162,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 on any failure."""
-    verdict = verify_bundle(bundle, device)
+    verdict = verify_bundle(bundle_folder(bundle), device)
     _print(verdict, as_json)
     if not verdict.ok:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
 from fxq.cli.cache_options import CacheOptions, with_cache_options
-from fxq.cli.common import JsonOption, SeedOption, emit_json
+from fxq.cli.common import JsonOption, SeedOption, bundle_folder, emit_json
 from fxq.cli.models import AdapterError
 from fxq.core.pipeline import run_passes
 from fxq.export import load
@@ -51,7 +51,10 @@ def generate(
         str | None,
         typer.Option(help="Words of the tiny model, e.g. 'ring red right slow black row1 column2'; random if absent."),
     ] = None,
-    bundle: Annotated[pathlib.Path | None, typer.Option(help="Run this quantized bundle of the tiny model.")] = None,
+    bundle: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Run this quantized bundle of the tiny model; a folder, or org/name[@revision] of the hub."),
+    ] = None,
     seed: SeedOption = 0,
     scale: Annotated[int, typer.Option(min=1, help="Enlargement of pixels.")] = 8,
     chunks: Annotated[int, typer.Option(min=1, help="Length of the video, 3 frames each.")] = SHAPE[0] // CHUNK,
@@ -73,7 +76,7 @@ def generate(
         )
     condition, draws = rollout.batches[0]
     batch = (condition, Draws(draws.seeds, (CHUNK * chunks, *SHAPE[1:])))
-    module = None if bundle is None else load(bundle)
+    module = None if bundle is None else load(bundle_folder(bundle))
     rollout = SelfForcingRollout(model, [batch], TINY_SAMPLER)
     policy = None if module is None else policy_of(module)
     if policy is None:

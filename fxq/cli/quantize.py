@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fxq.capture.trace import trace
 from fxq.cli.cache_options import CacheOptions, with_cache_options
-from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
+from fxq.cli.common import JsonOption, QuietOption, SeedOption, bundle_folder, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout
 from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
@@ -23,6 +23,7 @@ from fxq.core.method import LearningMethod
 from fxq.core.summary import summary
 from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
+from fxq.export.hub.client import is_repository
 from fxq.job import Job
 from fxq.passes import detect_outliers
 from fxq.passes.choose_widths import FACT
@@ -181,15 +182,16 @@ def _show_widths(found: Any) -> None:
 
 @with_model_files
 def inspect(
-    target: Annotated[str, typer.Argument(help="A bundle folder, or a model name as for --model.")],
+    target: Annotated[
+        str, typer.Argument(help="A bundle folder, org/name[@revision] of the hub, or a model name as for --model.")
+    ],
     files: ModelFiles,
     recipe: RecipeOption = "w4a8",
     as_json: JsonOption = False,
 ) -> None:
     """Show a bundle's layers, or what a recipe would do to a model: plan, outliers, thresholds. Needs no data."""
-    path = pathlib.Path(target)
-    if path.exists():
-        _inspect_bundle(path, as_json)
+    if pathlib.Path(target).exists() or is_repository(target.partition("@")[0]):
+        _inspect_bundle(bundle_folder(pathlib.Path(target)), as_json)
         return
     rows = _planned_rows(target, files, recipe)
     if as_json:

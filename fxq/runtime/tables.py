@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from rich import box
@@ -70,11 +70,14 @@ def grouped(told: Iterable[tuple[str, str]]) -> str:
     return "\n".join(_line(text, found) for text, found in places.items())
 
 
-def _line(text: str, places: list[str]) -> str:
-    if len(places) == 1:
-        return f"{places[0]}: {text}"
-    named = ", ".join(places[:NAMED])
-    return f"{text}: {named}" + (f" and {len(places) - NAMED} more" if len(places) > NAMED else "")
+def _line(text: str, places: Sequence[str]) -> str:
+    return f"{places[0]}: {text}" if len(places) == 1 else f"{text}: {named(places)}"
+
+
+def named(places: Sequence[str]) -> str:
+    """The first names and the number of the others."""
+    first = ", ".join(places[:NAMED])
+    return first if len(places) <= NAMED else f"{first} and {len(places) - NAMED} more"
 
 
 def _width(table: Table, console: Console, options: ConsoleOptions) -> int:
