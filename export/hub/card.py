@@ -187,8 +187,11 @@ def _weights(place: pathlib.Path) -> str:
 
 
 def _metrics(receipt: Receipt) -> list[tuple[str, str]]:
-    said = {name: name.replace("_", " ").replace("sqnr db", "SQNR dB,") for name in receipt.metrics}
-    return [(said[name], str(value)) for name, value in sorted(receipt.metrics.items())]
+    words = {"sqnr": "SQNR", "psnr": "PSNR", "db": "dB"}
+    return [
+        (" ".join(words.get(word, word) for word in name.split("_")), str(value))
+        for name, value in sorted(receipt.metrics.items())
+    ]
 
 
 def _pictures(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:

@@ -32,7 +32,7 @@ def test_a_card_says_what_lies_in_the_folder(bundle):
     module = fxq.load(bundle)
     summary = fxq.summary(module)
     assert f"| quantized linears | {len(summary.quantized)} as W4A8 |" in body
-    assert "| psnr db | 41.5 |" in body and "output sqnr db median" in body
+    assert "| PSNR dB | 41.5 |" in body and "output SQNR dB median" in body
     assert "[[methods]]" in body
     data, _ = parts(make_card(bundle, Card()))
     assert "base_model" not in data and data["license"] == "other"
