@@ -13,7 +13,7 @@ STAMP := $(VENV)/.fxq-installed
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint format clean
+.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint dist release-check format clean
 
 help: ## print every target
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,14 @@ test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on 
 
 test-avx2-all: $(STAMP) ## every test that needs no GPU, as on a CPU with AVX2 only
 	tests/machine/as_avx2 $(PYTEST) -m "not gpu"
+
+dist: $(STAMP) ## build wheel and source distribution into dist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+release-check: $(STAMP) ## whether this commit can be released: version, changelog, tests, dist
+	$(BIN)/python .ci/release_check.py
+	$(MAKE) --no-print-directory test dist
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .

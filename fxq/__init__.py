@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import pathlib
+
+if pathlib.Path(__file__).with_name("passes").is_file():
+    raise ImportError(
+        f"{pathlib.Path(__file__).with_name('passes')} is a file where a link to a folder belongs: this checkout was "
+        "made without symbolic links. Run `git config core.symlinks true` and `git checkout -- fxq`; or "
+        "`pip install .`, which needs no links"
+    )
+
 from fxq import cpu  # noqa: F401  first: FXQ_CPU has to reach torch's libraries before they start
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.collect import CalibrationError
