@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import pathlib
 import shlex
 import sys
@@ -14,9 +12,11 @@ from torch import Tensor
 
 from fxq.calibration.rollout import Rollout
 from fxq.cli.common import JsonOption, QuietOption, emit_json
+from fxq.cli.compare_bundles import Showing, identity_of, show
 from fxq.cli.models import AdapterError, ModelFiles, family_rollout, make_rollout, other_videos, parse_device
 from fxq.cli.quantize import IterationsOption, ModelOption
 from fxq.cli.source import with_model_files
+from fxq.cli.videos import VideoFiles, with_video_files
 from fxq.comparison.measure import Extent
 from fxq.comparison.methods import METHODS, ComparisonError
 from fxq.comparison.page import write
@@ -30,23 +30,39 @@ from fxq.runtime.writable import writable_file
 
 _WHOLE, _QUICK = Extent(videos=64, calibration_videos=16), Extent(videos=12, calibration_videos=4)
 _QUICK_ITERATIONS = 25
+_BITS = "w8a8,w4a8,w4a6"
 
 
 @with_model_files
+@with_video_files
 def compare(
-    methods: Annotated[
-        list[str],
-        typer.Argument(help=f"{', '.join(METHODS)}; presets; recipe files. METHOD:weighting=uniform is a variant."),
-    ],
     files: ModelFiles,
+    video: VideoFiles,
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"{', '.join(METHODS)}; presets; recipe files. METHOD:weighting=uniform is a variant."),
+    ] = None,
+    bundles: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(help="Finished bundles instead of methods, side by side on video: --bundles A B C."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Of --bundles: a further metric, a plug-in's name or NAME=package.module:function."),
+    ] = None,
     model: ModelOption = "tiny",
-    bits: Annotated[str, typer.Option(help="Widths such as w8a8,w4a8; presets and recipe files have their own.")] = (
-        "w8a8,w4a8,w4a6"
-    ),
+    bits: Annotated[
+        str | None, typer.Option(help=f"Widths; {_BITS} by default; presets and recipe files have their own.")
+    ] = None,
     seeds: Annotated[str | None, typer.Option(help="Calibration seeds; 1,2 by default, 1 with --quick.")] = None,
     videos: Annotated[
         int | None,
-        typer.Option("--videos", "-n", min=2, help="Videos of a seed to measure on; 64, or 12 with --quick."),
+        typer.Option(
+            "--videos",
+            "-n",
+            min=1,
+            help="Videos of a seed to measure on; 64, or 12 with --quick; of --bundles one for each prompt.",
+        ),
     ] = None,
     calibration_videos: Annotated[
         int | None, typer.Option(min=1, help="Videos of a seed to calibrate on; 16, or 4 with --quick.")
@@ -67,12 +83,38 @@ def compare(
 ) -> None:
     """Quantize one model by several methods at several widths and measure all of them side by side.
 
-    A killed run goes on where it was, and an --out folder can be given more methods, widths and seeds.
+    With --bundles what is quantized already is put beside full precision on video. A killed run goes on where it was,
+    and an --out folder can be given more methods, widths and seeds, or bundles.
     """
+    command = shlex.join(["fxq", *sys.argv[1:]])
+    if bundles:
+        of_methods = {"bits": bits, "calibration-videos": calibration_videos, "iterations": iterations, "base": base}
+        if given := [
+            f"--{name}" for name, value in (of_methods | {"quick": quick or None}).items() if value is not None
+        ]:
+            raise AdapterError(f"{', '.join(given)}: bundles are quantized already, leave this out")
+        showing = Showing(
+            bundles=(*bundles, *map(pathlib.Path, methods or ())),
+            model=model,
+            files=files,
+            video=video,
+            seeds=_numbers(seeds or "1"),
+            videos=videos,
+            chunks=chunks,
+            metrics=metric or (),
+        )
+        show(showing, out, command, as_json, quiet)
+        return
+    if not methods:
+        raise typer.BadParameter("name methods to quantize by, or finished bundles with --bundles")
+    if given := [name for name, value in (("--metric", metric), (video.given, video.given)) if value]:
+        raise AdapterError(f"{', '.join(given)}: methods are compared on latents; frames are for --bundles")
+    if videos == 1:
+        raise ComparisonError("--videos 1: an interval needs two videos at least")
     usual = _QUICK if quick else _WHOLE
     plan = Plan(
         methods=methods,
-        bits=[word for word in bits.split(",") if word],
+        bits=[word for word in (bits or _BITS).split(",") if word],
         seeds=_numbers(seeds or ("1" if quick else "1,2")),
         base=base,
         iterations=iterations or (_QUICK_ITERATIONS if quick else None),
@@ -84,7 +126,7 @@ def compare(
     )
     plan.base_among(plan.entries())
     writable_file(out / "compare.html")
-    results = run(plan, _subject(model, files, plan.extent), out, shlex.join(["fxq", *sys.argv[1:]]), not quiet)
+    results = run(plan, _subject(model, files, plan.extent), out, command, not quiet)
     written = write(results, out)
     if as_json:
         emit_json(to_json(results))
@@ -125,17 +167,4 @@ def _subject(model: str, files: ModelFiles, extent: Extent) -> Subject:
         first = extent.calibration_videos if unseen else 0
         return other_videos(loaded[0], model, files, videos, seed, first), None
 
-    return Subject(name=model, identity={"model": model} | _identity(files), rollouts=rollouts)
-
-
-def _identity(files: ModelFiles) -> dict[str, object]:
-    """The options that are given; of a file its name and size."""
-    given: dict[str, object] = {}
-    for name, value in dataclasses.asdict(files).items():
-        if isinstance(value, pathlib.Path) or (name == "prompts" and value is not None):
-            path = pathlib.Path(value)
-            size = f", {os.path.getsize(path)} bytes" if path.is_file() else ""
-            given[name] = f"{path}{size}"
-        elif value not in (None, False, {}):
-            given[name] = value
-    return given | {"device": str(parse_device(files.device))}
+    return Subject(name=model, identity={"model": model} | identity_of(files), rollouts=rollouts)
