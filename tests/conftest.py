@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from fxq.runtime.shadowed import answer_transformers
 from tests import captures, features
 
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
@@ -15,6 +16,9 @@ hypothesis.settings.load_profile("fxq")
 gc.set_threshold(100_000, 50, 100)
 
 captures.share()
+
+# With the repository's root on the path, before any test imports diffusers.
+answer_transformers()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

@@ -15,6 +15,7 @@ from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError, Prompts
 from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, read_json
+from fxq.runtime.shadowed import answer_transformers
 from fxq.runtime.streams import warn
 
 EXTRA = "wan"
@@ -58,6 +59,7 @@ class TextEncoder:
     def __init__(
         self, path: str | pathlib.Path, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        answer_transformers()
         try:
             import transformers
         except ImportError as error:
