@@ -1,7 +1,7 @@
 """Names of other packages that fxq's own folders have in a checkout.
 
-With a checkout's root on the path ``kernels`` is found there, and transformers, which asks for the package of that name,
-would import it to learn its version.
+With a checkout's root on the path ``kernels`` is found there, and transformers, which asks for the package of that
+name, would import it to learn its version.
 """
 
 from __future__ import annotations
