@@ -80,6 +80,7 @@ ANY_CPU = (
     "metrics",
     "models/test_any_size.py",
     "models/published",
+    "models/video",
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",

@@ -172,7 +172,6 @@ TESTED_ELSEWHERE = {
     "capture/test_guards.py": "capture.written_guards",
     "capture/test_small_sizes.py": "capture.comparisons",
     "cli/test_bench.py": "bench.levels bench.rollout",
-    "cli/test_cache.py": "cli.generate",
     "cli/test_cli.py": "cli.demo cli.quantize",
     "cli/test_diffusers.py": "cli.source",
     "cli/test_recipe.py": "recipe_files",

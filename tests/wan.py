@@ -71,3 +71,22 @@ def save(folder: pathlib.Path) -> pathlib.Path:
     """A pipeline's folder."""
     pipeline().save_pretrained(folder)
     return folder
+
+
+LOOP = ["--model", "causal-wan", "--frames", "6", "--height", "4", "--width", "6", "--device", "cpu"]
+"""Options of videos of two chunks: 21 frames of 32 x 48."""
+
+
+def folders(tmp_path_factory):
+    """A pipeline's folder and a W8A8 bundle of its transformer, made once a process."""
+    from typer.testing import CliRunner
+
+    from fxq.cli import app
+
+    root = tmp_path_factory.getbasetemp() / "wan"
+    if not root.exists():
+        pipe = save(root / "pipe")
+        words = ["--checkpoint", str(pipe / "transformer"), "--recipe", "w8a8-dynamic", "--quiet"]
+        done = CliRunner().invoke(app, ["quantize", *LOOP, *words, "--out", str(root / "w8")])
+        assert done.exit_code == 0, done.output
+    return root / "pipe", root / "w8"
