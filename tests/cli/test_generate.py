@@ -40,7 +40,7 @@ def by_the_pipelines_own_classes(pipe_folder, bundle, prompt):
     """Latents and frames of the same prompt and noise: diffusers' pipeline encodes and decodes in one piece."""
     import diffusers
 
-    pipe = diffusers.WanPipeline.from_pretrained(pipe_folder, low_cpu_mem_usage=False)
+    pipe = diffusers.WanPipeline.from_pretrained(pipe_folder)
     embeddings, _ = pipe.encode_prompt([prompt], do_classifier_free_guidance=False, max_sequence_length=512)
     files = ModelFiles(
         checkpoint=pipe_folder / "transformer", texts=(prompt,), text_encoder=pipe_folder,
