@@ -12,7 +12,6 @@ from fxq.calibration.rollout import Condition, Draws, Rollout
 from fxq.cli.common import emit_json
 from fxq.cli.models import AdapterError, ModelFiles, family_prompts, find_family, make_rollout, parse_device
 from fxq.cli.videos import VideoFiles
-from fxq.cli.words import parse_prompt
 from fxq.comparison.bundles.metrics import find_metrics
 from fxq.comparison.bundles.page import PAGE, write
 from fxq.comparison.bundles.run import Stage, compare_bundles
@@ -115,7 +114,7 @@ def _tiny(showing: Showing, files: ModelFiles) -> tuple[SelfForcingRollout, list
         raise AdapterError(f"--prompts {files.prompts}: model 'tiny' takes a .txt with a prompt a line")
     texts = read_texts(files.prompts)
     texts = texts[: showing.videos or len(texts)]
-    asked = [parse_prompt(text) for text in texts]
+    asked = [sprites.parse(text) for text in texts]
     batches = [({"prompt_embeds": sprites.prompt_embeds(c)}, Draws([i], SHAPE)) for i, c in enumerate(asked)]
     return SelfForcingRollout(model, batches, TINY_SAMPLER), [sprites.describe(c[0]) for c in asked]
 

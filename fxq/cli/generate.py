@@ -20,7 +20,6 @@ from fxq.cli.models import AdapterError, ModelFiles, family_rollout, parse_devic
 from fxq.cli.quantize import ModelOption
 from fxq.cli.source import with_model_files
 from fxq.cli.videos import VideoFiles, with_video_files
-from fxq.cli.words import parse_prompt
 from fxq.core.pipeline import run_passes
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout
@@ -121,7 +120,7 @@ def _tiny(prompt: str | None, seed: int, files: ModelFiles) -> _Subject:
     if prompt is None:
         rollout, conditions = tiny_rollout(model, 1, seed=seed, unseen=True)
     else:
-        conditions = parse_prompt(prompt)
+        conditions = sprites.parse(prompt)
         batch = ({"prompt_embeds": sprites.prompt_embeds(conditions)}, Draws([seed], SHAPE))
         rollout = SelfForcingRollout(model, [batch], TINY_SAMPLER)
     return _Subject(rollout, sprites.describe(conditions[0]), conditions)

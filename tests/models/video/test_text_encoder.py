@@ -137,3 +137,24 @@ def test_no_folder_and_no_library_are_told(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(CheckpointError, match=r'pip install "fxq\[wan\]"'):
         clean("a cat")
+
+
+def test_code_in_the_folder_does_not_run(tmp_path):
+    def add_code(path):
+        for file, name in (
+            (path / "config.json", "AutoModel"),
+            (path.parent / "tokenizer" / "tokenizer_config.json", "AutoTokenizer"),
+        ):
+            content = json.loads(file.read_text())
+            entry = ["mine.Tokenizer", None] if name == "AutoTokenizer" else "mine.Model"
+            file.write_text(json.dumps(content | {"auto_map": {name: entry}}))
+            (file.parent / "mine.py").write_text(
+                f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Model: ...\nTokenizer = Model\n"
+            )
+
+    path = broken(None, tmp_path, add_code)
+    try:
+        TextEncoder(path)
+    except CheckpointError as error:
+        assert "cannot be read" in str(error)
+    assert not (tmp_path / "ran").exists()
