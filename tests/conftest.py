@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from fxq.runtime.shadowed import answer_transformers
+from fxq.shadowed import answer_transformers
 from tests import captures, features
 
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
@@ -114,6 +114,7 @@ ANY_CPU = (
     "test_growth.py",
     "test_layout.py",
     "test_plugins.py",
+    "test_shadowed.py",
 )
 """Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of captures,
 calibration, methods, comparison, files, command line, ranks and graph matching: they check what stands above kernels

@@ -26,7 +26,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FLOORS = (
     ("numerics", "version", "cpu", "dtypes", "plugins"),
     ("kernels",),
-    ("runtime", "calls", "core", "cache"),
+    ("runtime", "calls", "core", "cache", "shadowed"),
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
     ("recipes", "recipe_files", "export", "report"),

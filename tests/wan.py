@@ -5,7 +5,7 @@ import pathlib
 import pytest
 import torch
 
-from fxq.runtime.shadowed import answer_transformers
+from fxq.shadowed import answer_transformers
 
 WORDS = ("a", "cat", "dog", "runs", "sits", "red", "small", "on", "the", "grass")
 TEXT_DIM, TEXT_LEN, CHANNELS = 24, 12, 16

@@ -7,9 +7,12 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Annotated
+
+import typer
 
 from fxq.calibration.rollout import Condition, Draws, Rollout
-from fxq.cli.common import emit_json
+from fxq.cli.common import emit_json, expanding
 from fxq.cli.models import AdapterError, ModelFiles, family_prompts, find_family, make_rollout, parse_device
 from fxq.cli.videos import VideoFiles
 from fxq.comparison.bundles.metrics import find_metrics
@@ -29,6 +32,31 @@ from fxq.runtime.writable import writable_file
 
 _VIDEOS = 4
 """Where the prompts have no number of their own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """Bundles to show in the place of methods, and further metrics of their videos."""
+
+    bundles: tuple[pathlib.Path, ...] = ()
+    metrics: tuple[str, ...] = ()
+
+
+def _options(
+    bundles: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(help="Finished bundles in the place of methods, beside full precision: --bundles A B C."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="With --bundles: a further metric, a plug-in's name or NAME=package.module:function."),
+    ] = None,
+) -> Finished:
+    return Finished(tuple(bundles or ()), tuple(metric or ()))
+
+
+with_bundles = expanding("finished", _options)
+"""The command with these options in the place of its parameter ``finished``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

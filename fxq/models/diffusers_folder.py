@@ -17,7 +17,7 @@ from fxq.models.checkpoints import FLOAT8, CheckpointError, compact, read_raw
 from fxq.models.published.foreign import foreign_kind
 from fxq.runtime.messages import close_names
 from fxq.runtime.reading import ReadError, read_json
-from fxq.runtime.shadowed import answer_transformers
+from fxq.shadowed import answer_transformers
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

@@ -15,8 +15,8 @@ from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError, Prompts
 from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, read_json
-from fxq.runtime.shadowed import answer_transformers
 from fxq.runtime.streams import warn
+from fxq.shadowed import answer_transformers
 
 EXTRA = "wan"
 """Of fxq: the libraries that this needs."""

@@ -6,7 +6,7 @@ import pytest
 CODE = """
 import sys
 import fxq
-from fxq.runtime.shadowed import answer_transformers
+from fxq.shadowed import answer_transformers
 answer_transformers()
 assert "kernels" not in sys.modules
 from transformers.utils.import_utils import is_kernels_available
