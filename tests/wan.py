@@ -40,7 +40,8 @@ def vae(**options):
     import diffusers
 
     torch.manual_seed(2)
-    model = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1, **({"z_dim": CHANNELS} | options)).eval()
+    sizes = {"base_dim": 8, "num_res_blocks": 1, "z_dim": CHANNELS} | options
+    model = diffusers.AutoencoderKLWan(**sizes).eval()
     return model.requires_grad_(False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import torch
@@ -27,10 +28,12 @@ from fxq.metrics import sprites
 from fxq.models.families import FAMILIES
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
+from fxq.models.video.decoding import VideoDecoder
 from fxq.models.video.stream import chunks_of
 from fxq.optimize import optimize
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
-from fxq.report.video import VideoError, check_format, video_writer
+from fxq.report.video import Frames, VideoError, check_format, video_writer
+from fxq.runtime.progress import Progress
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import whole_file, writable_file
 
@@ -88,25 +91,17 @@ def generate(
     rollout = _of_length(subject.rollout, chunks)
     if decoder is not None and decoder.channels != (wanted := rollout.model.config.out_dim):
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
-    module = _running(rollout, bundle, kept, model)
-    parts = []
+    chunks_made = _shown(rollout, _running(rollout, bundle, kept, model))
     if decoder is None:
-        parts = [latents.cpu() for latents in chunks_of(rollout, *rollout.batches[0], module)]
+        latents = torch.cat(list(chunks_made), 1)
         with whole_file(out) as part:
-            save_file({"latents": torch.cat(parts, 1)[0].contiguous()}, part, metadata={"prompt": subject.words})
+            save_file({"latents": latents[0].contiguous()}, part, metadata={"prompt": subject.words})
     else:
-        stream = decoder.begin()
         with video_writer(out, video.pace(model), scale or (8 if model == "tiny" else 1)) as write:
-            for latents in chunks_of(rollout, *rollout.batches[0], module):
-                write(frames_of(stream.decode(latents)[0]))
-                parts.append(latents.cpu())
-    told: dict[str, object] = {
-        "prompt": subject.words,
-        "out": str(out),
-        "latent_frames": sum(p.shape[1] for p in parts),
-    }
+            latents = _written(chunks_made, decoder, write)
+    told: dict[str, object] = {"prompt": subject.words, "out": str(out), "latent_frames": latents.shape[1]}
     if subject.conditions is not None:
-        told["scores"] = sprites.score(torch.cat(parts, 1), subject.conditions).means()
+        told["scores"] = sprites.score(latents, subject.conditions).means()
     if as_json:
         emit_json(told)
     else:
@@ -133,6 +128,24 @@ def _published(model: str, files: ModelFiles, prompt: str | None, seed: int) -> 
         files = dataclasses.replace(files, texts=(prompt,), prompts=None)
     rollout = family_rollout(model, 1, seed, dataclasses.replace(files, batch=1))
     return _Subject(rollout, prompt or f"first prompt of {files.prompts}")
+
+
+def _shown(rollout: SelfForcingRollout, module: fx.GraphModule | None) -> Iterator[Tensor]:
+    """Latents of each chunk on the CPU as they are made, with a bar on a terminal."""
+    condition, draws = rollout.batches[0]
+    with Progress() as bar, bar.step("chunks") as on_progress:
+        for done, latents in enumerate(chunks_of(rollout, condition, draws, module)):
+            yield latents.cpu()
+            on_progress(done + 1, rollout.units(condition, draws))
+
+
+def _written(chunks: Iterable[Tensor], decoder: VideoDecoder, write: Callable[[Frames], None]) -> Tensor:
+    """Decode and write each chunk; all latents [1, F, C, H, W]."""
+    stream, parts = decoder.begin(), []
+    for latents in chunks:
+        write(frames_of(stream.decode(latents)[0]))
+        parts.append(latents)
+    return torch.cat(parts, 1)
 
 
 def _of_length(rollout: SelfForcingRollout, chunks: int | None) -> SelfForcingRollout:

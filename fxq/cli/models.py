@@ -36,9 +36,9 @@ class ModelFiles:
     ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``, and
     ``texts`` prompts in words in its place; words are encoded by the model in the folder ``text_encoder``.
     ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
-    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's;
-    it runs on ``device``, by default on a GPU where there is one. With ``fixed_size`` the graph is captured for frames
-    of this height and width only.
+    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's
+    and the text encoder's; they run on ``device``, by default on a GPU where there is one. With ``fixed_size`` the
+    graph is captured for frames of this height and width only.
     """
 
     checkpoint: pathlib.Path | None = None
@@ -242,7 +242,8 @@ def family_prompts(family: Family, files: ModelFiles, count: int, seed: int) -> 
             "prompts in words need the model's text encoder: --text-encoder with its folder, or with one of a Wan "
             "pipeline; or give embeddings, a .safetensors or .npz"
         )
-    prompts = encoded(files.text_encoder, texts, config.text_len, parse_device(files.device))
+    dtype = None if files.dtype is None else parse_dtype(files.dtype)
+    prompts = encoded(files.text_encoder, texts, config.text_len, parse_device(files.device), dtype)
     if (width := prompts.embeddings[0].shape[1]) != config.text_dim:
         raise AdapterError(f"{files.text_encoder} makes embeddings of width {width}, the model takes {config.text_dim}")
     return prompts

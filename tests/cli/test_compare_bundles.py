@@ -5,12 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fxq.cli import app
 from fxq.cli.models import AdapterError
 from fxq.comparison.methods import ComparisonError
-from tests import published, wan
+from tests import wan
 from tests.cli.test_generate import frames_of
 
 pytest.importorskip("diffusers")
@@ -60,6 +62,7 @@ def test_a_wan_pipeline_is_compared_on_video_from_prompts_in_words(made, tmp_pat
     assert all(f'src="{clip}"' in page for clip in told["clips"])
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_compared_on_its_own_words_and_length(tmp_path):
     done = CliRunner().invoke(app, ["quantize", "--recipe", "w8a8-dynamic", "--quiet", "--out", str(tmp_path / "w8")])
     assert done.exit_code == 0, done.output
@@ -73,11 +76,11 @@ def test_the_shipped_model_is_compared_on_its_own_words_and_length(tmp_path):
     assert rate == 8 and frames.shape == (6, 20 + 160, 3 * 160 + 2 * 4, 3)
 
 
-def test_without_a_decoder_latents_are_compared(tmp_path):
-    words = published.options(tmp_path)
-    recipe = ["--recipe", "w8a8-dynamic", "--quiet", "--out", str(tmp_path / "w8")]
-    assert CliRunner().invoke(app, ["quantize", *words, *recipe]).exit_code == 0
-    shown = compare(*words, "--bundles", tmp_path / "w8", "--videos", "1", "--seeds", "1,2", "--out", tmp_path / "r")
+def test_without_a_decoder_latents_are_compared(made, tmp_path):
+    pipe, bundle = made
+    save_file({"prompts": torch.randn(2, 5, wan.TEXT_DIM)}, tmp_path / "p.safetensors")
+    words = [*wan.LOOP, "--checkpoint", pipe / "transformer", "--prompts", tmp_path / "p.safetensors"]
+    shown = compare(*words, "--bundles", bundle, "--videos", "1", "--seeds", "1,2", "--out", tmp_path / "r")
     told = json.loads((tmp_path / "r" / "compare.json").read_text())
     assert told["space"] == "latents" and not told["clips"] and "w8:" in shown
     assert told["prompts"] == ["prompts.0", "prompts.0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,6 +29,19 @@ class Judged:
     forced: Floats
     free: Floats
     ssim: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One video.
+
+    ``bundles`` by name; ``clip``: the side-by-side's path below the folder of the clips, or ""; ``decoding``: seconds
+    that each chunk of full precision took, empty without a decoder.
+    """
+
+    bundles: Mapping[str, Judged]
+    clip: str = ""
+    decoding: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +70,7 @@ def judge(
     decoder: VideoDecoder | None,
     clips: Clips | None,
     name: str,
-) -> tuple[dict[str, Judged], str]:
+) -> Verdict:
     """Compare bundles' videos with full precision's, and write the videos.
 
     Without a decoder latents are compared, between the extremes of full precision's. With one every version is decoded
@@ -69,9 +83,6 @@ def judge(
         decoder: of latents.
         clips: where videos go; None: nowhere.
         name: of this video's files.
-
-    Returns:
-        By name what was found, and the side-by-side's path below the folder of ``clips``, or "".
     """
     if decoder is None:
         limits = float(reference.free.min()), float(reference.free.max())
@@ -79,7 +90,7 @@ def judge(
         gathered = _Gathered(list(others), limits)
         for (want, _), *got in parts:
             gathered.add(want, [(free, want if forced is None else forced) for free, forced in got])
-        return gathered.judged(), ""
+        return Verdict(bundles=gathered.judged())
     return _decoded(reference, others, frames_per_chunk, decoder, clips, name)
 
 
@@ -126,15 +137,16 @@ def _decoded(
     decoder: VideoDecoder,
     clips: Clips | None,
     name: str,
-) -> tuple[dict[str, Judged], str]:
+) -> Verdict:
     gathered = _Gathered(list(others), (-1.0, 1.0))
     truth, streams = decoder.begin(), {other: decoder.begin() for other in others}
-    everyone = [_chunks(run, frames_per_chunk) for run in (reference, *others.values())]
+    everyone, seconds = [_chunks(run, frames_per_chunk) for run in (reference, *others.values())], []
     with contextlib.ExitStack() as stack:
         written = None if clips is None else _Writers(clips, list(others), name, stack)
         for (latents, _), *rest in zip(*everyone, strict=True):
-            before = truth.fork()
+            before, start = truth.fork(), time.perf_counter()
             want = truth.decode(latents[None])[0]
+            seconds.append(time.perf_counter() - start)
             got = []
             for other, (free, forced) in zip(others, rest, strict=True):
                 shown = streams[other].decode(free[None])[0]
@@ -143,7 +155,8 @@ def _decoded(
             gathered.add(want, got)
             if written is not None:
                 written.add(want, [shown for shown, _ in got])
-    return gathered.judged(), "" if written is None else written.path
+    clip = "" if written is None else written.path
+    return Verdict(bundles=gathered.judged(), clip=clip, decoding=tuple(seconds))
 
 
 class _Writers:

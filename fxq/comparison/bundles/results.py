@@ -85,6 +85,7 @@ class BundleResults:
         rows: of the bundles.
         clips: of each video the file of the side-by-side, relative to the report; empty without a decoder.
         frames_per_second: of these.
+        decoding: median seconds of decoding a chunk, None without a decoder.
     """
 
     title: str
@@ -100,6 +101,7 @@ class BundleResults:
     rows: tuple[BundleRow, ...]
     clips: tuple[str, ...]
     frames_per_second: float
+    decoding: float | None = None
 
     @property
     def chunks(self) -> int:

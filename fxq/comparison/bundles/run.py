@@ -24,7 +24,7 @@ from fxq.comparison.bundles.contestant import (
     folder_name,
     make_room,
 )
-from fxq.comparison.bundles.judge import Clips, Judged, judge
+from fxq.comparison.bundles.judge import Clips, Verdict, judge
 from fxq.comparison.bundles.memory import kind_of
 from fxq.comparison.bundles.metrics import KeptFrames, Metric
 from fxq.comparison.bundles.results import BundleResults, BundleRow, Cost
@@ -34,6 +34,8 @@ from fxq.environment import environment
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.video.decoding import VideoDecoder
 from fxq.runtime.progress import Progress
+
+_VIDEOS = "videos"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,16 +98,16 @@ def compare_bundles(
         decoder = None if stage.decoder is None else stage.decoder(device)
         with contextlib.ExitStack() as stack:
             kept = stack.enter_context(KeptFrames(folder)) if metrics else None
-            judged, clips = _judged(stage, found, full, made, decoder, folder, kept, bar)
+            judged = _judged(stage, found, full, made, decoder, folder, kept, bar)
             measured = _measured(kept, [FULL_PRECISION, *(bundle.name for bundle in found)], metrics, bar)
     rows = tuple(
         BundleRow(
             name=bundle.name,
             bits=bits,
             size_ratio=ratio,
-            forced=np.stack([video[bundle.name].forced for video in judged]),
-            free=np.stack([video[bundle.name].free for video in judged]),
-            ssim=np.array([video[bundle.name].ssim for video in judged]),
+            forced=np.stack([video.bundles[bundle.name].forced for video in judged]),
+            free=np.stack([video.bundles[bundle.name].free for video in judged]),
+            ssim=np.array([video.bundles[bundle.name].ssim for video in judged]),
             cost=_cost(runs),
             metrics=measured[bundle.name],
         )
@@ -124,8 +126,9 @@ def compare_bundles(
         full=_cost(full),
         full_metrics=measured[FULL_PRECISION],
         rows=rows,
-        clips=tuple(clips),
+        clips=tuple(f"{_VIDEOS}/{video.clip}" for video in judged if video.clip),
         frames_per_second=stage.frames_per_second,
+        decoding=None if decoder is None else float(np.median([video.decoding for video in judged])),
     )
 
 
@@ -197,14 +200,14 @@ def _judged(
     folder: pathlib.Path,
     kept: KeptFrames | None,
     bar: Progress,
-) -> tuple[list[dict[str, Judged]], list[str]]:
+) -> list[Verdict]:
     clips = Clips(
-        folder=folder / "videos",
+        folder=folder / _VIDEOS,
         suffix=stage.suffix,
         frames_per_second=stage.frames_per_second,
         keep=None if kept is None else kept.add,
     )
-    judged, paths = [], []
+    judged = []
     with bar.step("videos side by side") as on_progress:
         for i, (prompt, reference) in enumerate(zip(stage.prompts, full, strict=True)):
             on_progress(i, len(full))
@@ -212,11 +215,8 @@ def _judged(
                 kept.begin(prompt)
             others = {bundle.name: runs[i] for bundle, runs in zip(bundles, made, strict=True)}
             size = stage.rollout.sampler.frames_per_chunk
-            found, path = judge(reference, others, size, decoder, clips, f"{i + 1:03}")
-            judged.append(found)
-            if path:
-                paths.append(f"videos/{path}")
-    return judged, paths
+            judged.append(judge(reference, others, size, decoder, clips, f"{i + 1:03}"))
+    return judged
 
 
 def _measured(

@@ -113,10 +113,11 @@ def about(results: BundleResults) -> str:
         if results.space == "pixels"
         else ("latents between the extremes of full precision's, as no decoder was given")
     )
+    decoding = "" if results.decoding is None else f", which takes {significant(results.decoding)} s a chunk more"
     return (
         f"PSNR and SSIM are of {of}. Forced: each chunk is made from full precision's chunks before it and the same "
         "noise, so that errors do not add up; the worst is of all chunks of all videos. Free: the bundle's own videos. "
-        "Time: median over chunks, denoising and context calls, without decoding. Memory: "
+        f"Time: median over chunks, denoising and context calls, without decoding{decoding}. Memory: "
         f"{results.memory}. All have the same prompts and noise."
     )
 
@@ -204,7 +205,7 @@ def to_json(results: BundleResults) -> dict[str, object]:
                 "by_chunk": {"forced_psnr": row.forced, "free_psnr": row.free, "seconds": row.cost.seconds},
             }
         )
-    names = ("title", "command", "date", "environment", "settings", "space", "memory", "prompts", "clips")
+    names = ("title", "command", "date", "environment", "settings", "space", "memory", "prompts", "clips", "decoding")
     shared = {name: getattr(results, name) for name in names}
     full = {
         "seconds_per_chunk": results.full.per_chunk,

@@ -126,13 +126,19 @@ class TextEncoder:
 
 
 @functools.lru_cache(maxsize=4)
-def encoded(path: pathlib.Path, texts: tuple[str, ...], text_len: int, device: torch.device) -> Prompts:
+def encoded(
+    path: pathlib.Path,
+    texts: tuple[str, ...],
+    text_len: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Prompts:
     """:meth:`TextEncoder.encode` by an encoder that is let go afterwards; asked again it is not loaded again.
 
     Raises:
         CheckpointError, PromptError: as there.
     """
-    return TextEncoder(path, device).encode(texts, text_len)
+    return TextEncoder(path, device, dtype).encode(texts, text_len)
 
 
 def is_words(source: str) -> bool:

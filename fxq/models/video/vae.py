@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxq.models.checkpoints import CheckpointError
+from fxq.models.checkpoints import CheckpointError, compact, read_raw
 from fxq.models.diffusers_folder import INDEX, load_folder
 from fxq.models.video.decoding import VideoDecoder, VideoStream
 from fxq.models.video.taehv import load_tae
+from fxq.shadowed import answer_transformers
 
 _CLASS = "AutoencoderKLWan"
+_SIZES = ("encoder.conv1.weight", "decoder.conv1.weight", "conv2.weight")
+"""Of the original form: tensors that show its width, that of its deepest level, and the channels of its latents."""
+_ORIGINAL = frozenset(_SIZES)
+_DEEPEST = 4
+"""Width of the deepest level over that of the first, in every VAE of Wan."""
 
 
 def load_decoder(
@@ -24,7 +31,9 @@ def load_decoder(
 
     Args:
         path: a folder of an ``AutoencoderKLWan`` or of a pipeline with one (``vae/``), as ``save_pretrained`` wrote
-            it; or the file of a TAEHV for Wan (``taew2_1.pth`` or ``.safetensors``), which is fast and not exact.
+            it; or a file, ``.safetensors`` or ``.pth`` of plain tensors: Wan 2.1's VAE in its original form
+            (``Wan2.1_VAE.pth``), also with fewer channels (LightVAE), or a TAEHV for Wan (``taew2_1.pth``), which is
+            fast and not exact.
         device: where it runs; the CPU by default.
         dtype: of its weights; the file's by default, which for Wan is float32.
 
@@ -33,11 +42,39 @@ def load_decoder(
     """
     root = pathlib.Path(path)
     if root.is_file():
+        tensors = read_raw(root)
+        if tensors.keys() >= _ORIGINAL:
+            return WanDecoder(_from_original(tensors, root, dtype).to(device or torch.device("cpu")))
         return load_tae(root, device, dtype)
     vae: Any = load_folder(root, dtype, "vae" if (root / INDEX).is_file() else None)
     if type(vae).__name__ != _CLASS:
         raise CheckpointError(f"{root} holds a {type(vae).__name__}, expected the {_CLASS} that Wan's latents are of")
     return WanDecoder(vae.to(device or torch.device("cpu")))
+
+
+def _from_original(tensors: Mapping[str, Tensor], path: pathlib.Path, dtype: torch.dtype | None) -> Any:
+    """The VAE of a file with Wan's own names, its sizes as the shapes show them; diffusers has the names' table."""
+    answer_transformers()
+    try:
+        from diffusers import AutoencoderKLWan
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs diffusers ({error}): pip install diffusers") from None
+    state = convert_wan_vae_to_diffusers(dict(tensors))
+    width, deep, latents = (tensors[name].shape[0] for name in _SIZES)
+    with torch.device("meta"):
+        model = AutoencoderKLWan(base_dim=width, decoder_base_dim=deep // _DEEPEST, z_dim=latents)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    wrong = [name for name, shape in expected.items() if name not in state or state[name].shape != shape]
+    if wrong or len(state) != len(expected):
+        extra = [name for name in state if name not in expected]
+        raise CheckpointError(
+            f"{path} is no VAE of Wan 2.1. Missing or of another shape: {compact(wrong) or 'none'}; unexpected: "
+            f"{compact(extra) or 'none'}. Others are read from a folder of diffusers"
+        )
+    chosen = dtype or state["decoder.conv_in.weight"].dtype
+    model.load_state_dict({name: tensor.to(chosen) for name, tensor in state.items()}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 class WanDecoder(VideoDecoder):

@@ -33,5 +33,6 @@ def results(**changed):
         "rows": (row("a", [[50, 48, 46], [44, 31.25, 47]]), row("b", [[40, 39, 38], [37, 36, 35]], bits="W4A8")),
         "clips": ("videos/side_by_side/001.mp4", "videos/side_by_side/002.mp4"),
         "frames_per_second": 8.0,
+        "decoding": 0.75,
     }
     return BundleResults(**(given | changed))

@@ -24,19 +24,19 @@ def videos(channels=3, frames=6):
 
 def test_without_a_decoder_latents_are_compared_between_their_extremes(tmp_path):
     want, free, forced = (7 * video for video in videos())
-    judged, path = judge(run(want), {"b": run(free, forced)}, 2, None, None, "001")
+    verdict = judge(run(want), {"b": run(free, forced)}, 2, None, None, "001")
     limits = float(want.min()), float(want.max())
     for i in range(3):
         part = slice(2 * i, 2 * i + 2)
-        assert judged["b"].free[i] == pytest.approx(psnr(free[None, part], want[None, part], *limits)[0])
-        assert judged["b"].forced[i] == pytest.approx(psnr(forced[None, part], want[None, part], *limits)[0])
-    assert judged["b"].ssim == pytest.approx(ssim(free[None], want[None], *limits)[0]) and not path
+        assert verdict.bundles["b"].free[i] == pytest.approx(psnr(free[None, part], want[None, part], *limits)[0])
+        assert verdict.bundles["b"].forced[i] == pytest.approx(psnr(forced[None, part], want[None, part], *limits)[0])
+    assert verdict.bundles["b"].ssim == pytest.approx(ssim(free[None], want[None], *limits)[0]) and not verdict.clip
 
 
 def test_a_constant_video_has_a_range_too():
     flat = torch.zeros(2, 3, 6, 8)
-    judged, _ = judge(run(flat), {"b": run(flat, flat)}, 2, None, None, "001")
-    assert judged["b"].forced.tolist() == [100.0]
+    verdict = judge(run(flat), {"b": run(flat, flat)}, 2, None, None, "001")
+    assert verdict.bundles["b"].forced.tolist() == [100.0]
 
 
 def test_chunks_from_full_precisions_history_are_decoded_after_its_frames():
@@ -45,19 +45,19 @@ def test_chunks_from_full_precisions_history_are_decoded_after_its_frames():
     want, free, _ = videos(wan.CHANNELS)
     free = want + 0.5 * torch.randn_like(want)
     forced = torch.cat((free[:2], want[2:4], free[4:]))
-    judged, _ = judge(run(want), {"b": run(free, forced), "same": run(want, want)}, 2, decoder, None, "001")
+    verdict = judge(run(want), {"b": run(free, forced), "same": run(want, want)}, 2, decoder, None, "001")
     mixed = torch.cat((want[:2], want[2:4], free[4:]))
 
     def decoded(latents):
         return decoder.begin().decode(latents[None])[0]
 
     truth, shown, alone = decoded(want), decoded(free), decoded(mixed)
-    assert judged["b"].forced[1] == 100.0, "the same latents after the same frames"
-    assert judged["b"].forced[2] == pytest.approx(psnr(alone[None, 13:], truth[None, 13:])[0], abs=0.01)
-    assert judged["b"].free[2] == pytest.approx(psnr(shown[None, 13:], truth[None, 13:])[0], abs=0.01)
-    assert judged["b"].free[1] < 60, "the decoder remembers the chunk before"
-    assert judged["same"].free.tolist() == judged["same"].forced.tolist() == [100.0] * 3
-    assert judged["same"].ssim == pytest.approx(1)
+    assert verdict.bundles["b"].forced[1] == 100.0, "the same latents after the same frames"
+    assert verdict.bundles["b"].forced[2] == pytest.approx(psnr(alone[None, 13:], truth[None, 13:])[0], abs=0.01)
+    assert verdict.bundles["b"].free[2] == pytest.approx(psnr(shown[None, 13:], truth[None, 13:])[0], abs=0.01)
+    assert verdict.bundles["b"].free[1] < 60, "the decoder remembers the chunk before"
+    assert verdict.bundles["same"].free.tolist() == verdict.bundles["same"].forced.tolist() == [100.0] * 3
+    assert verdict.bundles["same"].ssim == pytest.approx(1)
 
 
 def test_every_version_and_the_side_by_side_are_written_and_handed_on(tmp_path):
@@ -71,12 +71,12 @@ def test_every_version_and_the_side_by_side_are_written_and_handed_on(tmp_path):
         keep=lambda name, frames: seen.append((name, frames)),
     )
     others = {"a/b": run(free, forced), "c": run(want, want)}
-    _, path = judge(run(want), others, 2, PixelDecoder(), clips, "007")
-    assert path == "side_by_side/007.webp"
+    verdict = judge(run(want), others, 2, PixelDecoder(), clips, "007")
+    assert verdict.clip == "side_by_side/007.webp" and len(verdict.decoding) == 3
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.webp")} == {
         "side_by_side/007.webp", "full_precision/007.webp", "a_b/007.webp", "c/007.webp",
     }  # fmt: skip
-    with Image.open(tmp_path / path) as shown:
+    with Image.open(tmp_path / verdict.clip) as shown:
         assert shown.n_frames == 6 and shown.size == (3 * 16 + 2 * 4, 2 * (20 + 12))
     with Image.open(tmp_path / "c" / "007.webp") as shown:
         assert shown.size == (16, 12)

@@ -35,7 +35,7 @@ def test_metrics_are_columns_and_those_that_are_lacking_are_named():
 def test_texts_say_what_was_measured_and_hostile_names_stay_cells():
     text = tables.to_markdown(results())
     assert "2. a \\| dog &lt;b>" in text and "`fxq compare --bundles a b`" in text
-    assert "decoded frames" in tables.about(results())
+    assert "decoded frames" in tables.about(results()) and "takes 0.750 s a chunk more" in tables.about(results())
     assert "as no decoder was given" in tables.about(results(space="latents", clips=()))
     assert "31.2 dB (video 2, chunk 2)" in tables.sentences(results())["a"]
     table = tables.markdown_table(results(rows=(row("a|b\n<i>", [[50.0, 40.0]]),)))

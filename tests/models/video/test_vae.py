@@ -85,3 +85,52 @@ def test_what_is_no_vae_of_wan_is_refused_by_name(tmp_path):
     save_file(tensors, weights)
     with pytest.raises(CheckpointError, match=r"missing: decoder\.conv_out\.weight"):
         load_decoder(tmp_path / "vae")
+
+
+def original_names(vae):
+    """Wan's own name of each tensor, by trying all that its VAE can have on diffusers' table."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    ends = [
+        f"{part}.{kind}"
+        for part in ("residual.2", "residual.6", "shortcut", "resample.1", "time_conv")
+        for kind in ("weight", "bias")
+    ]
+    ends += ["residual.0.gamma", "residual.3.gamma"]
+    layers = [f"{side}.{i}" for side in ("encoder.downsamples", "decoder.upsamples") for i in range(16)]
+    names = [f"{layer}.{end}" for layer in layers for end in ends]
+    for side in ("encoder", "decoder"):
+        names += [f"{side}.middle.{i}.{end}" for i in (0, 2) for end in ends]
+        names += [
+            f"{side}.middle.1.{end}"
+            for end in ("norm.gamma", "to_qkv.weight", "to_qkv.bias", "proj.weight", "proj.bias")
+        ]
+        names += [
+            f"{side}.{end}" for end in ("conv1.weight", "conv1.bias", "head.0.gamma", "head.2.weight", "head.2.bias")
+        ]
+    names += [f"{conv}.{kind}" for conv in ("conv1", "conv2") for kind in ("weight", "bias")]
+    found = {}
+    for name in names:
+        (converted,) = convert_wan_vae_to_diffusers({name: name})
+        if converted in vae.state_dict():
+            assert converted not in found, f"{name} and {found.get(converted)}"
+            found[converted] = name
+    assert found.keys() == vae.state_dict().keys()
+    return found
+
+
+@pytest.mark.parametrize("base_dim", [8, 4])
+def test_the_original_form_is_read_with_any_number_of_channels(base_dim, tmp_path):
+    vae = wan.vae(base_dim=base_dim, num_res_blocks=2)
+    tensors = {name: vae.state_dict()[converted].clone() for converted, name in original_names(vae).items()}
+    torch.save(tensors, tmp_path / "Wan2.1_VAE.pth")
+    latents = torch.randn(1, 4, wan.CHANNELS, 4, 6)
+    decoder = load_decoder(tmp_path / "Wan2.1_VAE.pth")
+    assert torch.allclose(decoder.begin().decode(latents), in_one_piece(vae, latents), atol=2e-5)
+    half = load_decoder(tmp_path / "Wan2.1_VAE.pth", dtype=torch.bfloat16)
+    assert {p.dtype for p in half.vae.parameters()} == {torch.bfloat16}
+    del tensors["decoder.head.2.bias"]
+    tensors["decoder.middle.0.residual.2.bias"] = torch.ones(1)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"no VAE of Wan 2\.1.*resnets\.0\.conv1\.bias, decoder\.conv_out\.bias"):
+        load_decoder(tmp_path / "vae.safetensors")
