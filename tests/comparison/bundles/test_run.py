@@ -48,6 +48,20 @@ def test_errors_are_those_of_the_rollouts_and_more_bits_lose_less(bundles, tmp_p
     json.dumps(to_json(found), allow_nan=False)
 
 
+@pytest.fixture
+def loaded_once(monkeypatch):
+    """Each bundle is loaded and optimized once for a test's comparisons."""
+    known, load = {}, subject.contestant_of
+
+    def once(bundle, rollout):
+        if bundle.path not in known:
+            known[bundle.path] = load(bundle, rollout)
+        return known[bundle.path]
+
+    monkeypatch.setattr(subject, "contestant_of", once)
+
+
+@pytest.mark.usefixtures("loaded_once")
 def test_what_was_made_is_not_made_again_unless_something_changed(bundles, tmp_path, monkeypatch):
     first = compare_bundles(stage(), bundles[:1], tmp_path, "fxq compare", progress=False)
     made = []
