@@ -25,7 +25,8 @@ COMMANDS = {
                 "thresholds. Needs no data."),
     "sensitivity": ("fxq.cli.quantize", "Measure how much an error in each chunk costs the whole video. Under torchrun "
                     "the ranks share the videos."),
-    "generate": ("fxq.cli.generate", "Generate a video with the shipped model, in full precision or from a bundle."),
+    "generate": ("fxq.cli.generate", "Generate a video with the shipped model or a published one, in full precision or "
+                 "from a bundle."),
     "verify": ("fxq.cli.export", "Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 "
                "on any failure."),
     "export": ("fxq.cli.export", "Write a bundle in the format of another runtime and say what that costs per layer."),

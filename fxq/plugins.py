@@ -1,4 +1,4 @@
-"""What other distributions add to fxq by entry points: methods, export targets and models, by name.
+"""What other distributions add to fxq by entry points: methods, export targets, models and metrics, by name.
 
 Metadata is read when a name is asked for, and a plug-in is imported only when its own name is.
 """
@@ -10,8 +10,8 @@ from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-METHODS, EXPORTS, MODELS = "fxq.methods", "fxq.exports", "fxq.models"
-_KINDS = {METHODS: "method", EXPORTS: "export target", MODELS: "model"}
+METHODS, EXPORTS, MODELS, METRICS = "fxq.methods", "fxq.exports", "fxq.models", "fxq.metrics"
+_KINDS = {METHODS: "method", EXPORTS: "export target", MODELS: "model", METRICS: "metric"}
 GROUPS = tuple(_KINDS)
 
 
@@ -33,7 +33,7 @@ class Plugin:
         return f"{_KINDS[self.group]} {self.name!r} ({self.target}) of {self.distribution} {self.version}"
 
     def load(self) -> Any:
-        """Import what the entry point names: a method's class, or the function of a target or a model.
+        """Import what the entry point names: a method's class, or the function of a target, a model or a metric.
 
         Raises:
             PluginError: naming the distribution, when the import fails or gives something else.

@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from fxq.shadowed import answer_transformers
 from tests import captures, features
 
 hypothesis.settings.register_profile("fxq", deadline=None, derandomize=True)
@@ -15,6 +16,9 @@ hypothesis.settings.load_profile("fxq")
 gc.set_threshold(100_000, 50, 100)
 
 captures.share()
+
+# With the repository's root on the path, before any test imports diffusers.
+answer_transformers()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -76,6 +80,7 @@ ANY_CPU = (
     "metrics",
     "models/test_any_size.py",
     "models/published",
+    "models/video",
     "models/test_checkpoints.py",
     "models/test_official_parity.py",
     "models/test_prompts.py",
@@ -109,6 +114,7 @@ ANY_CPU = (
     "test_growth.py",
     "test_layout.py",
     "test_plugins.py",
+    "test_shadowed.py",
 )
 """Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of captures,
 calibration, methods, comparison, files, command line, ranks and graph matching: they check what stands above kernels

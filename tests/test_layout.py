@@ -23,7 +23,7 @@ SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FLOORS = (
     ("numerics", "version", "cpu", "dtypes", "plugins"),
     ("kernels",),
-    ("runtime", "calls", "core", "cache"),
+    ("runtime", "calls", "core", "cache", "shadowed"),
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
     ("presets", "recipes", "recipe_files", "export", "report"),
@@ -169,7 +169,6 @@ TESTED_ELSEWHERE = {
     "capture/test_guards.py": "capture.written_guards",
     "capture/test_small_sizes.py": "capture.comparisons",
     "cli/test_bench.py": "bench.levels bench.rollout",
-    "cli/test_cache.py": "cli.generate",
     "cli/test_cli.py": "cli.demo cli.quantize",
     "cli/test_diffusers.py": "cli.source",
     "cli/test_recipe.py": "recipe_files",

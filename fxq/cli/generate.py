@@ -4,96 +4,150 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import fx
+from safetensors.torch import save_file
+from torch import Tensor, fx
 
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
 from fxq.cli.cache_options import CacheOptions, with_cache_options
 from fxq.cli.common import JsonOption, SeedOption, bundle_folder, emit_json
-from fxq.cli.models import AdapterError
+from fxq.cli.models import AdapterError, ModelFiles, family_rollout, parse_device
+from fxq.cli.quantize import ModelOption
+from fxq.cli.source import with_model_files
+from fxq.cli.videos import VideoFiles, with_video_files
 from fxq.core.pipeline import run_passes
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
+from fxq.models.families import FAMILIES
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.models.tiny import CHUNK, TINY_SAMPLER, load_tiny
+from fxq.models.tiny import TINY_SAMPLER, load_tiny
+from fxq.models.video.decoding import VideoDecoder
+from fxq.models.video.stream import chunks_of
+from fxq.optimize import optimize
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
-from fxq.report.video import VideoError, check_format, write_video
-from fxq.runtime.messages import did_you_mean
+from fxq.report.video import Frames, VideoError, check_format, video_writer
+from fxq.runtime.progress import Progress
 from fxq.runtime.streams import stdout_console
-from fxq.runtime.writable import writable_file
+from fxq.runtime.writable import whole_file, writable_file
+
+_LATENTS = ".safetensors"
 
 
-def _parse_prompt(text: str) -> torch.Tensor:
-    words = text.split()
-    indices = []
-    for field, known in sprites.WORDS.items():
-        hits = [known.index(word) for word in words if word in known]
-        if len(hits) != 1:
-            stray = [w for w in words if not any(w in k for k in sprites.WORDS.values())]
-            hint = did_you_mean(stray[0], known, 0.6) if stray else ""
-            hint = f"; for {stray[0]!r} {hint}" if hint else ""
-            raise AdapterError(f"prompt {text!r} needs exactly one {field} of: {', '.join(known)}{hint}")
-        indices.append(hits[0])
-    return torch.tensor([indices])
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is to be made: ``rollout`` of one video, its prompt's ``words``; ``conditions`` for the shipped scorer."""
+
+    rollout: SelfForcingRollout
+    words: str
+    conditions: Tensor | None = None
 
 
+@with_model_files
 @with_cache_options
+@with_video_files
 def generate(
-    out: Annotated[pathlib.Path, typer.Option(help="Video to write: .gif, .webp, .png or .mp4.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Video: .mp4, .webp, .gif or .png; or .safetensors for latents.")],
+    files: ModelFiles,
     kept: CacheOptions,
+    video: VideoFiles,
+    model: ModelOption = "tiny",
     prompt: Annotated[
         str | None,
-        typer.Option(help="Words of the tiny model, e.g. 'ring red right slow black row1 column2'; random if absent."),
+        typer.Option(help="What to show, in words; of tiny e.g. 'ring red right slow black row1 column2'."),
     ] = None,
     bundle: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="Run this quantized bundle of the tiny model; a folder, or org/name[@revision] of the hub."),
+        pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
     ] = None,
     seed: SeedOption = 0,
-    scale: Annotated[int, typer.Option(min=1, help="Enlargement of pixels.")] = 8,
-    chunks: Annotated[int, typer.Option(min=1, help="Length of the video, 3 frames each.")] = SHAPE[0] // CHUNK,
+    scale: Annotated[
+        int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(min=1, help="Length of the video; the model's own by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate a video with the shipped model, in full precision or from a bundle."""
+    """Generate a video with the shipped model or a published one, in full precision or from a bundle.
+
+    Frames are decoded and written chunk by chunk.
+    """
+    latents_only = out.suffix.lower() == _LATENTS
     try:
-        check_format(writable_file(out))
+        writable_file(out) if latents_only else check_format(writable_file(out))
     except VideoError as error:
-        raise AdapterError(f"--out {error}") from None
-    model = load_tiny()
+        raise AdapterError(f"--out {error}; or {_LATENTS} for latents") from None
+    files = video.filled_in(model, files)
+    device = parse_device(files.device)
+    if not latents_only and model != "tiny" and not video.has_decoder(model):
+        raise AdapterError(
+            f"model {model!r} makes latents: show them with --vae, the folder of its VAE or of a Wan pipeline, or "
+            f"write them to a {_LATENTS}"
+        )
+    decoder = None if latents_only else video.decoder(model, device)
+    subject = _tiny(prompt, seed, files) if model == "tiny" else _published(model, files, prompt, seed)
+    rollout = _of_length(subject.rollout, chunks)
+    if decoder is not None and decoder.channels != (wanted := rollout.model.config.out_dim):
+        raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
+    chunks_made = _shown(rollout, _running(rollout, bundle, kept, model))
+    if decoder is None:
+        latents = torch.cat(list(chunks_made), 1)
+        with whole_file(out) as part:
+            save_file({"latents": latents[0].contiguous()}, part, metadata={"prompt": subject.words})
+    else:
+        with video_writer(out, video.pace(model), scale or (8 if model == "tiny" else 1)) as write:
+            latents = _written(chunks_made, decoder, write)
+    told: dict[str, object] = {"prompt": subject.words, "out": str(out), "latent_frames": latents.shape[1]}
+    if subject.conditions is not None:
+        told["scores"] = sprites.score(latents, subject.conditions).means()
+    if as_json:
+        emit_json(told)
+    else:
+        stdout_console().print(f"{subject.words}: {out}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _tiny(prompt: str | None, seed: int, files: ModelFiles) -> _Subject:
+    if dataclasses.replace(files, device=None) != ModelFiles():
+        raise AdapterError(f"model 'tiny' takes no files; a checkpoint needs one of: {', '.join(FAMILIES)}")
+    model = load_tiny().to(parse_device(files.device))
     if prompt is None:
         rollout, conditions = tiny_rollout(model, 1, seed=seed, unseen=True)
     else:
-        conditions = _parse_prompt(prompt)
-        draws = Draws([seed], SHAPE)
-        rollout = SelfForcingRollout(
-            model, [({"prompt_embeds": sprites.prompt_embeds(conditions)}, draws)], TINY_SAMPLER
-        )
+        conditions = sprites.parse(prompt)
+        batch = ({"prompt_embeds": sprites.prompt_embeds(conditions)}, Draws([seed], SHAPE))
+        rollout = SelfForcingRollout(model, [batch], TINY_SAMPLER)
+    return _Subject(rollout, sprites.describe(conditions[0]), conditions)
+
+
+def _published(model: str, files: ModelFiles, prompt: str | None, seed: int) -> _Subject:
+    if model not in FAMILIES:
+        raise AdapterError(f"model {model!r}: expected 'tiny' or one of {', '.join(FAMILIES)}")
+    if prompt is not None:
+        files = dataclasses.replace(files, texts=(prompt,), prompts=None)
+    rollout = family_rollout(model, 1, seed, dataclasses.replace(files, batch=1))
+    return _Subject(rollout, prompt or f"first prompt of {files.prompts}")
+
+
+def _shown(rollout: SelfForcingRollout, module: fx.GraphModule | None) -> Iterator[Tensor]:
+    """Latents of each chunk on the CPU as they are made, with a bar on a terminal."""
     condition, draws = rollout.batches[0]
-    batch = (condition, Draws(draws.seeds, (CHUNK * chunks, *SHAPE[1:])))
-    module = None if bundle is None else load(bundle_folder(bundle))
-    rollout = SelfForcingRollout(model, [batch], TINY_SAMPLER)
+    bundle: Annotated[
+        pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
+    ] = None,
     policy = None if module is None else policy_of(module)
     if policy is None:
-        policy = kept.policy(rollout, tiny_rollout(model, 4, seed=1, unseen=False)[0], chunks)
+        calibration = tiny_rollout(rollout.model, 4, seed=1, unseen=False)[0] if model == "tiny" else None
+        policy = kept.policy(rollout, calibration, rollout.units(*rollout.batches[0]))
         if policy.absorb is not None:
             module = _captured(rollout, policy) if module is None else with_cache(module, policy)
     elif kept.given:
         raise AdapterError(f"{bundle} has a cache of its own, by its recipe: leave out {kept.given}")
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
-    video = generated(rollout, module)
-    write_video(out, frames_of(video[0]), scale=scale)
-    scores = sprites.score(video, conditions).means()
-    words = sprites.describe(conditions[0])
-    if as_json:
-        emit_json({"prompt": words, "out": str(out), "scores": scores})
-    else:
-        stdout_console().print(f"{words}: {out}", highlight=False)
+    return module if bundle is None or module is None else optimize(module)
 
 
 def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:
@@ -102,7 +156,7 @@ def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:
     return run_passes(trace(rollout.denoiser, args, None, shapes), cache_passes(policy)).module
 
 
-def generated(rollout: Rollout, module: Any) -> torch.Tensor:
+def generated(rollout: Rollout, module: Any) -> Tensor:
     """Latents [B, F, C, H, W] of the rollout's first batch, by a module in the denoiser's place or by itself."""
     with rollout.using(module or rollout.denoiser):
         return rollout.rollout(*rollout.batches[0])

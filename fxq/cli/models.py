@@ -22,6 +22,7 @@ from fxq.models.prompts import Prompts, load_function, load_prompts
 from fxq.models.published.sizes import HEAD, UNSEEN
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
+from fxq.models.video.text_encoder import encoded, is_words, read_texts
 
 
 class AdapterError(ValueError):
@@ -32,15 +33,18 @@ class AdapterError(ValueError):
 class ModelFiles:
     """What a published model is made of and driven with.
 
-    ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``;
+    ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``, and
+    ``texts`` prompts in words in its place; words are encoded by the model in the folder ``text_encoder``.
     ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
-    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's;
-    it runs on ``device``, by default on a GPU where there is one. With ``fixed_size`` the graph is captured for frames
-    of this height and width only.
+    the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's
+    and the text encoder's; they run on ``device``, by default on a GPU where there is one. With ``fixed_size`` the
+    graph is captured for frames of this height and width only.
     """
 
     checkpoint: pathlib.Path | None = None
     prompts: str | None = None
+    texts: tuple[str, ...] | None = None
+    text_encoder: pathlib.Path | None = None
     lora: pathlib.Path | None = None
     lora_alpha: float | None = None
     config: pathlib.Path | None = None
@@ -191,8 +195,9 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
     One that is not ``driven`` may have no prompts.
     """
     family = find_family(name, files)
-    if files.checkpoint is None or (files.prompts is None and driven):
-        missing = "checkpoint" if files.checkpoint is None else "prompts (a .safetensors or .npz of embeddings)"
+    if files.checkpoint is None or (not has_prompts(files) and driven):
+        wanted = "prompts (a .safetensors or .npz of embeddings, or a .txt of words with a --text-encoder)"
+        missing = "checkpoint" if files.checkpoint is None else wanted
         raise AdapterError(f"model {name!r} needs {missing}; its weights are published as {family.source}")
     config = family.config
     batches = [
@@ -201,8 +206,8 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
             Draws([seed], (family.frames, *family.latent)),
         )
     ]
-    if files.prompts is not None:
-        prompts = load_prompts(files.prompts, config.text_dim, config.text_len, videos, seed)
+    if has_prompts(files):
+        prompts = family_prompts(family, files, videos, seed)
         batches = _batches(family, prompts, videos, seed, files.batch or 1)
     dtype = None if files.dtype is None else parse_dtype(files.dtype)
     model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
@@ -215,6 +220,35 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
     return rollout
 
 
+def has_prompts(files: ModelFiles) -> bool:
+    """Whether there are any, as embeddings or in words."""
+    return files.prompts is not None or files.texts is not None
+
+
+def family_prompts(family: Family, files: ModelFiles, count: int, seed: int) -> Prompts:
+    """The prompts of ``files`` as a family's denoiser takes them.
+
+    Raises:
+        AdapterError: words without a text encoder, or with one of another width.
+        CheckpointError: when the text encoder cannot be read.
+        PromptError: when there are none, or they do not fit.
+    """
+    config = family.config
+    if files.texts is None and not is_words(str(files.prompts)):
+        return load_prompts(str(files.prompts), config.text_dim, config.text_len, count, seed)
+    texts = files.texts or read_texts(str(files.prompts))
+    if files.text_encoder is None:
+        raise AdapterError(
+            "prompts in words need the model's text encoder: --text-encoder with its folder, or with one of a Wan "
+            "pipeline; or give embeddings, a .safetensors or .npz"
+        )
+    dtype = None if files.dtype is None else parse_dtype(files.dtype)
+    prompts = encoded(files.text_encoder, texts, config.text_len, parse_device(files.device), dtype)
+    if (width := prompts.embeddings[0].shape[1]) != config.text_dim:
+        raise AdapterError(f"{files.text_encoder} makes embeddings of width {width}, the model takes {config.text_dim}")
+    return prompts
+
+
 def other_videos(
     rollout: SelfForcingRollout, name: str, files: ModelFiles, videos: int, seed: int, first: int = 0
 ) -> SelfForcingRollout:
@@ -224,9 +258,7 @@ def other_videos(
         AdapterError, PromptError: as there.
     """
     family = find_family(name, files)
-    assert files.prompts is not None
-    config = family.config
-    prompts = load_prompts(files.prompts, config.text_dim, config.text_len, first + videos, seed)
+    prompts = family_prompts(family, files, first + videos, seed)
     batches = _batches(family, prompts, videos, seed, files.batch or 1, first)
     return SelfForcingRollout(rollout.model, batches, rollout.sampler, any_size=rollout.any_size)
 

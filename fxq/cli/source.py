@@ -33,7 +33,12 @@ def _model_files(
         pathlib.Path | None, typer.Option(help="Weights of a published model: .pt, .safetensors or a folder.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompt embeddings: .safetensors, .npz or package.module:function.")
+        str | None,
+        typer.Option(help="Prompt embeddings: .safetensors, .npz or package.module:function; or words, a .txt."),
+    ] = None,
+    text_encoder: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Folder of the text encoder, or of a Wan pipeline, for prompts in words."),
     ] = None,
     lora: Annotated[pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, if its file does not say.")] = None,
@@ -54,6 +59,7 @@ def _model_files(
     return ModelFiles(
         checkpoint=checkpoint,
         prompts=prompts,
+        text_encoder=text_encoder,
         lora=lora,
         lora_alpha=lora_alpha,
         config=config,

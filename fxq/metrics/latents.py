@@ -32,7 +32,7 @@ def chunk_mse(got: Tensor, want: Tensor, frames_per_chunk: int) -> Floats:
 def psnr(got: Tensor, want: Tensor, low: float = -1.0, high: float = 1.0, ceiling: float = 100.0) -> Floats:
     """Peak signal-to-noise ratio of each video in dB, clamped to ``low..high``; identical videos get ``ceiling``."""
     mse = latent_mse(got.clamp(low, high), want.clamp(low, high))
-    return np.minimum(10 * np.log10((high - low) ** 2 / np.maximum(mse, _TINY)), ceiling)
+    return np.minimum(20 * np.log10(high - low) - 10 * np.log10(np.maximum(mse, _TINY)), ceiling)
 
 
 def forced_chunks(rollout: Rollout, modules: Mapping[str, Callable[..., object]]) -> tuple[dict[str, Floats], Floats]:

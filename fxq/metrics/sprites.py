@@ -14,6 +14,9 @@ import hashlib
 import torch
 from torch import Tensor
 
+from fxq.models.prompts import PromptError
+from fxq.runtime.messages import did_you_mean
+
 SIZE, FRAMES, CELL = 20, 21, 4
 WORDS: dict[str, tuple[str, ...]] = {
     "shape": ("ring", "cross", "triangle", "ell", "tee", "bars"),
@@ -78,6 +81,25 @@ def prompt_embeds(conditions: Tensor) -> Tensor:
 def describe(condition: Tensor) -> str:
     """The prompt in words."""
     return " ".join(WORDS[field][int(i)] for field, i in zip(FIELDS, condition, strict=True))
+
+
+def parse(text: str) -> Tensor:
+    """Word indices int64 [1, 7] of a prompt such as ``ring red right slow black row1 column2``, in any order.
+
+    Raises:
+        PromptError: when a field has no word or two.
+    """
+    words = text.split()
+    indices = []
+    for field, known in WORDS.items():
+        hits = [known.index(word) for word in words if word in known]
+        if len(hits) != 1:
+            stray = [word for word in words if not any(word in k for k in WORDS.values())]
+            hint = did_you_mean(stray[0], known, 0.6) if stray else ""
+            hint = f"; for {stray[0]!r} {hint}" if hint else ""
+            raise PromptError(f"prompt {text!r} needs exactly one {field} of: {', '.join(known)}{hint}")
+        indices.append(hits[0])
+    return torch.tensor([indices])
 
 
 def render(conditions: Tensor, generator: torch.Generator, frames: int = FRAMES) -> Tensor:

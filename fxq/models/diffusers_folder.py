@@ -17,6 +17,7 @@ from fxq.models.checkpoints import FLOAT8, CheckpointError, compact, read_raw
 from fxq.models.published.foreign import foreign_kind
 from fxq.runtime.messages import close_names
 from fxq.runtime.reading import ReadError, read_json
+from fxq.shadowed import answer_transformers
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model_index.json", "diffusion_pytorch_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -97,6 +98,7 @@ def read_config(folder: pathlib.Path) -> dict[str, object]:
 
 
 def _find_class(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
+    answer_transformers()
     try:
         import diffusers
     except ImportError as error:

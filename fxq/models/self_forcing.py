@@ -168,20 +168,31 @@ class SelfForcingRollout(Rollout):
 
     def advance(self, state: State, on_call: OnCall | None = None) -> SelfForcingState:
         """One chunk: denoising calls, then the context call; a given chunk is one context-like call."""
-        state = cast(SelfForcingState, state)
+        return self._advance(cast(SelfForcingState, state), on_call, None)
+
+    def take(self, state: State, latents: Tensor, on_call: OnCall | None = None) -> SelfForcingState:
+        """One chunk whose clean latents [B, frames, C, H, W] come from elsewhere: the context call alone.
+
+        With the latents that :meth:`advance` would have made the state after it is the same.
+        """
+        return self._advance(cast(SelfForcingState, state), on_call, latents)
+
+    def _advance(self, state: SelfForcingState, on_call: OnCall | None, taken: Tensor | None) -> SelfForcingState:
         state = dataclasses.replace(state, cache=state.cache.evict())
         prefix, watch = self._prefix(state), self._watch(state)
         if watch is None:
-            return self._chunk(state, prefix, on_call)
+            return self._chunk(state, prefix, on_call, taken)
         with self.using(watch):
-            after = self._chunk(state, prefix, on_call)
+            after = self._chunk(state, prefix, on_call, taken)
         absorption = watch.absorption.leaving(state.next_unit)
         if absorption.converted:
             absorption = absorption.standing_for(after.cache.history)
         cache = after.cache.closing(absorption.converted) if absorption.converted else after.cache
         return dataclasses.replace(after, absorption=absorption, cache=cache)
 
-    def _chunk(self, state: SelfForcingState, prefix: tuple[Prefix, Added], on_call: OnCall | None) -> SelfForcingState:
+    def _chunk(
+        self, state: SelfForcingState, prefix: tuple[Prefix, Added], on_call: OnCall | None, taken: Tensor | None
+    ) -> SelfForcingState:
         sampler, weight = self.sampler, self.model.patch_embedding.weight
         size, unit = sampler.frames_per_chunk, state.next_unit
         given = self._given(state.condition) // size
@@ -189,6 +200,10 @@ class SelfForcingRollout(Rollout):
         if unit < given:
             latents = state.condition["initial_latent"][:, lo:hi].to(weight.device, weight.dtype)
             state = self._write(state, prefix, latents, "given", Span(unit, 0, (lo, hi), 0.0), on_call)
+        elif taken is not None:
+            latents = taken.to(weight.device, weight.dtype)
+            span = Span(unit, len(sampler.timesteps(unit == given)), (lo, hi), sampler.context_noise)
+            state = self._write(state, prefix, latents, "context", span, on_call)
         else:
             first = unit == given
             offset = (unit - given) * size

@@ -138,6 +138,7 @@ def check_plugins() -> Iterator[tuple[Plugin, str]]:
         plugins.METHODS: tuple(METHODS),
         plugins.EXPORTS: (*TARGETS, *OTHER_TARGETS),
         plugins.MODELS: SHIPPED_MODELS,
+        plugins.METRICS: (),
     }
     for group, names in shipped.items():
         for plugin in plugins.plugins(group):

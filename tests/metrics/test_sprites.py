@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fxq.metrics import sprites
+from fxq.models.prompts import PromptError
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,21 @@ def test_rendering_is_a_function_of_the_generator():
     first, again = (sprites.render(conditions, torch.Generator().manual_seed(4), frames=3) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.equal(first[:, 1], first[:, 0].roll(2, -1))
+
+
+def test_words_in_any_order_are_the_prompt():
+    found = sprites.parse("column2 ring row1 red right black slow")
+    assert found.shape == (1, 7) and sprites.describe(found[0]) == "ring red right slow black row1 column2"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rign red right slow black row1 column2", "needs exactly one shape of: .*; for 'rign' did you mean 'ring'"),
+        ("ring red blue right slow black row1 column2", "needs exactly one colour of"),
+        ("", "needs exactly one"),
+    ],
+)
+def test_a_field_with_no_word_or_two_is_refused(text, message):
+    with pytest.raises(PromptError, match=message):
+        sprites.parse(text)

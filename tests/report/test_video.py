@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fxq.report.video import FORMATS, VideoError, check_format, write_video
+from fxq.report.video import FORMATS, VideoError, check_format, video_writer, write_video
 
 
 def frames(count=5, height=6, width=7):
@@ -46,3 +46,28 @@ def test_without_pyav_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(VideoError, match=r'pip install "fxq\[video\]", or choose \.webp'):
         check_format(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_frames_may_come_in_pieces(suffix, tmp_path):
+    if suffix == ".mp4":
+        pytest.importorskip("av")
+    whole, pieces = tmp_path / f"whole{suffix}", tmp_path / f"pieces{suffix}"
+    write_video(whole, frames(7))
+    with video_writer(pieces) as write:
+        for start, end in ((0, 1), (1, 4), (4, 7)):
+            write(frames(7)[start:end])
+            assert not pieces.exists(), "readers see nothing before it is whole"
+    assert pieces.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_a_video_that_was_not_finished_or_has_no_frame_leaves_no_file(suffix, tmp_path):
+    if suffix == ".mp4":
+        pytest.importorskip("av")
+    with pytest.raises(KeyError), video_writer(tmp_path / f"v{suffix}") as write:
+        write(frames())
+        raise KeyError
+    with pytest.raises(VideoError, match="there is no frame to write"), video_writer(tmp_path / f"v{suffix}"):
+        pass
+    assert not list(tmp_path.iterdir())
