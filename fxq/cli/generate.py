@@ -135,9 +135,37 @@ def _published(model: str, files: ModelFiles, prompt: str | None, seed: int) -> 
 def _shown(rollout: SelfForcingRollout, module: fx.GraphModule | None) -> Iterator[Tensor]:
     """Latents of each chunk on the CPU as they are made, with a bar on a terminal."""
     condition, draws = rollout.batches[0]
-    bundle: Annotated[
-        pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
-    ] = None,
+    with Progress() as bar, bar.step("chunks") as on_progress:
+        for done, latents in enumerate(chunks_of(rollout, condition, draws, module)):
+            yield latents.cpu()
+            on_progress(done + 1, rollout.units(condition, draws))
+
+
+def _written(chunks: Iterable[Tensor], decoder: VideoDecoder, write: Callable[[Frames], None]) -> Tensor:
+    """Decode and write each chunk; all latents [1, F, C, H, W]."""
+    stream, parts = decoder.begin(), []
+    for latents in chunks:
+        write(frames_of(stream.decode(latents)[0]))
+        parts.append(latents)
+    return torch.cat(parts, 1)
+
+
+def _of_length(rollout: SelfForcingRollout, chunks: int | None) -> SelfForcingRollout:
+    if chunks is None:
+        return rollout
+    condition, draws = rollout.batches[0]
+    _, channels, rows, columns = draws.shape
+    frames = rollout.sampler.frames_per_chunk * chunks
+    longer = (condition, Draws(draws.seeds, (frames, channels, rows, columns)))
+    return SelfForcingRollout(rollout.model, [longer], rollout.sampler, any_size=rollout.any_size)
+
+
+def _running(
+    rollout: SelfForcingRollout, bundle: pathlib.Path | None, kept: CacheOptions, model: str
+) -> fx.GraphModule | None:
+    """What runs in the denoiser's place, if anything does; the rollout gets the cache policy that it needs."""
+    device = rollout.model.patch_embedding.weight.device
+    module = None if bundle is None else load(bundle_folder(bundle), device)
     policy = None if module is None else policy_of(module)
     if policy is None:
         calibration = tiny_rollout(rollout.model, 4, seed=1, unseen=False)[0] if model == "tiny" else None
