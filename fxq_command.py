@@ -30,6 +30,8 @@ COMMANDS = {
     "verify": ("fxq.cli.export", "Check a bundle: hashes, schema, layers, one call, the kernels that run. Exit code 1 "
                "on any failure."),
     "export": ("fxq.cli.export", "Write a bundle in the format of another runtime and say what that costs per layer."),
+    "play": ("fxq.cli.play", "Watch a model stream in a browser on this machine, beside a bundle of it from the same "
+             "noise."),
     "card": ("fxq.cli.hub", "Write the model card of a bundle or an exported folder, as Markdown with the hub's "
              "metadata."),
     "push": ("fxq.cli.hub", "Upload a bundle or an exported folder to the hub of Hugging Face, with a model card."),

@@ -31,6 +31,7 @@ FLOORS = (
     ("quantize", "integrations"),
     ("fxq", "lab", "bench"),
     ("demo", "comparison"),
+    ("play",),
     ("cli",),
     ("__main__",),
 )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from fxq.runtime.residency import peak_resident_bytes, trim
+from fxq.runtime.memory.residency import peak_resident_bytes, trim
 
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
 _PEAK = "5"
