@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import threading
+import socket
 import webbrowser
 from collections.abc import Callable
 from typing import Annotated
@@ -56,10 +56,17 @@ def play(
     config = uvicorn.Config(Player(stage).app([*names, "localhost"]), host=host, port=port, log_level="warning")
     with config.bind_socket() as listening:
         address = f"http://{'localhost' if host in LOCAL else host}:{listening.getsockname()[1]}"
-        stdout_console().print(f"{address}  (Ctrl-C ends it)", highlight=False)
-        if browser:
-            threading.Timer(1.0, webbrowser.open, (address,)).start()
-        uvicorn.Server(config).run(sockets=[listening])
+
+        class Server(uvicorn.Server):
+            """One that says where it is once it answers."""
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                stdout_console().print(f"{address}  (Ctrl-C ends it)", highlight=False)
+                if browser:
+                    webbrowser.open(address)
+
+        Server(config).run(sockets=[listening])
 
 
 def make_stage(model: str, files: ModelFiles, video: VideoFiles, bundles: list[pathlib.Path]) -> Stage:
