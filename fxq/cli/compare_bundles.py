@@ -109,15 +109,17 @@ def _stage(showing: Showing) -> Stage:
         staged = with_chunks(staged, showing.chunks)
     pace = video.pace(model)
     decoder = functools.partial(video.decoder, model) if video.has_decoder(model) else None
-    identity = {"model": model} | identity_of(files) | {"seeds": list(showing.seeds), "chunks": showing.chunks}
+    of_model = dataclasses.replace(files, prompts=None, texts=None, text_encoder=None, batch=None)
+    said = {"model": model} | identity_of(files) | {"seeds": list(showing.seeds), "chunks": showing.chunks}
     return Stage(
         name=model,
-        identity={key: value for key, value in identity.items() if value is not None},
+        identity={"model": model} | identity_of(of_model),
         rollout=staged,
         prompts=tuple(prompts) * len(showing.seeds),
         decoder=decoder,
         frames_per_second=pace,
         suffix=_suffix(),
+        settings={key: value for key, value in said.items() if value is not None},
     )
 
 

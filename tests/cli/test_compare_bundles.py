@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from fxq.cli import app
-from fxq.cli.models import AdapterError
+from fxq.cli.compare_bundles import Showing, _stage
+from fxq.cli.models import AdapterError, ModelFiles
+from fxq.cli.videos import VideoFiles
 from fxq.comparison.methods import ComparisonError
 from tests import wan
 from tests.cli.test_generate import frames_of
@@ -87,6 +89,29 @@ def test_without_a_decoder_latents_are_compared(made, tmp_path):
     assert told["prompts"] == ["prompts.0", "prompts.0"]
     one, two = told["rows"][0]["by_chunk"]["free_psnr"]
     assert one != two, "each seed has noise of its own"
+
+
+def test_more_prompts_and_seeds_make_no_finished_video_another(tmp_path):
+    def staged(lines, seeds):
+        (tmp_path / "p.txt").write_text("ring red right slow black row1 column2\n" * lines)
+        files = ModelFiles(prompts=str(tmp_path / "p.txt"), device="cpu")
+        return _stage(
+            Showing(
+                bundles=(),
+                model="tiny",
+                files=files,
+                video=VideoFiles(),
+                seeds=seeds,
+                videos=None,
+                chunks=None,
+                metrics=(),
+            )
+        )
+
+    few, many = staged(1, [1]), staged(2, [1, 2])
+    assert few.identity == many.identity and few.settings != many.settings
+    assert [draws.seeds for _, draws in many.rollout.batches] == [(1000,), (1001,), (2000,), (2001,)]
+    assert few.rollout.batches[0][1].seeds == (1000,) and len(many.prompts) == 4
 
 
 @pytest.mark.parametrize(

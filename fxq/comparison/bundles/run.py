@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -44,12 +44,14 @@ class Stage:
 
     Attributes:
         name: of the model.
-        identity: what tells it from others, JSON values by name.
+        identity: what tells the model from others, JSON values by name; prompts and noise are told apart by what
+            they are.
         rollout: its loop; each batch is one video.
         prompts: of the videos, in words where there are any.
         decoder: opens the decoder of its latents on a device; None: latents are compared, and there are no videos.
         frames_per_second: of its videos.
         suffix: of video files.
+        settings: shown in the report, JSON values by name.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Stage:
     decoder: Callable[[torch.device], VideoDecoder] | None
     frames_per_second: float
     suffix: str
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 def compare_bundles(
@@ -119,7 +122,7 @@ def compare_bundles(
         command=command,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         environment=environment(),
-        settings=dict(stage.identity),
+        settings=dict(stage.settings),
         space="latents" if decoder is None else "pixels",
         memory=kind_of(device),
         prompts=stage.prompts,

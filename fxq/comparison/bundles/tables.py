@@ -18,6 +18,8 @@ from fxq.comparison.bundles.results import BundleResults, BundleRow
 from fxq.report.tables import plain, significant
 
 _NONE = "-"
+_NOTABLE = 1e-3
+"""Seconds: frames that only need to be clamped take less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,8 @@ def about(results: BundleResults) -> str:
         if results.space == "pixels"
         else ("latents between the extremes of full precision's, as no decoder was given")
     )
-    decoding = "" if results.decoding is None else f", which takes {significant(results.decoding)} s a chunk more"
+    seconds = results.decoding or 0.0
+    decoding = f", which takes {significant(seconds)} s a chunk more" if seconds >= _NOTABLE else ""
     return (
         f"PSNR and SSIM are of {of}. Forced: each chunk is made from full precision's chunks before it and the same "
         "noise, so that errors do not add up; the worst is of all chunks of all videos. Free: the bundle's own videos. "
