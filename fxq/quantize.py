@@ -29,8 +29,8 @@ from fxq.core.signature import batch_dynamic, call_rules, guard_inputs, rules_of
 from fxq.environment import environment
 from fxq.export.graph.graph_json import GraphFormatError
 from fxq.export.graph.savable import check_savable
-from fxq.handshake import compare_plans, shake_hands
 from fxq.job import ForwardLoop, Job, measuring, needs_data, uses_data
+from fxq.parallel.handshake import compare_plans, shake_hands
 from fxq.passes.line import check_own
 from fxq.passes.with_cache import check_cache, with_cache
 from fxq.recipes import get_recipe, recipe_to_json

@@ -27,7 +27,7 @@ FLOORS = (
     ("capture", "calibration"),
     ("models", "metrics", "passes", "environment"),
     ("presets", "recipes", "recipe_files", "export", "report"),
-    ("job", "handshake", "optimize", "parallel", "planning"),
+    ("job", "optimize", "parallel", "planning"),
     ("quantize", "integrations"),
     ("fxq", "lab", "bench"),
     ("demo", "comparison"),
@@ -171,7 +171,7 @@ TESTED_ELSEWHERE = {
     "capture/test_small_sizes.py": "capture.comparisons",
     "cli/test_bench.py": "bench.levels bench.rollout",
     "cli/test_cli.py": "cli.demo cli.quantize",
-    "cli/test_diffusers.py": "cli.source",
+    "cli/test_diffusers.py": "cli.options.source",
     "cli/test_recipe.py": "recipe_files",
     "demo/test_run.py": "lab",
     "export/interop/test_layers.py": "export.interop.names models.published.names",
@@ -201,7 +201,7 @@ TESTED_ELSEWHERE = {
     "planning/test_workloads.py": "models.families",
     "report/test_html.py": "report.charts",
     "report/test_tables.py": "report.verdict",
-    "runtime/test_ranks.py": "calibration.agreement handshake",
+    "runtime/test_ranks.py": "calibration.agreement parallel.handshake",
     "test_growth.py": "runtime.generated",
 }
 """Test file -> modules of another name that it tests, below ``fxq``; ``*`` for any."""

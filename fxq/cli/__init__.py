@@ -11,7 +11,7 @@ from typing import Any
 from fxq.calibration.collect import CalibrationError
 from fxq.calibration.record import RecordError
 from fxq.capture.trace import TraceError
-from fxq.cli.models import AdapterError
+from fxq.cli.options.models import AdapterError
 from fxq.cli.user_code import show_users_error, users_part
 from fxq.comparison.methods import ComparisonError
 from fxq.core.config import RecipeError

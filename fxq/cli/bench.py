@@ -23,7 +23,7 @@ from fxq.bench.ours import speed_recipe
 from fxq.bench.plot import FORMATS, write_plot
 from fxq.bench.report import Report, case_table, layers_table, losing_rules, to_json
 from fxq.bench.rollout import rollout_case
-from fxq.cli.models import make_rollout
+from fxq.cli.options.models import make_rollout
 from fxq.export import load
 from fxq.quantize import quantize
 from fxq.runtime.memory.allocator import keep_memory

@@ -15,11 +15,11 @@ from fxq.cache.choose import KINDS, Choice, choose, components, rivals
 from fxq.cache.codecs.codec import Kind
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_to_json
-from fxq.cli.cache_options import exact_caches
-from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
-from fxq.cli.models import AdapterError, ModelFiles, make_rollout
+from fxq.cli.options.cache_options import exact_caches
+from fxq.cli.options.common import JsonOption, QuietOption, SeedOption, emit_json
+from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
+from fxq.cli.options.source import with_model_files
 from fxq.cli.quantize import VideosOption
-from fxq.cli.source import with_model_files
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import stdout_console

@@ -12,12 +12,12 @@ import typer
 from torch import Tensor
 
 from fxq.calibration.rollout import Rollout
-from fxq.cli.common import JsonOption, QuietOption, emit_json, expanding
 from fxq.cli.compare_bundles import Finished, Showing, identity_of, show, with_bundles
-from fxq.cli.models import AdapterError, ModelFiles, family_rollout, make_rollout, other_videos, parse_device
+from fxq.cli.options.common import JsonOption, QuietOption, emit_json, expanding
+from fxq.cli.options.models import AdapterError, ModelFiles, family_rollout, make_rollout, other_videos, parse_device
+from fxq.cli.options.source import with_model_files
+from fxq.cli.options.videos import VideoFiles, with_video_files
 from fxq.cli.quantize import IterationsOption, ModelOption
-from fxq.cli.source import with_model_files
-from fxq.cli.videos import VideoFiles, with_video_files
 from fxq.comparison.measure import Extent
 from fxq.comparison.methods import METHODS, ComparisonError
 from fxq.comparison.page import write
@@ -172,7 +172,7 @@ def _subject(model: str, files: ModelFiles, extent: Extent) -> Subject:
     """The model by the options of ``fxq quantize``.
 
     Raises:
-        AdapterError, CheckpointError, PluginError, PromptError: as :func:`fxq.cli.models.make_rollout`.
+        AdapterError, CheckpointError, PluginError, PromptError: as :func:`fxq.cli.options.models.make_rollout`.
     """
     if model == "diffusers":
         raise AdapterError("model 'diffusers' is calibrated on recorded calls and makes no videos to compare")

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from fxq.calibration.rollout import Condition, Draws, Rollout
-from fxq.cli.common import emit_json, expanding
-from fxq.cli.models import AdapterError, ModelFiles, family_prompts, find_family, make_rollout, parse_device
-from fxq.cli.videos import VideoFiles
+from fxq.cli.options.common import emit_json, expanding
+from fxq.cli.options.models import AdapterError, ModelFiles, family_prompts, find_family, make_rollout, parse_device
+from fxq.cli.options.videos import VideoFiles
 from fxq.comparison.bundles.metrics import find_metrics
 from fxq.comparison.bundles.page import PAGE, write
 from fxq.comparison.bundles.run import Stage, compare_bundles

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
+from fxq.cli.options.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.demo.run import DemoSettings, run_demo
 from fxq.export import save
 from fxq.export.bundle import check_bundle_place

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import typer
 
 from fxq import cpu, plugins
-from fxq.cli.common import JsonOption, bundle_folder, emit_json
+from fxq.cli.options.common import JsonOption, bundle_folder, emit_json
 from fxq.dtypes import DTYPES
 from fxq.export import BundleError, export_onnx, load, save_diffusers, verify_bundle
 from fxq.export.interop import OTHER_TARGETS, TARGETS, Options, export_bundle

@@ -15,12 +15,12 @@ from torch import Tensor, fx
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
-from fxq.cli.cache_options import CacheOptions, with_cache_options
-from fxq.cli.common import JsonOption, SeedOption, bundle_folder, emit_json
-from fxq.cli.models import AdapterError, ModelFiles, family_rollout, parse_device
+from fxq.cli.options.cache_options import CacheOptions, with_cache_options
+from fxq.cli.options.common import JsonOption, SeedOption, bundle_folder, emit_json
+from fxq.cli.options.models import AdapterError, ModelFiles, family_rollout, parse_device
+from fxq.cli.options.source import with_model_files
+from fxq.cli.options.videos import VideoFiles, with_video_files
 from fxq.cli.quantize import ModelOption
-from fxq.cli.source import with_model_files
-from fxq.cli.videos import VideoFiles, with_video_files
 from fxq.core.pipeline import run_passes
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout

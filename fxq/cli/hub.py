@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fxq.cli.common import JsonOption, emit_json, expanding
+from fxq.cli.options.common import JsonOption, emit_json, expanding
 from fxq.export.hub.card import Card, License, license_of, make_card
 from fxq.export.hub.push import push as push_folder
 from fxq.runtime.streams import emit, stdout_console

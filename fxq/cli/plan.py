@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxq.cli.common import JsonOption, emit_json
+from fxq.cli.options.common import JsonOption, emit_json
 from fxq.planning.doctor import diagnose
 from fxq.planning.gpus import GIB, PlanningError, find_gpu
 from fxq.planning.plan import make_plan

@@ -13,11 +13,11 @@ import typer
 
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Condition
-from fxq.cli.common import bundle_folder
-from fxq.cli.models import AdapterError, ModelFiles, family_prompts, family_rollout, find_family, parse_device
+from fxq.cli.options.common import bundle_folder
+from fxq.cli.options.models import AdapterError, ModelFiles, family_prompts, family_rollout, find_family, parse_device
+from fxq.cli.options.source import with_model_files
+from fxq.cli.options.videos import VideoFiles, with_video_files
 from fxq.cli.quantize import ModelOption
-from fxq.cli.source import with_model_files
-from fxq.cli.videos import VideoFiles, with_video_files
 from fxq.comparison.bundles.contestant import FULL_PRECISION, Contestant, bundle_folders, contestant_of
 from fxq.lab import tiny_rollout
 from fxq.metrics import sprites

@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from fxq.capture.trace import trace
-from fxq.cli.cache_options import CacheOptions, with_cache_options
-from fxq.cli.common import JsonOption, QuietOption, SeedOption, bundle_folder, emit_json
-from fxq.cli.models import AdapterError, ModelFiles, make_rollout
-from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
+from fxq.cli.options.cache_options import CacheOptions, with_cache_options
+from fxq.cli.options.common import JsonOption, QuietOption, SeedOption, bundle_folder, emit_json
+from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
+from fxq.cli.options.source import announce, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from fxq.cli.common import JsonOption, emit_json
+from fxq.cli.options.common import JsonOption, emit_json
 from fxq.core.config import Recipe
 from fxq.job import needs_data
 from fxq.presets import PRESETS

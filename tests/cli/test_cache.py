@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from fxq.cache.settings import policy_from_json
 from fxq.cli import app
-from fxq.cli.models import AdapterError
+from fxq.cli.options.models import AdapterError
 
 RUN = CliRunner()
 

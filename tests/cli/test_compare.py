@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from fxq.cli import app
-from fxq.cli.models import AdapterError
+from fxq.cli.options.models import AdapterError
 from fxq.comparison.methods import ComparisonError
 from fxq.presets import PRESETS
 from fxq.recipes import recipe_to_toml
@@ -63,7 +63,7 @@ def test_a_published_model_is_compared_in_every_form(published, tmp_path):
 
 def test_prompts_to_measure_on_come_behind_those_to_calibrate_on(published, tmp_path):
     from fxq.cli.compare import _subject
-    from fxq.cli.models import ModelFiles
+    from fxq.cli.options.models import ModelFiles
     from fxq.comparison.measure import Extent
 
     options = dict(zip(published[0::2], published[1::2], strict=False))

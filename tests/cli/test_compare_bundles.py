@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from fxq.cli import app
 from fxq.cli.compare_bundles import Showing, _stage
-from fxq.cli.models import AdapterError, ModelFiles
-from fxq.cli.videos import VideoFiles
+from fxq.cli.options.models import AdapterError, ModelFiles
+from fxq.cli.options.videos import VideoFiles
 from fxq.comparison.methods import ComparisonError
 from tests import wan
 from tests.cli.test_generate import frames_of

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import app
-from fxq.cli.models import AdapterError
+from fxq.cli.options.models import AdapterError
 
 diffusers = pytest.importorskip("diffusers")
 CALL = {"hidden_states": (2, 16, 4), "encoder_hidden_states": (2, 16, 16), "encoder_attention_mask": (2, 16)}

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import app
-from fxq.cli.models import AdapterError, ModelFiles, make_rollout
+from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
 from tests import published, wan
 
 pytest.importorskip("diffusers")

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fxq.cli import app
-from fxq.cli.models import AdapterError
+from fxq.cli.options.models import AdapterError
 
 pytest.importorskip("uvicorn")
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import app
-from fxq.cli.models import AdapterError, ModelFiles, make_rollout
+from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
 
 SOURCE = '''
 """A model that continues a signal chunk by chunk."""

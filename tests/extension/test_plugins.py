@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import fxq
 from fxq import plugins
 from fxq.cli import app
-from fxq.cli.models import make_rollout
+from fxq.cli.options.models import make_rollout
 from fxq.core.config import RecipeError
 from fxq.export.interop import find_target
 from fxq.planning.doctor import check_plugins

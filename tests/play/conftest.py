@@ -1,9 +1,9 @@
 import pytest
 
 import fxq
-from fxq.cli.models import ModelFiles
+from fxq.cli.options.models import ModelFiles
+from fxq.cli.options.videos import VideoFiles
 from fxq.cli.play import make_stage
-from fxq.cli.videos import VideoFiles
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
 

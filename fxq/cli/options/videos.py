@@ -9,8 +9,8 @@ from typing import Annotated
 import torch
 import typer
 
-from fxq.cli.common import expanding
-from fxq.cli.models import AdapterError, ModelFiles
+from fxq.cli.options.common import expanding
+from fxq.cli.options.models import AdapterError, ModelFiles
 from fxq.models.families import FAMILIES
 from fxq.models.video.decoding import PixelDecoder, VideoDecoder
 from fxq.models.video.vae import load_decoder

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import fxq
-from fxq.cli.models import AdapterError, ModelFiles, find_family, make_rollout, parse_settings
+from fxq.cli.options.models import AdapterError, ModelFiles, find_family, make_rollout, parse_settings
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.checkpoints import CheckpointError
 from fxq.models.families import FAMILIES
@@ -122,7 +122,7 @@ def test_the_shipped_model_takes_no_files():
 
 
 MODULE = """
-from fxq.cli.models import make_rollout
+from fxq.cli.options.models import make_rollout
 def rollout(videos, seed): return make_rollout("tiny", videos, seed)
 def nothing(videos, seed): return 3
 """

@@ -12,8 +12,8 @@ from fxq.cache.choose import choose, rivals
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache
 from fxq.calibration.rollout import Rollout
-from fxq.cli.common import expanding
-from fxq.cli.models import AdapterError
+from fxq.cli.options.common import expanding
+from fxq.cli.options.models import AdapterError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.messages import did_you_mean
 

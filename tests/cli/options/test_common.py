@@ -4,7 +4,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from fxq.cli.common import expanding
+from fxq.cli.options.common import expanding
 
 
 def pair(low: Annotated[int, typer.Option(help="The least.")] = 1, high: int = 9) -> tuple[int, int]:

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from fxq.cli.models import AdapterError, ModelFiles
-from fxq.cli.videos import VideoFiles
+from fxq.cli.options.models import AdapterError, ModelFiles
+from fxq.cli.options.videos import VideoFiles
 from fxq.models.video.decoding import PixelDecoder
 from tests import wan
 

@@ -9,8 +9,8 @@ from fxq.cache.absorb import Absorb
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.cli import app
-from fxq.cli.cache_options import CacheOptions, exact_caches
-from fxq.cli.models import AdapterError
+from fxq.cli.options.cache_options import CacheOptions, exact_caches
+from fxq.cli.options.models import AdapterError
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
 from fxq.passes.with_cache import policy_of

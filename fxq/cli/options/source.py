@@ -15,8 +15,8 @@ from fxq import plugins
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.record import Recording
 from fxq.calibration.rollout import Rollout
-from fxq.cli.common import expanding
-from fxq.cli.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
+from fxq.cli.options.common import expanding
+from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.core.config import Recipe
 from fxq.job import uses_data
 from fxq.metrics.outputs import output_sqnr
@@ -115,7 +115,7 @@ def rollout_source(
     """The shipped model, a published one, or a user's rollout.
 
     Raises:
-        AdapterError, CheckpointError, PromptError: as :func:`fxq.cli.models.make_rollout`; or calls are given.
+        AdapterError, CheckpointError, PromptError: as :func:`fxq.cli.options.models.make_rollout`; or calls are given.
     """
     if calls is not None:
         raise AdapterError(f"model {name!r} is driven by its own rollout: --calls is for --model diffusers")
