@@ -48,10 +48,13 @@ def test_errors_are_those_of_the_rollouts_and_more_bits_lose_less(bundles, tmp_p
     json.dumps(to_json(found), allow_nan=False)
 
 
+KNOWN = {}
+
+
 @pytest.fixture
 def loaded_once(monkeypatch):
-    """Each bundle is loaded and optimized once for a test's comparisons."""
-    known, load = {}, subject.contestant_of
+    """Each bundle is loaded and optimized once for the comparisons of these tests."""
+    known, load = KNOWN, subject.contestant_of
 
     def once(bundle, rollout):
         if bundle.path not in known:
@@ -81,6 +84,7 @@ def test_what_was_made_is_not_made_again_unless_something_changed(bundles, tmp_p
     assert made == ["full precision", "full precision", "w8", "w8"]
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_metrics_see_full_precision_and_every_bundle(bundles, tmp_path):
     def error(pairs):
         return max(np.abs(pair.frames.astype(int) - pair.reference).max() for pair in pairs)
@@ -92,6 +96,7 @@ def test_metrics_see_full_precision_and_every_bundle(bundles, tmp_path):
     assert not list(tmp_path.glob(".frames-*"))
 
 
+@pytest.mark.usefixtures("loaded_once")
 def test_without_a_decoder_there_are_latents_and_no_videos(bundles, tmp_path):
     found = compare_bundles(stage(decoder=None), bundles[:1], tmp_path, "fxq compare", progress=False)
     assert found.space == "latents" and not found.clips and not (tmp_path / "videos").exists()
