@@ -1,10 +1,11 @@
-"""Progress bars with ETA for long steps; silent when switched off or when stderr is not a terminal."""
+"""Progress with the time left: bars on a terminal, else a line now and then; silent when switched off."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -14,9 +15,12 @@ from rich.progress import Progress as RichProgress
 from fxq.runtime.exclusive import one_at_a_time
 from fxq.runtime.streams import is_terminal, stderr_console
 
+INTERVAL = 15.0
+"""Seconds between two lines where standard error is no terminal; what takes less says nothing."""
+
 
 class Progress:
-    """One line per step of a job.
+    """One line per step of a job on a terminal; elsewhere, in a log, a line of the running step every ``INTERVAL``.
 
     Args:
         enabled: whether to show anything.
@@ -26,6 +30,9 @@ class Progress:
     def __init__(self, enabled: bool = True, prefix: str = "") -> None:
         self.prefix = prefix
         console = stderr_console()
+        bars = is_terminal(sys.stderr) and not console.is_dumb_terminal
+        self._log = console if enabled and not bars else None
+        self._said = time.monotonic()
         # Only where nothing else is meant to be in the process's streams: what others print goes above the bars.
         main = threading.current_thread() is threading.main_thread()
         self._bar = RichProgress(
@@ -36,7 +43,7 @@ class Progress:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
-            disable=not enabled or not is_terminal(sys.stderr) or console.is_dumb_terminal,
+            disable=not enabled or not bars,
             redirect_stdout=main,
             redirect_stderr=main,
         )
@@ -55,11 +62,23 @@ class Progress:
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[Callable[[int, int | None], None]]:
         """A named step; the yielded function takes (done, total or None)."""
-        task = self._bar.add_task(self.prefix + name, total=1)
+        task, started = self._bar.add_task(self.prefix + name, total=1), time.monotonic()
 
         def update(done: int, total: int | None) -> None:
             self._bar.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if self._log is not None and now - self._said >= INTERVAL:
+                self._said = now
+                self._log.print(_line(self.prefix + name, done, total, now - started), markup=False, soft_wrap=True)
 
         yield update
         task_ = self._bar.tasks[self._bar.task_ids.index(task)]
         self._bar.update(task, completed=task_.total or 1, total=task_.total or 1)
+
+
+def _line(name: str, done: int, total: int | None, seconds: float) -> str:
+    """What a log says of a step: how far it is, how long it runs, and how long it may still take."""
+    if not total:
+        return f"{name}: {done}, {seconds:.0f} s"
+    left = f", about {seconds / done * (total - done):.0f} s left" if 0 < done < total else ""
+    return f"{name}: {done} of {total}, {seconds:.0f} s{left}"

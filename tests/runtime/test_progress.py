@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from fxq.runtime import progress
 from fxq.runtime.progress import Progress
 
 
@@ -43,7 +44,7 @@ def test_a_step_that_fails_is_not_shown_as_done(monkeypatch):
     assert not bar._bar.tasks[0].finished
 
 
-def test_nothing_is_shown_when_switched_off_or_without_a_terminal(monkeypatch):
+def test_nothing_is_shown_when_switched_off_or_of_short_steps_in_a_log(monkeypatch):
     terminal = in_terminal(monkeypatch)
     run(Progress(False))
     assert terminal.getvalue() == ""
@@ -51,3 +52,21 @@ def test_nothing_is_shown_when_switched_off_or_without_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", plain)
     run(Progress())
     assert plain.getvalue() == ""
+
+
+def test_a_log_gets_a_line_now_and_then_with_the_time_left(monkeypatch):
+    log, clock = io.StringIO(), iter(range(0, 1000, 10))
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with Progress(prefix="w4a8 ") as bar, bar.step("search [x]") as update:
+        for done in range(1, 5):
+            update(done, 4)
+    assert log.getvalue().splitlines() == [
+        "w4a8 search [x]: 1 of 4, 10 s, about 30 s left",
+        "w4a8 search [x]: 3 of 4, 30 s, about 10 s left",
+    ]
+    log.truncate(0)
+    with Progress(False) as bar, bar.step("search") as update:
+        for done in range(1, 5):
+            update(done, None)
+    assert not log.getvalue()
