@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shlex
@@ -12,12 +13,16 @@ import typer
 
 from fxq.cli.options.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.demo.run import DemoSettings, run_demo
+from fxq.demo.store import Finished
 from fxq.export import save
 from fxq.export.bundle import check_bundle_place
 from fxq.report.html import write_report
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json
 from fxq.runtime.streams import stdout_console
 from fxq.runtime.writable import writable_file
+
+UNFINISHED = "unfinished"
+"""Folder of what a run has made so far."""
 
 
 def demo(
@@ -31,7 +36,10 @@ def demo(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax, Q-ARVD and the presets, and measure everything."""
+    """Quantize the shipped model at W8A8, W4A8 and W4A6 with MinMax, Q-ARVD and the presets, and measure everything.
+
+    A run that was killed goes on with what it had quantized when it is started again with the same options.
+    """
     settings = DemoSettings(
         calibration_videos=calibration_videos, evaluation_videos=videos, iterations=iterations, seed=seed
     )
@@ -39,12 +47,14 @@ def demo(
     for bits in settings.bits:
         check_bundle_place(out / bits)
     command = shlex.join(["fxq", *sys.argv[1:]])
-    report, modules = run_demo(settings, command, progress=not quiet)
+    finished = Finished(out / UNFINISHED, dataclasses.asdict(settings))
+    report, modules = run_demo(settings, command, progress=not quiet, finished=finished)
     page = write_report(report, out / "report.html")
     data = report_to_json(report)
     (out / "report.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     for bits, module in modules.items():
         save(module, out / bits)
+    finished.clear()
     if as_json:
         emit_json(data)
         return

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, fx
 
 from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity
+from fxq.core.config import Recipe
 from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph
 from fxq.core.summary import summary
+from fxq.demo.store import Finished
 from fxq.environment import environment
 from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_of, latents_of, tiny_rollout
 from fxq.metrics import sprites
@@ -94,39 +97,51 @@ def make_clips(
     return clips
 
 
-def run_demo(settings: DemoSettings, command: str, progress: bool = True) -> tuple[Report, dict[str, fx.GraphModule]]:
+def _quantized(
+    settings: DemoSettings, lab: Lab, finished: Finished, on_progress: Callable[[int, int | None], None]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Every way at every width, and the parts of Q-ARVD alone at one."""
+    wanted: list[tuple[str, str, Recipe]] = []
+    for bits in settings.bits:
+        preset, published = PRESETS[bits], with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)
+        wanted += [("MinMax", bits, minmax(preset)), ("Q-ARVD", bits, published), (PRESET, bits, preset)]
+    whole, bits = len(wanted), settings.ablation_bits
+    for name, part in ablation_recipes(with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)).items():
+        if not name.endswith("(Q-ARVD)"):
+            wanted.append((name, bits, dataclasses.replace(part, name=f"{bits} {name}")))
+    made = []
+    for done, (name, bits, recipe) in enumerate(wanted):
+        on_progress(done, len(wanted) + 1)  # measuring is the last
+        module, seconds = finished.made(recipe, functools.partial(lab.quantized, recipe, bits))
+        made.append(Candidate(method=name, bits=bits, module=module, seconds=seconds))
+    on_progress(len(wanted), len(wanted) + 1)
+    return made[:whole], made[whole:]
+
+
+def run_demo(
+    settings: DemoSettings, command: str, progress: bool = True, finished: Finished | None = None
+) -> tuple[Report, dict[str, fx.GraphModule]]:
     """Quantize the shipped model at every bit width with MinMax, Q-ARVD and the preset, measure, and ablate Q-ARVD.
 
     Args:
         settings: size of the job.
         command: how it was called, for the report.
         progress: show progress bars on stderr.
+        finished: modules of an earlier run that was killed, and where this one's go.
 
     Returns:
         The report and the modules of the presets by bit width.
     """
     start = time.perf_counter()
     model = load_tiny()
-    with Progress(progress) as bar:
+    with Progress(progress) as bar, bar.step("demo") as overall:
         calibration, _ = tiny_rollout(model, settings.calibration_videos, seed=settings.seed, unseen=False)
         lab = Lab(calibration, PRESETS[settings.bits[0]], bar)
         rollout, conditions = tiny_rollout(model, settings.evaluation_videos, seed=settings.seed + 1, unseen=True)
         with bar.step("full-precision videos"):
             reference = latents_of(rollout)
-        candidates, modules = [], {}
-        for bits in settings.bits:
-            preset, published = PRESETS[bits], with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)
-            for method, chosen in (("MinMax", minmax(preset)), ("Q-ARVD", published), (PRESET, preset)):
-                module, seconds = lab.quantized(chosen, bits)
-                candidates.append(Candidate(method=method, bits=bits, module=module, seconds=seconds))
-                modules[f"{method} {bits}"] = module
-        bits = settings.ablation_bits
-        parts = []
-        for name, chosen in ablation_recipes(with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)).items():
-            if name.endswith("(Q-ARVD)"):
-                continue
-            module, seconds = lab.quantized(dataclasses.replace(chosen, name=f"{bits} {name}"), bits)
-            parts.append(Candidate(method=name, bits=bits, module=module, seconds=seconds))
+        candidates, parts = _quantized(settings, lab, finished or Finished(None, {}), overall)
+        modules, bits = {f"{c.method} {c.bits}": c.module for c in candidates}, settings.ablation_bits
         rows, videos = evaluate(rollout, conditions, reference, [*candidates, *parts], bar)
         variants, ablation = rows[: len(candidates)], rows[len(candidates) :]
         whole = next(v for v in variants if v.method == "Q-ARVD" and v.bits == bits.upper())

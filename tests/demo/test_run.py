@@ -6,17 +6,24 @@ import torch
 import fxq
 from fxq.core.config import Weighting
 from fxq.demo.run import DemoSettings, run_demo
+from fxq.demo.store import Finished
 from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
 from fxq.metrics import sprites
 from fxq.models.tiny import load_tiny
 from fxq.report.html import write_report
 from fxq.report.tables import report_to_json
 
+SETTINGS = DemoSettings(calibration_videos=3, evaluation_videos=3, iterations=12, clips=1, bits=("w4a8",))
+
 
 @pytest.fixture(scope="module")
-def demo():
-    settings = DemoSettings(calibration_videos=3, evaluation_videos=3, iterations=12, clips=1, bits=("w4a8",))
-    return run_demo(settings, "fxq demo", progress=False)
+def unfinished(tmp_path_factory):
+    return Finished(tmp_path_factory.mktemp("demo"), {})
+
+
+@pytest.fixture(scope="module")
+def demo(unfinished):
+    return run_demo(SETTINGS, "fxq demo", progress=False, finished=unfinished)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,15 @@ def test_ablation_adds_one_part_at_a_time():
     assert all(not r.scheme.dual_scale for r in recipes["+ reconstruction"].rules if r.scheme)
     assert recipes["+ reconstruction, dual scale"].weighting == "uniform"
     assert {r.weighting for r in weighting_recipes(fxq.PRESETS["q_arvd-w4a8"]).values()} == set(Weighting)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on_with_the_same_report(demo, unfinished, monkeypatch):
+    monkeypatch.setattr("fxq.lab.Lab.quantized", lambda *given: pytest.fail("quantized again"))
+    again, modules = run_demo(SETTINGS, "fxq demo", progress=False, finished=unfinished)
+    first, second = (report_to_json(report) for report in (demo[0], again))
+    assert first.pop("seconds") and second.pop("seconds") and first == second
+    assert {*modules} == {*demo[1]}
 
 
 @pytest.mark.slow
