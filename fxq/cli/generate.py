@@ -13,7 +13,7 @@ from torch import fx
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
-from fxq.cli.cache_options import CacheOptions, with_cache_options
+from fxq.cli.cache_options import CacheOptions, tables_for, with_cache_options
 from fxq.cli.common import JsonOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError
 from fxq.core.pipeline import run_passes
@@ -77,7 +77,9 @@ def generate(
     rollout = SelfForcingRollout(model, [batch], TINY_SAMPLER)
     policy = None if module is None else policy_of(module)
     if policy is None:
-        policy = kept.policy(rollout, tiny_rollout(model, 4, seed=1, unseen=False)[0], chunks)
+        calibration = tiny_rollout(model, 4, seed=1, unseen=False)[0]
+        policy = kept.policy(rollout, calibration, chunks)
+        rollout.cache_tables = tables_for(policy, calibration)
         if policy.absorb is not None:
             module = _captured(rollout, policy) if module is None else with_cache(module, policy)
     elif kept.given:

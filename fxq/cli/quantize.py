@@ -134,6 +134,7 @@ def quantize(
             chosen = dataclasses.replace(
                 chosen, cache=kept.policy(source.rollout, source.rollout if source.prompted else None)
             )
+            source = source.driven_for(chosen)
         if workers.first:
             announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(

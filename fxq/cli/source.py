@@ -94,6 +94,18 @@ class Source:
         decibels = output_sqnr(self.model, quantized, self.checks)
         return {"output_sqnr_db": round(decibels, 2)} if math.isfinite(decibels) else {}
 
+    def driven_for(self, recipe: Recipe) -> Source:
+        """With the loop as calibration data where a recipe needs some.
+
+        Raises:
+            AdapterError: when there are no prompts.
+        """
+        if self.loader is not None or self.rollout is None or not uses_data(recipe):
+            return self
+        if not self.prompted:
+            raise AdapterError("the codecs of the cache learn from calibration videos: pass --prompts")
+        return dataclasses.replace(self, loader=self.rollout)
+
     def drive(self) -> Drive | None:
         """What calibration will cost, None without data."""
         if isinstance(self.loader, Rollout):

@@ -46,6 +46,19 @@ class Codec(ABC):
         """What lies with the model and every video begins with, from calibration tokens [T, heads, head_dim]."""
         return {}
 
+    def table_problem(self, tables: Memory, shape: Shape, kind: Kind) -> str:
+        """Why tensors are not what :meth:`learned` gives for a shape, or ""."""
+        for field in self.fields(shape, kind):
+            if field.per != "model":
+                continue
+            if (tensor := tables.get(field.name)) is None:
+                return f"{field.name} is missing"
+            if tensor.dtype != field.dtype or tuple(tensor.shape) != field.shape:
+                return f"{field.name} is {tensor.dtype} {tuple(tensor.shape)}: expected {field.dtype} {field.shape}"
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return f"{field.name} holds NaN or infinity"
+        return ""
+
     @abstractmethod
     def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
         """Store one span.

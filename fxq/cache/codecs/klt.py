@@ -88,6 +88,15 @@ class Klt(Codec):
         """Mean, basis, steps and widths with ``fit="model"``, else nothing."""
         return self.fitted(x) if self.fit == "model" else {}
 
+    def table_problem(self, tables: Memory, shape: Shape, kind: Kind) -> str:
+        """As of every codec; widths must make as many planes as are stored, and steps be above 0."""
+        if self.fit == "video" or (problem := super().table_problem(tables, shape, kind)):
+            return "" if self.fit == "video" else problem
+        width, planes = tables["width"].long(), self.planes(shape)
+        if int(width.max()) > MOST_BITS or int(width.sum()) != planes:
+            return f"width sums to {int(width.sum())} with {int(width.max())} at most: expected {planes} planes of up to {MOST_BITS}"
+        return "" if bool((tables["step"] > 0).all()) else "step holds numbers that are not above 0"
+
     def fitted(self, x: Tensor) -> dict[str, Tensor]:
         """Mean, basis, steps and widths as stored, for tokens [T, heads, head_dim]: the memory of ``fit="model"``."""
         shape = Shape(x.shape[1], x.shape[2], x.shape[0])
