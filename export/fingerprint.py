@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxq.core.ir import example_value, planned
 from fxq.dtypes import dtype_name
+from fxq.export.graph.encoded import packs, seeded_cache
 from fxq.export.graph.rehearsal import Brake, RehearsalError, rehearse
 from fxq.export.graph.strict import DtypeName, Finite, Shape, Text
 from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
@@ -47,9 +48,11 @@ class Fingerprint:
     """The outputs of one seeded call, or the ``reason`` why none was made.
 
     ``tolerance`` is relative to each output's norm: kernels agree on the integers, not on the last bits of floats,
-    and where a float lies on the border of two integers the next layer sees the difference.
+    and where a float lies on the border of two integers the next layer sees the difference. ``inputs`` says what a
+    cache's codecs read: numbers as any other input, or what they could have ``stored``.
     """
 
+    inputs: Literal["plain", "stored"] = "plain"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = SEED
     tolerance: Annotated[float, Field(ge=0, le=MAX_TOLERANCE)] = 0.0
     outputs: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] = ()
@@ -70,8 +73,9 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
         return Fingerprint(reason="the sizes of the inputs are not known")
     if reason := _too_large(module, entries):
         return Fingerprint(reason=reason)
+    inputs: Literal["plain", "stored"] = "stored" if packs(module) else "plain"
     try:
-        outputs = seeded_call(module, entries, SEED)
+        outputs = seeded_call(module, entries, SEED, inputs)
     except RehearsalError as error:
         return Fingerprint(reason=f"one call is too large: {error}")
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -80,7 +84,8 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
     if not floats or not all(bool(output.isfinite().all()) for output in floats):
         return Fingerprint(reason="the graph gives no finite floating point output on seeded inputs")
     half = any(output.element_size() < 4 for output in floats)
-    return Fingerprint(tolerance=0.05 if half else 0.01, outputs=tuple(_mark(output) for output in outputs))
+    marks = tuple(_mark(output) for output in outputs)
+    return Fingerprint(inputs=inputs, tolerance=0.05 if half else 0.01, outputs=marks)
 
 
 def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], recorded: Fingerprint) -> list[str]:
@@ -90,7 +95,7 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
         RehearsalError: when the call would take more than a fingerprint's call may.
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
-    outputs = seeded_call(module, entries, recorded.seed)
+    outputs = seeded_call(module, entries, recorded.seed, recorded.inputs)
     if len(outputs) != len(recorded.outputs):
         return [f"{len(outputs)} outputs, recorded {len(recorded.outputs)}"]
     found = []
@@ -110,8 +115,16 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
     return found
 
 
-def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> list[Tensor]:
+def seeded_call(
+    module: fx.GraphModule, entries: Sequence[InputEntry], seed: int, inputs: Literal["plain", "stored"] = "plain"
+) -> list[Tensor]:
     """The tensors of one call on seeded inputs, of bounded size.
+
+    Args:
+        module: a quantized module.
+        entries: its inputs.
+        seed: of the numbers.
+        inputs: as in :class:`Fingerprint`.
 
     Raises:
         RehearsalError: when inputs and values would take more than ``MAX_CALL_BYTES``, or the call more than
@@ -119,17 +132,21 @@ def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
     leaves = without_data(entries)
-    given = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    taken = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
     stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    limit = max(MAX_CALL_BYTES, 3 * stored) - given
+    limit = max(MAX_CALL_BYTES, 3 * stored) - taken
     cost = rehearse(module, leaves)
     if cost.bytes > limit or cost.work > MAX_CALL_WORK:
         raise RehearsalError(
-            f"its inputs and values take {given + cost.bytes} bytes and {cost.work} multiplications, at most "
-            f"{limit + given} and {MAX_CALL_WORK} are spent"
+            f"its inputs and values take {taken + cost.bytes} bytes and {cost.work} multiplications, at most "
+            f"{limit + taken} and {MAX_CALL_WORK} are spent"
         )
+    device = device_of(module)
+    given = seeded_inputs(entries, seed, device)
+    for at, tensor in (seeded_cache(module, entries, seed) if inputs == "stored" else {}).items():
+        given[at] = tensor.to(device)
     with contextlib.nullcontext() if cost.known else Brake(limit, MAX_CALL_WORK):
-        return call_flat(module, seeded_inputs(entries, seed, device_of(module)))
+        return call_flat(module, given)
 
 
 def device_of(module: fx.GraphModule) -> torch.device:

@@ -22,7 +22,6 @@ from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, Stage, inherit_meta, put_tensor
 from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
-from fxq.kernels.attention.codecs import LEADING_AXES
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.cache_inputs import HELD, TABLES
@@ -242,9 +241,7 @@ class _Inputs:
             inherit_meta(found[key], before, self.maker.mode.from_tensor(own, static_shapes=True))
         return found
 
-    def prefix(
-        self, old: fx.Node, codec: Codec | None, kind: Kind, spans: Size, held: Mapping[str, fx.Node]
-    ) -> _Parts:
+    def prefix(self, old: fx.Node, codec: Codec | None, kind: Kind, spans: Size, held: Mapping[str, fx.Node]) -> _Parts:
         """Inputs in the place of one with dense keys or values [B, L, heads, head_dim]; not of what is ``held``."""
         batch, _, heads, width = shape_of(old)
         dtype = value_of(old).dtype
@@ -253,8 +250,7 @@ class _Inputs:
             return self.maker.input(old, f"{old.name}_{name}", (batch, tokens, heads, width), dtype)
 
         def stored(field: Field) -> fx.Node:
-            lead = (batch, spans * self.span if field.per == "token" else spans)[: LEADING_AXES[field.per]]
-            return self.maker.input(old, f"{old.name}_{field.name}", (*lead, *field.shape), field.dtype)
+            return self.maker.input(old, f"{old.name}_{field.name}", field.size(batch, spans, self.span), field.dtype)
 
         sink = exact("sink", self.maker.size(f"{old.name}_sink", 2))
         if codec is None:

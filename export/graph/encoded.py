@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +17,8 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json
 from fxq.cache.tables import KINDS
 from fxq.core.graph import arguments
 from fxq.core.ir import get_tensor
-from fxq.export.inputs import InputEntry
+from fxq.export.inputs import InputEntry, noise
 from fxq.kernels import attention_packed
-from fxq.kernels.attention.codecs import LEADING_AXES
 
 
 class EncodedError(ValueError):
@@ -48,6 +49,11 @@ class Encoded:
     def model_reads(self) -> dict[str, fx.Node]:
         """Of what lies with the model, by the names of the fields."""
         return {f.name: node for f, node in zip(self.fields, self.reads, strict=True) if f.per == "model"}
+
+
+def packs(module: fx.GraphModule) -> bool:
+    """Whether a graph reads an encoded cache."""
+    return bool(module.graph.find_nodes(op="call_function", target=attention_packed.definition))
 
 
 def encoded(module: fx.GraphModule, entries: Sequence[InputEntry]) -> Iterator[Encoded]:
@@ -98,8 +104,8 @@ def check_encoded(
     if policy is not None and policy.needs_tables and (bare or not learning):
         where = f"node {bare[0].call}, {bare[0].kind}: " if bare else ""
         raise EncodedError(
-            f"{where}the recipe stores its cache by codecs with fit = 'model' and the bundle holds no tables of theirs: "
-            "quantize again with this recipe, or give fxq.passes.pack_cache the tables"
+            f"{where}the recipe stores its cache by codecs with fit = 'model' and the bundle holds no tables of "
+            "theirs: quantize again with this recipe, or give fxq.passes.pack_cache the tables"
         )
     for item in learning:
         reads = item.model_reads
@@ -110,3 +116,37 @@ def check_encoded(
         tables: dict[str, Tensor] = {name: get_tensor(module, str(node.target)) for name, node in reads.items()}
         if values and (problem := item.codec.table_problem(tables, item.shape, item.kind)):
             raise EncodedError(f"node {item.call}, {item.kind}: codec {item.codec.name}: {problem}")
+
+
+def seeded_cache(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> dict[int, Tensor]:
+    """Inputs that a graph's codecs can read, by position: what they could have stored, the same on every machine.
+
+    Args:
+        module: the graph, whose calls are known to fit their arguments.
+        entries: its inputs.
+        seed: of the numbers.
+
+    Raises:
+        EncodedError: when a call does not take its cache from the inputs, or what it takes has other sizes.
+    """
+    positions = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+    found: dict[int, Tensor] = {}
+    for item in encoded(module, entries):
+        own = {f.name: (f, positions[n]) for f, n in zip(item.fields, item.reads, strict=True) if n in positions}
+        leading = [(f, entries[at].example) for f, at in own.values() if f.per in ("token", "span")]
+        if not leading:
+            raise EncodedError(f"node {item.call}: its {item.kind} are no inputs of the graph")
+        (field, size), batch = leading[0], leading[0][1][0]
+        spans = size[1] // (item.shape.span if field.per == "token" else 1)
+        for one, at in own.values():
+            if entries[at].example != one.size(batch, spans, item.shape.span):
+                raise EncodedError(f"node {item.call}: {one.name} has the sizes {entries[at].example}")
+
+        def numbers(
+            name: str, shape: tuple[int, ...], base: int = seed + 1009 * min(at for _, at in own.values())
+        ) -> Tensor:
+            return noise(math.prod(shape), base + zlib.crc32(name.encode()) % 1009).view(shape)
+
+        made = item.codec.seeded(item.shape, item.kind, batch, spans, numbers)
+        found |= {at: made[name] for name, (_, at) in own.items()}
+    return found

@@ -71,7 +71,9 @@ class CachePolicy:
     @property
     def needs_tables(self) -> bool:
         """Whether a codec works with what calibration found."""
-        chosen = [c for codecs in (self.keys, self.values) for c in (codecs if isinstance(codecs, tuple) else (codecs,))]
+        chosen = [
+            c for codecs in (self.keys, self.values) for c in (codecs if isinstance(codecs, tuple) else (codecs,))
+        ]
         return any(codec is not None and codec.needs_tables for codec in chosen)
 
     @property

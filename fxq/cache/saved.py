@@ -14,6 +14,7 @@ from fxq.cache.codecs.record import Field, Record, RecordError, Shape
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.cache.spans import Spans
 from fxq.cache.store import Cache, Layout, Line, Rotary
+from fxq.cache.tables import same_memory
 from fxq.cache.tokens import Tokens
 
 _COUNTS = ("frames", "first", "first_packed", "packed")
@@ -116,6 +117,10 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
             raise SavedCacheError(f"{place}: the memory of its codec holds other dtypes than codecs leave there")
         stored = spans.once.items() if spans is not None else ()
         once = {name: tensor for name, tensor in stored if name in memory and tensor.equal(memory[name])}
+        if empty.codec.needs_tables and not same_memory(memory | once, empty.memory):
+            raise SavedCacheError(
+                f"{place}: the saved cache was made with other tables than this rollout's: go on with its bundle"
+            )
         return Line(empty.codec, held, kept, spans, memory | once)
 
     keys = tuple(line("keys", i, empty) for i, empty in enumerate(like.keys))

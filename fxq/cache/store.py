@@ -108,9 +108,9 @@ class Cache:
                 codec = policy.codec(kind, i)
                 if codec is not None and codec.needs_tables and not (given and given[i]):
                     raise ValueError(
-                        f"layer {i}, {kind}: codec {codec.name} works with tables from calibration and there are none: run "
-                        "a module of fxq.quantize with this cache in its recipe, give the rollout cache_tables, or take "
-                        "fit = 'video'"
+                        f"layer {i}, {kind}: codec {codec.name} has no basis, which comes from calibration: run a "
+                        "module that fxq.quantize made with this cache in its recipe, within rollout.using(module), "
+                        "give the rollout cache_tables, or take fit='video'"
                     )
                 sink = None if codec is None else Tokens.of(tensor)
                 found.append(Line(codec, Tokens.of(tensor), sink, None, dict(given[i]) if given and codec else {}))

@@ -53,7 +53,7 @@ def sampled(cache: Cache, policy: CachePolicy, count: int) -> dict[str, Tensor]:
 
 
 def learned(policy: CachePolicy, samples: Sequence[Mapping[str, Tensor]], layers: int) -> Memories:
-    """What the codecs learn from the samples of one batch of rollouts after the other; empty where they need nothing."""
+    """What the codecs learn from the samples of every batch of rollouts; empty where they need nothing."""
     found: dict[Kind, list[Memory]] = {kind: [{} for _ in range(layers)] for kind in KINDS}
     for kind, layer, codec in learning(policy, layers):
         found[kind][layer] = codec.learned(torch.cat([sample[place(kind, layer)] for sample in samples]))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fxq.cache.policy import CachePolicy
 
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """One contiguous group of frames at one noise level inside a call.

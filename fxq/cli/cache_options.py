@@ -95,7 +95,9 @@ class CacheOptions:
 def _options(
     kv: Annotated[
         str | None,
-        typer.Option(help="Store old keys and values so: klt1, klt1-model, qvg, kivi2, int8, ...; `fxq cache` lists them."),
+        typer.Option(
+            help="Store old keys and values so: klt1, klt1-model, qvg, kivi2, int8, ...; `fxq cache` lists them."
+        ),
     ] = None,
     kv_bits: Annotated[
         float | None, typer.Option(min=0.01, help="With --kv auto: stored bits per number; a codec for each layer.")

@@ -18,7 +18,7 @@ from torch.export import Dim
 from fxq.cache.absorb import Absorption, Watch
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
-from fxq.cache.tables import sampled, same_tables
+from fxq.cache.tables import same_tables, sampled
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 from fxq.models.causal_wan import CausalWan, CausalWanBlock, rope_tables
 from fxq.models.schedule import FlowSchedule

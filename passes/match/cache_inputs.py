@@ -19,7 +19,6 @@ from fxq.calls.captured import convention
 from fxq.core.graph import arguments
 from fxq.core.ir import get_tensor
 from fxq.kernels import attention_packed
-from fxq.kernels.attention.codecs import LEADING_AXES
 
 TABLES = ("packed_cos", "packed_sin")
 """Arguments of a packed graph beside those of the graph it was made from."""
@@ -100,8 +99,7 @@ def _empty(field: Field, like: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
     """What a codec stores of no span."""
     if field.per == "model" and field.name in memory:
         return memory[field.name]
-    lead = (like.shape[0], 0)[: LEADING_AXES[field.per]]
-    return torch.zeros((*lead, *field.shape), dtype=field.dtype, device=like.device)
+    return torch.zeros(field.size(like.shape[0], 0, 1), dtype=field.dtype, device=like.device)
 
 
 def graph_of(module: object) -> fx.GraphModule | None:
