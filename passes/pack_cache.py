@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -250,7 +250,9 @@ class _Inputs:
             return self.maker.input(old, f"{old.name}_{name}", (batch, tokens, heads, width), dtype)
 
         def stored(field: Field) -> fx.Node:
-            return self.maker.input(old, f"{old.name}_{field.name}", field.size(batch, spans, self.span), field.dtype)
+            return self.maker.input(
+                old, f"{old.name}_{field.name}", field.size(batch, cast(int, spans), self.span), field.dtype
+            )
 
         sink = exact("sink", self.maker.size(f"{old.name}_sink", 2))
         if codec is None:

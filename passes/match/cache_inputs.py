@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxq.cache.codecs.codec import Kind, Memory
 from fxq.cache.codecs.record import Field, Shape
-from fxq.cache.named import codecs_from_text, codecs_text
+from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories
 from fxq.cache.tables import KINDS, learning, same_memory
@@ -19,6 +19,7 @@ from fxq.calls.captured import convention
 from fxq.core.graph import arguments
 from fxq.core.ir import get_tensor
 from fxq.kernels import attention_packed
+from fxq.kernels.attention.codecs import codecs_of
 
 TABLES = ("packed_cos", "packed_sin")
 """Arguments of a packed graph beside those of the graph it was made from."""
@@ -136,8 +137,8 @@ def cache_inputs(module: object, cache: Cache, added: Mapping[str, object]) -> t
             f"the module was packed for a cache of {packing}, the rollout keeps one of {wanted}: pack it with the "
             "cache policy of the sampler"
         )
-    heads = cache.keys[0].exact.tensor.shape[2:]
-    held = held_tables(module, cache.policy, len(cache.keys), heads)
+    _, _, *heads = cache.keys[0].exact.tensor.shape
+    held = held_tables(module, cache.policy, len(cache.keys), (heads[0], heads[1]))
     if held is not None:
         for kind, layer, _ in learning(cache.policy, len(cache.keys)):
             if not same_memory(cache.line(kind, layer).memory, held[KINDS.index(kind)][layer]):
@@ -150,7 +151,7 @@ def cache_inputs(module: object, cache: Cache, added: Mapping[str, object]) -> t
     return (found.keys, found.values), tuple(more[name] for name in names)
 
 
-def held_tables(module: object, policy: CachePolicy, layers: int, heads: Sequence[int]) -> Memories | None:
+def held_tables(module: object, policy: CachePolicy, layers: int, heads: tuple[int, int]) -> Memories | None:
     """What a packed graph holds for codecs that lie with the model, by layer; None where it holds nothing for them.
 
     Args:
@@ -173,7 +174,7 @@ def held_tables(module: object, policy: CachePolicy, layers: int, heads: Sequenc
     return found if any(memory for memories in found for memory in memories) else None
 
 
-def model_reads(call: Mapping[str, Any], kind: Kind, heads: Sequence[int]) -> dict[str, fx.Node]:
+def model_reads(call: Mapping[str, Any], kind: Kind, heads: tuple[int, int]) -> dict[str, fx.Node]:
     """What a call of ``fxq::attention_packed`` reads of tensors that lie with the model, by their names.
 
     Args:
@@ -181,7 +182,7 @@ def model_reads(call: Mapping[str, Any], kind: Kind, heads: Sequence[int]) -> di
         kind: of the codec.
         heads: of a layer, and the channels of each.
     """
-    bound = codecs_from_text(str(call["codec"]))[KINDS.index(kind)]
+    bound = codecs_of(str(call["codec"]))[KINDS.index(kind)]
     if bound is None:
         return {}
     fields = bound.stored(*heads, int(call["span"]))
