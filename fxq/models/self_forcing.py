@@ -231,10 +231,13 @@ class SelfForcingRollout(Rollout):
     def _watch(self, state: SelfForcingState) -> Watch | None:
         """The running module with what its layers' maps are fitted to, in a warm-up with something to see."""
         absorption, cache, graph = state.absorption, state.cache, graph_of(self._running)
-        if absorption is None or graph is None:
+        if absorption is None or not absorption.observes(state.next_unit, cache.kept > cache.sink):
             return None
-        if not absorption.observes(state.next_unit, cache.kept > cache.sink):
-            return None
+        if graph is None:
+            raise ValueError(
+                f"chunk {state.next_unit} is of the warm-up, in which maps are fitted, and the module that runs has no "
+                "graph that shows what to: run the bundle's module until then, and the compiled program afterwards"
+            )
         if self._observed is None or self._observed[0] is not graph:
             self._observed = graph, observed(graph, cache.policy.sink * cache.layout.tokens)
         weights = [cast(CausalWanBlock, block).self_attn.o.weight.T for block in self.model.blocks]

@@ -14,7 +14,7 @@ from fxq.cache.codecs.record import Field, Shape
 from fxq.cache.named import codecs_text
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories
-from fxq.cache.tables import KINDS, learning, same_memory
+from fxq.cache.tables import KINDS, below, from_tensors, learning, same_memory
 from fxq.calls.captured import convention
 from fxq.core.graph import arguments
 from fxq.core.ir import get_tensor
@@ -160,6 +160,8 @@ def held_tables(module: object, policy: CachePolicy, layers: int, heads: tuple[i
         layers: of the model.
         heads: of a layer, and the channels of each.
     """
+    if isinstance(taken := getattr(module, "takes_cache", None), TakesCache):
+        return from_tensors(taken.tables, layers) if taken.tables else None
     graph = graph_of(module)
     if graph is None or TABLES[0] not in convention(graph)[0] or not policy.needs_tables:
         return None
@@ -192,6 +194,8 @@ def model_reads(call: Mapping[str, Any], kind: Kind, heads: tuple[int, int]) -> 
 
 def added_arguments(module: object) -> list[str]:
     """Names of the arguments that a module takes beside those that a model has."""
+    if isinstance(taken := getattr(module, "takes_cache", None), TakesCache):
+        return list(taken.arguments)
     graph = graph_of(module)
     return [] if graph is None else [name for name in convention(graph)[0] if name in (*TABLES, MAPS, FEW)]
 
@@ -209,6 +213,8 @@ class Packing:
     @classmethod
     def of(cls, module: object) -> Packing | None:
         """That of a module, compiled ones as well; None for one that takes dense keys and values."""
+        if isinstance(taken := getattr(module, "takes_cache", None), TakesCache):
+            return taken.packing
         graph = graph_of(module)
         if graph is None or TABLES[0] not in convention(graph)[0]:
             return None
@@ -228,3 +234,25 @@ class Packing:
         pairs = [(policy.codec("keys", i), policy.codec("values", i)) for i in range(layers)]
         texts = tuple(codecs_text(*pair) for pair in pairs if pair != (None, None))
         return cls(texts, (policy.span * chunk,) * len(texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class TakesCache:
+    """What a callable without a graph takes of a cache; it has one as its attribute ``takes_cache``.
+
+    Args:
+        arguments: as :func:`added_arguments`.
+        packing: what it was packed for; None: it takes dense keys and values.
+        tables: what it holds for its codecs, as :func:`fxq.cache.tables.to_tensors`.
+    """
+
+    arguments: tuple[str, ...] = ()
+    packing: Packing | None = None
+    tables: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> TakesCache:
+        """That of a graph."""
+        held = below(dict(module.named_buffers(remove_duplicate=False)), f"{HELD}.")
+        packing = Packing.of(module)
+        return cls(tuple(added_arguments(module)), packing, held if packing is not None else {})
