@@ -82,7 +82,8 @@ def export_program(
     try:
         with whole_folder(out, (PROGRAM, FACTS, CACHE_TENSORS, *BUNDLE), "a program") as part:
             extra = _write_compiled(module, part, example) if aoti else _write_weight_free(module, part, example)
-            hashes = {file.name: sha256(file) for file in sorted(part.iterdir())}
+            more = (CACHE_TENSORS,) if (part / CACHE_TENSORS).exists() else ()
+            hashes = {name: sha256(part / name) for name in (PROGRAM, *(more if aoti else BUNDLE))}
             facts = _facts(aoti, runtime, hashes) | extra | ({KEY: call_facts(module)} if aoti else {})
             (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BundleError as error:
