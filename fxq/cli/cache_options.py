@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Annotated, Literal
 
 import typer
@@ -18,6 +19,11 @@ from fxq.cli.common import expanding
 from fxq.cli.models import AdapterError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.messages import did_you_mean
+
+ReportOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--report", help="HTML page to write: memory of the cache, drift and cost of encoding by chunk."),
+]
 
 AUTO_BITS = 3.0
 """Stored bits per number of ``--kv auto`` without a budget."""

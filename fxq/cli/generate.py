@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
+import sys
 from typing import Annotated, Any
 
 import torch
@@ -13,16 +15,19 @@ from torch import fx
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
-from fxq.cli.cache_options import CacheOptions, tables_for, with_cache_options
+from fxq.cli.cache_options import CacheOptions, ReportOption, tables_for, with_cache_options
 from fxq.cli.common import JsonOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError
 from fxq.core.pipeline import run_passes
+from fxq.environment import environment
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
+from fxq.metrics.cache_run import run_cache
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import CHUNK, TINY_SAMPLER, load_tiny
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
+from fxq.report.cache import cache_to_json, write_cache_report
 from fxq.report.video import VideoError, check_format, write_video
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.streams import stdout_console
@@ -55,11 +60,17 @@ def generate(
     seed: SeedOption = 0,
     scale: Annotated[int, typer.Option(min=1, help="Enlargement of pixels.")] = 8,
     chunks: Annotated[int, typer.Option(min=1, help="Length of the video, 3 frames each.")] = SHAPE[0] // CHUNK,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Generate a video with the shipped model, in full precision or from a bundle."""
+    """Generate a video with the shipped model, in full precision or from a bundle.
+
+    --report makes it a second time, in full precision on exact caches, and compares chunk by chunk.
+    """
     try:
         check_format(writable_file(out))
+        if report is not None:
+            writable_file(report)
     except VideoError as error:
         raise AdapterError(f"--out {error}") from None
     model = load_tiny()
@@ -85,14 +96,23 @@ def generate(
     elif kept.given:
         raise AdapterError(f"{bundle} has a cache of its own, by its recipe: leave out {kept.given}")
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
-    video = generated(rollout, module)
+    words, told = sprites.describe(conditions[0]), {}
+    if report is None:
+        video = generated(rollout, module)
+    else:
+        run, video = run_cache(rollout, module, lambda chunk: sprites.score(chunk, conditions).means())
+        written = write_cache_report(
+            run, report, f"Cache of {words}", shlex.join(["fxq", *sys.argv[1:]]), environment()
+        )
+        told = {"report": str(written), "cache": cache_to_json(run)}
     write_video(out, frames_of(video[0]), scale=scale)
     scores = sprites.score(video, conditions).means()
-    words = sprites.describe(conditions[0])
     if as_json:
-        emit_json({"prompt": words, "out": str(out), "scores": scores})
+        emit_json({"prompt": words, "out": str(out), "scores": scores} | told)
     else:
         stdout_console().print(f"{words}: {out}", highlight=False)
+        if report is not None:
+            stdout_console().print(f"cache: {report}", highlight=False)
 
 
 def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:

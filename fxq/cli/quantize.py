@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from fxq.capture.trace import trace
-from fxq.cli.cache_options import CacheOptions, with_cache_options
+from fxq.cli.cache_options import CacheOptions, ReportOption, with_cache_options
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout
-from fxq.cli.source import announce, diffusers_source, rollout_source, with_model_files
+from fxq.cli.source import announce, cache_report, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
@@ -105,6 +105,7 @@ def quantize(
     budget: BudgetOption = None,
     max_error: MaxErrorOption = None,
     save_recipe: SaveRecipeOption = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -114,7 +115,8 @@ def quantize(
     Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
     --bits-per-weight, --budget or --max-error choose the bits of each layer; what is chosen from is among the facts of
     --json. --kv, --absorb and what goes with them replace the recipe's [cache]: the bundle's graph then takes keys and
-    values as they are stored.
+    values as they are stored. --report then makes the first batch of prompts twice, by the bundle and in full precision
+    on exact caches, and compares chunk by chunk.
     """
     chosen = _recipe(recipe, iterations, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
     if kept.given and model == "diffusers":
@@ -123,8 +125,9 @@ def quantize(
         raise RecipeError(f"--save-recipe {save_recipe}: a recipe file ends in .toml")
     with launched() as workers:
         check_bundle_place(out)
-        if save_recipe is not None:
-            writable_file(save_recipe)
+        for file in (save_recipe, report):
+            if file is not None:
+                writable_file(file)
         if model == "diffusers":
             source = diffusers_source(files, calls, chosen)
         else:
@@ -135,6 +138,9 @@ def quantize(
                 chosen, cache=kept.policy(source.rollout, source.rollout if source.prompted else None)
             )
             source = source.driven_for(chosen)
+        if report is not None and (chosen.cache is None or not source.prompted):
+            missing = "a cache: pass --kv or --absorb" if chosen.cache is None else "videos to make: pass --prompts"
+            raise AdapterError(f"--report {report} is about a cache and needs {missing}")
         if workers.first:
             announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(
@@ -150,6 +156,8 @@ def quantize(
         metrics = source.metrics(module) if workers.first else {}
         if workers.first:
             save(module, out, metrics=metrics)
+            if report is not None:
+                cache_report(source, module, report, f"Cache of {model}, {chosen.name}")
             if save_recipe is not None:
                 with whole_file(save_recipe) as part:
                     part.write_text(recipe_to_toml(plain_recipe(module)), encoding="utf-8")

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import pathlib
+import shlex
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -18,12 +20,17 @@ from fxq.calibration.rollout import Rollout
 from fxq.cli.common import expanding
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.core.config import Recipe
+from fxq.environment import environment
 from fxq.job import uses_data
+from fxq.metrics.cache_run import run_cache
 from fxq.metrics.outputs import output_sqnr
 from fxq.models.diffusers_folder import load_folder
 from fxq.models.families import SHIPPED_MODELS
+from fxq.models.self_forcing import SelfForcingRollout
+from fxq.passes.with_cache import policy_of
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
+from fxq.report.cache import write_cache_report
 from fxq.runtime.messages import first_line
 from fxq.runtime.streams import stderr_console
 
@@ -180,3 +187,21 @@ def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: p
             f"the disk of {out} has {missing / 1e9:.2f} GB less room than the job needs; free some of it, or choose "
             "another place with --out"
         )
+
+
+def cache_report(source: Source, module: fx.GraphModule, path: pathlib.Path, title: str) -> None:
+    """Write the page on the cache of a quantized module's rollouts, of the loop's first batch.
+
+    Raises:
+        AdapterError: for a loop without an fxq cache.
+    """
+    rollout, policy = source.rollout, policy_of(module)
+    if not isinstance(rollout, SelfForcingRollout) or policy is None:
+        raise AdapterError(f"--report {path}: {type(rollout).__name__} has no fxq cache, leave it out")
+    sampler = rollout.sampler
+    rollout.sampler = dataclasses.replace(sampler, cache=policy)
+    try:
+        run, _ = run_cache(rollout, module)
+    finally:
+        rollout.sampler = sampler
+    write_cache_report(run, path, title, shlex.join(["fxq", *sys.argv[1:]]), environment())

@@ -8,7 +8,7 @@ list for the first chunk are settings of the same loop.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -103,6 +103,8 @@ class SelfForcingRollout(Rollout):
         self.any_size = any_size
         self.cache_tables = cache_tables
         self.absorb_priors = tuple(absorb_priors)
+        self.committing: Callable[[Cache], Cache] = Cache.commit
+        """What encodes spans that have grown old enough, once a chunk; measures time it."""
         self._observed: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
     def _given(self, condition: Condition) -> int:
@@ -286,7 +288,7 @@ class SelfForcingRollout(Rollout):
         on_call: OnCall | None,
     ) -> SelfForcingState:
         _, state, new = self._call(state, prefix, latents, kind, span, on_call)
-        return dataclasses.replace(state, cache=state.cache.append(*new).commit())
+        return dataclasses.replace(state, cache=self.committing(state.cache.append(*new)))
 
     def example_call(self) -> tuple[tuple[object, ...], object]:
         """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic.

@@ -99,15 +99,24 @@ def test_a_bundle_keeps_what_was_asked_for_and_generates_on_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_bundle_with_a_calibrated_codec_needs_no_other_option(tmp_path):
-    out = tmp_path / "b"
+    out, page = tmp_path / "b", tmp_path / "cache.html"
     words = ["quantize", "--out", str(out), "-r", "w8a8-dynamic", "-n", "2", "-q", "--json", "--kv", "klt1-model"]
+    words += ["--report", str(page)]
     done = RUN.invoke(app, words)
     assert done.exit_code == 0, done.output
     assert policy_of(fxq.load(out)).keys == Klt(1.0, fit="model")
+    assert "Cache of tiny, w8a8-dynamic" in page.read_text()
     done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", "--bundle", str(out)])
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
     done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", "--kv", "klt1-model"])
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
+
+
+def test_a_report_without_a_cache_is_refused_before_the_work(tmp_path):
+    words = ["quantize", "--out", str(tmp_path / "b"), "-q", "--report", str(tmp_path / "r.html")]
+    done = RUN.invoke(app, words)
+    assert isinstance(done.exception, AdapterError) and "needs a cache: pass --kv or --absorb" in str(done.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_diffusers_has_no_such_cache(tmp_path):
