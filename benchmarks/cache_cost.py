@@ -5,7 +5,8 @@ python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 Everything is measured in one run, round by round one after the other; ratios are of medians of rounds. A chunk's
 compute is five calls of the layer: its linears and its attention to the whole history, all in bfloat16. A span is
 encoded (``commit``) once in eight chunks, keys rotated back before; the first one of a video has no centroids or basis
-to begin with. Decoding happens in every call, inside ``fxq::attention_packed``. ``--rows`` and other sizes are for trying it.
+to begin with. Decoding happens in every call, inside ``fxq::attention_packed``. ``--rows`` and
+other sizes are for trying it.
 """
 
 from __future__ import annotations

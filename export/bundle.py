@@ -295,7 +295,8 @@ def read_graph(
         check(QuantGraph.of(module), "after load")
         check_stored(module, values=values)
         rehearse(module, stand_ins(module, manifest.inputs, facts.inputs))
-        check_encoded(module, manifest.inputs, facts.recipe, values=values)
+        sizes = None if manifest.inputs is None else [tuple(entry.example) for entry in manifest.inputs]
+        check_encoded(module, sizes, facts.recipe, values=values)
     except (OSError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from error
     stated = {layer: (entry.plan, set(entry.tensors)) for layer, entry in manifest.layers.items()}

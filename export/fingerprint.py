@@ -141,9 +141,9 @@ def seeded_call(
             f"its inputs and values take {taken + cost.bytes} bytes and {cost.work} multiplications, at most "
             f"{limit + taken} and {MAX_CALL_WORK} are spent"
         )
-    device = device_of(module)
+    device, sizes = device_of(module), [tuple(entry.example) for entry in entries]
     given = seeded_inputs(entries, seed, device)
-    for at, tensor in (seeded_cache(module, entries, seed) if inputs == "stored" else {}).items():
+    for at, tensor in (seeded_cache(module, sizes, seed, noise) if inputs == "stored" else {}).items():
         given[at] = tensor.to(device)
     with contextlib.nullcontext() if cost.known else Brake(limit, MAX_CALL_WORK):
         return call_flat(module, given)

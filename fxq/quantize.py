@@ -87,8 +87,7 @@ def quantize(
         fxq.RecipeError: recipe unknown, malformed, or matching nothing; a budget that cannot be met; weights or
             biases with NaN; a model that is quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
-        fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer; no rollout where the
-            cache's codecs learn from one.
+        fxq.CalibrationError: data missing, misshapen, not finite, not reaching a planned layer, or no rollout.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
         fxq.passes.PassError: a pass has no place in the line or breaks its promise, or the model has no such cache.
         fxq.core.verify.RuleError: a rule is broken after a pass; the message names both.
@@ -122,8 +121,7 @@ def quantize(
         with bar.step("rewrite"):
             job.rewrite(graph)
         tables = None if chosen.cache is None else job.cache_tables(graph, loader, chosen.cache, data)
-    facts = None if alpha is None else alpha.tolist()
-    module = finish(graph, chosen, data, facts, _never_called(model, graph))
+    module = finish(graph, chosen, data, None if alpha is None else alpha.tolist(), _never_called(model, graph))
     return module if chosen.cache is None else with_cache(module, chosen.cache, tables)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,8 +17,10 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json
 from fxq.cache.tables import KINDS
 from fxq.core.graph import arguments
 from fxq.core.ir import get_tensor
-from fxq.export.inputs import InputEntry, noise
 from fxq.kernels import attention_packed
+
+Sizes = tuple[int, ...]
+"""Of an input of the captured call; empty where it is no tensor."""
 
 
 class EncodedError(ValueError):
@@ -56,23 +58,23 @@ def packs(module: fx.GraphModule) -> bool:
     return bool(module.graph.find_nodes(op="call_function", target=attention_packed.definition))
 
 
-def encoded(module: fx.GraphModule, entries: Sequence[InputEntry]) -> Iterator[Encoded]:
+def encoded(module: fx.GraphModule, sizes: Sequence[Sizes]) -> Iterator[Encoded]:
     """The encoded keys and values that a graph reads, whose calls are known to fit their arguments.
 
     Args:
         module: the graph.
-        entries: its inputs.
+        sizes: of its inputs.
 
     Raises:
         EncodedError: when a call does not take its cache from the inputs, as every packed graph does.
     """
-    examples = dict(zip(module.graph.find_nodes(op="placeholder"), entries, strict=True))
+    inputs = dict(zip(module.graph.find_nodes(op="placeholder"), sizes, strict=True))
     for node in module.graph.find_nodes(op="call_function", target=attention_packed.definition):
         call: Mapping[str, Any] = arguments(node)
-        sink = examples.get(call["k"][0]) if call["k"] else None
-        if sink is None or len(sink.example) != 4:
+        sink: Sizes = inputs.get(call["k"][0], ()) if call["k"] else ()
+        if len(sink) != 4:
             raise EncodedError(f"node {node.name}: its first keys are no input of the graph")
-        shape = Shape(sink.example[2], sink.example[3], int(call["span"]))
+        shape = Shape(*sink[2:], int(call["span"]))
         for kind, bound in zip(KINDS, codecs_from_text(str(call["codec"])), strict=True):
             if bound is not None:
                 fields = bound.codec.fields(shape, kind)
@@ -81,13 +83,13 @@ def encoded(module: fx.GraphModule, entries: Sequence[InputEntry]) -> Iterator[E
 
 
 def check_encoded(
-    module: fx.GraphModule, entries: Sequence[InputEntry] | None, recipe: Mapping[str, object], *, values: bool = True
+    module: fx.GraphModule, sizes: Sequence[Sizes] | None, recipe: Mapping[str, object], *, values: bool = True
 ) -> None:
     """Check what a graph holds for its codecs, and that it is there where the recipe needs it.
 
     Args:
         module: the graph with its tensors, whose calls are known to fit their arguments.
-        entries: its inputs; None where they are not known.
+        sizes: of its inputs; None where they are not known.
         recipe: of the module's facts.
         values: whether to look at the tensors' values too; without, they may be stand-ins.
 
@@ -98,7 +100,7 @@ def check_encoded(
         policy = None if recipe.get("cache") is None else policy_from_json(recipe["cache"])
     except CacheSettingsError as error:
         raise EncodedError(f"facts.recipe: {error}") from None
-    found = [] if entries is None else list(encoded(module, entries))
+    found = [] if sizes is None else list(encoded(module, sizes))
     learning = [item for item in found if item.codec.needs_tables]
     bare = [item for item in learning if any(node.op == "placeholder" for node in item.model_reads.values())]
     if policy is not None and policy.needs_tables and (bare or not learning):
@@ -118,34 +120,36 @@ def check_encoded(
             raise EncodedError(f"node {item.call}, {item.kind}: codec {item.codec.name}: {problem}")
 
 
-def seeded_cache(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> dict[int, Tensor]:
-    """Inputs that a graph's codecs can read, by position: what they could have stored, the same on every machine.
+def seeded_cache(
+    module: fx.GraphModule, sizes: Sequence[Sizes], seed: int, noise: Callable[[int, int], Tensor]
+) -> dict[int, Tensor]:
+    """Inputs that a graph's codecs can read, by position: what they could have stored.
 
     Args:
         module: the graph, whose calls are known to fit their arguments.
-        entries: its inputs.
+        sizes: of its inputs.
         seed: of the numbers.
+        noise: gives so many float64 numbers in 0..1 for a seed, the same on every machine.
 
     Raises:
         EncodedError: when a call does not take its cache from the inputs, or what it takes has other sizes.
     """
     positions = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
     found: dict[int, Tensor] = {}
-    for item in encoded(module, entries):
+    for item in encoded(module, sizes):
         own = {f.name: (f, positions[n]) for f, n in zip(item.fields, item.reads, strict=True) if n in positions}
-        leading = [(f, entries[at].example) for f, at in own.values() if f.per in ("token", "span")]
-        if not leading:
+        leading = next(((f, sizes[at]) for f, at in own.values() if f.per in ("token", "span")), None)
+        if leading is None or len(leading[1]) < 2:
             raise EncodedError(f"node {item.call}: its {item.kind} are no inputs of the graph")
-        (field, size), batch = leading[0], leading[0][1][0]
-        spans = size[1] // (item.shape.span if field.per == "token" else 1)
+        field, (batch, count, *_) = leading
+        spans = count // (item.shape.span if field.per == "token" else 1)
         for one, at in own.values():
-            if entries[at].example != one.size(batch, spans, item.shape.span):
-                raise EncodedError(f"node {item.call}: {one.name} has the sizes {entries[at].example}")
+            if sizes[at] != one.size(batch, spans, item.shape.span):
+                raise EncodedError(f"node {item.call}: {one.name} has the sizes {sizes[at]}")
+        first = seed + 1009 * min(at for _, at in own.values())
 
-        def numbers(
-            name: str, shape: tuple[int, ...], base: int = seed + 1009 * min(at for _, at in own.values())
-        ) -> Tensor:
-            return noise(math.prod(shape), base + zlib.crc32(name.encode()) % 1009).view(shape)
+        def numbers(name: str, shape: tuple[int, ...], first: int = first) -> Tensor:
+            return noise(math.prod(shape), first + zlib.crc32(name.encode()) % 1009).view(shape)
 
         made = item.codec.seeded(item.shape, item.kind, batch, spans, numbers)
         found |= {at: made[name] for name, (_, at) in own.items()}

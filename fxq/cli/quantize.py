@@ -14,7 +14,7 @@ from fxq.capture.trace import trace
 from fxq.cli.cache_options import CacheOptions, ReportOption, with_cache_options
 from fxq.cli.common import JsonOption, QuietOption, SeedOption, emit_json
 from fxq.cli.models import AdapterError, ModelFiles, make_rollout
-from fxq.cli.source import announce, cache_report, diffusers_source, rollout_source, with_model_files
+from fxq.cli.source import Source, announce, cache_report, diffusers_source, rollout_source, with_model_files
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
@@ -83,6 +83,22 @@ def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe
     return with_iterations(recipe, iterations)
 
 
+def _with_cache(kept: CacheOptions, source: Source, recipe: Recipe) -> tuple[Source, Recipe]:
+    """The recipe with the cache that was asked for, and the source with data where its codecs learn from some."""
+    if not kept.given:
+        return source, recipe
+    assert source.rollout is not None
+    policy = kept.policy(source.rollout, source.rollout if source.prompted else None)
+    recipe = dataclasses.replace(recipe, cache=policy)
+    return source.driven_for(recipe), recipe
+
+
+def _check_report(report: pathlib.Path, source: Source, recipe: Recipe) -> None:
+    if recipe.cache is None or not source.prompted:
+        missing = "a cache: pass --kv or --absorb" if recipe.cache is None else "videos to make: pass --prompts"
+        raise AdapterError(f"--report {report} is about a cache and needs {missing}")
+
+
 @with_model_files
 @with_cache_options
 def quantize(
@@ -131,16 +147,9 @@ def quantize(
         if model == "diffusers":
             source = diffusers_source(files, calls, chosen)
         else:
-            source = rollout_source(model, files, calls, chosen, videos, seed)
-        if kept.given:
-            assert source.rollout is not None
-            chosen = dataclasses.replace(
-                chosen, cache=kept.policy(source.rollout, source.rollout if source.prompted else None)
-            )
-            source = source.driven_for(chosen)
-        if report is not None and (chosen.cache is None or not source.prompted):
-            missing = "a cache: pass --kv or --absorb" if chosen.cache is None else "videos to make: pass --prompts"
-            raise AdapterError(f"--report {report} is about a cache and needs {missing}")
+            source, chosen = _with_cache(kept, rollout_source(model, files, calls, chosen, videos, seed), chosen)
+        if report is not None:
+            _check_report(report, source, chosen)
         if workers.first:
             announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(
