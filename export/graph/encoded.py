@@ -23,6 +23,10 @@ Sizes = tuple[int, ...]
 """Of an input of the captured call; empty where it is no tensor."""
 
 
+MAX_VALUES = 2**22
+"""Most numbers of an encoded cache that are made for a call: eight bytes each while they are."""
+
+
 class EncodedError(ValueError):
     """A graph whose codecs lack tables, or hold some that they cannot work with."""
 
@@ -71,6 +75,10 @@ def encoded(module: fx.GraphModule, sizes: Sequence[Sizes]) -> Iterator[Encoded]
     inputs = dict(zip(module.graph.find_nodes(op="placeholder"), sizes, strict=True))
     for node in module.graph.find_nodes(op="call_function", target=attention_packed.definition):
         call: Mapping[str, Any] = arguments(node)
+        if not all(isinstance(call[name], list | tuple) for name in ("k", "packed_k", "packed_v")):
+            raise EncodedError(f"node {node.name}: what it reads is no list of tensors")
+        if type(call["span"]) is not int:
+            raise EncodedError(f"node {node.name}: its span is computed, expected a number")
         sink: Sizes = inputs.get(call["k"][0], ()) if call["k"] else ()
         if len(sink) != 4:
             raise EncodedError(f"node {node.name}: its first keys are no input of the graph")
@@ -132,10 +140,11 @@ def seeded_cache(
         noise: gives so many float64 numbers in 0..1 for a seed, the same on every machine.
 
     Raises:
-        EncodedError: when a call does not take its cache from the inputs, or what it takes has other sizes.
+        EncodedError: when a call does not take its cache from the inputs, or what it takes has other sizes or is large.
     """
     positions = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
     found: dict[int, Tensor] = {}
+    values = 0
     for item in encoded(module, sizes):
         own = {f.name: (f, positions[n]) for f, n in zip(item.fields, item.reads, strict=True) if n in positions}
         leading = next(((f, sizes[at]) for f, at in own.values() if f.per in ("token", "span")), None)
@@ -146,6 +155,9 @@ def seeded_cache(
         for one, at in own.values():
             if sizes[at] != one.size(batch, spans, item.shape.span):
                 raise EncodedError(f"node {item.call}: {one.name} has the sizes {sizes[at]}")
+        values += sum(math.prod(one.size(batch, spans, item.shape.span)) for one in item.fields)
+        if values > MAX_VALUES:
+            raise EncodedError(f"node {item.call}: the encoded cache has more than {MAX_VALUES} values")
         first = seed + 1009 * min(at for _, at in own.values())
 
         def numbers(name: str, shape: tuple[int, ...], first: int = first) -> Tensor:

@@ -92,6 +92,20 @@ def test_tables_that_are_computed_are_refused(tables):
         fxq.load(tables)
 
 
+@pytest.mark.parametrize("place", [1, 3])
+def test_lists_that_are_results_are_refused(tables, place):
+    def change(data):
+        node = first(data, "attention_packed")
+        tensors = node["args"][place]["list"]
+        parts = {"name": "parts", "op": "call_function", "target": "aten.split.Tensor", "kwargs": {}}
+        data["nodes"].insert(data["nodes"].index(node), parts | {"args": [tensors[0], 1, 1]})
+        node["args"][place] = {"node": "parts"}
+
+    edit_json(tables, "graph.json", change)
+    with pytest.raises(fxq.BundleError):
+        fxq.load(tables)
+
+
 def test_a_bundle_without_the_tables_of_its_recipe_is_refused_with_what_to_do(packed, tables):
     for folder in (packed, tables):
         text = policy_to_json(dataclasses.replace(POLICY, span=2))

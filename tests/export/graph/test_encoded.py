@@ -114,6 +114,17 @@ def test_sizes_that_a_codec_does_not_have_are_refused(quantized):
     assert [item.kind for item in encoded(module, sizes_of(entries))] == ["keys", "values"]
 
 
+def test_a_large_cache_is_not_made_up(quantized):
+    module = packed(quantized, "rounding")
+    entries = [
+        dataclasses.replace(e, example=tuple(2**16 * 12 if s == 24 else s for s in e.example))
+        for e in input_entries(module)
+    ]
+    assert not any(2**24 in entry.example for entry in entries)
+    with pytest.raises(EncodedError, match="the encoded cache has more than 4194304 values"):
+        seeded_cache(module, sizes_of(entries), 1, noise)
+
+
 def test_numbers_of_a_cache_are_about_one(quantized):
     for name in PAIRS:
         module = packed(quantized, name)
