@@ -234,7 +234,7 @@ class _Inputs:
         """Tensors that the graph holds from now on, under ``name``."""
         found = {}
         for key, tensor in tensors.items():
-            own = tensor.detach().clone().to(self.maker.device)
+            own = tensor.detach().to(self.maker.device).clone(memory_format=torch.contiguous_format)
             put_tensor(self.graph.module, f"{name}.{key}", own)
             with before.graph.inserting_before(before):
                 found[key] = before.graph.get_attr(f"{name}.{key}")

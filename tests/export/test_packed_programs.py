@@ -81,6 +81,7 @@ def test_a_weight_free_program_of_a_packed_graph_takes_a_cache_of_any_length(pac
         module(*args[:9], args[9][:7], args[10][:7])
 
 
+@pytest.mark.slow
 def test_a_weight_free_program_of_an_absorbed_graph_is_the_graph(quantized, tmp_path):
     forgetting = absorb_cache(quantized, ABSORBING)
     folder = export_program(forgetting, tmp_path / "program")

@@ -142,6 +142,7 @@ def test_a_module_holds_what_its_codecs_learned(holding):
     names = [name for name, _ in holding.named_buffers() if name.startswith("cache_tables.")]
     assert len(names) == 8 and "cache_tables.values.0.basis" in names
     held = held_tables(holding, LEARNED, 1, (2, 32))
+    assert all(t.is_contiguous() for kind in held for memory in kind for t in memory.values())  # as a file gives them
     source = wan_rollout(frames=10)
     assert same_tables(held, learned(LEARNED, [source.cached_tokens(*source.batches[0], LEARNED, FIT_TOKENS)], 1))
     taken = [str(node.target) for node in holding.graph.find_nodes(op="placeholder")]
