@@ -2,15 +2,17 @@
 
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
-Everything is measured in one run, round by round one after the other; ratios are of medians. A chunk's compute is five
-calls of the layer: its linears and its attention to the whole history, all in bfloat16. A span is encoded (``commit``)
-once in eight chunks; the first one of a video has no centroids or basis to begin with. Decoding happens in every call,
-inside ``fxq::attention_packed``.
+Everything is measured in one run, round by round one after the other; ratios are of medians of rounds. A chunk's
+compute is five calls of the layer: its linears and its attention to the whole history, all in bfloat16. A span is
+encoded (``commit``) once in eight chunks, keys rotated back before; the first one of a video has no centroids or basis
+to begin with. Decoding happens in every call, inside ``fxq::attention_packed``. ``--rows`` and
+other sizes are for trying it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -26,11 +28,44 @@ from fxq.cache.codecs.record import Record
 from fxq.cache.named import codecs_text
 from fxq.environment import environment
 from fxq.kernels import attention, attention_packed
-from fxq.models.causal_wan import rope_tables
+from fxq.models.wan_rotary import WanRotary
 
-HEADS, WIDTH, FRAME, CHUNK, SPAN, CALLS = 12, 128, 1560, 3, 8, 5
-HIDDEN, TEXT = 8960, 512
-CODECS = {"int8": PRESETS["int8"], "qvg": PRESETS["qvg"], "klt 1 bit": Klt(1.0)}
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a layer and its cache: ``rows`` x ``columns`` tokens a frame, ``chunk`` frames, ``span`` chunks."""
+
+    heads: int = 12
+    width: int = 128
+    hidden: int = 8960
+    text: int = 512
+    rows: int = 30
+    columns: int = 52
+    chunk: int = 3
+    span: int = 8
+    calls: int = 5
+
+    @property
+    def new(self) -> int:
+        """Tokens of a call."""
+        return self.rows * self.columns * self.chunk
+
+    @property
+    def old(self) -> int:
+        """Tokens of a span."""
+        return self.new * self.span
+
+
+def codecs(sizes: Sizes) -> dict[str, Codec]:
+    """Those that are measured; centroids and blocks as far as smaller sizes hold them."""
+    qvg = PRESETS["qvg"]
+    qvg = dataclasses.replace(qvg, centroids=min(256, sizes.old // 4), block=min(64, sizes.width))
+    return {
+        "int8": PRESETS["int8"],
+        "qvg": qvg,
+        "klt 1 bit": Klt(1.0),
+        "klt 1 bit, calibrated": Klt(1.0, fit="model"),
+    }
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -40,72 +75,80 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def tokens(count: int, seed: int) -> torch.Tensor:
+def tokens(count: int, sizes: Sizes, seed: int) -> torch.Tensor:
     """Keys or values [1, count, heads, head_dim] of low rank with a mean, as those of models are."""
-    random = torch.Generator().manual_seed(seed)
-    factors = torch.randn(HEADS, 16, WIDTH, generator=random)
-    x = torch.einsum("thr,hrd->thd", torch.randn(count, HEADS, 16, generator=random), factors)
-    x = x + torch.randn(HEADS, WIDTH, generator=random) * 4 + 0.3 * torch.randn(count, HEADS, WIDTH, generator=random)
+    random, heads, width = torch.Generator().manual_seed(seed), sizes.heads, sizes.width
+    factors = torch.randn(heads, 16, width, generator=random)
+    x = torch.einsum("thr,hrd->thd", torch.randn(count, heads, 16, generator=random), factors)
+    x = x + torch.randn(heads, width, generator=random) * 4 + 0.3 * torch.randn(count, heads, width, generator=random)
     return (x / 8).unsqueeze(0).bfloat16()
 
 
-def linears(rows: int) -> Callable[[], object]:
+def linears(sizes: Sizes) -> Callable[[], object]:
     """The products of one layer in one call: self-attention, cross-attention without its text, FFN."""
-    dim = HEADS * WIDTH
-    x, hidden = torch.randn(rows, dim).bfloat16(), torch.randn(rows, HIDDEN).bfloat16()
+    rows, dim = sizes.new, sizes.heads * sizes.width
+    x, hidden = torch.randn(rows, dim).bfloat16(), torch.randn(rows, sizes.hidden).bfloat16()
     square = [torch.randn(dim, dim).bfloat16() for _ in range(6)]
-    up, down = torch.randn(HIDDEN, dim).bfloat16(), torch.randn(dim, HIDDEN).bfloat16()
-    text = [torch.randn(1, TEXT, HEADS, WIDTH).bfloat16()]
+    up, down = torch.randn(sizes.hidden, dim).bfloat16(), torch.randn(dim, sizes.hidden).bfloat16()
+    text = [torch.randn(1, sizes.text, sizes.heads, sizes.width).bfloat16()]
 
     def run() -> None:
         for weight in square:
             F.linear(x, weight)
         F.linear(x, up)
         F.linear(hidden, down)
-        attention(x.view(1, rows, HEADS, WIDTH), text, text)
+        attention(x.view(1, rows, sizes.heads, sizes.width), text, text)
 
     return run
 
 
-def measure(rounds: int) -> dict[str, dict[str, float]]:
+def measure(sizes: Sizes, rounds: int) -> dict[str, dict[str, float]]:
     """Medians in seconds and their ratios, by codec."""
-    new, old = CHUNK * FRAME, SPAN * CHUNK * FRAME
-    q, k, v = tokens(new, 1), tokens(new, 2), tokens(new, 3)
-    recent = tokens(new, 4), tokens(new, 5)
-    past = tokens(old, 6), tokens(old, 7)
-    cos, sin = rope_tables(WIDTH, SPAN * CHUNK, 30, 52)
-    dense = linears(new)
-    first = {name: encode(codec, past, ({}, {})) for name, codec in CODECS.items()}
+    new, old = sizes.new, sizes.old
+    q, k, v = (tokens(new, sizes, seed) for seed in (1, 2, 3))
+    recent = tokens(new, sizes, 4), tokens(new, sizes, 5)
+    past = tokens(old, sizes, 6), tokens(old, sizes, 7)
+    rotary, known = WanRotary(sizes.width, sizes.rows, sizes.columns), codecs(sizes)
+    cos, sin = rotary.tables(sizes.span * sizes.chunk, 0)
+    rotated = rotary(past[0], 0)
+    begun = {n: (c.learned(past[0][0]), c.learned(past[1][0])) for n, c in known.items()}
+    first = {name: encode(codec, past, begun[name]) for name, codec in known.items()}
     records = {name: (keys[0], values[0]) for name, (keys, values) in first.items()}
     memories = {name: (keys[1], values[1]) for name, (keys, values) in first.items()}
 
     def exact() -> None:
-        attention(q, [past[0], recent[0], k], [past[1], recent[1], v])
+        attention(q, [rotated, recent[0], k], [past[1], recent[1], v])
 
     def packed(name: str) -> Callable[[], object]:
         stored = [[record.tensors[f.name] for f in record.fields] for record in records[name]]
-        text = codecs_text(CODECS[name], CODECS[name])
+        text = codecs_text(known[name], known[name])
         return lambda: attention_packed(q, [recent[0], k], [recent[1], v], *stored, cos, sin, text, old)
 
-    calls: dict[str, Callable[[], object]] = {"linears": dense, "attention bf16": exact}
-    calls |= {f"attention {name}": packed(name) for name in CODECS}
-    calls |= {f"first {name}": lambda codec=codec: encode(codec, past, ({}, {})) for name, codec in CODECS.items()}
-    calls |= {f"commit {name}": lambda name=name: encode(CODECS[name], past, memories[name]) for name in CODECS}
-    calls |= {f"decode {name}": lambda name=name: decode(CODECS[name], records[name]) for name in CODECS}
+    def commit(name: str, memory: tuple[Memory, Memory]) -> Callable[[], object]:
+        return lambda: encode(known[name], (rotary(rotated, 0, inverse=True), past[1]), memory)
+
+    calls: dict[str, Callable[[], object]] = {"linears": linears(sizes), "attention bf16": exact}
+    calls |= {f"attention {name}": packed(name) for name in known}
+    calls |= {f"first {name}": commit(name, begun[name]) for name in known}
+    calls |= {f"commit {name}": commit(name, memories[name]) for name in known}
+    calls |= {f"decode {name}": lambda name=name: decode(known[name], records[name]) for name in known}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(call))
     found = {name: statistics.median(values) for name, values in times.items()}
-    chunk = CALLS * (found["linears"] + found["attention bf16"])
+    chunk = sizes.calls * (found["linears"] + found["attention bf16"])
     result = {"exact": {"linears": found["linears"], "attention": found["attention bf16"], "chunk": chunk}}
-    for name in CODECS:
+    for name in known:
         result[name] = {
             "attention": found[f"attention {name}"],
             "attention over bf16": found[f"attention {name}"] / found["attention bf16"],
-            "first commit, share of the span's compute": found[f"first {name}"] / (SPAN * chunk),
-            "commit, share of the span's compute": found[f"commit {name}"] / (SPAN * chunk),
-            "decode, share of a call": found[f"decode {name}"] / (chunk / CALLS),
+            "commit": found[f"commit {name}"],
+            "commit, share of its chunk": found[f"commit {name}"] / chunk,
+            "commit, share of the span's compute": found[f"commit {name}"] / (sizes.span * chunk),
+            "first commit, share of the span's compute": found[f"first {name}"] / (sizes.span * chunk),
+            "unpack": found[f"decode {name}"],
+            "unpack, share of a chunk": sizes.calls * found[f"decode {name}"] / chunk,
         }
     return result
 
@@ -128,16 +171,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--rounds", type=int, default=3)
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
     options = parser.parse_args()
+    sizes = Sizes(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Sizes)})
     torch.set_num_threads(1)
     with torch.inference_mode():
-        result = measure(options.rounds)
+        result = measure(sizes, options.rounds)
     for name, row in result.items():
         print(name, {key: round(value, 4) for key, value in row.items()})
     if options.out:
-        command = f"python benchmarks/cache_cost.py --out {options.out} --rounds {options.rounds}"
+        own = [f"--{n} {v}" for n, v in dataclasses.asdict(sizes).items() if v != getattr(Sizes(), n)]
+        command = " ".join(
+            ["python benchmarks/cache_cost.py", f"--out {options.out}", f"--rounds {options.rounds}", *own]
+        )
         facts = {"command": command, "date": time.strftime("%Y-%m-%d"), "environment": environment()}
-        options.out.write_text(json.dumps(facts | {"layer": result}, indent=1) + "\n")
+        text = json.dumps(facts | {"sizes": dataclasses.asdict(sizes), "layer": result}, indent=1)
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

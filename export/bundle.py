@@ -23,6 +23,7 @@ from fxq.core.verify import RuleError, check
 from fxq.dtypes import dtype_name
 from fxq.export.files import BundleError, check_header, check_place, sha256, whole_folder, write_tensors
 from fxq.export.fingerprint import Fingerprint, take_fingerprint
+from fxq.export.graph.encoded import check_encoded
 from fxq.export.graph.foreign import allowing
 from fxq.export.graph.graph_json import graph_from_json, graph_to_json, tensors_of
 from fxq.export.graph.rehearsal import rehearse
@@ -296,6 +297,8 @@ def read_graph(
         check(QuantGraph.of(module), "after load")
         check_stored(module, values=values)
         rehearse(module, stand_ins(module, manifest.inputs, facts.inputs))
+        sizes = None if manifest.inputs is None else [tuple(entry.example) for entry in manifest.inputs]
+        check_encoded(module, sizes, facts.recipe, values=values)
     except (OSError, RuleError, ValueError) as error:
         raise BundleError(f"{folder / GRAPH}: {error}") from error
     stated = {layer: (entry.plan, set(entry.tensors)) for layer, entry in manifest.layers.items()}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
+from fxq import kernels
 from fxq.core.facts import Facts
 from fxq.core.ir import QuantGraph, example_value, forget_origin, stored_names
 from fxq.core.pipeline import run_passes
@@ -18,6 +21,7 @@ from fxq.core.signature import input_sizes
 from fxq.core.verify import RuleError, check
 from fxq.export.inputs import hint_of
 from fxq.kernels.op import NAMESPACE
+from fxq.passes.match.cache_inputs import TABLES
 from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS
 from fxq.passes.qdq.to_qdq import ToQdq
 from fxq.runtime.exclusive import exclusive
@@ -60,8 +64,20 @@ def frozen(module: fx.GraphModule) -> QuantGraph:
     return graph
 
 
-def lower(module: fx.GraphModule, in_halves: bool = False, signed: bool = False) -> QuantGraph:
+CACHE = frozenset(op.definition for op in (kernels.attention_packed, kernels.attention_weighted, kernels.absorb))
+"""Operators that read an encoded or absorbed cache: there are no operators of torch for them."""
+
+
+def lower(
+    module: fx.GraphModule, in_halves: bool = False, signed: bool = False, keeps: Container[object] = ()
+) -> QuantGraph:
     """A copy of a quantized module's graph in operators of torch alone, see :class:`~fxq.passes.qdq.to_qdq.ToQdq`.
+
+    Args:
+        module: of :func:`fxq.quantize` or :func:`fxq.load`.
+        in_halves: as there.
+        signed: as there.
+        keeps: operators of fxq that may stay.
 
     Raises:
         ExportError: as :func:`frozen`, when an operator of fxq is left, and when the model has a tensor where a layer
@@ -70,9 +86,16 @@ def lower(module: fx.GraphModule, in_halves: bool = False, signed: bool = False)
     whole = frozen(module)
     _refuse_taken_names(whole)
     graph = run_passes(whole, (ToQdq(in_halves, signed),))
-    left = [node.name for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
+    nodes = [node for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
+    left = [node for node in nodes if node.target not in keeps]
+    if encoded := [node.name for node in left if node.target in CACHE]:
+        raise ExportError(
+            f"{encoded[0]} reads an encoded or absorbed cache, which this format has no operator for: export the "
+            "module that it was made from, or use fxq.export_program"
+        )
     if left:
-        raise ExportError(f"{', '.join(left[:4])}: only the products of a frozen graph can be lowered; {graph.remarks}")
+        names = ", ".join(node.name for node in left[:4])
+        raise ExportError(f"{names}: only the products of a frozen graph can be lowered; {graph.remarks}")
     return graph
 
 
@@ -109,7 +132,18 @@ def capture(module: fx.GraphModule, example: Example | None = None) -> ExportedP
         raise ExportError(f"torch.export cannot capture the quantized graph: {first_line(error)}") from error
     forget_origin(program.graph_module)
     _compare_sizes(module, program)
+    _let_the_cache_be_empty(program)
     return program
+
+
+def _let_the_cache_be_empty(program: ExportedProgram) -> None:
+    """Drop the least number of encoded tokens, which is that of the example: ``attention_packed`` takes any, and none.
+
+    A cache that holds k spans of the example's k made torch conclude that there always are as many.
+    """
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in TABLES and _varies(size := example_value(node).shape[0]):
+            program.range_constraints[size.node.expr] = ValueRanges(2, int_oo)  # torch takes 2 for 0 and more
 
 
 def _recorded_call(module: fx.GraphModule) -> tuple[tuple[object, ...], dict[str, object], dict[str, object]]:

@@ -20,6 +20,7 @@ from fxq.core.aliasing import written_inputs
 from fxq.core.ir import example_value
 from fxq.core.signature import call_rules
 from fxq.export.capture import ExportError
+from fxq.passes.match.cache_inputs import TakesCache
 
 KEY = "call"
 
@@ -43,7 +44,7 @@ class CompiledProgram:
     """Runs compiled code on the calls that it was compiled for.
 
     ``run`` takes the arguments in the structure ``spec``; tensors must be dense, so others are copied first and, where
-    the graph writes to them, copied back.
+    the graph writes to them, copied back. ``takes_cache`` is what rollouts read.
     """
 
     run: Callable[..., object]
@@ -52,6 +53,7 @@ class CompiledProgram:
     rules: CallRules
     devices: tuple[str | None, ...]
     written: tuple[int, ...]
+    takes_cache: TakesCache = dataclasses.field(default_factory=TakesCache)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         """The result for the module's arguments.

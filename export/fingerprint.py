@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxq.core.ir import example_value, planned
 from fxq.dtypes import dtype_name
+from fxq.export.graph.encoded import packs, seeded_cache
 from fxq.export.graph.rehearsal import Brake, RehearsalError, rehearse
 from fxq.export.graph.strict import DtypeName, Finite, Shape, Text
 from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
@@ -49,9 +50,11 @@ class Fingerprint:
     ``writes`` are the contents, after the call, of inputs and stored tensors that it wrote into; None in bundles from
     before these were recorded.
     ``tolerance`` is relative to each output's norm: kernels agree on the integers, not on the last bits of floats,
-    and where a float lies on the border of two integers the next layer sees the difference.
+    and where a float lies on the border of two integers the next layer sees the difference. ``inputs`` says what a
+    cache's codecs read: numbers as any other input, or what they could have ``stored``.
     """
 
+    inputs: Literal["plain", "stored"] = "plain"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = SEED
     tolerance: Annotated[float, Field(ge=0, le=MAX_TOLERANCE)] = 0.0
     outputs: Annotated[tuple[OutputMark, ...], Field(max_length=MAX_TENSORS)] = ()
@@ -73,8 +76,9 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
         return Fingerprint(reason="the sizes of the inputs are not known")
     if reason := _too_large(module, entries):
         return Fingerprint(reason=reason)
+    inputs: Literal["plain", "stored"] = "stored" if packs(module) else "plain"
     try:
-        outputs, writes = seeded_call(module, entries, SEED)
+        outputs, writes = seeded_call(module, entries, SEED, inputs)
     except RehearsalError as error:
         return Fingerprint(reason=f"one call is too large: {error}")
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -84,6 +88,7 @@ def take_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry] | Non
         return Fingerprint(reason="the graph gives no finite floating point output on seeded inputs")
     half = any(output.element_size() < 4 for output in floats)
     return Fingerprint(
+        inputs=inputs,
         tolerance=0.05 if half else 0.01,
         outputs=tuple(_mark(output) for output in outputs),
         writes=tuple(_mark(written) for written in writes),
@@ -97,7 +102,7 @@ def compare_fingerprint(module: fx.GraphModule, entries: Sequence[InputEntry], r
         RehearsalError: when the call would take more than a fingerprint's call may.
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
-    outputs, writes = seeded_call(module, entries, recorded.seed)
+    outputs, writes = seeded_call(module, entries, recorded.seed, recorded.inputs)
     found = _differences("output", outputs, recorded.outputs, recorded.tolerance)
     if recorded.writes is not None:
         found += _differences("written tensor", writes, recorded.writes, recorded.tolerance)
@@ -131,8 +136,16 @@ class SeededCall(NamedTuple):
     writes: list[Tensor]
 
 
-def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int) -> SeededCall:
+def seeded_call(
+    module: fx.GraphModule, entries: Sequence[InputEntry], seed: int, inputs: Literal["plain", "stored"] = "plain"
+) -> SeededCall:
     """One call on seeded inputs, of bounded size.
+
+    Args:
+        module: a quantized module.
+        entries: its inputs.
+        seed: of the numbers.
+        inputs: as in :class:`Fingerprint`.
 
     Raises:
         RehearsalError: when inputs and values would take more than ``MAX_CALL_BYTES``, or the call more than
@@ -140,20 +153,23 @@ def seeded_call(module: fx.GraphModule, entries: Sequence[InputEntry], seed: int
         ValueError, RuntimeError: as the graph does when it cannot be called.
     """
     leaves = without_data(entries)
-    given = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+    taken = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
     stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-    limit = max(MAX_CALL_BYTES, 3 * stored) - given
+    limit = max(MAX_CALL_BYTES, 3 * stored) - taken
     cost = rehearse(module, leaves)
     if cost.bytes > limit or cost.work > MAX_CALL_WORK:
         raise RehearsalError(
-            f"its inputs and values take {given + cost.bytes} bytes and {cost.work} multiplications, at most "
-            f"{limit + given} and {MAX_CALL_WORK} are spent"
+            f"its inputs and values take {taken + cost.bytes} bytes and {cost.work} multiplications, at most "
+            f"{limit + taken} and {MAX_CALL_WORK} are spent"
         )
-    inputs = seeded_inputs(entries, seed, device_of(module))
-    held = [t for t in inputs if isinstance(t, Tensor)] + [*module.parameters(), *module.buffers()]
+    device, sizes = device_of(module), [tuple(entry.example) for entry in entries]
+    given = seeded_inputs(entries, seed, device)
+    for at, tensor in (seeded_cache(module, sizes, seed, noise) if inputs == "stored" else {}).items():
+        given[at] = tensor.to(device)
+    held = [t for t in given if isinstance(t, Tensor)] + [*module.parameters(), *module.buffers()]
     versions = [tensor._version for tensor in held]
     with contextlib.nullcontext() if cost.known else Brake(limit, MAX_CALL_WORK):
-        outputs = call_flat(module, inputs)
+        outputs = call_flat(module, given)
     return SeededCall(outputs, [t for t, before in zip(held, versions, strict=True) if t._version != before])
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
@@ -24,18 +25,22 @@ import fxq.kernels  # noqa: F401 registers the operators
 from fxq import cpu
 from fxq.core.ir import get_tensor
 from fxq.export import bundle
-from fxq.export.capture import Example, ExportError, capture, frozen, lower, plain_metadata
+from fxq.export.capture import CACHE, Example, ExportError, capture, frozen, lower, plain_metadata
 from fxq.export.compiled import KEY, call_facts, compiled_program
-from fxq.export.files import BundleError, sha256, whole_folder
+from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
 from fxq.export.graph.strict import Name, SchemaError, Size, Text, validated
 from fxq.export.machine_code import compiled_for, march_setting, refuse_other_cpu
 from fxq.export.native_code import load_native, note_as_own
+from fxq.kernels.op import NAMESPACE
+from fxq.passes.match.cache_inputs import TABLES, Packing, TakesCache
 from fxq.runtime.exclusive import exclusive, quiet
 from fxq.runtime.messages import first_line
 from fxq.runtime.reading import ReadError, read_json, regular_file
 from fxq.version import __version__
 
 PROGRAM, FACTS = "program.pt2", "program.json"
+CACHE_TENSORS = "cache.safetensors"
+"""What the codecs of a compiled program learned from calibration, for those who encode."""
 BUNDLE = (bundle.MANIFEST, bundle.TENSORS, bundle.GRAPH)
 FORMAT_VERSION = 1
 WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
@@ -56,7 +61,8 @@ def export_program(
 
     Without ``aoti`` the folder is a bundle with ``program.pt2``, the graph without tensors. With it ``program.pt2`` is
     an AOTInductor package with the entries ``denoise`` and ``context``, compiled for this machine. On a CPU it holds no
-    operator of fxq and runs in a process that imports torch alone; on CUDA the process imports fxq for its kernels.
+    operator of fxq and runs in a process that imports torch alone; on CUDA the process imports fxq for its kernels, and
+    on either to read an encoded or absorbed cache.
     Compiled on an x86 CPU without VNNI, 8-bit weights are multiplied in two halves, which is exact there.
 
     Args:
@@ -73,11 +79,11 @@ def export_program(
         ExportError: when the module cannot be exported or written.
     """
     out, runtime = pathlib.Path(path).absolute(), plain_metadata(metadata)
-    own = (PROGRAM, FACTS) if aoti else (PROGRAM, FACTS, *BUNDLE)
     try:
-        with whole_folder(out, (PROGRAM, FACTS, *BUNDLE), "a program") as part:
+        with whole_folder(out, (PROGRAM, FACTS, CACHE_TENSORS, *BUNDLE), "a program") as part:
             extra = _write_compiled(module, part, example) if aoti else _write_weight_free(module, part, example)
-            hashes = {name: sha256(part / name) for name in own if name != FACTS}
+            more = (CACHE_TENSORS,) if (part / CACHE_TENSORS).exists() else ()
+            hashes = {name: sha256(part / name) for name in (PROGRAM, *(more if aoti else BUNDLE))}
             facts = _facts(aoti, runtime, hashes) | extra | ({KEY: call_facts(module)} if aoti else {})
             (part / FACTS).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     except BundleError as error:
@@ -85,6 +91,15 @@ def export_program(
     if aoti:
         note_as_own(hashes[PROGRAM])
     return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cache:
+    """What a compiled program takes of a cache, see :class:`fxq.passes.match.cache_inputs.TakesCache`."""
+
+    arguments: Annotated[list[Name], Field(max_length=10)]
+    codecs: Annotated[list[Text], Field(max_length=10_000)]
+    spans: Annotated[list[Size], Field(max_length=10_000)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +112,7 @@ class _Facts:
     runtime: dict[str, object]
     imports: Annotated[list[Name], Field(max_length=10)]
     integer_products: Size = 0
+    cache: _Cache | None = None
 
 
 def _facts(aoti: bool, runtime: dict[str, object], files: dict[str, str]) -> dict[str, object]:
@@ -133,7 +149,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     from torch._inductor.package.package import package_aoti
 
     on_cpu = _device(module).type == "cpu"
-    graph = lower(module, in_halves=cpu.saturates()) if on_cpu else frozen(module)
+    graph = lower(module, in_halves=cpu.saturates(), keeps=CACHE) if on_cpu else frozen(module)
     files = [pathlib.Path(file) for file in _compile(capture(graph.module, example))]
     products = len(graph.module.graph.find_nodes(op="call_function", target=WEIGHT)) if on_cpu else 0
     source = "".join(file.read_text(encoding="utf-8") for file in files if file.name.endswith("wrapper.cpp"))
@@ -142,7 +158,15 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     kept: list[Any] = [str(file) for file in files if file.suffix != ".cpp"]  # sources name paths of this machine
     with quiet("torch.export"):
         package_aoti(str(folder / PROGRAM), dict.fromkeys(ENTRIES, kept))
-    return {"imports": ["torch"] if on_cpu else ["torch", "fxq"], "integer_products": integer, "cpu": compiled_for()}
+    own = [node for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
+    facts: dict[str, object] = {"imports": ["torch", "fxq"] if own else ["torch"]}
+    taken = TakesCache.of(module)
+    if taken.arguments:
+        packing = taken.packing or Packing((), ())
+        facts["cache"] = {"arguments": taken.arguments, "codecs": packing.codecs, "spans": packing.spans}
+    if taken.tables:
+        write_tensors(taken.tables, folder / CACHE_TENSORS, {"format": "pt"})
+    return facts | {"integer_products": integer, "cpu": compiled_for()}
 
 
 def _compile(program: ExportedProgram) -> list[str]:
@@ -186,7 +210,8 @@ def read_program(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     files, kind = facts.get("files"), facts.get("kind")
     wanted = {PROGRAM, *(BUNDLE if kind == "weight_free" else ())}
-    if kind not in ("aoti", "weight_free") or not isinstance(files, dict) or set(files) != wanted:
+    allowed = wanted | ({CACHE_TENSORS} if kind == "aoti" else set())
+    if kind not in ("aoti", "weight_free") or not isinstance(files, dict) or not wanted <= set(files) <= allowed:
         shown = f"kind {repr(kind)[:40]} with files {str(files)[:200]}"
         raise ExportError(f"{file}: {shown}; the program is damaged, export it again")
     if facts.get("entries") != list(ENTRIES if kind == "aoti" else ("model",)):
@@ -251,4 +276,19 @@ def load_program(
         raise ExportError(f"entry {entry!r}: expected one of {', '.join(ENTRIES)}")
     refuse_other_cpu(folder / FACTS, facts)
     run = load_native(folder, PROGRAM, facts["files"][PROGRAM], entry, allow_native_code)
-    return compiled_program(run, facts, str(folder))
+    return dataclasses.replace(compiled_program(run, facts, str(folder)), takes_cache=_takes_cache(folder, facts))
+
+
+def _takes_cache(folder: pathlib.Path, facts: Mapping[str, Any]) -> TakesCache:
+    """What a compiled program takes of a cache, and what it holds for its codecs."""
+    if (stated := facts.get("cache")) is None:
+        return TakesCache()
+    packing = Packing(tuple(stated["codecs"]), tuple(stated["spans"])) if TABLES[0] in stated["arguments"] else None
+    tables: dict[str, Tensor] = {}
+    if CACHE_TENSORS in facts["files"]:
+        try:
+            with safe_open(regular_file(folder / CACHE_TENSORS, folder), "pt") as file:
+                tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not iterable
+        except (OSError, ReadError, RuntimeError, SafetensorError) as error:
+            raise ExportError(f"{folder / CACHE_TENSORS} cannot be read: {error}") from error
+    return TakesCache(tuple(stated["arguments"]), packing, tables)

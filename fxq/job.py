@@ -11,6 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fxq.cache.codecs.klt import FIT_TOKENS
+from fxq.cache.policy import CachePolicy
+from fxq.cache.settings import policy_to_json
+from fxq.cache.store import Memories
+from fxq.cache.tables import below, from_tensors, learned, to_tensors
 from fxq.calibration.calibrate import calibrate
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import Rollout
@@ -22,6 +27,7 @@ from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.core.pipeline import Pass, run_passes
 from fxq.passes import ApplyMethods, ChooseWidths
 from fxq.passes.line import line
+from fxq.passes.pack_cache import cached_layers
 from fxq.passes.share_inputs import input_groups
 from fxq.recipes import recipe_to_json
 from fxq.runtime.checkpoint import Checkpoint
@@ -48,6 +54,7 @@ def uses_data(recipe: Recipe) -> bool:
     learns = any(isinstance(method, LearningMethod | SolvingMethod) for method in recipe.methods)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
     needed = bool(needs_data(recipe)) or recipe.budget is not None or bool(measuring(recipe))
+    needed = needed or (recipe.cache is not None and recipe.cache.needs_tables)
     return needed or (learns and any(scheme.reconstruct for scheme in schemes))
 
 
@@ -159,6 +166,46 @@ class Job:
         with self.bar.step(f"{self.label}sensitivity") as on_progress:
             modules = sparing_call(fork.module), sparing_call(graph.module)
             return chunk_sensitivity(rollout, *modules, on_progress, self.workers, finished)
+
+    def cache_tables(
+        self, graph: QuantGraph, loader: Iterable[object] | Rollout | None, policy: CachePolicy, data: str
+    ) -> Memories | None:
+        """What a cache's codecs learn from the rollouts of the float model; None where they need nothing.
+
+        Args:
+            graph: of the model.
+            loader: the rollouts.
+            policy: of the cache.
+            data: the calibration hash; batches that an earlier run on the same data has looked at are not run again.
+
+        Raises:
+            CalibrationError: when the loader drives nothing with such a cache.
+        """
+        if not policy.needs_tables:
+            return None
+        if not isinstance(loader, Rollout):
+            raise CalibrationError("the codecs of the cache learn from rollouts: give a fxq.Rollout as calib_loader")
+        key = hashlib.sha256(json.dumps([data, policy_to_json(policy)], sort_keys=True).encode()).hexdigest()
+        checkpoint = None if self.folder is None else Checkpoint(self.folder)
+        batches, found = loader.batches, dict[str, Tensor]()
+        owners = self.workers.owners([float(draws.batch) for _, draws in batches])
+        most = -(-FIT_TOKENS // len(batches))
+        with self.bar.step(f"{self.label}cache tables") as on_progress:
+            for i, (condition, draws) in enumerate(batches):
+                on_progress(i, len(batches))
+                if owners[i] != self.workers.rank:
+                    continue
+                name = f"cache-{i}"
+                tokens = None if checkpoint is None else checkpoint.read(name, key)
+                if tokens is None:
+                    tokens = loader.cached_tokens(condition, draws, policy, most)
+                    tokens = tokens if checkpoint is None else checkpoint.write(name, key, tokens)
+                found |= {f"{i}/{place}": tensor for place, tensor in tokens.items()}
+            whole = {name: tensor for part in self.workers.gather(found) for name, tensor in part.items()}
+            samples = [below(whole, f"{i}/") for i in range(len(batches))]
+            layers = sum(1 for _ in cached_layers(graph))
+            mine = to_tensors(learned(policy, samples, layers)) if self.workers.first else None
+            return from_tensors(self.workers.share(mine, 0), layers)
 
     def methods(self, *, first_only: bool = False) -> ApplyMethods:
         """The pass that applies the recipe's methods, or only the first of them."""

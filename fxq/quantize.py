@@ -87,7 +87,7 @@ def quantize(
         fxq.RecipeError: recipe unknown, malformed, or matching nothing; a budget that cannot be met; weights or
             biases with NaN; a model that is quantized already.
         fxq.TraceError: the model cannot be captured or its graph differs from eager.
-        fxq.CalibrationError: data missing, misshapen, not finite, or not reaching a planned layer.
+        fxq.CalibrationError: data missing, misshapen, not finite, not reaching a planned layer, or no rollout.
         fxq.runtime.workers.WorkerError: a rank of the group is gone, failed, or makes another call.
         fxq.passes.PassError: a pass has no place in the line or breaks its promise, or the model has no such cache.
         fxq.core.verify.RuleError: a rule is broken after a pass; the message names both.
@@ -120,9 +120,9 @@ def quantize(
         job.choose_integers(graph)
         with bar.step("rewrite"):
             job.rewrite(graph)
-    facts = None if alpha is None else alpha.tolist()
-    module = finish(graph, chosen, data, facts, _never_called(model, graph))
-    return module if chosen.cache is None else with_cache(module, chosen.cache)
+        tables = None if chosen.cache is None else job.cache_tables(graph, loader, chosen.cache, data)
+    module = finish(graph, chosen, data, None if alpha is None else alpha.tolist(), _never_called(model, graph))
+    return module if chosen.cache is None else with_cache(module, chosen.cache, tables)
 
 
 def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", *, progress: bool = False) -> Tensor:
@@ -182,6 +182,11 @@ def _check_sources(
 ) -> None:
     if calib_loader is not None and forward_loop is not None:
         raise CalibrationError("give exactly one of calib_loader and forward_loop")
+    if recipe.cache is not None and recipe.cache.needs_tables and not isinstance(calib_loader, Rollout):
+        raise CalibrationError(
+            f"recipe {recipe.name!r} stores its cache by codecs with fit = 'model', which learn from rollouts: give a "
+            "fxq.Rollout as calib_loader, or take fit = 'video'"
+        )
     if calib_loader is None and forward_loop is None and recipe.budget is not None:
         raise CalibrationError(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has a budget, and errors of "

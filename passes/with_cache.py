@@ -8,9 +8,10 @@ from torch import fx
 
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_from_json
+from fxq.cache.store import Memories
 from fxq.core.facts import Facts
 from fxq.core.ir import QuantGraph
-from fxq.core.pipeline import PassError, Rewrite, run_passes
+from fxq.core.pipeline import Rewrite, run_passes
 from fxq.passes.absorb_cache import AbsorbCache, absorb_cache
 from fxq.passes.pack_cache import PackCache, pack_cache
 
@@ -21,13 +22,6 @@ def check_cache(graph: QuantGraph, policy: CachePolicy) -> None:
     Raises:
         PassError: with what would do.
     """
-    for chosen in (policy.keys, policy.values):
-        for codec in chosen if isinstance(chosen, tuple) else (chosen,):
-            if codec is not None and codec.needs_tables:
-                raise PassError(
-                    f"codec {codec.name} with fit = 'model' needs what it learned from caches, which a recipe does not "
-                    "hold: use fit = 'video', or fxq.passes.pack_cache and SelfForcingRollout(cache_tables=...)"
-                )
     run_passes(graph.fork(), cache_passes(policy))
 
 
@@ -37,14 +31,19 @@ def cache_passes(policy: CachePolicy) -> tuple[Rewrite, ...]:
     return packing if policy.absorb is None else (*packing, AbsorbCache(policy))
 
 
-def with_cache(module: fx.GraphModule, policy: CachePolicy) -> fx.GraphModule:
+def with_cache(module: fx.GraphModule, policy: CachePolicy, tables: Memories | None = None) -> fx.GraphModule:
     """A module that takes keys and values as the policy keeps them; the module itself where it keeps them as they are.
 
+    Args:
+        module: of :func:`fxq.quantize` or :func:`fxq.load`, not changed.
+        policy: what is kept, and how.
+        tables: what its codecs learned from calibration.
+
     Raises:
-        PassError: when the module has no cache of that kind, or the policy does not fit.
+        PassError: when the module has no cache of that kind, or the policy or the tables do not fit.
     """
     if policy.packs:
-        module = pack_cache(module, policy)
+        module = pack_cache(module, policy, tables)
     return module if policy.absorb is None else absorb_cache(module, policy)
 
 

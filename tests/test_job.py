@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from fxq.cache.codecs import Klt
+from fxq.cache.policy import CachePolicy
 from fxq.calibration.calibrate import Batch
 from fxq.calibration.collect import CalibrationError
 from fxq.capture.trace import trace
@@ -13,6 +15,7 @@ from fxq.core.ir import Stage
 from fxq.job import Job, needs_data, uses_data
 from fxq.presets import PRESETS
 from fxq.runtime.progress import Progress
+from tests.runtime.test_ranks import results
 from tests.toys import LEARN, recipe, rows, toy
 
 STATIC, PER_TOKEN = Rule("*.up", Scheme()), Rule("*", Scheme(per_token=True))
@@ -117,3 +120,56 @@ def test_steps_of_a_job_have_its_label():
     graph, _ = calibrated(made)
     made.choose_integers(graph)
     assert named == ["2 of 3: calibrate", "2 of 3: reconstruct"]
+
+
+def test_codecs_that_learn_from_calibration_need_data():
+    cache = CachePolicy(keys=Klt(1.0, fit="model"))
+    dynamic = PRESETS["w8a8-dynamic"]
+    assert not uses_data(dynamic) and uses_data(dataclasses.replace(dynamic, cache=cache))
+    with pytest.raises(CalibrationError, match=r"learn from rollouts: give a fxq\.Rollout"):
+        job().cache_tables(planned(job()), [], cache, "")
+    assert job().cache_tables(planned(job()), [], CachePolicy(keys=Klt(1.0)), "") is None
+
+
+SHARED = """
+import dataclasses, hashlib, sys, warnings
+import torch
+import fxq
+from fxq.cache.codecs import Klt
+from fxq.cache.policy import CachePolicy
+from fxq.models.self_forcing import SelfForcingRollout
+from tests.toys import wan_rollout
+
+warnings.filterwarnings("ignore")
+torch.set_num_threads(1)
+parts = [wan_rollout(seeds=(s, s + 1), frames=4) for s in (1, 5, 9)]
+model = parts[0].model
+rollout = SelfForcingRollout(model, [part.batches[0] for part in parts], parts[0].sampler)
+seen, old = [], SelfForcingRollout.cached_tokens
+SelfForcingRollout.cached_tokens = lambda self, *a: (seen.append(1), old(self, *a))[1]
+cache = CachePolicy(keys=Klt(1.0, fit="model"), values=Klt(2.0, fit="model"), span=1)
+chosen = dataclasses.replace(fxq.PRESETS["w8a8-dynamic"], cache=cache)
+
+def told(group):
+    q = fxq.quantize(model, rollout, chosen, group=group, progress=False)
+    held = {n: t for n, t in q.named_buffers() if n.startswith("cache_tables.")}
+    assert len(held) == 8
+    return hashlib.sha256(b"".join(t.view(torch.uint8).numpy().tobytes() for t in held.values())).hexdigest()
+
+if sys.argv[1] == "alone":
+    print(told(None), len(seen))
+else:
+    with fxq.launched() as workers:
+        print(told(workers.group), len(seen), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_share_the_videos_that_codecs_learn_from():
+    ((code, alone, err),) = results("alone", count=1, size=1, script=SHARED)
+    assert code == 0, err
+    both = results("ranks", script=SHARED)
+    assert all(code == 0 for code, _, _ in both), both
+    (first, some), (second, others) = (out.split() for _, out, _ in both)
+    assert first == second == alone.split()[0]
+    assert int(some) + int(others) == 3 == int(alone.split()[1]) and min(int(some), int(others)) > 0

@@ -61,6 +61,8 @@ def rivals(head_dim: int, span: int) -> dict[str, Codec]:
     Args:
         head_dim: channels of a head.
         span: tokens of a span; there is one centroid for 16 tokens at least.
+
+    Those of ``-model`` and ``-joint`` have their basis from calibration, the latter one of all heads together.
     """
     block, small = _divisor(head_dim, 64), _divisor(head_dim, 16)
     centroids = max(2, min(256, 2 ** int(math.log2(max(2, span / 16)))))
@@ -78,6 +80,10 @@ def rivals(head_dim: int, span: int) -> dict[str, Codec]:
         "klt1": Klt(1.0),
         "klt2": Klt(2.0),
         "klt3": Klt(3.0),
+        "klt0.5-model": Klt(0.5, fit="model"),
+        "klt1-model": Klt(1.0, fit="model"),
+        "klt2-model": Klt(2.0, fit="model"),
+        "klt1-joint": Klt(1.0, joint=True, fit="model"),
         "fp8": Float8(),
         "int8": PerToken(8, block, scale_dtype="bfloat16"),
     }
@@ -154,6 +160,21 @@ def try_codec(name: str, codec: Codec, x: Tensor, kind: Kind, span: int, spans: 
     return Trial(name, codec.bits_per_element(shape, kind, spans), float(ratio.mean()))
 
 
+def _tried(name: str, codec: Codec, x: Tensor, kind: Kind, span: int, spans: int) -> Trial:
+    """As :func:`try_codec`; a codec that learns from calibration learns from one half of the videos for the other."""
+    if not codec.needs_tables:
+        return try_codec(name, codec, x, kind, span, spans, {})
+    if len(x) < 2:
+        raise ValueError("it learns from some videos and is tried on others: two or more are needed")
+    halves = x[: len(x) // 2], x[len(x) // 2 :]
+    parts = [
+        try_codec(name, codec, part, kind, span, spans, codec.learned(other.flatten(0, 1)))
+        for part, other in (halves, halves[::-1])
+    ]
+    mean = sum(len(half) * part.sqnr for half, part in zip(halves, parts, strict=True)) / len(x)
+    return dataclasses.replace(parts[0], sqnr=mean)
+
+
 def choose(
     candidates: Mapping[str, Codec], caches: Sequence[Cache], bits: float, policy: CachePolicy, chunks: int
 ) -> tuple[CachePolicy, tuple[Choice, ...]]:
@@ -187,10 +208,8 @@ def choose(
                 raise ValueError(f"the caches hold {x.shape[1]} tokens and a span has {span}: use a smaller span")
             tried, unfit[kind, layer] = [], {}
             for name, codec in candidates.items():
-                one = CachePolicy(keys=codec, values=codec)
-                memory = cache_tables(one, caches)[kind == "values"][layer]
                 try:
-                    tried.append(try_codec(name, codec, x, kind, span, spans, memory))
+                    tried.append(_tried(name, codec, x, kind, span, spans))
                 except ValueError as error:
                     unfit[kind, layer][name] = str(error)
             if not tried:

@@ -44,7 +44,6 @@ def _plain(codec: Codec) -> dict[str, object]:
     return codec_to_json(codec_from_json(codec_to_json(codec)))
 
 
-@register
 def codecs_from_text(text: str) -> tuple[Bound | None, Bound | None]:
     """Inverse of :func:`codecs_text`.
 
@@ -62,3 +61,6 @@ def codecs_from_text(text: str) -> tuple[Bound | None, Bound | None]:
         return None if settings[kind] is None else Bound(codec_from_json(settings[kind], kind), kind)
 
     return bound("keys"), bound("values")
+
+
+register(codecs_from_text)

@@ -68,6 +68,19 @@ class CachePolicy:
         """Whether anything is encoded."""
         return self.keys is not None or self.values is not None
 
+    @property
+    def needs_tables(self) -> bool:
+        """Whether a codec works with what calibration found."""
+        chosen = [
+            c for codecs in (self.keys, self.values) for c in (codecs if isinstance(codecs, tuple) else (codecs,))
+        ]
+        return any(codec is not None and codec.needs_tables for codec in chosen)
+
+    @property
+    def exact(self) -> CachePolicy:
+        """What is kept, without codecs and absorbed layers."""
+        return dataclasses.replace(self, keys=None, values=None, absorb=None)
+
     def check_layers(self, layers: int) -> None:
         """Refuse what a model of so many layers cannot follow.
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.codecs.record import Field, Record, RecordError, Shape
+from fxq.cache.frames import Frames
 from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_json
 from fxq.cache.spans import Spans
 from fxq.cache.store import Cache, Layout, Line, Rotary
+from fxq.cache.tables import same_memory
 from fxq.cache.tokens import Tokens
 
 _COUNTS = ("frames", "first", "first_packed", "packed")
@@ -73,15 +75,8 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
             f"the saved cache is of another policy, {policy_to_json(policy)} in {layout}; go on with the settings that "
             "it was made with"
         )
-    counts = [facts.get(name) for name in _COUNTS]
-    if not all(type(count) is int and 0 <= count < _LARGEST for count in counts) or facts.get("layers") != len(
-        like.keys
-    ):
-        raise SavedCacheError(f"the saved cache counts {counts} frames in {facts.get('layers')} layers")
-    frames, first, first_packed, packed = (int(count) for count in counts if count is not None)
-    span, sink = policy.span * layout.chunk, min(policy.sink, frames)
-    if packed % span or first < policy.sink or first_packed + packed > max(frames, first):
-        raise SavedCacheError(f"the saved cache's frames {counts} do not follow each other")
+    span, sink = policy.span * layout.chunk, min(policy.sink, (held := _frames(facts, like)).frames)
+    frames, first, first_packed, packed = dataclasses.astuple(held)
     shell = dataclasses.replace(
         like, rotary=rotary, frames=frames, first=first, first_packed=first_packed, packed=packed
     )
@@ -116,6 +111,10 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
             raise SavedCacheError(f"{place}: the memory of its codec holds other dtypes than codecs leave there")
         stored = spans.once.items() if spans is not None else ()
         once = {name: tensor for name, tensor in stored if name in memory and tensor.equal(memory[name])}
+        if empty.codec.needs_tables and not same_memory(memory | once, empty.memory):
+            raise SavedCacheError(
+                f"{place}: the saved cache was made with other tables than this rollout's: go on with its bundle"
+            )
         return Line(empty.codec, held, kept, spans, memory | once)
 
     keys = tuple(line("keys", i, empty) for i, empty in enumerate(like.keys))
@@ -148,3 +147,18 @@ def _spans(codec: Codec, kind: Kind, shape: Shape, spans: int, batch: int, place
     except RecordError as error:
         raise SavedCacheError(f"{place}: {error}") from None
     return Spans.of(whole)
+
+
+def _frames(facts: Mapping[str, Any], like: Cache) -> Frames:
+    """Which frames were kept, and how, for a cache like an empty one of the same policy."""
+    counts = [facts.get(name) for name in _COUNTS]
+    if not all(type(count) is int and 0 <= count < _LARGEST for count in counts) or facts.get("layers") != len(
+        like.keys
+    ):
+        raise SavedCacheError(f"the saved cache counts {counts} frames in {facts.get('layers')} layers")
+    held = Frames(*(int(count) for count in counts if count is not None))
+    span = like.policy.span * like.layout.chunk
+    last = held.first_packed + held.packed
+    if held.packed % span or held.first < like.policy.sink or last > max(held.frames, held.first):
+        raise SavedCacheError(f"the saved cache's frames {counts} do not follow each other")
+    return held

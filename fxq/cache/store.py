@@ -97,7 +97,7 @@ class Cache:
             memories: per layer, what the codecs of keys and of values begin with, where it lies with the model.
 
         Raises:
-            ValueError: when the policy does not fit, with what would.
+            ValueError: when the policy does not fit, or a codec's tables are missing, with what would do.
         """
         policy.check(layout.chunk)
         policy.check_layers(len(like))
@@ -106,6 +106,12 @@ class Cache:
             found = []
             for i, tensor in enumerate(like):
                 codec = policy.codec(kind, i)
+                if codec is not None and codec.needs_tables and not (given and given[i]):
+                    raise ValueError(
+                        f"layer {i}, {kind}: codec {codec.name} has no basis, which comes from calibration: run a "
+                        "module that fxq.quantize made with this cache in its recipe, within rollout.using(module), "
+                        "give the rollout cache_tables, or take fit='video'"
+                    )
                 sink = None if codec is None else Tokens.of(tensor)
                 found.append(Line(codec, Tokens.of(tensor), sink, None, dict(given[i]) if given and codec else {}))
             return tuple(found)
@@ -288,6 +294,15 @@ class Cache:
             raise ValueError("this cache was encoded or evicted: take one of a policy without codec and window")
         x = line.exact.tensor
         return self.rotary(x, 0, inverse=True) if kind == "keys" else x
+
+    def newest(self, kind: Kind, layer: int) -> Tensor:
+        """The chunk that came in last as a codec would get it: values, or keys before their rotation.
+
+        [B, T, heads, head_dim], of a layer without codec that keeps its history.
+        """
+        chunk = self.layout.chunk
+        x = self.line(kind, layer).exact.tensor[:, -chunk * self.layout.tokens :]
+        return self.rotary(x, self.frames - chunk, inverse=True) if kind == "keys" else x
 
     @property
     def _span(self) -> int:

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fxq.cache.policy import CachePolicy
+
 
 @dataclasses.dataclass(frozen=True)
 class Span:
@@ -190,6 +192,23 @@ class Rollout(ABC):
         for _ in range(self.units(condition, draws) if upto is None else upto):
             state = self.advance(state, on_call)
         return state.latents
+
+    def cached_tokens(self, condition: Condition, draws: Draws, policy: CachePolicy, most: int) -> dict[str, Tensor]:
+        """Tokens of a video's cache for the codecs of a policy that learn from calibration.
+
+        Args:
+            condition: of the rollout.
+            draws: of the rollout.
+            policy: what is kept, and the codecs.
+            most: about how many tokens of each layer to give, over the whole video.
+
+        Returns:
+            As :func:`fxq.cache.tables.sampled`.
+
+        Raises:
+            NotImplementedError: for a loop without an fxq cache.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no fxq cache, so its codecs have nothing to learn from")
 
     @abstractmethod
     def example_call(self) -> tuple[tuple[object, ...], object]:

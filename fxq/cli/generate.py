@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
 
@@ -15,16 +17,18 @@ from torch import Tensor, fx
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.capture.trace import trace
-from fxq.cli.options.cache_options import CacheOptions, with_cache_options
+from fxq.cli.options.cache_options import CacheOptions, ReportOption, tables_for, with_cache_options
 from fxq.cli.options.common import JsonOption, SeedOption, bundle_folder, emit_json
 from fxq.cli.options.models import AdapterError, ModelFiles, family_rollout, parse_device
 from fxq.cli.options.source import with_model_files
 from fxq.cli.options.videos import VideoFiles, with_video_files
 from fxq.cli.quantize import ModelOption
 from fxq.core.pipeline import run_passes
+from fxq.environment import environment
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout
 from fxq.metrics import sprites
+from fxq.metrics.cache_run import run_cache
 from fxq.models.families import FAMILIES
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import TINY_SAMPLER, load_tiny
@@ -32,6 +36,7 @@ from fxq.models.video.decoding import VideoDecoder
 from fxq.models.video.stream import chunks_of
 from fxq.optimize import optimize
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
+from fxq.report.cache import cache_to_json, write_cache_report
 from fxq.report.video import Frames, VideoError, check_format, video_writer
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import stdout_console
@@ -70,15 +75,19 @@ def generate(
         int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
     ] = None,
     chunks: Annotated[int | None, typer.Option(min=1, help="Length of the video; the model's own by default.")] = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate a video with the shipped model or a published one, in full precision or from a bundle.
 
-    Frames are decoded and written chunk by chunk.
+    Frames are decoded and written chunk by chunk. --report makes the video a second time, in full precision on exact
+    caches, and compares chunk by chunk.
     """
     latents_only = out.suffix.lower() == _LATENTS
     try:
         writable_file(out) if latents_only else check_format(writable_file(out))
+        if report is not None:
+            writable_file(report)
     except VideoError as error:
         raise AdapterError(f"--out {error}; or {_LATENTS} for latents") from None
     files = video.filled_in(model, files)
@@ -93,7 +102,12 @@ def generate(
     rollout = _of_length(subject.rollout, chunks)
     if decoder is not None and decoder.channels != (wanted := rollout.model.config.out_dim):
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
-    chunks_made = _shown(rollout, _running(rollout, bundle, kept, model))
+    module, told = _running(rollout, bundle, kept, model), dict[str, object]()
+    if report is None:
+        chunks_made = _shown(rollout, module)
+    else:
+        latents, told = _reported(rollout, module, subject, report)
+        chunks_made = iter(latents.split(rollout.sampler.frames_per_chunk, dim=1))
     if decoder is None:
         latents = torch.cat(list(chunks_made), 1)
         with whole_file(out) as part:
@@ -101,13 +115,15 @@ def generate(
     else:
         with video_writer(out, video.pace(model), scale or (8 if model == "tiny" else 1)) as write:
             latents = _written(chunks_made, decoder, write)
-    told: dict[str, object] = {"prompt": subject.words, "out": str(out), "latent_frames": latents.shape[1]}
+    told = {"prompt": subject.words, "out": str(out), "latent_frames": latents.shape[1]} | told
     if subject.conditions is not None:
         told["scores"] = sprites.score(latents, subject.conditions).means()
     if as_json:
         emit_json(told)
     else:
         stdout_console().print(f"{subject.words}: {out}", markup=False, highlight=False, soft_wrap=True)
+        if report is not None:
+            stdout_console().print(f"cache: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _tiny(prompt: str | None, seed: int, files: ModelFiles) -> _Subject:
@@ -130,6 +146,18 @@ def _published(model: str, files: ModelFiles, prompt: str | None, seed: int) -> 
         files = dataclasses.replace(files, texts=(prompt,), prompts=None)
     rollout = family_rollout(model, 1, seed, dataclasses.replace(files, batch=1))
     return _Subject(rollout, prompt or f"first prompt of {files.prompts}")
+
+
+def _reported(
+    rollout: SelfForcingRollout, module: fx.GraphModule | None, subject: _Subject, report: pathlib.Path
+) -> tuple[Tensor, dict[str, object]]:
+    """All latents, and what was written of their cache."""
+    conditions = subject.conditions
+    score = None if conditions is None else (lambda chunk: sprites.score(chunk, conditions).means())
+    run, latents = run_cache(rollout, module, score)
+    command = shlex.join(["fxq", *sys.argv[1:]])
+    written = write_cache_report(run, report, f"Cache of {subject.words}", command, environment())
+    return latents.cpu(), {"report": str(written), "cache": cache_to_json(run)}
 
 
 def _shown(rollout: SelfForcingRollout, module: fx.GraphModule | None) -> Iterator[Tensor]:
@@ -170,6 +198,12 @@ def _running(
     if policy is None:
         calibration = tiny_rollout(rollout.model, 4, seed=1, unseen=False)[0] if model == "tiny" else None
         policy = kept.policy(rollout, calibration, rollout.units(*rollout.batches[0]))
+        if calibration is not None:
+            rollout.cache_tables = tables_for(policy, calibration)
+        elif policy.needs_tables:
+            raise AdapterError(
+                f"{kept.given}: the codec learns from calibration videos, which a bundle holds: fxq quantize with --kv"
+            )
         if policy.absorb is not None:
             module = _captured(rollout, policy) if module is None else with_cache(module, policy)
     elif kept.given:

@@ -11,10 +11,17 @@ import typer
 from rich.table import Table
 
 from fxq.capture.trace import trace
-from fxq.cli.options.cache_options import CacheOptions, with_cache_options
+from fxq.cli.options.cache_options import CacheOptions, ReportOption, with_cache_options
 from fxq.cli.options.common import JsonOption, QuietOption, SeedOption, bundle_folder, emit_json
 from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
-from fxq.cli.options.source import announce, diffusers_source, rollout_source, with_model_files
+from fxq.cli.options.source import (
+    Source,
+    announce,
+    cache_report,
+    diffusers_source,
+    rollout_source,
+    with_model_files,
+)
 from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
@@ -86,6 +93,22 @@ def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe
     return with_iterations(recipe, iterations)
 
 
+def _with_cache(kept: CacheOptions, source: Source, recipe: Recipe) -> tuple[Source, Recipe]:
+    """The recipe with the cache that was asked for, and the source with data where its codecs learn from some."""
+    if not kept.given:
+        return source, recipe
+    assert source.rollout is not None
+    policy = kept.policy(source.rollout, source.rollout if source.prompted else None)
+    recipe = dataclasses.replace(recipe, cache=policy)
+    return source.driven_for(recipe), recipe
+
+
+def _check_report(report: pathlib.Path, source: Source, recipe: Recipe) -> None:
+    if recipe.cache is None or not source.prompted:
+        missing = "a cache: pass --kv or --absorb" if recipe.cache is None else "videos to make: pass --prompts"
+        raise AdapterError(f"--report {report} is about a cache and needs {missing}")
+
+
 @with_model_files
 @with_cache_options
 def quantize(
@@ -108,6 +131,7 @@ def quantize(
     budget: BudgetOption = None,
     max_error: MaxErrorOption = None,
     save_recipe: SaveRecipeOption = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -117,7 +141,8 @@ def quantize(
     Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
     --bits-per-weight, --budget or --max-error choose the bits of each layer; what is chosen from is among the facts of
     --json. --kv, --absorb and what goes with them replace the recipe's [cache]: the bundle's graph then takes keys and
-    values as they are stored.
+    values as they are stored. --report then makes the first batch of prompts twice, by the bundle and in full precision
+    on exact caches, and compares chunk by chunk.
     """
     chosen = _recipe(recipe, iterations, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
     if kept.given and model == "diffusers":
@@ -126,17 +151,15 @@ def quantize(
         raise RecipeError(f"--save-recipe {save_recipe}: a recipe file ends in .toml")
     with launched() as workers:
         check_bundle_place(out)
-        if save_recipe is not None:
-            writable_file(save_recipe)
+        for file in (save_recipe, report):
+            if file is not None:
+                writable_file(file)
         if model == "diffusers":
             source = diffusers_source(files, calls, chosen)
         else:
-            source = rollout_source(model, files, calls, chosen, videos, seed)
-        if kept.given:
-            assert source.rollout is not None
-            chosen = dataclasses.replace(
-                chosen, cache=kept.policy(source.rollout, source.rollout if source.prompted else None)
-            )
+            source, chosen = _with_cache(kept, rollout_source(model, files, calls, chosen, videos, seed), chosen)
+        if report is not None:
+            _check_report(report, source, chosen)
         if workers.first:
             announce(source, chosen, checkpoint_dir, out, quiet)
         module = quantize_model(
@@ -152,6 +175,8 @@ def quantize(
         metrics = source.metrics(module) if workers.first else {}
         if workers.first:
             save(module, out, metrics=metrics)
+            if report is not None:
+                cache_report(source, module, report, f"Cache of {model}, {chosen.name}")
             if save_recipe is not None:
                 with whole_file(save_recipe) as part:
                     part.write_text(recipe_to_toml(plain_recipe(module)), encoding="utf-8")

@@ -8,7 +8,7 @@ list for the first chunk are settings of the same loop.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -18,21 +18,13 @@ from torch.export import Dim
 from fxq.cache.absorb import Absorption, Watch
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Layout, Memories
+from fxq.cache.tables import same_tables, sampled
 from fxq.calibration.rollout import Call, Condition, Draws, Kind, OnCall, Rollout, Span, State
 from fxq.models.causal_wan import CausalWan, CausalWanBlock, rope_tables
 from fxq.models.schedule import FlowSchedule
 from fxq.models.wan_rotary import WanRotary
 from fxq.passes.absorb_cache import observed
-from fxq.passes.match.cache_inputs import (
-    FEW,
-    MAPS,
-    TABLES,
-    LayerPrefix,
-    Packing,
-    added_arguments,
-    graph_of,
-    packed_inputs,
-)
+from fxq.passes.match.cache_inputs import FEW, MAPS, Added, Prefix, cache_inputs, graph_of, held_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,14 +59,6 @@ class SamplerConfig:
         return self.schedule.warp(steps) if self.warp else tuple(float(s) for s in steps)
 
 
-Prefix = tuple[Sequence[LayerPrefix], Sequence[LayerPrefix]]
-"""Per layer keys, rotated, and values, [B, P, heads, head_dim] each, or what a packed graph takes of them."""
-
-
-Added = tuple[object, ...]
-"""Arguments that the running graph takes beside the model's: tables of encoded tokens, maps of absorbed layers."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SelfForcingState(State):
     """``cache`` of the frames so far; per layer ``cross_k``/``cross_v`` [B, L, heads, head_dim] of the prompt."""
@@ -97,7 +81,8 @@ class SelfForcingRollout(Rollout):
         batches: (condition, draws) pairs.
         sampler: the loop's settings.
         any_size: capture a graph for frames of any height and width, on small ones; else for those of the draws.
-        cache_tables: what the codecs of the cache learned from calibration, see :func:`fxq.cache.choose.cache_tables`.
+        cache_tables: what the codecs of the cache learned from calibration, see :func:`fxq.cache.choose.cache_tables`;
+            None: what the module that runs holds of them.
         absorb_priors: per layer, the map of calibration videos that those of a video are drawn towards; see
             :class:`fxq.cache.absorb.Absorption`.
     """
@@ -118,6 +103,8 @@ class SelfForcingRollout(Rollout):
         self.any_size = any_size
         self.cache_tables = cache_tables
         self.absorb_priors = tuple(absorb_priors)
+        self.committing: Callable[[Cache], Cache] = Cache.commit
+        """What encodes spans that have grown old enough, once a chunk; measures time it."""
         self._observed: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
     def _given(self, condition: Condition) -> int:
@@ -155,11 +142,40 @@ class SelfForcingRollout(Rollout):
         _, rows, columns = config.patch_size
         rotary = WanRotary(config.head_dim, draws.shape[2] // rows, draws.shape[3] // columns)
         layout = Layout(rotary.tokens, self.sampler.frames_per_chunk)
-        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self.cache_tables)
+        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self._tables())
         settings, absorption = self.sampler.cache.absorb, None
         if settings is not None:
             absorption = Absorption.begin(settings, config.num_layers, config.num_heads, empty, self.absorb_priors)
         return SelfForcingState(condition, draws, 0, latents, cache, none, none, 0, absorption)
+
+    def _tables(self) -> Memories | None:
+        """Those that the running module holds, else the rollout's own.
+
+        Raises:
+            ValueError: when they differ: the module would decode by others than spans are encoded by.
+        """
+        config = self.model.config
+        heads = config.num_heads, config.head_dim
+        held = held_tables(self._running, self.sampler.cache, config.num_layers, heads)
+        if held is None or self.cache_tables is None:
+            return held or self.cache_tables
+        if not same_tables(held, self.cache_tables):
+            raise ValueError("the module holds other tables of its codecs than cache_tables: leave cache_tables None")
+        return held
+
+    def cached_tokens(self, condition: Condition, draws: Draws, policy: CachePolicy, most: int) -> dict[str, Tensor]:
+        """Tokens of every chunk, from a cache without codecs."""
+        sampler, units = self.sampler, self.units(condition, draws)
+        parts: list[dict[str, Tensor]] = []
+        self.sampler = dataclasses.replace(sampler, cache=policy.exact)
+        try:
+            state = self.begin(condition, draws)
+            for _ in range(units):
+                state = self.advance(state)
+                parts.append(sampled(state.cache, policy, -(-most // units)))
+        finally:
+            self.sampler = sampler
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def fork(self, state: State) -> SelfForcingState:
         """An independent continuation; the state's cache is then never written over."""
@@ -223,41 +239,22 @@ class SelfForcingRollout(Rollout):
         return dataclasses.replace(state, next_unit=unit + 1, latents=torch.cat((state.latents, latents), dim=1))
 
     def _prefix(self, state: SelfForcingState) -> tuple[Prefix, Added]:
-        """What the running module takes of a cache: dense keys and values, or encoded ones; and what else it takes.
-
-        Raises:
-            ValueError: when the module was packed for another cache, or takes no maps where layers absorb.
-        """
-        cache, packing, names = state.cache, Packing.of(self._running), added_arguments(self._running)
+        """What the running module takes of a state's cache; ValueError where it does not fit."""
         added: dict[str, object] = {}
         if state.absorption is not None:
             added[FEW if state.absorption.settings.tokens else MAPS] = state.absorption.inputs
-        if missing := [name for name in added if name not in names]:
-            raise ValueError(
-                f"the cache policy absorbs layers and the module does not take {missing[0]}: make one that does, "
-                "fxq.passes.absorb_cache(module, policy)"
-            )
-        if unfit := [name for name in (MAPS, FEW) if name in names and name not in added]:
-            raise ValueError(f"the module takes {unfit[0]} and the cache policy gives none: set its absorb")
-        if packing is None:
-            return cache.prefix(), tuple(added.values())
-        chunk = cache.layout.tokens * cache.layout.chunk
-        if packing != (wanted := Packing.for_cache(cache.policy, len(cache.keys), chunk)):
-            raise ValueError(
-                f"the module was packed for a cache of {packing}, the rollout keeps one of {wanted}: pack it with the "
-                "cache policy of the sampler"
-            )
-        found = packed_inputs(cache)
-        added |= {TABLES[0]: found.cos, TABLES[1]: found.sin}
-        return (found.keys, found.values), tuple(added[name] for name in names)
+        return cache_inputs(self._running, state.cache, added)
 
     def _watch(self, state: SelfForcingState) -> Watch | None:
         """The running module with what its layers' maps are fitted to, in a warm-up with something to see."""
         absorption, cache, graph = state.absorption, state.cache, graph_of(self._running)
-        if absorption is None or graph is None:
+        if absorption is None or not absorption.observes(state.next_unit, cache.kept > cache.sink):
             return None
-        if not absorption.observes(state.next_unit, cache.kept > cache.sink):
-            return None
+        if graph is None:
+            raise ValueError(
+                f"chunk {state.next_unit} is of the warm-up, in which maps are fitted, and the module that runs has no "
+                "graph that shows what to: run the bundle's module until then, and the compiled program afterwards"
+            )
         if self._observed is None or self._observed[0] is not graph:
             self._observed = graph, observed(graph, cache.policy.sink * cache.layout.tokens)
         weights = [cast(CausalWanBlock, block).self_attn.o.weight.T for block in self.model.blocks]
@@ -306,7 +303,7 @@ class SelfForcingRollout(Rollout):
         on_call: OnCall | None,
     ) -> SelfForcingState:
         _, state, new = self._call(state, prefix, latents, kind, span, on_call)
-        return dataclasses.replace(state, cache=state.cache.append(*new).commit())
+        return dataclasses.replace(state, cache=self.committing(state.cache.append(*new)))
 
     def example_call(self) -> tuple[tuple[object, ...], object]:
         """A call in the middle of a video; batch, text, text-cache and prefix lengths are dynamic.

@@ -1,18 +1,22 @@
 """A bundle whose graph reads an encoded cache: texts of codecs and sizes that a stranger chose."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 import fxq
-from fxq.cache.codecs import PerToken
+from fxq.cache.codecs import Klt, PerToken
 from fxq.cache.policy import CachePolicy
+from fxq.cache.settings import policy_to_json
 from fxq.calibration.rollout import Draws
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes import pack_cache
-from tests.attacks.corpus import edit_json, first
+from tests.attacks.corpus import edit_json, edit_tensors, first
+from tests.toys import wan_rollout
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,87 @@ def packed(made, tmp_path):
     for file in made.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+POLICY = CachePolicy(keys=Klt(1.0, fit="model"), values=Klt(2.0, fit="model"), span=1)
+
+
+@pytest.fixture(scope="module")
+def made_with_tables(tmp_path_factory):
+    source = wan_rollout()
+    chosen = dataclasses.replace(fxq.PRESETS["w8a8-dynamic"], cache=POLICY)
+    module = fxq.quantize(source.denoiser, source, chosen, progress=False)
+    return fxq.save(module, tmp_path_factory.mktemp("tables") / "bundle")
+
+
+@pytest.fixture
+def tables(made_with_tables, tmp_path):
+    return shutil.copytree(made_with_tables, tmp_path / "tables")
+
+
+BASIS, WIDTH, STEP = (f"cache_tables.keys.0.{name}" for name in ("basis", "width", "step"))
+VALUES = {
+    "no planes": lambda t: t[WIDTH].zero_(),
+    "planes beyond those stored": lambda t: t[WIDTH].fill_(8),
+    "wide coefficients": lambda t: t[WIDTH].copy_(torch.tensor([[64] + [0] * 31, [0] * 32])),
+    "a basis of NaN": lambda t: t[BASIS].fill_(torch.nan),
+    "steps below zero": lambda t: t[STEP].neg_(),
+    "another dtype": lambda t: t.update({BASIS: t[BASIS].float()}),
+    "another size": lambda t: t.update({BASIS: t[BASIS][:, :, :5].contiguous()}),
+    "a flat one": lambda t: t.update({BASIS: t[BASIS].flatten()}),
+    "none": lambda t: t.pop(STEP),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_tables_that_codecs_cannot_work_with_are_refused(tables, name):
+    edit_tensors(tables, VALUES[name])
+    with pytest.raises(fxq.BundleError):
+        fxq.load(tables)
+
+
+def test_tables_that_are_computed_are_refused(tables):
+    def change(data):
+        node = first(data, "attention_packed")
+        place = next(i for i, arg in enumerate(node["args"][3]["list"]) if "basis" in arg.get("node", ""))
+        made = {"name": "made", "op": "call_function", "target": "aten.neg.default", "kwargs": {}}
+        data["nodes"].insert(data["nodes"].index(node), made | {"args": [node["args"][3]["list"][place]]})
+        node["args"][3]["list"][place] = {"node": "made"}
+
+    edit_json(tables, "graph.json", change)
+    with pytest.raises(fxq.BundleError, match="neither stored nor inputs"):
+        fxq.load(tables)
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_lists_that_are_results_are_refused(tables, place):
+    def change(data):
+        node = first(data, "attention_packed")
+        tensors = node["args"][place]["list"]
+        parts = {"name": "parts", "op": "call_function", "target": "aten.split.Tensor", "kwargs": {}}
+        data["nodes"].insert(data["nodes"].index(node), parts | {"args": [tensors[0], 1, 1]})
+        node["args"][place] = {"node": "parts"}
+
+    edit_json(tables, "graph.json", change)
+    with pytest.raises(fxq.BundleError):
+        fxq.load(tables)
+
+
+def test_a_bundle_without_the_tables_of_its_recipe_is_refused_with_what_to_do(packed, tables):
+    for folder in (packed, tables):
+        text = policy_to_json(dataclasses.replace(POLICY, span=2))
+        edit_json(folder, "manifest.json", lambda data, text=text: data["facts"]["recipe"].update(cache=text))
+    with pytest.raises(fxq.BundleError, match=r"holds no tables .*quantize again with this recipe"):
+        fxq.load(packed)
+    assert fxq.load(tables) is not None
+    for wrong in (7, {"window": "x"}, {"keys": {"codec": "os.system"}}):
+        edit_json(tables, "manifest.json", lambda data, wrong=wrong: data["facts"]["recipe"].update(cache=wrong))
+        with pytest.raises(fxq.BundleError, match=r"facts\.recipe: cache"):
+            fxq.load(tables)
+
+
+def test_tables_load_unchanged(tables):
+    assert fxq.load(tables) is not None
 
 
 def edit(folder, place, value):

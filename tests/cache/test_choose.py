@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fxq.cache.choose import cache_tables, choose
+from fxq.cache.choose import cache_tables, choose, try_codec
 from fxq.cache.codecs import Klt, PerToken, Prq
 from fxq.cache.policy import CachePolicy
 from fxq.lab import tiny_rollout
@@ -72,3 +72,17 @@ def test_a_chosen_policy_runs(cache):
     got = rollout.rollout(*rollout.batches[0])
     assert float((got - want).double().square().mean()) < 1e-3
     assert not torch.equal(got, want)
+
+
+def test_what_learns_from_videos_is_tried_on_others(cache):
+    """The basis of the very videos would do better than one of others, and would be chosen for that."""
+    _, choices = choose({"klt": Klt(1.0, fit="model")}, [cache], 1.5, POLICY, 28)
+    x = cache.exact("keys", 0)
+    own = try_codec("klt", Klt(1.0, fit="model"), x, "keys", 150, 14, Klt(1.0, fit="model").learned(x.flatten(0, 1)))
+    assert choices[0].chosen.sqnr < own.sqnr - 0.5
+    rollout, _ = tiny_rollout(load_tiny(), 1, seed=9, unseen=False)
+    state = rollout.begin(*rollout.batches[0])
+    for _ in range(2):
+        state = rollout.advance(state)
+    with pytest.raises(ValueError, match="tried on others: two or more are needed"):
+        choose({"klt": Klt(1.0, fit="model")}, [state.cache], 1.5, POLICY, 28)

@@ -71,6 +71,18 @@ def test_settings_that_exclude_each_other_are_refused(words, message, tmp_path):
     assert isinstance(done.exception, AdapterError) and message in str(done.exception)
 
 
+def test_a_report_says_what_the_cache_costs_chunk_by_chunk(tmp_path):
+    page = tmp_path / "cache.html"
+    words = ("--kv", "klt1", "--span", "1", "--chunks", "4", "--report", str(page))
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", *words])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["report"] == str(page) and page.read_text().startswith("<!doctype html>")
+    cache = told["cache"]
+    assert len(cache["commit"]) == 4 and cache["packed"][1] > 0 and cache["plain"][-1] > cache["packed"][-1]
+    assert cache["mse"][0][:2] == [0, 0] and cache["mse"][0][3] > 0 and cache["scores"]["shape"] == [1] * 4
+
+
 def test_a_codec_that_is_not_known_is_refused_with_those_that_are(tmp_path):
     done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--kv", "kvi2"])
     assert isinstance(done.exception, AdapterError) and "did you mean 'kivi2'" in str(done.exception)

@@ -113,3 +113,18 @@ def test_other_prompts_are_refused(saved, model):
     _, path = saved
     with pytest.raises(SavedCacheError, match="other prompts"):
         load_state(rollout_of(model, POLICIES["klt"], seed=5), path)
+
+
+def test_a_state_goes_on_with_the_tables_it_was_made_with(model, tmp_path):
+    codec = Klt(1.0, fit="model")
+    policy = CachePolicy(keys=codec, span=1, layers=(1,))
+    x = torch.randn(96, 3, 32, generator=torch.Generator().manual_seed(1))
+    first, second = ([codec.learned(y)] * 4 for y in (x, x + 1))
+    rollout = rollout_of(model, policy)
+    rollout.cache_tables = first, [{}] * 4
+    save_state(advanced(rollout, rollout.begin(*rollout.batches[0]), 3), tmp_path / "s")
+    want = advanced(rollout, rollout.begin(*rollout.batches[0]), 4).latents
+    assert torch.equal(advanced(rollout, load_state(rollout, tmp_path / "s"), 1).latents, want)
+    rollout.cache_tables = second, [{}] * 4
+    with pytest.raises(SavedCacheError, match=r"keys\.1: the saved cache was made with other tables"):
+        load_state(rollout, tmp_path / "s")

@@ -28,6 +28,7 @@ PRESETS: dict[str, Codec] = {
     "kivi": Kivi(),
     "quarot": QuaRot(),
     "klt": Klt(),
+    "klt_model": Klt(fit="model"),
 }
 
 __all__ = [

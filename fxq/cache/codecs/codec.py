@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +14,9 @@ from fxq.cache.codecs.record import Field, Record, Shape
 
 Kind = Literal["keys", "values"]
 
+
+Noise = Callable[[str, tuple[int, ...]], Tensor]
+"""Numbers float64 in 0..1 for a tensor of a name and shape, the same on every machine."""
 
 Memory = Mapping[str, Tensor]
 """What a codec carries from one span of a video to the next, [B, ...] each; empty before the first."""
@@ -46,6 +49,19 @@ class Codec(ABC):
         """What lies with the model and every video begins with, from calibration tokens [T, heads, head_dim]."""
         return {}
 
+    def table_problem(self, tables: Memory, shape: Shape, kind: Kind) -> str:
+        """Why tensors are not what :meth:`learned` gives for a shape, or ""."""
+        for field in self.fields(shape, kind):
+            if field.per != "model":
+                continue
+            if (tensor := tables.get(field.name)) is None:
+                return f"{field.name} is missing"
+            if tensor.dtype != field.dtype or tuple(tensor.shape) != field.shape:
+                return f"{field.name} is {tensor.dtype} {tuple(tensor.shape)}: expected {field.dtype} {field.shape}"
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return f"{field.name} holds NaN or infinity"
+        return ""
+
     @abstractmethod
     def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
         """Store one span.
@@ -59,6 +75,19 @@ class Codec(ABC):
             memory: what the previous span's call returned; empty for the first.
             seed: of the codec's own generator, such as the layer's number.
         """
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """Stored tensors of so many spans that decode to numbers of chance, about 1 large: for a call that is compared.
+
+        They are made, not encoded: no sum in them depends on a machine. Here floats are uniform with mean 0 and
+        variance 1, and every bit of an integer is.
+        """
+        found = {}
+        for field in self.fields(shape, kind):
+            x = noise(field.name, field.size(batch, spans, shape.span))
+            x = (x - 0.5) * 12**0.5 if field.dtype.is_floating_point else (x * 256).floor()
+            found[field.name] = x.to(field.dtype)
+        return found
 
     @abstractmethod
     def decode(self, record: Record, kind: Kind) -> Tensor:

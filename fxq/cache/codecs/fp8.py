@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import E4M3_MOST
 
@@ -30,6 +30,11 @@ class Float8(Codec):
         scale = (values.abs().amax(dim=(1, 3)) / E4M3_MOST).clamp_min(torch.finfo(torch.float32).tiny)
         numbers = (values / scale[:, None, :, None]).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
         return Record(self.fields(shape, kind), {"x": numbers, "scale": scale.unsqueeze(1)}, shape), {}
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with scales above 0."""
+        found = super().seeded(shape, kind, batch, spans, noise)
+        return found | {"scale": found["scale"].abs()}
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Numbers times scales."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import PerChannel, PerToken
 from fxq.cache.codecs.scalar import ScaleDtype
@@ -39,6 +39,10 @@ class Kivi(Codec):
     def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
         """Round along the kind's axis."""
         return self._of(kind).encode(x, kind, memory, seed)
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of the kind's axis."""
+        return self._of(kind).seeded(shape, kind, batch, spans, noise)
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """As of the kind's axis."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, of_video, per_video, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, of_video, per_video, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 
@@ -88,6 +88,15 @@ class Klt(Codec):
         """Mean, basis, steps and widths with ``fit="model"``, else nothing."""
         return self.fitted(x) if self.fit == "model" else {}
 
+    def table_problem(self, tables: Memory, shape: Shape, kind: Kind) -> str:
+        """As of every codec; widths must make as many planes as are stored, and steps be above 0."""
+        if self.fit == "video" or (problem := super().table_problem(tables, shape, kind)):
+            return "" if self.fit == "video" else problem
+        planes, most, total = self.planes(shape), int(tables["width"].max()), int(tables["width"].long().sum())
+        if most > MOST_BITS or total != planes:
+            return f"width sums to {total} with {most} at most: expected {planes} of {MOST_BITS} at most"
+        return "" if bool((tables["step"] > 0).all()) else "step holds numbers that are not above 0"
+
     def fitted(self, x: Tensor) -> dict[str, Tensor]:
         """Mean, basis, steps and widths as stored, for tokens [T, heads, head_dim]: the memory of ``fit="model"``."""
         shape = Shape(x.shape[1], x.shape[2], x.shape[0])
@@ -128,6 +137,20 @@ class Klt(Codec):
         codes = codes.clamp_min(0).minimum((2 * half - 1).clamp_min(0)).to(torch.int16)
         owner, shift = plane_table(width)
         return pack((codes[owner] >> shift.unsqueeze(1)) & 1, 1)
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with widths that make the planes there are, and steps that suit them."""
+        found = super().seeded(shape, kind, batch, spans, noise)
+        groups, rank = found["width"].shape[-2:]
+        chance, planes = noise("widths", (groups * rank,)), self.planes(shape)
+        width = (chance * 2 * planes / len(chance)).floor().clamp(0, MOST_BITS).long()
+        while left := planes - int(width.sum()):
+            free = (width < MOST_BITS if left > 0 else width > 0).nonzero().flatten()[: abs(left)]
+            width[free] += 1 if left > 0 else -1
+        active = max(1, int((width > 0).sum()) // groups)
+        width = width.view(groups, rank).expand_as(found["width"])
+        step = (0.5 + noise("steps", tuple(width.shape))) * 12**0.5 / 2.0**width / active**0.5
+        return found | {"width": width.to(torch.uint8).contiguous(), "step": step.to(torch.bfloat16)}
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Planes to codes, codes to coefficients, coefficients to channels."""

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.klt import eigenbasis
 from fxq.cache.codecs.record import Field, Record, Shape
-from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks
+from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks, seeded_codes
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
 
 
@@ -73,6 +73,12 @@ class LowRank(Codec):
             "coefficient_zero": zero.unsqueeze(1),
         }
         return Record(fields, tensors, shape), {}
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with codes that the grids have."""
+        found = seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
+        scale = found["coefficient_scale"].float().abs().clamp(0.125, 1) / 256
+        return found | {"coefficient_scale": scale.to(torch.bfloat16)}
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Mean, components and residual."""

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, of_video, per_video, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, of_video, per_video, shape_of
 from fxq.cache.codecs.packing import PACKED_BITS, pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
-from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks
+from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks, seeded_codes
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
 
 
@@ -92,6 +92,12 @@ class Prq(Codec):
         names = torch.stack(ids, dim=-1).transpose(0, 1).flatten(1)  # [T, heads * stages]
         packed = {"ids": pack(names, self.id_bits), "centroids": torch.stack(means)}
         return quantize_blocks(rest.transpose(0, 1), self.grid, self.block) | packed
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with codes that the grid has and names of centroids that there are."""
+        found = seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
+        names = noise("names", (batch, spans * shape.span, shape.heads * self.stages))
+        return found | {"ids": pack((names * self.centroids).floor(), self.id_bits)}
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """What was left, plus one centroid of every stage."""

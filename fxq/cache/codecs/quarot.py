@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.record import Field, Record, Shape
-from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks
+from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks, seeded_codes
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
 
 
@@ -43,6 +43,10 @@ class QuaRot(Codec):
         shape = shape_of(x)
         rotated = x.float() @ hadamard(shape.head_dim, x.device)
         return Record(self.fields(shape, kind), quantize_blocks(rotated, self.grid, self.block), shape), {}
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with codes that the grid has."""
+        return seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
 
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Numbers, rotated back."""

@@ -33,6 +33,10 @@ class Field:
     per: Per
     shape: tuple[int, ...]
 
+    def size(self, batch: int, spans: int, span: int) -> tuple[int, ...]:
+        """Shape of the whole tensor for so many videos, each of so many spans of ``span`` tokens."""
+        return (*(batch, spans * span if self.per == "token" else spans)[: LEADING_AXES[self.per]], *self.shape)
+
     def nbytes(self, tokens: int, spans: int) -> int:
         """Bytes of one video's slice for so many tokens in so many spans."""
         count = {"token": tokens, "span": spans, "video": 1, "model": 0}[self.per]

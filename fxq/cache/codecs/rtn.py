@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
+from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
@@ -45,6 +45,10 @@ class PerToken(Codec):
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Codes times scales."""
         return dequantize_blocks(record, self.grid, self.block)
+
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with codes that the grid has."""
+        return seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +110,10 @@ class PerChannel(Codec):
         groups = codes.unflatten(1, (scale.shape[1], -1)).movedim(2, -1)
         return self.grid.dequantize(groups, scale, zero).movedim(-1, 2).flatten(1, 2)
 
+    def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
+        """As of every codec, with codes that the grid has."""
+        return seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
+
 
 def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
     """Fields of numbers [B, T, heads, head_dim] in blocks of channels.
@@ -127,6 +135,18 @@ def quantize_blocks(x: Tensor, grid: Grid, block: int) -> dict[str, Tensor]:
     codes, scale, zero = grid.quantize(x.unflatten(-1, (-1, block)))
     stored = {"codes": pack(codes.flatten(-2), grid.bits), "scale": scale}
     return stored if zero is None else stored | {"zero": zero}
+
+
+def seeded_codes(grid: Grid, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of :meth:`~fxq.cache.codecs.codec.Codec.seeded` with scales above 0 that make numbers about 1 large.
+
+    A symmetric grid has no code of all ones: such become 0.
+    """
+    codes, scale = tensors["codes"], tensors["scale"].float().abs().clamp(0.125, 1)
+    if not grid.asymmetric:
+        parts = unpack(codes, grid.bits, codes.shape[-1] * 8 // grid.bits)
+        codes = pack(torch.where(parts == 2**grid.bits - 1, 0, parts), grid.bits)
+    return tensors | {"codes": codes, "scale": (scale * 2.0 ** (1 - grid.bits)).to(grid.dtype)}
 
 
 def dequantize_blocks(record: Record, grid: Grid, block: int) -> Tensor:

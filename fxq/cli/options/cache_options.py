@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Annotated, Literal
 
 import typer
 
 from fxq.cache.absorb import Absorb
 from fxq.cache.choose import choose, rivals
+from fxq.cache.codecs.klt import FIT_TOKENS
 from fxq.cache.policy import CachePolicy
-from fxq.cache.store import Cache
+from fxq.cache.store import Cache, Memories
+from fxq.cache.tables import learned
 from fxq.calibration.rollout import Rollout
 from fxq.cli.options.common import expanding
 from fxq.cli.options.models import AdapterError
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.messages import did_you_mean
+
+ReportOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--report", help="HTML page to write: memory of the cache, drift and cost of encoding by chunk."),
+]
 
 AUTO_BITS = 3.0
 """Stored bits per number of ``--kv auto`` without a budget."""
@@ -93,7 +101,9 @@ class CacheOptions:
 def _options(
     kv: Annotated[
         str | None,
-        typer.Option(help="Store old keys and values so: klt1, qvg, kivi2, int8, ...; `fxq cache` lists them."),
+        typer.Option(
+            help="Store old keys and values so: klt1, klt1-model, qvg, kivi2, int8, ...; `fxq cache` lists them."
+        ),
     ] = None,
     kv_bits: Annotated[
         float | None, typer.Option(min=0.01, help="With --kv auto: stored bits per number; a codec for each layer.")
@@ -121,6 +131,15 @@ def _options(
 
 with_cache_options = expanding("kept", _options)
 """The command with the options of a cache in the place of its parameter ``kept``."""
+
+
+def tables_for(policy: CachePolicy, calibration: SelfForcingRollout) -> Memories | None:
+    """What the codecs of a policy learn from a rollout's videos, which are made; None where they need nothing."""
+    if not policy.needs_tables:
+        return None
+    most = -(-FIT_TOKENS // len(calibration.batches))
+    samples = [calibration.cached_tokens(*batch, policy, most) for batch in calibration.batches]
+    return learned(policy, samples, calibration.model.config.num_layers)
 
 
 def exact_caches(rollout: SelfForcingRollout, chunks: int) -> list[Cache]:

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import pathlib
+import shlex
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -18,12 +20,17 @@ from fxq.calibration.rollout import Rollout
 from fxq.cli.options.common import expanding
 from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
 from fxq.core.config import Recipe
+from fxq.environment import environment
 from fxq.job import uses_data
+from fxq.metrics.cache_run import run_cache
 from fxq.metrics.outputs import output_sqnr
 from fxq.models.diffusers_folder import load_folder
 from fxq.models.families import SHIPPED_MODELS
+from fxq.models.self_forcing import SelfForcingRollout
+from fxq.passes.with_cache import policy_of
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.job import estimate_job
+from fxq.report.cache import write_cache_report
 from fxq.runtime.messages import first_line
 from fxq.runtime.streams import stderr_console
 
@@ -100,6 +107,18 @@ class Source:
         decibels = output_sqnr(self.model, quantized, self.checks)
         return {"output_sqnr_db": round(decibels, 2)} if math.isfinite(decibels) else {}
 
+    def driven_for(self, recipe: Recipe) -> Source:
+        """With the loop as calibration data where a recipe needs some.
+
+        Raises:
+            AdapterError: when there are no prompts.
+        """
+        if self.loader is not None or self.rollout is None or not uses_data(recipe):
+            return self
+        if not self.prompted:
+            raise AdapterError("the codecs of the cache learn from calibration videos: pass --prompts")
+        return dataclasses.replace(self, loader=self.rollout)
+
     def drive(self) -> Drive | None:
         """What calibration will cost, None without data."""
         if isinstance(self.loader, Rollout):
@@ -174,3 +193,21 @@ def announce(source: Source, recipe: Recipe, folder: pathlib.Path | None, out: p
             f"the disk of {out} has {missing / 1e9:.2f} GB less room than the job needs; free some of it, or choose "
             "another place with --out"
         )
+
+
+def cache_report(source: Source, module: fx.GraphModule, path: pathlib.Path, title: str) -> None:
+    """Write the page on the cache of a quantized module's rollouts, of the loop's first batch.
+
+    Raises:
+        AdapterError: for a loop without an fxq cache.
+    """
+    rollout, policy = source.rollout, policy_of(module)
+    if not isinstance(rollout, SelfForcingRollout) or policy is None:
+        raise AdapterError(f"--report {path}: {type(rollout).__name__} has no fxq cache, leave it out")
+    sampler = rollout.sampler
+    rollout.sampler = dataclasses.replace(sampler, cache=policy)
+    try:
+        run, _ = run_cache(rollout, module)
+    finally:
+        rollout.sampler = sampler
+    write_cache_report(run, path, title, shlex.join(["fxq", *sys.argv[1:]]), environment())

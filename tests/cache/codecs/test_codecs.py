@@ -8,7 +8,7 @@ import torch
 
 from fxq.cache.codecs import CODECS, PRESETS, Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.codecs.codec import Codec
-from fxq.cache.codecs.record import Shape
+from fxq.cache.codecs.record import Record, Shape
 from fxq.cache.spans import Spans
 
 SHAPE = Shape(3, 32, 64)
@@ -53,9 +53,24 @@ def test_every_codec_is_a_case_here():
     assert all(type(codec) in CODECS.values() for codec in PRESETS.values())
 
 
+def chance(seed):
+    def numbers(name, shape):
+        own = torch.Generator().manual_seed(seed + len(name))
+        return torch.rand(shape, generator=own, dtype=torch.float64)
+
+    return numbers
+
+
 @pytest.mark.parametrize("kind", ["keys", "values"])
 @pytest.mark.parametrize("codec", CASES, ids=repr)
 class TestEvery:
+    def test_stored_tensors_of_chance_decode_to_numbers_about_one(self, codec, kind):
+        made = codec.seeded(SHAPE, kind, 2, 3, chance(0))
+        record = Record(codec.fields(SHAPE, kind), made, SHAPE)
+        x = codec.decode(record, kind)
+        assert (record.batch, record.spans) == (2, 3) and 0.25 < float(x.std()) < 4
+        assert not x.equal(codec.decode(Record(record.fields, codec.seeded(SHAPE, kind, 2, 3, chance(1)), SHAPE), kind))
+
     def test_tokens_come_back_in_shape_and_about_right(self, codec, kind):
         x = spans()
         record, _ = codec.encode(x, kind, {})

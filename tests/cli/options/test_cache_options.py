@@ -9,7 +9,7 @@ from fxq.cache.absorb import Absorb
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.cli import app
-from fxq.cli.options.cache_options import CacheOptions, exact_caches
+from fxq.cli.options.cache_options import CacheOptions, exact_caches, tables_for
 from fxq.cli.options.models import AdapterError
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
@@ -38,6 +38,15 @@ def test_what_is_not_asked_for_stays_the_models_own(rollout):
 def test_codecs_and_absorbed_layers_are_those_that_were_asked_for(rollout):
     policy = CacheOptions(kv="klt1", absorb=0.25, **RELATIVE).policy(rollout, None)
     assert policy == CachePolicy(**RELATIVE, span=2, keys=Klt(1.0), values=Klt(1.0), absorb=Absorb(ratio=0.25))
+
+
+def test_calibrated_codecs_have_names_and_learn_from_calibration_videos(rollout):
+    policy = CacheOptions(kv="klt1-model").policy(rollout, None)
+    assert policy.keys == policy.values == Klt(1.0, fit="model")
+    keys, values = tables_for(policy, rollout)
+    assert len(keys) == len(values) == 4 and tuple(keys[0]["basis"].shape) == (3, 32, 32)
+    assert CacheOptions(kv="klt1-joint").policy(rollout, None).keys == Klt(1.0, joint=True, fit="model")
+    assert tables_for(CacheOptions(kv="klt1").policy(rollout, None), rollout) is None
 
 
 def test_codecs_are_chosen_on_calibration_videos_that_are_left_as_they_were(rollout):
@@ -86,6 +95,28 @@ def test_a_bundle_keeps_what_was_asked_for_and_generates_on_it(tmp_path):
     assert isinstance(done.exception, AdapterError) and "by its recipe: leave out --kv" in str(done.exception)
     done = RUN.invoke(app, [*video, "--chunks", "9", *words])  # the float model absorbs too
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
+
+
+@pytest.mark.slow
+def test_a_bundle_with_a_calibrated_codec_needs_no_other_option(tmp_path):
+    out, page = tmp_path / "b", tmp_path / "cache.html"
+    words = ["quantize", "--out", str(out), "-r", "w8a8-dynamic", "-n", "2", "-q", "--json", "--kv", "klt1-model"]
+    words += ["--report", str(page)]
+    done = RUN.invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert policy_of(fxq.load(out)).keys == Klt(1.0, fit="model")
+    assert "Cache of tiny, w8a8-dynamic" in page.read_text()
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", "--bundle", str(out)])
+    assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
+    done = RUN.invoke(app, ["generate", "--out", str(tmp_path / "v.gif"), "--json", "--kv", "klt1-model"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
+
+
+def test_a_report_without_a_cache_is_refused_before_the_work(tmp_path):
+    words = ["quantize", "--out", str(tmp_path / "b"), "-q", "--report", str(tmp_path / "r.html")]
+    done = RUN.invoke(app, words)
+    assert isinstance(done.exception, AdapterError) and "needs a cache: pass --kv or --absorb" in str(done.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_diffusers_has_no_such_cache(tmp_path):
