@@ -61,7 +61,16 @@ class Units:
         """The problem in these units, but for ``low``, ``high`` and ``bias``."""
         if self == Units(1.0, 1.0):
             return problem
-        return dataclasses.replace(problem, rows=problem.rows / self.inputs, weight=problem.weight / self.weights)
+        rows, weight = self.of_rows(problem.rows), self.of_weight(problem.weight)
+        return dataclasses.replace(problem, rows=rows, weight=weight)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Inputs in these units, the same tensor where that changes nothing."""
+        return rows if self.inputs == 1.0 else rows / self.inputs
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """Weights in these units, the same tensor where that changes nothing."""
+        return weight if self.weights == 1.0 else weight / self.weights
 
     def update(self, update: LayerUpdate, *, back: bool = False) -> LayerUpdate:
         """An update's scales in these units, or ``back`` in those of the model."""

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, bounds, steps
+from fxq.passes.methods.quadratic import (
+    BLOCK,
+    Quadratic,
+    QuadraticMethod,
+    Solution,
+    bounds,
+    by_channel,
+    channel_steps,
+    reordered,
+    steps,
+    strips,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,42 +44,86 @@ class CoordinateDescent(QuadraticMethod):
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers that no change of a single one improves, unless the sweeps end before."""
         order = form.gram.diagonal().argsort(descending=True, stable=True)
-        gram, target = form.gram[order][:, order], form.target[:, order]
-        step, integers = steps(problem, start.scale)[:, order], start.integers[:, order]
-        low, high = bounds(form.weight[:, order], step, problem.scheme.weight_bits)
-        slope = (integers * step - target) @ gram  # half the derivative by each weight, [N, K]
-        active = torch.arange(len(integers), device=integers.device)  # outputs that the last sweep changed
-        for _ in range(self.sweeps):
-            found = integers[active]
-            changes = _sweep(found, slope, step[active], gram, (low[active], high[active]))
-            integers[active] = found
-            active, slope = active[changes], slope[changes]
-            if not len(active):
+        gram, slope = reordered(form.gram, order), torch.empty_like(form.target)
+        for at in strips(len(slope)):  # half the derivative by each weight, [N, K]
+            wrong = (start.integers[at] * steps(problem, start.scale[:, at])).sub_(form.target[at])
+            slope[at] = wrong[:, order] @ gram
+        state = _State.of(problem, form, start, order)
+        active = torch.arange(len(slope), device=slope.device)  # outputs that the last sweep changed
+        for sweep in range(self.sweeps):
+            part = state if len(active) == state.integers.shape[1] else state.of_outputs(active)
+            changes = _sweep(part, slope, gram, last=sweep == self.sweeps - 1)
+            if part is not state:
+                state.integers[:, active] = part.integers
+            if not bool(changes.any()):
                 break
-        result = torch.empty_like(integers)
-        result[:, order] = integers
+            if not bool(changes.all()):
+                active, slope = active[changes], slope[changes]
+        result = torch.empty_like(start.integers)
+        result[:, order] = state.integers.T.float()
         return dataclasses.replace(start, integers=result)
 
 
-def _sweep(integers: Tensor, slope: Tensor, step: Tensor, gram: Tensor, limits: tuple[Tensor, Tensor]) -> Tensor:
-    """Give every integer [N, K] its best value in turn, in place, and bring ``slope`` [N, K] up to date.
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Integers and their limits by channels in the order of the descent, int8 [K, N]; which scale each has, int64 [K].
+
+    ``scale`` is float32 [G, N]. A channel's values lie side by side.
+    """
+
+    integers: Tensor
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+    group: Tensor
+
+    @classmethod
+    def of(cls, problem: LayerProblem, form: Quadratic, start: Solution, order: Tensor) -> _State:
+        shape = len(order), len(start.integers)
+        integers, low, high = (torch.empty(shape, dtype=torch.int8, device=order.device) for _ in range(3))
+        for at in strips(len(order)):
+            channels = order[at]
+            integers[at] = by_channel(start.integers, channels)
+            step = channel_steps(problem, start.scale, channels)
+            low[at], high[at] = bounds(by_channel(form.weight, channels), step, problem.scheme.weight_bits)
+        return cls(integers, low, high, start.scale, (order >= problem.split).long())
+
+    def of_outputs(self, index: Tensor) -> _State:
+        """A copy of the part of some outputs."""
+        values = (t[:, index] for t in (self.integers, self.low, self.high, self.scale))
+        return _State(*values, self.group)
+
+
+def _sweep(state: _State, slope: Tensor, gram: Tensor, *, last: bool) -> Tensor:
+    """Give every integer its best value in turn, in place, and bring ``slope`` [N, K] up to date.
+
+    Args:
+        state: of N outputs.
+        slope: float32 [N, K], half the derivative by each weight.
+        gram: float32 [K, K].
+        last: whether no sweep follows, and slopes of channels that are through do not matter.
 
     Returns:
         bool [N], the outputs that changed.
     """
-    low, high = limits
     diagonal = gram.diagonal()
-    changed = torch.zeros(len(integers), dtype=torch.bool, device=integers.device)
+    changed = torch.zeros(len(slope), dtype=torch.bool, device=slope.device)
     for begin in range(0, len(gram), BLOCK):
-        here = slice(begin, begin + BLOCK)
-        before, inside, near = integers[:, here].clone(), slope[:, here].clone(), gram[here, here]
-        for k in range(len(near)):
-            at = begin + k
-            wanted = integers[:, at] - inside[:, k] / (diagonal[at] * step[:, at])
-            change = wanted.round_().clamp_(low[:, at], high[:, at]) - integers[:, at]
-            integers[:, at] += change
-            inside.addr_(change * step[:, at], near[k])
-        difference = integers[:, here] - before
-        changed |= difference.any(1)
-        slope += (difference * step[:, here]) @ gram[here]
+        stop = min(len(gram), begin + BLOCK)
+        here = slice(begin, stop)
+        before, low, high = (t[here].float() for t in (state.integers, state.low, state.high))
+        step, integers = state.scale[state.group[here]], before.clone()
+        inside, near = slope[:, here].T.contiguous(), gram[here, here]
+        for k in range(stop - begin):
+            wanted = integers[k] - inside[k] / (diagonal[begin + k] * step[k])
+            change = wanted.round_().clamp_(low[k], high[k]) - integers[k]
+            integers[k] += change
+            inside[k + 1 :].addr_(near[k, k + 1 :], change * step[k])
+        difference = integers - before
+        state.integers[here] = integers
+        changed |= difference.any(0)
+        moved = (difference * step).T.contiguous()
+        for at in strips(len(gram)):
+            if not last or at.stop > stop:
+                slope[:, at] += moved @ gram[here, at]
     return changed
