@@ -138,6 +138,7 @@ class ApplyMethods(Analysis):
             for method in self.methods:
                 update = method.apply(joint, update)
             assert update is not None
+            joint.cache.clear()  # what methods keep for one another is the most that there is
             parts = _split(update, [len(problem.weight) for problem in problems])
             quality = [_quality(problem, part) for problem, part in zip(problems, parts, strict=True)]
             tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64, device="cpu")}

@@ -17,7 +17,9 @@ from fxq.calibration.spill import Spill
 from fxq.core.interpret import SparingInterpreter
 from fxq.core.ir import plan_of
 from fxq.runtime.messages import first_line
+from fxq.runtime.residency import trim
 
+_TRIM = 1 << 26  # bytes of weights given back between two calls of the allocator
 _ROWS = 2048  # of a gradient that are squared at a time
 _LARGE = 1 << 15  # bytes from which on a tensor that backward needs goes to a file, and a weight is given back
 
@@ -84,9 +86,10 @@ class GradientObserver(Observer):
         self.place = (-1, 0)
         self.zero = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.seen: list[_Seen] = []
-        self.spill = Spill(collector.allocate)
+        self.spill, self.inputs = Spill(collector.allocate), Spill(collector.allocate)  # the latter are needed longer
         self.stored = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
         self.read: list[Tensor] = []  # stored tensors that the backward pass has asked for and that are in memory
+        self.freed = 0  # bytes of them since the allocator gave back what it keeps
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         """A stored tensor, of which no gradient is wanted."""
@@ -102,7 +105,7 @@ class GradientObserver(Observer):
             return result
         assert isinstance(value, Tensor) and isinstance(result, Tensor)
         layer = self.layers[n]
-        kept = None if layer in self.collector.leaders else self._pack(value.detach())
+        kept = None if layer in self.collector.leaders else self._put(value.detach(), self.inputs)
         seen = _Seen(layer, x, kept, value.shape[:-1].numel(), result.shape[-1])
         self.seen.append(seen)
         probed = result + self.zero.to(result.device)
@@ -121,6 +124,7 @@ class GradientObserver(Observer):
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             result = super().call(*leaves)
             self.spill.close()
+            self.inputs.close()
             try:
                 squares = self._squares(result)
             except (RuntimeError, NotImplementedError) as error:
@@ -133,15 +137,20 @@ class GradientObserver(Observer):
         for seen, square in zip(self.seen, squares, strict=True):
             if seen.x is not None:
                 self.collector.add(seen.layer, _value(seen.x), square)
+                seen.x = None
         self.seen = []
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
         """What is kept of a tensor until the backward pass."""
+        return self._put(tensor, self.spill)
+
+    def _put(self, tensor: Tensor, spill: Spill) -> Tensor | tuple[Tensor, torch.device]:
+        """The tensor, or where its copy lies in a file and the device that it is of."""
         small = tensor.untyped_storage().nbytes() < _LARGE
         if self.collector.folder is None or small or tensor.untyped_storage().data_ptr() in self.stored:
             return tensor
-        return self.spill.put(tensor), tensor.device
+        return spill.put(tensor), tensor.device
 
     def _unpack(self, kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
         """What a node of the backward pass asks for; the weights of the nodes before it are through."""
@@ -153,8 +162,11 @@ class GradientObserver(Observer):
         return kept
 
     def _give_back(self) -> None:
-        self.residency.give_back(*self.read)
+        self.freed += self.residency.give_back(*self.read)
         self.read.clear()
+        if self.freed >= _TRIM:
+            self.freed = 0
+            trim()
 
     def _squares(self, result: object) -> list[Tensor]:
         """The squared gradient of each seen linear's rows, float64 [R] on the CPU."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxq.calibration.row_sample import Allocate
-from fxq.runtime.residency import give_back
+from fxq.runtime.residency import give_back, trim
 
 _LEAST, _MOST = 1 << 20, 1 << 26  # bytes of the first file, and of later ones, that hold several tensors
 
@@ -36,7 +36,11 @@ class Spill:
         return self._file[start : self._used].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def close(self) -> None:
-        """Take the file that is being filled out of memory; the next tensor goes into a new one."""
+        """Take the file that is being filled out of memory, with what the allocator keeps of tensors that are gone.
+
+        The next tensor goes into a new one.
+        """
         if self._file is not None:
             give_back(self._file)
+            trim()
         self._file, self._used = None, 0

@@ -22,6 +22,10 @@ from fxq.passes.methods.quadratic import (
     strips,
 )
 
+_FEWEST = 16  # rows of a product of matrices; fewer are summed in another order
+_MANY = 4096  # outputs of which those that change are worth looking for
+_FEW = 0.75  # of the outputs: to pick them out costs less than it saves
+
 
 @dataclasses.dataclass(frozen=True)
 class CoordinateDescent(QuadraticMethod):
@@ -90,8 +94,8 @@ class _State:
 
     def of_outputs(self, index: Tensor) -> _State:
         """A copy of the part of some outputs."""
-        values = (t[:, index] for t in (self.integers, self.low, self.high, self.scale))
-        return _State(*values, self.group)
+        integers, low, high, scale = (t[:, index] for t in (self.integers, self.low, self.high, self.scale))
+        return _State(integers, low, high, scale, self.group)
 
 
 def _sweep(state: _State, slope: Tensor, gram: Tensor, *, last: bool) -> Tensor:
@@ -114,16 +118,52 @@ def _sweep(state: _State, slope: Tensor, gram: Tensor, *, last: bool) -> Tensor:
         before, low, high = (t[here].float() for t in (state.integers, state.low, state.high))
         step, integers = state.scale[state.group[here]], before.clone()
         inside, near = slope[:, here].T.contiguous(), gram[here, here]
+        curvature = diagonal[here, None] * step
         for k in range(stop - begin):
-            wanted = integers[k] - inside[k] / (diagonal[begin + k] * step[k])
+            wanted = integers[k] - inside[k] / curvature[k]
             change = wanted.round_().clamp_(low[k], high[k]) - integers[k]
             integers[k] += change
-            inside[k + 1 :].addr_(near[k, k + 1 :], change * step[k])
+            _add_outer(inside[k + 1 :], near[k, k + 1 :], change * step[k])
         difference = integers - before
         state.integers[here] = integers
-        changed |= difference.any(0)
-        moved = (difference * step).T.contiguous()
-        for at in strips(len(gram)):
-            if not last or at.stop > stop:
-                slope[:, at] += moved @ gram[here, at]
+        moving = difference.any(0)
+        changed |= moving
+        _move(slope, difference * step, moving, gram[here], 0 if not last else stop)
     return changed
+
+
+def _add_outer(values: Tensor, factors: Tensor, moved: Tensor) -> None:
+    """Add ``factors`` [C] times ``moved`` [N] to values [C, N], in place."""
+    if len(moved) >= _MANY and moved.device.type == "cpu":
+        index = moved.nonzero().flatten()
+        if 8 * len(index) < len(moved):
+            part = values.index_select(1, index)
+            values.index_copy_(1, index, part.addr_(factors, moved[index]))
+            return
+    values.addr_(factors, moved)
+
+
+def _move(slope: Tensor, difference: Tensor, moving: Tensor, gram: Tensor, first: int) -> None:
+    """Add to ``slope`` [N, K] what ``difference`` [BLOCK, N] of some channels' weights makes of it, from ``first`` on.
+
+    Args:
+        slope: float32 [N, K], changed in place.
+        difference: float32 [BLOCK, N].
+        moving: bool [N], the outputs with any; of the others nothing is computed where that saves something.
+        gram: float32 [BLOCK, K], the channels' rows.
+        first: channel.
+    """
+    some = int(moving.sum())
+    if not some:
+        return
+    if _FEWEST <= some < _FEW * len(slope):
+        index = moving.nonzero().flatten()
+        moved = difference[:, index].T.contiguous()
+        for at in strips(slope.shape[1]):
+            if at.stop > first:
+                slope[:, at].index_add_(0, index, moved @ gram[:, at])
+        return
+    moved = difference.T.contiguous()
+    for at in strips(slope.shape[1]):
+        if at.stop > first:
+            slope[:, at] += moved @ gram[:, at]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.core.method import LayerUpdate
-from fxq.passes.methods import LayerProblem, Units, simulated_input
+from fxq.passes.methods import LayerProblem, Units, simulated_input, simulated_rows
 from fxq.passes.methods.units import TINY
 
 BLOCK = 128
@@ -33,7 +33,6 @@ DOUBLE = 4096
 
 _DAMPING = 1e-3  # of the mean diagonal: directions that no row has keep their weights
 _SHRINKING = 0.2  # of the mean diagonal, times channels a row: few rows say little about a covariance
-_PART = 512  # rows quantized at a time
 _STRIP = 1024  # rows of a matrix of channels computed at a time
 
 
@@ -86,7 +85,7 @@ class Quadratic:
             # From a row in the middle of them: sums of squares about zero would cancel where inputs hardly vary.
             rows = units.of_rows(stored)
             output = (rows @ weight.T).sub_(origin_output)
-            quantized = _quantized(problem, update, rows).sub_(origin)
+            quantized = simulated_rows(problem, update, rows).sub_(origin)
             del rows
             weighted = quantized * w[:, None]
             for at in strips(width):
@@ -116,14 +115,6 @@ class Quadratic:
     def shift(self, weight: Tensor) -> Tensor:
         """What is to be added to the bias so that the mean outputs of dequantized weights [N, K] are right, [N]."""
         return self.shift_of_float - weight @ self.mean
-
-
-def _quantized(problem: LayerProblem, update: LayerUpdate, rows: Tensor) -> Tensor:
-    """:func:`~fxq.passes.methods.simulated_input` of rows, some at a time."""
-    found = torch.empty_like(rows)
-    for out, part in zip(found.split(_PART), rows.split(_PART), strict=True):
-        out.copy_(simulated_input(problem, update, part))
-    return found
 
 
 def _middle(rows: Tensor) -> Tensor:
@@ -188,6 +179,10 @@ def _factor(make: Callable[[], Tensor]) -> Tensor:
 
 def _factor_over(matrix: Tensor) -> bool:
     """Replace a matrix that lies by columns by its lower Cholesky factor; whether there is none."""
+    if matrix.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(factor)
+        return bool(info)
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(matrix, out=(matrix, info))
     return bool(info)

@@ -16,7 +16,7 @@ from fxq.core.config import Budget
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.passes import LowRank, Rotate, Smooth
+from fxq.passes import LowRank, Rotate, Smooth, methods
 from fxq.passes.methods import descent, gptq, quadratic
 from fxq.planning import job
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
@@ -204,8 +204,8 @@ def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
 def test_the_memory_of_solving_a_layer_is_counted(outputs, width, count, most, monkeypatch):
     for module in (job, quadratic):
         monkeypatch.setattr(module, "DOUBLE", most)
-    for name, value in (("_STRIP", 64), ("_PART", 64)):
-        monkeypatch.setattr(quadratic, name, value)
+    monkeypatch.setattr(quadratic, "_STRIP", 64)
+    monkeypatch.setattr(methods, "_PART", 64)
     for module in (gptq, descent):
         monkeypatch.setattr(module, "BLOCK", 16)
     given, update, peak = problem(outputs, width, count, outliers=32), None, 0

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.live_bytes import LiveBytes
 from fxq import numerics
+from fxq.passes import methods
 from fxq.passes.methods import Units, descent, gptq, output_sqnr, quadratic, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
@@ -233,7 +234,7 @@ def test_rows_are_quantized_by_parts(monkeypatch):
     with LiveBytes() as live:
         form = Quadratic.of(p, update)
     assert live.peak < 3.2 * 4096 * 64 * 4
-    monkeypatch.setattr(quadratic, "_PART", 7)
+    monkeypatch.setattr(methods, "_PART", 7)
     again = Quadratic.of(dataclasses.replace(p, seed=1), update)
     assert torch.equal(again.gram, form.gram) and torch.equal(again.target, form.target)
 
