@@ -197,7 +197,8 @@ def _disk(
         size = next(model.parameters()).dtype.itemsize
         kept = (_kept_rows(recipe, drive, layer.width) * layer.width for layer in layers if layer.leads)
         stored = sum(layer.weights for layer in layers) * (_candidates(recipe) + twice)
-        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4
+        backward = _graph(recipe, layers, drive) * size // 4 if drive.calls else 0  # while a call lasts
+        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4 + backward
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
         ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))

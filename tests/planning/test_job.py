@@ -144,6 +144,19 @@ def test_a_checkpoint_directory_trades_memory_for_disk(tmp_path):
     assert spilled.seconds == within.seconds
 
 
+def test_what_a_backward_pass_needs_is_memory_or_disk(tmp_path):
+    drive = Drive(calls=2, flops=1e9, tokens=50_000)
+    kept = 3 * 4 * 50_000 * (64 + 96)
+    for folder, phase in ((None, "ram"), (tmp_path, "disk")):
+        plain, weighted = (
+            estimate_job(toy(), recipe(8, weighting=weighting), drive, speed=SPEED, folder=folder)
+            for weighting in ("uniform", "gradient")
+        )
+        more = {name: size - getattr(plain, phase)[name] for name, size in getattr(weighted, phase).items()}
+        assert more.pop("calibration" if folder is None else "checkpoint files") == kept
+        assert not any(more.values())
+
+
 def test_data_free_14b_fits_a_small_machine(tmp_path):
     estimate = estimate_job(
         meta_model(CausalWanConfig.wan_14b()), PRESETS["w8a8-dynamic"], speed=SPEED, folder=tmp_path, out=tmp_path
