@@ -63,8 +63,10 @@ class CoordinateDescent(QuadraticMethod):
                 break
             if not bool(changes.all()):
                 active, slope = active[changes], slope[changes]
+        del gram, slope
         result = torch.empty_like(start.integers)
-        result[:, order] = state.integers.T.float()
+        for at in strips(len(order)):
+            result[:, order[at]] = state.integers[at].T.float()
         return dataclasses.replace(start, integers=result)
 
 
