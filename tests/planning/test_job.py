@@ -212,7 +212,7 @@ def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
     assert of_wan_14b("w4a8").time["calibration"] == pytest.approx(2 * of_wan_14b("w8a8").time["calibration"])
 
 
-@pytest.mark.parametrize(("outputs", "width", "count"), [(2048, 256, 64), (8, 384, 64), (16, 64, 9000)])
+@pytest.mark.parametrize(("outputs", "width", "count"), [(2048, 160, 64), (8, 320, 64), (16, 64, 9000)])
 @pytest.mark.parametrize("most", [4096, 0], ids=["float64", "float32"])
 def test_the_memory_of_solving_a_layer_is_counted(outputs, width, count, most, monkeypatch):
     for module in (job, quadratic):
