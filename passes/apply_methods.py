@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -25,6 +25,7 @@ from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.memory.residency import Residency, trim
 
 _LEAST_OUTPUT = 2.0**-100  # in the range of float32 with room for the steps of integers, and for sums
+_ROWS = 512  # rows that are put into order at a time
 _LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
 
 
@@ -120,7 +121,11 @@ class ApplyMethods(Analysis):
                 file of its own.
         """
         residency = Residency()
-        problems = [self._problem(graph, site, plans[site.layer]) for site in group]
+        problems: list[LayerProblem] = []
+        for site in group:
+            problems.append(self._problem(graph, site, plans[site.layer], problems[:1]))
+        if (statistics := graph.statistics.get(group[0].layer)) is not None:
+            residency.give_back(statistics.rows)
         for problem, site in zip(problems, group, strict=True):
             _check_range(problem, site.weight(graph.module).dtype)
         joint = _stacked(problems)
@@ -133,6 +138,7 @@ class ApplyMethods(Analysis):
             for method in self.methods:
                 update = method.apply(joint, update)
             assert update is not None
+            joint.cache.clear()  # what methods keep for one another is the most that there is
             parts = _split(update, [len(problem.weight) for problem in problems])
             quality = [_quality(problem, part) for problem, part in zip(problems, parts, strict=True)]
             tensors = _to_tensors(parts) | {"output_sqnr": torch.tensor(quality, dtype=torch.float64, device="cpu")}
@@ -141,8 +147,6 @@ class ApplyMethods(Analysis):
             if self.checkpoint is not None:
                 tensors = self.checkpoint.write(name, key, tensors)
         residency.give_back(*(site.weight(graph.module) for site in group), *tensors.values())
-        if (statistics := graph.statistics.get(group[0].layer)) is not None:
-            residency.give_back(statistics.rows)
         del problems, joint
         trim()
         return tensors
@@ -161,7 +165,10 @@ class ApplyMethods(Analysis):
             for node in nodes:
                 set_plan(node, dataclasses.replace(plan, output_sqnr=None if math.isnan(sqnr) else sqnr))
 
-    def _problem(self, graph: QuantGraph, site: LinearSite, plan: LayerPlan) -> LayerProblem:
+    def _problem(
+        self, graph: QuantGraph, site: LinearSite, plan: LayerPlan, known: Sequence[LayerProblem] = ()
+    ) -> LayerProblem:
+        """The problem of a layer; rows of the one that is ``known`` of its group are not copied again."""
         order = group_order(plan)
         stored = site.weight(graph.module)
         weight, device = stored.float()[:, order.to(stored.device)], stored.device
@@ -175,15 +182,14 @@ class ApplyMethods(Analysis):
             if statistics.gradients is None:
                 raise ValueError(f"layer {plan.layer} was calibrated without gradients, and the weighting needs them")
             row_weights = row_weights * _relative(statistics.gradients, counts)
-        rows = statistics.rows.float()
-        rows = rows if statistics.multiplier is None else rows * statistics.multiplier
+        shared = [p for p in known if graph.statistics.get(p.layer) is statistics]
         branch = low_rank_branch(graph.module, plan)
         return LayerProblem(
             layer=plan.layer,
             weight=weight,
             low=statistics.low[order].to(device),
             high=statistics.high[order].to(device),
-            rows=rows[:, order].to(device),
+            rows=shared[0].rows if shared else _ordered_rows(statistics, order).to(device),
             row_weights=row_weights.to(device),
             scheme=plan.quantization,
             split=plan.split,
@@ -192,6 +198,16 @@ class ApplyMethods(Analysis):
             bias=None if bias is None else bias.float().to(device),
             branch=None if branch is None else branch[:, order.to(device)],
         )
+
+
+def _ordered_rows(statistics: LayerStatistics, order: Tensor) -> Tensor:
+    """float32 [R, K]: the sampled rows with channels in ``order``, made without a second copy of all of them."""
+    rows = statistics.rows
+    found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for out, part in zip(found.split(_ROWS), rows.split(_ROWS), strict=True):
+        values = part.float() if statistics.multiplier is None else part.float() * statistics.multiplier
+        torch.index_select(values, 1, order.to(rows.device), out=out)
+    return found
 
 
 def _check_range(problem: LayerProblem, dtype: torch.dtype) -> None:

@@ -20,6 +20,7 @@ from fxq.calibration.rollout import Rollout, current_call
 from fxq.core.ir import QuantGraph
 from fxq.core.method import LayerStatistics
 from fxq.core.signature import call_rules, flatten_call, rules_of
+from fxq.runtime.memory.residency import Residency
 from fxq.runtime.messages import first_line
 from fxq.runtime.workers import Workers
 
@@ -212,11 +213,12 @@ def _drive_batches(
 
 def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
     """sha256 over layer names, extremes, sampled rows, their weights and gradients."""
-    digest = hashlib.sha256()
+    digest, residency = hashlib.sha256(), Residency()
     for layer in sorted(statistics):
         s = statistics[layer]
         digest.update(f"{layer}:{s.seen}:{tuple(s.rows.shape)}".encode())
         for tensor in (s.low, s.high, s.rows, *(t for t in (s.weights, s.gradients) if t is not None)):
             for part in tensor.split(4096):
                 digest.update(part.float().contiguous().numpy().data)
+                residency.give_back(part)
     return digest.hexdigest()

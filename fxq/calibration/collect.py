@@ -20,6 +20,7 @@ class CalibrationError(ValueError):
     """Calibration data that is missing, misshapen, not finite or that never reaches a planned layer."""
 
 
+_TOUCHED = 1 << 26  # bytes of rows in files that may be in memory
 _STORED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,9 +53,10 @@ class Collector:
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
         self._calls: dict[str, tuple[int, int]] = {}
         self._gradients = False
+        self._touched = 0  # bytes of rows that may be in memory
 
     def add(self, layer: str, x: Tensor, gradients: Tensor | None = None) -> None:
-        """Fold the input ``x`` [..., K] of one call, with ``gradients`` [rows of x] (:mod:`fxq.calibration.gradients`).
+        """Fold the input ``x`` [..., K] of one call, with ``gradients`` [rows of x].
 
         Raises:
             CalibrationError: when it has NaN or infinity.
@@ -76,7 +78,11 @@ class Collector:
             )
         self._widen(layer, low, high)
         self._gradients |= gradients is not None
-        self._sample(layer, rows.shape[1]).add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
+        sample = self._sample(layer, rows.shape[1])
+        sample.add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
+        self._touched += sample.stored.nbytes
+        if self._touched > _TOUCHED:
+            self.give_back()
 
     def _where(self) -> str:
         if (current := current_call()) is not None:
@@ -104,8 +110,9 @@ class Collector:
 
     def give_back(self) -> None:
         """Take the rows that lie in files out of memory."""
+        self._touched = 0
         if self.folder is not None:
-            give_back(*(sample.rows for sample in self._samples.values()))
+            give_back(*(sample.stored for sample in self._samples.values()))
 
     def merge(self, workers: Workers) -> None:
         """Make this the collector of all ranks' rows: the same as one that saw every batch itself.
@@ -132,6 +139,8 @@ class Collector:
         for layer, sample in self._samples.items():
             low, high = self._extremes[layer]
             rows, chunks, weights, gradients = sample.finish()
+            if self.folder is not None:
+                give_back(sample.stored)
             statistics[layer] = LayerStatistics(
                 low=low,
                 high=high,

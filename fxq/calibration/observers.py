@@ -13,12 +13,15 @@ from torch.utils import _pytree as pytree
 
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import current_call
+from fxq.calibration.spill import Spill
 from fxq.core.interpret import SparingInterpreter
 from fxq.core.ir import plan_of
-from fxq.runtime.memory.residency import give_back
+from fxq.runtime.memory.residency import trim
 from fxq.runtime.messages import first_line
 
-_LARGE = 1 << 20  # bytes from which on a tensor that backward needs goes to a file
+_TRIM = 1 << 26  # bytes of weights given back between two calls of the allocator
+_ROWS = 2048  # of a gradient that are squared at a time
+_LARGE = 1 << 15  # bytes from which on a tensor that backward needs goes to a file, and a weight is given back
 
 
 class Observer(SparingInterpreter):
@@ -42,14 +45,27 @@ class Observer(SparingInterpreter):
         return super().run_node(n)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Seen:
-    """A planned linear in a call: its input's node and value, and zeros that were added to its output."""
+    """A planned linear in a call: its input's node and value, and what the backward pass told of its output.
+
+    ``x`` [..., K] is what is kept of the value, None where another layer stands for this one. ``squares`` float64 [R]
+    on the CPU are the gradient's sums of squares for each row, None where nothing depends on the output; ``width`` is
+    that of the output.
+    """
 
     layer: str
     node: fx.Node
-    x: Tensor
-    probe: Tensor
+    x: Tensor | tuple[Tensor, torch.device] | None
+    rows: int
+    width: int
+    squares: Tensor | None = None
+
+    def tell(self, gradient: Tensor | None) -> None:
+        """Note the gradient [..., N] of the output; it is not kept."""
+        if gradient is not None:
+            parts = gradient.reshape(-1, self.width).split(_ROWS)
+            self.squares = torch.cat([part.double().square().sum(1).cpu() for part in parts])
 
 
 class GradientObserver(Observer):
@@ -61,14 +77,19 @@ class GradientObserver(Observer):
     outputs of the linear and of those that share its input. Of denoising calls the prediction counts; other calls of a
     rollout, whose prediction is not used, have gradients of zero. Calls outside of a rollout count with all outputs.
 
-    With a collector's ``folder`` what the backward pass needs lies in files there, which leave no trace.
+    With a collector's ``folder`` what the backward pass needs lies in files there, which leave no trace. A file-mapped
+    weight leaves memory after the backward pass of its node, as it does after the forward.
     """
 
     def __init__(self, module: fx.GraphModule, collector: Collector) -> None:
         super().__init__(module, collector)
         self.place = (-1, 0)
+        self.zero = torch.zeros((), dtype=torch.float32, requires_grad=True)
         self.seen: list[_Seen] = []
+        self.spill, self.inputs = Spill(collector.allocate), Spill(collector.allocate)  # the latter are needed longer
         self.stored = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        self.read: list[Tensor] = []  # stored tensors that the backward pass has asked for and that are in memory
+        self.freed = 0  # bytes of them since the allocator gave back what it keeps
 
     def get_attr(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> Any:
         """A stored tensor, of which no gradient is wanted."""
@@ -76,16 +97,20 @@ class GradientObserver(Observer):
         return value.detach() if isinstance(value, Tensor) else value
 
     def run_node(self, n: fx.Node) -> object:
-        """Run one node; zeros that remember their gradient are added to the output of a planned linear."""
+        """Run one node; a zero with a gradient is added to the output of a planned linear, whose own is then seen."""
         x = n.args[0] if n in self.layers else None
         value = self.env[x] if isinstance(x, fx.Node) else None
         result = SparingInterpreter.run_node(self, n)
         if not isinstance(x, fx.Node):
             return result
         assert isinstance(value, Tensor) and isinstance(result, Tensor)
-        probe = torch.zeros_like(result, requires_grad=True)
-        self.seen.append(_Seen(self.layers[n], x, value.detach(), probe))
-        return result + probe
+        layer = self.layers[n]
+        kept = None if layer in self.collector.leaders else self._put(value.detach(), self.inputs)
+        seen = _Seen(layer, x, kept, value.shape[:-1].numel(), result.shape[-1])
+        self.seen.append(seen)
+        probed = result + self.zero.to(result.device)
+        probed.register_hook(seen.tell)
+        return probed
 
     def call(self, *leaves: object) -> object:
         """The graph's result for flat inputs, without gradients.
@@ -96,8 +121,10 @@ class GradientObserver(Observer):
         batch = self.collector.batch
         self.place = (batch, self.place[1] + 1 if self.place[0] == batch else 0)
         self.seen = []
-        with torch.enable_grad(), saved_tensors_hooks(self._pack, _unpack):
+        with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
             result = super().call(*leaves)
+            self.spill.close()
+            self.inputs.close()
             try:
                 squares = self._squares(result)
             except (RuntimeError, NotImplementedError) as error:
@@ -105,19 +132,41 @@ class GradientObserver(Observer):
                     f"weighting = 'gradient' takes gradients of the model, and this fails: {first_line(error)}. Choose "
                     "another weighting in the recipe, as 'uniform'"
                 ) from error
+            finally:
+                self._give_back()
         for seen, square in zip(self.seen, squares, strict=True):
-            self.collector.add(seen.layer, seen.x, square)
+            if seen.x is not None:
+                self.collector.add(seen.layer, _value(seen.x), square)
+                seen.x = None
         self.seen = []
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[Tensor, torch.device]:
         """What is kept of a tensor until the backward pass."""
+        return self._put(tensor, self.spill)
+
+    def _put(self, tensor: Tensor, spill: Spill) -> Tensor | tuple[Tensor, torch.device]:
+        """The tensor, or where its copy lies in a file and the device that it is of."""
         small = tensor.untyped_storage().nbytes() < _LARGE
         if self.collector.folder is None or small or tensor.untyped_storage().data_ptr() in self.stored:
             return tensor
-        kept = self.collector.allocate(tuple(tensor.shape), tensor.dtype).copy_(tensor)
-        give_back(kept)
-        return kept, tensor.device
+        return spill.put(tensor), tensor.device
+
+    def _unpack(self, kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+        """What a node of the backward pass asks for; the weights of the nodes before it are through."""
+        if not isinstance(kept, Tensor):
+            return _value(kept)
+        if kept.untyped_storage().data_ptr() in self.stored and kept.untyped_storage().nbytes() >= _LARGE:
+            self._give_back()
+            self.read.append(kept)
+        return kept
+
+    def _give_back(self) -> None:
+        self.freed += self.residency.give_back(*self.read)
+        self.read.clear()
+        if self.freed >= _TRIM:
+            self.freed = 0
+            trim()
 
     def _squares(self, result: object) -> list[Tensor]:
         """The squared gradient of each seen linear's rows, float64 [R] on the CPU."""
@@ -125,22 +174,21 @@ class GradientObserver(Observer):
         if (current := current_call()) is not None:
             outputs = outputs[:1] if current.kind == "denoise" else []
         outputs = [t for t in outputs if t.requires_grad]
-        rows = [seen.x.shape[:-1].numel() for seen in self.seen]
         if not outputs:
-            return [torch.zeros(count, dtype=torch.float64) for count in rows]
+            return [torch.zeros(seen.rows, dtype=torch.float64) for seen in self.seen]
         number = (self.collector.seed * 1_000_003 + self.place[0]) * 1_000_003 + self.place[1]
         generator = torch.Generator().manual_seed(number % 2**63)
         vectors = [torch.randn(t.shape, generator=generator, dtype=torch.float32).to(t) for t in outputs]
-        gradients = torch.autograd.grad(outputs, [seen.probe for seen in self.seen], vectors, allow_unused=True)
+        torch.autograd.grad(outputs, self.zero, vectors, allow_unused=True)
         keys = [(self.collector.leaders.get(seen.layer, seen.layer), seen.node) for seen in self.seen]
-        sums = {key: torch.zeros(count, dtype=torch.float64) for key, count in zip(keys, rows, strict=True)}
+        sums = {key: torch.zeros(seen.rows, dtype=torch.float64) for key, seen in zip(keys, self.seen, strict=True)}
         widths = dict.fromkeys(keys, 0)
-        for key, seen, gradient in zip(keys, self.seen, gradients, strict=True):
-            widths[key] += seen.probe.shape[-1]
-            if gradient is not None:
-                sums[key] += gradient.reshape(-1, seen.probe.shape[-1]).double().square().sum(1).cpu()
+        for key, seen in zip(keys, self.seen, strict=True):
+            widths[key] += seen.width
+            if seen.squares is not None:
+                sums[key] += seen.squares
         return [sums[key] / widths[key] for key in keys]
 
 
-def _unpack(kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+def _value(kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
     return kept if isinstance(kept, Tensor) else kept[0].to(kept[1])

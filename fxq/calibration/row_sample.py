@@ -88,6 +88,12 @@ class RowSample:
         return self._rows[: len(self._marks)]
 
     @property
+    def stored(self) -> Tensor:
+        """All that is allocated, :attr:`rows` and room behind them that may have been written to."""
+        assert self._rows is not None
+        return self._rows
+
+    @property
     def seen(self) -> int:
         """Number of rows offered."""
         return sum(self.counts.values())

@@ -16,6 +16,7 @@ from fxq.calibration.row_sample import row_limit
 from fxq.core.config import Recipe, Scheme, Weighting
 from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.numerics import PACK_BLOCK
+from fxq.passes.methods.quadratic import DOUBLE, ROWS
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.smooth import Smooth
 from fxq.planning.drive import Drive
@@ -27,7 +28,9 @@ from fxq.runtime.memory.residency import Residency
 _PROCESS = int(0.6e9)  # Python, torch, the graph; measured on 300 linears
 _REMNANTS = 6  # times the largest weight: what the allocator keeps of earlier matrix products; measured at 1.3B and 14B
 _SEARCH, _LEARN = 11, 100  # bytes per weight of a layer: float32 copies and integers; gradients and moments beside them
-_SOLVE = 28, 24  # bytes per weight of a layer and per entry of a matrix of its inputs: float64 sums, factor, orders
+_SOLVE = 34  # bytes per weight of methods that solve: the form, integers and slopes, and float64 sums
+_FORM = 20  # the same while the form is made
+_FILES = int(0.2e9)  # of calibration rows, and of what a backward pass needs, that lie in files
 _SCRATCH = int(0.1e9)  # of a search, which works on a part of the weights at a time
 _TOGETHER = 3  # layers of one module that read the same input and are solved together: queries, keys and values
 _SAMPLED = 1 << 20  # calibration values of a layer that are searched for its range
@@ -142,7 +145,7 @@ def _ram(
     base += changed
     if drive.calls:
         phases["calibration"] = (
-            base + drive.call_bytes + widest + sum(held) + (0 if folder else _graph(recipe, layers, drive))
+            base + drive.call_bytes + widest + sum(held) + (_FILES if folder else _graph(recipe, layers, drive))
         )
     if twice:
         phases["sensitivity"] = base + changed + drive.call_bytes + drive.kept_bytes + sum(held) + integers
@@ -167,8 +170,11 @@ def _working_set(recipe: Recipe, layer: _Layer, rows: int) -> int:
     targets = 4 * rows * layer.group * layer.outputs if learns else 0
     work = weights * (_LEARN if learns else _SEARCH)
     if any(isinstance(method, SolvingMethod) for method in methods):
-        work = max(work, weights * _SOLVE[0] + layer.width**2 * _SOLVE[1])
-    return _SCRATCH + work + 8 * rows * layer.width + targets
+        size = 8 if layer.width <= DOUBLE else 4  # of a sum; two matrices of the inputs are there at once
+        part = min(rows, ROWS) * (14 * layer.width + 12 * layer.group * layer.outputs)
+        form = weights * _FORM + layer.width**2 * size + part
+        work = max(work, form, weights * _SOLVE + layer.width**2 * (2 * size + 1))
+    return _SCRATCH + work + (8 if learns else 4) * rows * layer.width + targets
 
 
 def _unmapped_bytes(model: nn.Module) -> int:
@@ -191,7 +197,8 @@ def _disk(
         size = next(model.parameters()).dtype.itemsize
         kept = (_kept_rows(recipe, drive, layer.width) * layer.width for layer in layers if layer.leads)
         stored = sum(layer.weights for layer in layers) * (_candidates(recipe) + twice)
-        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4
+        backward = _graph(recipe, layers, drive) * size // 4 if drive.calls else 0  # while a call lasts
+        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4 + backward
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
         ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))

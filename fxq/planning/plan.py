@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from dataclasses import dataclass
 from functools import cached_property
 
 from fxq.core.config import Recipe
+from fxq.planning.drive import Drive
 from fxq.planning.gpus import GIB, Gpu, PlanningError, Range
+from fxq.planning.job import estimate_job
 from fxq.planning.memory import (
     CACHE_FORMATS,
     CacheFormat,
@@ -20,12 +23,15 @@ from fxq.planning.memory import (
     weight_bytes,
 )
 from fxq.planning.roofline import ARITHMETICS, chunk_seconds, frames_per_second, gain
+from fxq.planning.speed import Speed as JobSpeed
 from fxq.planning.workloads import Workload
 from fxq.presets import PRESETS
 
 RESERVE = 1.5 * GIB
 """For the CUDA context, libraries and what the allocator cannot use."""
 TRAINED_FRAMES = 21
+VIDEOS = 16
+"""Of a calibration, where nobody says how many."""
 MARKS = (5 / 60, 0.5, 1, 2, 5, 10, 30, 60)
 LONGEST_MINUTES = 24 * 60
 WEIGHTS: tuple[tuple[str, Recipe | None], ...] = (("bf16", None), ("W8A8", PRESETS["w8a8"]), ("W4A8", PRESETS["w4a8"]))
@@ -100,6 +106,29 @@ class Plan:
         """Linears of one denoiser call."""
         workload = self.workload
         return linear_calls(meta_model(workload.config), workload.frames_per_chunk, workload.latent)
+
+    def quantizing(self) -> dict[str, tuple[int, int]]:
+        """Memory and disk, in bytes, of the machine that quantizes the model, by weights.
+
+        With the preset and a checkpoint directory, on 16 videos of 21 latent frames of this size.
+        """
+        workload = self.workload
+        chunks = -(-TRAINED_FRAMES // workload.frames_per_chunk)
+        calls = VIDEOS * chunks * (workload.steps + workload.context_calls)
+        first, last = (
+            activation_bytes(workload, frames, self.window)
+            + 2 * cache_bytes(workload, frames, self.window, CACHE_FORMATS[0])
+            for frames in (workload.frames_per_chunk, chunks * workload.frames_per_chunk)
+        )
+        drive = Drive(calls=calls, tokens=workload.chunk_tokens, call_bytes=last)
+        example = dataclasses.replace(drive, call_bytes=first)
+        model, found = meta_model(workload.config), {}
+        for name, recipe in WEIGHTS:
+            if recipe is not None:
+                here, speed = pathlib.Path(), JobSpeed(1.0, 0.0)
+                needed = estimate_job(model, recipe, drive, example=example, folder=here, speed=speed)
+                found[name] = needed.ram_bytes, needed.disk_bytes
+        return found
 
     def cache_over_time(self) -> list[tuple[str, list[tuple[float, int]]]]:
         """For each cache policy its name and (minutes, bytes) up to the asked minute."""

@@ -6,7 +6,7 @@ import dataclasses
 
 from fxq.planning.gpus import GIB
 from fxq.planning.memory import activation_bytes, text_bytes
-from fxq.planning.plan import RESERVE, Plan, cache_name
+from fxq.planning.plan import RESERVE, TRAINED_FRAMES, VIDEOS, Plan, cache_name
 from fxq.planning.workloads import ROTARY_FRAMES, TEMPORAL_STRIDE
 
 
@@ -32,6 +32,9 @@ def assumptions(plan: Plan) -> list[str]:
         "bf16 copy, which counts as activations; videos at a time take turns",
         "caches int8, qvg and klt: exact bytes of these codecs (docs/cache.md), in spans of eight chunks or of as many "
         "as the window has room for; the sink, one recent chunk and what makes no span yet are bf16",
+        f"quantizing is counted with a checkpoint directory and {VIDEOS} calibration videos of {TRAINED_FRAMES} latent "
+        f"frames of this size, {cache_name(plan.window)}, on a CPU; fxq quantize says what its own data need before it "
+        "starts",
         "every quantized layer is taken to have two scales; patch and time embedding, norms, modulation and head stay "
         "in bf16",
     ]
@@ -48,6 +51,7 @@ def plan_to_json(plan: Plan) -> dict[str, object]:
         "gpu": {"name": plan.gpu.name, "arch": plan.gpu.arch, "memory": plan.gpu.memory, "usable": plan.usable},
         "minutes": plan.minutes,
         "weights": plan.weights,
+        "quantizing": {name: {"ram": ram, "disk": disk} for name, (ram, disk) in plan.quantizing().items()},
         "text_cache": text_bytes(plan.workload.config),
         "activations": {
             cache_name(window): activation_bytes(plan.workload, plan.workload.frames(plan.minutes), window)

@@ -56,6 +56,9 @@ def _sizes(plan: Plan) -> Table:
         size = activation_bytes(w, w.frames(plan.minutes), window)
         table.add_row(f"activations at their peak, cache {cache_name(window)}", _gib(size))
     table.add_row("usable memory of the GPU", _gib(plan.usable))
+    for name, (ram, disk) in plan.quantizing().items():
+        table.add_row(f"quantizing to {name}: memory", _gib(ram))
+        table.add_row(f"quantizing to {name}: disk", _gib(disk))
     return table
 
 

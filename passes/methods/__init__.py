@@ -26,6 +26,7 @@ __all__ = [
     "output_sqnr",
     "row_energies",
     "simulated_input",
+    "simulated_rows",
     "subsample",
 ]
 
@@ -33,6 +34,7 @@ EXACT = 300.0
 """Decibels told of an output without any error."""
 
 _BLOCK = 2048  # rows whose outputs are in memory at a time
+_PART = 512  # rows quantized at a time
 
 
 def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Tensor:
@@ -43,6 +45,14 @@ def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Te
         return numerics.dequantize_per_token(q, scale, split)
     q = numerics.quantize_input(x, update.input_scale, update.input_zero_point, split, bits)
     return numerics.dequantize_input(q, update.input_scale, update.input_zero_point, split)
+
+
+def simulated_rows(problem: LayerProblem, update: LayerUpdate, rows: Tensor) -> Tensor:
+    """:func:`simulated_input` of many rows, some at a time: it takes several times the memory of its result."""
+    found = torch.empty_like(rows)
+    for out, part in zip(found.split(_PART), rows.split(_PART), strict=True):
+        out.copy_(simulated_input(problem, update, part))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +71,16 @@ class Units:
         """The problem in these units, but for ``low``, ``high`` and ``bias``."""
         if self == Units(1.0, 1.0):
             return problem
-        return dataclasses.replace(problem, rows=problem.rows / self.inputs, weight=problem.weight / self.weights)
+        rows, weight = self.of_rows(problem.rows), self.of_weight(problem.weight)
+        return dataclasses.replace(problem, rows=rows, weight=weight)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Inputs in these units, the same tensor where that changes nothing."""
+        return rows if self.inputs == 1.0 else rows / self.inputs
+
+    def of_weight(self, weight: Tensor) -> Tensor:
+        """Weights in these units, the same tensor where that changes nothing."""
+        return weight if self.weights == 1.0 else weight / self.weights
 
     def update(self, update: LayerUpdate, *, back: bool = False) -> LayerUpdate:
         """An update's scales in these units, or ``back`` in those of the model."""
@@ -156,7 +175,7 @@ def output_errors(problem: LayerProblem, update: LayerUpdate, mass: Tensor) -> t
     signal = torch.zeros_like(noise)
     for rows, masses in zip(problem.rows.split(_BLOCK), mass.double().split(_BLOCK), strict=True):
         want = rows @ problem.weight.T
-        got = simulated_input(problem, update, rows) @ w_hat.T
+        got = simulated_rows(problem, update, rows) @ w_hat.T
         got = got if update.bias_shift is None else got + update.bias_shift
         noise += masses @ (want - got).double().square()
         output = want if whole is None else rows @ whole.T

@@ -8,7 +8,16 @@ import torch
 
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, QuadraticMethod, Solution, bounds, cholesky, steps
+from fxq.passes.methods.quadratic import (
+    BLOCK,
+    Quadratic,
+    QuadraticMethod,
+    Solution,
+    bounds,
+    by_channel,
+    channel_steps,
+    cholesky,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +43,23 @@ class GPTQ(QuadraticMethod):
 
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers of all channels for the scales of ``start``."""
-        width = len(form.gram)
+        width, outputs = len(form.gram), len(form.weight)
         order = form.gram.diagonal().argsort(stable=True) if self.act_order else torch.arange(width).flip(0)
         order = order.to(form.gram.device)
-        factor = cholesky(form.gram[order][:, order], self.damping)
-        target, step = form.target[:, order], steps(problem, start.scale)[:, order]
-        low, high = bounds(form.weight[:, order], step, problem.scheme.weight_bits)
-        integers, errors = torch.empty_like(target), torch.empty_like(target)
+        factor = cholesky(form.gram, self.damping, order)
+        found, errors = torch.empty_like(form.target), form.target.new_empty(outputs, width)
         for stop in range(width, 0, -BLOCK):
             begin = max(0, stop - BLOCK)
-            here = slice(begin, stop)
-            # What the errors of the channels behind add to each component of the block, [N, BLOCK].
-            behind = errors[:, stop:] @ factor[stop:, here]
-            block = factor[here, here]
+            channels, block = order[begin:stop], factor[begin:stop, begin:stop].contiguous()
+            target, step = by_channel(form.target, channels), channel_steps(problem, start.scale, channels)
+            low, high = bounds(by_channel(form.weight, channels), step, problem.scheme.weight_bits)
+            # What the errors of the channels behind add to each component of the block.
+            behind = (errors[:, stop:] @ factor[stop:, begin:stop]).T.contiguous()
+            integers, wrong = torch.empty_like(target), torch.empty_like(target)
             for k in reversed(range(stop - begin)):
-                at = begin + k
-                wanted = target[:, at] + behind[:, k] / block[k, k]
-                integers[:, at] = (wanted / step[:, at]).round_().clamp_(low[:, at], high[:, at])
-                errors[:, at] = target[:, at] - integers[:, at] * step[:, at]
-                behind.addr_(errors[:, at], block[k])
-        found = torch.empty_like(integers)
-        found[:, order] = integers
+                wanted = target[k] + behind[k] / block[k, k]
+                integers[k] = (wanted / step[k]).round_().clamp_(low[k], high[k])
+                wrong[k] = target[k] - integers[k] * step[k]
+                behind[:k].addr_(block[k, :k], wrong[k])
+            found[:, channels], errors[:, begin:stop] = integers.T, wrong.T
         return dataclasses.replace(start, integers=found)

@@ -53,7 +53,7 @@ class InputSearch:
         for g, part in enumerate(problem.groups):
             weight = problem.weight[:, part] / units.weights
             known = float(scales[g]) / units.inputs, int(zeros[g])
-            scale, zeros[g] = self._search(problem, rows[:, part], weights, weight.T @ weight, known)
+            scale, zeros[g] = self._search(problem, rows[:, part], weights, weight, known)
             scales[g] = max(scale * units.inputs, TINY)
         if len(scales) == 2:
             ratio = float((update.weight_scale[1] / update.weight_scale[0]).max() * scales[1] / scales[0])
@@ -62,19 +62,21 @@ class InputSearch:
         return dataclasses.replace(update, input_scale=scales, input_zero_point=zeros)
 
     def _search(
-        self, problem: LayerProblem, x: Tensor, weights: Tensor, form: Tensor, known: tuple[float, int]
+        self, problem: LayerProblem, x: Tensor, weights: Tensor, weight: Tensor, known: tuple[float, int]
     ) -> tuple[float, int]:
-        """Scale and zero point of rows [R, K] of one group whose errors e cost ``e form e^T``."""
+        """Scale and zero point of rows [R, K] of one group whose errors e cost ``|W e|^2``, W [N, K]."""
         bits = problem.scheme.input_bits
         low_bit, high_bit = numerics.integer_range(bits)
         low, high = float(x.min()), float(x.max())
         pairs = [affine(low * a, high * b, bits) for a, b in itertools.product(self.ratios, repeat=2)]
+        form = weight.T @ weight if len(weight) > weight.shape[1] else None  # whichever product is the smaller
         best, found = torch.inf, known
         for scale, zero in dict.fromkeys((known, *pairs)):
             q = (x / scale).round_().add_(zero).clamp_(low_bit, high_bit)
             error = q.sub_(zero).mul_(scale).sub_(x)
             error -= weights @ error
-            cost = float((((error @ form) * error).sum(1) * weights).sum())
+            squares = (error @ weight.T).square_() if form is None else (error @ form).mul_(error)
+            cost = float((squares.sum(1) * weights).sum())
             if cost < best:
                 best, found = cost, (scale, zero)
         return found

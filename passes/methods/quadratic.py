@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -18,16 +19,21 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.core.method import LayerUpdate
-from fxq.passes.methods import LayerProblem, Units, simulated_input
+from fxq.passes.methods import LayerProblem, Units, simulated_input, simulated_rows
 from fxq.passes.methods.units import TINY
 
 BLOCK = 128
 """Input channels whose products with all others are made at once."""
 
+ROWS = 4096
+"""Calibration rows multiplied at a time."""
+
+DOUBLE = 4096
+"""Most channels whose sums are kept in float64."""
+
 _DAMPING = 1e-3  # of the mean diagonal: directions that no row has keep their weights
 _SHRINKING = 0.2  # of the mean diagonal, times channels a row: few rows say little about a covariance
-_ROWS = 4096  # rows multiplied at a time
-_DOUBLE = 4096  # most channels whose sums are kept in float64
+_STRIP = 1024  # rows of a matrix of channels computed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,41 +62,50 @@ class Quadratic:
         scales = [t.tolist() for t in (update.input_scale, update.input_zero_point) if t is not None]
         known = problem.cache.get("quadratic")
         if known is None or known[0] != scales:
-            units = Units.of(problem)
-            known = scales, cls._of(units.problem(problem), units.update(update))
+            known = problem.cache["quadratic"] = None  # two would be alive at once
+            known = scales, cls._of(problem, update, Units.of(problem))
             problem.cache["quadratic"] = known
         form = known[1]
         assert isinstance(form, cls)
         return form
 
     @classmethod
-    def _of(cls, problem: LayerProblem, update: LayerUpdate) -> Quadratic:
+    def _of(cls, problem: LayerProblem, update: LayerUpdate, units: Units) -> Quadratic:
         width, device = problem.weight.shape[1], problem.weight.device
-        sums = torch.float64 if width <= _DOUBLE else torch.float32
+        weight, update = units.of_weight(problem.weight), units.update(update)
+        sums = torch.float64 if width <= DOUBLE else torch.float32
         weights = problem.row_weights.double() / problem.row_weights.double().sum()
         gram = torch.zeros(width, width, dtype=sums, device=device)
-        cross = torch.zeros(problem.weight.shape, dtype=sums, device=device)  # [N, K]: sum of W x x'^T
+        cross = torch.zeros(weight.shape, dtype=sums, device=device)  # [N, K]: sum of W x x'^T
         mean = torch.zeros(width, dtype=torch.float64, device=device)
-        mean_output = torch.zeros(len(problem.weight), dtype=torch.float64, device=device)
-        middle = _middle(problem.rows[:_ROWS])
-        origin, origin_output = simulated_input(problem, update, middle), middle @ problem.weight.T
-        for rows, w in zip(problem.rows.split(_ROWS), weights.float().split(_ROWS), strict=True):
+        mean_output = torch.zeros(len(weight), dtype=torch.float64, device=device)
+        middle = _middle(units.of_rows(problem.rows[:ROWS]))
+        origin, origin_output = simulated_input(problem, update, middle), middle @ weight.T
+        for stored, w in zip(problem.rows.split(ROWS), weights.float().split(ROWS), strict=True):
             # From a row in the middle of them: sums of squares about zero would cancel where inputs hardly vary.
-            quantized = simulated_input(problem, update, rows) - origin
-            output = rows @ problem.weight.T - origin_output
+            rows = units.of_rows(stored)
+            output = (rows @ weight.T).sub_(origin_output)
+            quantized = simulated_rows(problem, update, rows).sub_(origin)
+            del rows
             weighted = quantized * w[:, None]
-            gram += weighted.T @ quantized
-            cross += output.T @ weighted
+            for at in strips(width):
+                gram[at] += weighted[:, at].T @ quantized
+            for at in strips(len(weight)):
+                cross[at] += output[:, at].T @ weighted
             mean += weighted.sum(0)
             mean_output += w.double() @ output.double()
-        gram -= torch.outer(mean, mean).to(sums)
-        cross -= torch.outer(mean_output, mean).to(sums)
+            del quantized, weighted, output
+        for at in strips(width):
+            gram[at] -= torch.outer(mean[at], mean).to(sums)
+        for at in strips(len(weight)):
+            cross[at] -= torch.outer(mean_output[at], mean).to(sums)
         damping = max(float(gram.diagonal().mean()) * max(_DAMPING, _SHRINKING * width * _concentration(weights)), TINY)
         gram.diagonal().add_(damping)
-        cross.add_(problem.weight, alpha=damping)
-        target = torch.cholesky_solve(cross.T, _factor(gram)).T.float()
+        cross.add_(weight, alpha=damping)
+        target = _solved(cross, _factor(lambda: by_columns(gram)))
+        del cross
         mean, mean_output = mean + origin[0], mean_output + origin_output[0]
-        return cls(problem.weight, gram.float(), target.contiguous(), mean_output.float(), mean.float())
+        return cls(weight, gram.float(), target, mean_output.float(), mean.float())
 
     def loss(self, weight: Tensor) -> Tensor:
         """The form's value for each output, float32 [N], of dequantized weights [N, K]."""
@@ -104,7 +119,7 @@ class Quadratic:
 
 def _middle(rows: Tensor) -> Tensor:
     """The row nearest to the mean of all, [1, K]."""
-    return rows[(rows - rows.mean(0)).square().sum(1).argmin()][None]
+    return rows[(rows - rows.mean(0)).square_().sum(1).argmin()][None].clone()
 
 
 def _concentration(weights: Tensor) -> float:
@@ -112,30 +127,99 @@ def _concentration(weights: Tensor) -> float:
     return float(weights.square().sum())
 
 
-def _factor(gram: Tensor) -> Tensor:
+def strips(count: int) -> list[slice]:
+    """Slices of some rows of a matrix each: what is computed for them takes little beside the matrix."""
+    return [slice(start, min(count, start + _STRIP)) for start in range(0, count, _STRIP)]
+
+
+def reordered(gram: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:
+    """``gram`` [K, K] with rows and columns in ``order``, by strips: one [K, K] is made, or none with ``out``."""
+    found = torch.empty_like(gram, memory_format=torch.contiguous_format) if out is None else out
+    for at in strips(len(gram)):
+        found[at] = gram[order[at]][:, order]
+    return found
+
+
+def by_columns(gram: Tensor, order: Tensor | None = None) -> Tensor:
+    """A copy of ``gram`` [K, K] that lies in memory column by column, as LAPACK wants it, channels in ``order``."""
+    found = torch.empty_like(gram, memory_format=torch.contiguous_format).T
+    return found.copy_(gram) if order is None else reordered(gram, order, found)
+
+
+def by_channel(values: Tensor, channels: Tensor) -> Tensor:
+    """Values [N, K] of some channels as [len(channels), N]: what is alike for all outputs lies side by side."""
+    return values[:, channels].T.contiguous()
+
+
+def _factor(make: Callable[[], Tensor]) -> Tensor:
     """Lower Cholesky factor of a positive matrix that rounding may have made a little indefinite.
+
+    Args:
+        make: a new matrix each time, by columns; the factor is written over it, so that there is no second one.
 
     Raises:
         ValueError: for a matrix that is not finite.
     """
-    size = float(gram.diagonal().abs().max())
+    matrix = make()
+    size, mean = float(matrix.diagonal().abs().max()), float(matrix.diagonal().mean())
     if not math.isfinite(size):
         raise ValueError("sums of squares of a layer's inputs are not finite: its calibration data are out of range")
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    damping = max(float(gram.diagonal().mean()), size * _DAMPING, TINY) * _DAMPING
-    while int(failed) and damping < max(size, 1.0) * 1e6:
+    failed = _factor_over(matrix)
+    damping = max(mean, size * _DAMPING, TINY) * _DAMPING
+    while failed and damping < max(size, 1.0) * 1e6:
         damping *= 10
-        factor, failed = torch.linalg.cholesky_ex(gram + damping * torch.eye(len(gram), dtype=gram.dtype).to(gram))
-    if int(failed):
+        del matrix
+        matrix = make()
+        matrix.diagonal().add_(damping)
+        failed = _factor_over(matrix)
+    if failed:
         raise ValueError("sums of squares of a layer's inputs are not finite: its calibration data are out of range")
-    return factor
+    return matrix
 
 
-def cholesky(gram: Tensor, damping: float) -> Tensor:
-    """Lower Cholesky factor [K, K] of a form's matrix with ``damping`` times its mean diagonal added, float32."""
-    double = gram.double() if len(gram) <= _DOUBLE else gram.clone()
-    double.diagonal().add_(float(gram.diagonal().mean()) * damping)
-    return _factor(double).float()
+def _factor_over(matrix: Tensor) -> bool:
+    """Replace a matrix that lies by columns by its lower Cholesky factor; whether there is none."""
+    if matrix.device.type != "cpu":
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        matrix.copy_(factor)
+        return bool(info)
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    return bool(info)
+
+
+def _solved(cross: Tensor, factor: Tensor) -> Tensor:
+    """``cross G^-1`` as float32 [N, K] for a lower Cholesky factor of G."""
+    found = torch.empty_like(cross, dtype=torch.float32)
+    for at in strips(len(cross)):
+        # Not cholesky_solve, which copies the factor first.
+        half = torch.linalg.solve_triangular(factor, cross[at].T, upper=False)
+        found[at] = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+    return found
+
+
+def cholesky(gram: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """Lower Cholesky factor [K, K] of a form's matrix with ``damping`` times its mean diagonal added, float32.
+
+    Args:
+        gram: float32 [K, K]; it stays.
+        damping: at least 0.
+        order: int64 [K], of the channels of the factor; as they are if None.
+    """
+
+    def make() -> Tensor:
+        matrix = by_columns(gram, order)
+        added = float(matrix.diagonal().mean()) * damping
+        matrix = matrix.double() if len(gram) <= DOUBLE else matrix
+        matrix.diagonal().add_(added)
+        return matrix
+
+    return _factor(make).float()
+
+
+def channel_steps(problem: LayerProblem, scale: Tensor, channels: Tensor) -> Tensor:
+    """:func:`steps` of some channels, [len(channels), N]."""
+    return scale[(channels >= problem.split).long()]
 
 
 def steps(problem: LayerProblem, scale: Tensor) -> Tensor:
@@ -191,8 +275,7 @@ class QuadraticMethod(ABC):
         start = Solution(update.weight.float(), update.weight_scale / units.weights)
         found = self.solve(problem, form, start)
         found = dataclasses.replace(found, scale=_within_limit(problem, update, found.scale))
-        before = form.loss(start.integers * steps(problem, start.scale))
-        after = form.loss(found.integers * steps(problem, found.scale))
+        before, after = _loss(problem, form, start), _loss(problem, form, found)
         better = (after < before) & (found.scale * units.weights >= TINY).all(0)
         integers = torch.where(better[:, None], found.integers, start.integers)
         scale = torch.where(better, found.scale * units.weights, update.weight_scale)
@@ -211,6 +294,15 @@ class QuadraticMethod(ABC):
     @abstractmethod
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers and scales of less error than ``start``, if the method finds some."""
+
+
+def _loss(problem: LayerProblem, form: Quadratic, solution: Solution) -> Tensor:
+    """:meth:`Quadratic.loss` of a solution."""
+    found = []
+    for at in strips(len(form.weight)):
+        difference = (solution.integers[at] * steps(problem, solution.scale[:, at])).sub_(form.target[at])
+        found.append((difference @ form.gram).mul_(difference).sum(1))
+    return torch.cat(found)
 
 
 def _within_limit(problem: LayerProblem, update: LayerUpdate, scale: Tensor) -> Tensor:

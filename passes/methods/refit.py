@@ -10,7 +10,7 @@ from torch import Tensor
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.descent import CoordinateDescent
-from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution
+from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution, strips
 
 _RANGE = 3.0  # a scale that would change by more is one of integers that say little: it stays
 
@@ -45,16 +45,22 @@ class RefitScales(QuadraticMethod):
 
 def fitted_scales(problem: LayerProblem, form: Quadratic, solution: Solution) -> Tensor:
     """Weight scales [G, N] of least error for the solution's integers."""
+    return torch.cat([_fitted(problem, form, solution, at) for at in strips(len(form.weight))], 1)
+
+
+def _fitted(problem: LayerProblem, form: Quadratic, solution: Solution, outputs: slice) -> Tensor:
+    """:func:`fitted_scales` of some outputs."""
+    integers, known = solution.integers[outputs], solution.scale[:, outputs]
     parts = []
     for part in problem.groups:
-        alone = torch.zeros_like(solution.integers)
-        alone[:, part] = solution.integers[:, part]
+        alone = torch.zeros_like(integers)
+        alone[:, part] = integers[:, part]
         parts.append(alone)
     products = [alone @ form.gram for alone in parts]
     matrix = torch.stack([torch.stack([(a * b).sum(1) for b in parts], 1) for a in products], 1).double()  # [N, G, G]
-    wanted = torch.stack([(a * form.target).sum(1) for a in products], 1).double()  # [N, G]
+    wanted = torch.stack([(a * form.target[outputs]).sum(1) for a in products], 1).double()  # [N, G]
     size = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float64).tiny)
     matrix = matrix + 1e-9 * size[:, None, None] * torch.eye(len(parts), dtype=torch.float64, device=matrix.device)
     scale = torch.linalg.solve(matrix, wanted[:, :, None])[:, :, 0].T.float()
-    ratio = scale / solution.scale
-    return torch.where(((ratio > 1 / _RANGE) & (ratio < _RANGE)).all(0), scale, solution.scale).contiguous()
+    ratio = scale / known
+    return torch.where(((ratio > 1 / _RANGE) & (ratio < _RANGE)).all(0), scale, known).contiguous()

@@ -3,6 +3,8 @@ import pathlib
 import pytest
 import torch
 
+from fxq.calibration import collect as collect_module
+from fxq.calibration.calibrate import statistics_hash
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.runtime.memory.residency import Residency
 from tests.toys import rows
@@ -37,6 +39,20 @@ def test_rows_in_files_leave_no_trace_and_can_leave_memory(tmp_path):
     before = statistics["b"].rows.clone()
     assert Residency().give_back(statistics["b"].rows) > 0
     assert torch.equal(statistics["b"].rows, before)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux")
+def test_few_rows_in_files_are_in_memory_while_a_call_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect_module, "_TOUCHED", 1 << 18)
+    collector, resident = Collector(100, 400, 0, folder=tmp_path), Residency()
+    for layer in range(20):
+        collector.add(f"layer {layer}", rows(100, 256, seed=layer))
+    left = resident.give_back(*(sample.stored for sample in collector._samples.values()))
+    assert 6 * left < 20 * 100 * 256 * 4  # of all rows
+    statistics = collector.finish()
+    assert resident.give_back(*(found.rows for found in statistics.values())) == 0
+    statistics_hash(statistics)
+    assert resident.give_back(*(found.rows for found in statistics.values())) == 0
 
 
 def test_the_sample_does_not_depend_on_the_order_of_batches():

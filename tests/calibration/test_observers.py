@@ -1,16 +1,21 @@
 import dataclasses
+import pathlib
 
 import pytest
 import torch
 from torch import nn
 
 import fxq
+from benchmarks.live_bytes import LiveBytes
 from fxq.calibration.calibrate import observed
 from fxq.calibration.collect import CalibrationError, Collector
+from fxq.calibration.observers import _Seen
 from fxq.capture.trace import trace
 from fxq.core.config import Weighting
+from fxq.core.ir import get_tensor
 from fxq.job import Job
 from fxq.passes.methods.ranges import RangeSearch
+from fxq.runtime.memory.residency import Residency, mapped_tensor
 from fxq.runtime.progress import Progress
 from tests.toys import Toy, recipe, rows, toy, wan_rollout
 
@@ -130,6 +135,49 @@ def test_with_a_folder_the_numbers_are_the_same_and_no_file_stays(tmp_path):
     for layer in without:
         assert torch.equal(with_folder[layer].gradients, without[layer].gradients)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/pagemap").exists(), reason="pages are given back on Linux")
+def test_mapped_weights_leave_memory_in_the_backward_pass_too(tmp_path, monkeypatch):
+    model, x = toy(width=512, hidden=512, blocks=3).requires_grad_(False), rows(8, 512)
+    layers = [layer for block in model.blocks for layer in (block.up, block.down)]
+    for number, layer in enumerate(layers):
+        weight = mapped_tensor(tmp_path / str(number), (512, 512), torch.float32).copy_(layer.weight)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    graph, residency = planned(model, x), Residency()
+    weights = [get_tensor(graph.module, f"blocks.{i}.{name}.weight") for i in range(3) for name in ("up", "down")]
+    residency.give_back(*weights)
+    alive = []
+    told = _Seen.tell
+
+    def tell(seen, gradient):
+        alive.append(residency.give_back(*weights))
+        told(seen, gradient)
+
+    monkeypatch.setattr(_Seen, "tell", tell)
+    collected(graph, [x])
+    assert len(alive) == 6 and max(alive) <= weights[0].nbytes
+    assert residency.give_back(*weights) == 0
+
+
+class InMemory(LiveBytes):
+    """Does not count what lies in files."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.from_file.default:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_with_a_folder_a_deeper_model_needs_no_more_memory(tmp_path):
+    peaks = []
+    for blocks in (2, 8):
+        model, x = toy(width=256, hidden=256, blocks=blocks), rows(1100, 256)  # above what is worth a file
+        graph = planned(model, x)
+        with InMemory() as live:
+            collected(graph, [x], folder=tmp_path)
+        peaks.append(live.peak)
+    assert peaks[1] < peaks[0] + x.nbytes
 
 
 @torch.library.custom_op("fxq_tests::no_gradient", mutates_args=())

@@ -4,16 +4,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import fxq
+from benchmarks.live_bytes import LiveBytes
+from fxq.capture.trace import trace
 from fxq.core.config import Weighting
 from fxq.core.ir import LayerPlan, Stage
+from fxq.core.method import LayerStatistics
 from fxq.core.pipeline import run_passes
-from fxq.passes import ApplyMethods
+from fxq.job import Job
+from fxq.passes import ApplyMethods, apply_methods
 from fxq.passes.apply_methods import group_order
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.runtime.checkpoint import Checkpoint
+from fxq.runtime.progress import Progress
 from tests.core.test_verify import at
 from tests.toys import LEARN, QUICK, recipe, rows, toy
 
@@ -142,6 +148,46 @@ def test_methods_see_channels_in_group_order():
     assert torch.equal(seen.weight[:, plan.split :], weight[:, list(plan.outliers)])
     assert torch.equal(seen.rows[:, plan.split :], graph.statistics["blocks.0.up"].rows[:, list(plan.outliers)])
     assert seen.groups == (slice(0, plan.split), slice(plan.split, 96))
+
+
+class Two(nn.Module):
+    """Two linears on one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(96, 32), nn.Linear(96, 64)
+
+    def forward(self, x):
+        return self.a(x).sum(-1) + self.b(x).sum(-1)
+
+
+def test_layers_of_one_input_have_one_copy_of_its_rows(monkeypatch):
+    graph, chosen = trace(Two().eval(), (rows(50, 96),)), dataclasses.replace(recipe(), share_inputs=True)
+    job = Job(chosen, Progress(False))
+    job.plan(graph)
+    job.calibrate(graph, [rows(50, 96)])
+    copies, ordered_rows = [], apply_methods._ordered_rows
+    monkeypatch.setattr(
+        apply_methods, "_ordered_rows", lambda *given: copies.append(ordered_rows(*given)) or copies[-1]
+    )
+    method = Counting()
+    ApplyMethods((method,), Weighting.UNIFORM, share_inputs=True).run(graph)
+    (problem,) = method.seen
+    assert len(problem.weight) == 96 and len(copies) == 1 and problem.rows is copies[0]
+    assert not problem.cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_rows_are_put_in_order_without_a_second_copy(multiplied, dtype):
+    x, order = rows(5000, 64).to(dtype), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    multiplier = rows(64, seed=3) if multiplied else None
+    chunks = torch.zeros(5000, dtype=torch.int64)
+    statistics = LayerStatistics(low=x[0], high=x[0], rows=x, chunks=chunks, seen=5000, multiplier=multiplier)
+    with LiveBytes() as live:
+        found = apply_methods._ordered_rows(statistics, order)
+    want = x.float() if multiplier is None else x.float() * multiplier
+    assert torch.equal(found, want[:, order]) and live.peak < 1.4 * found.nbytes
 
 
 def test_plans_get_the_measured_quality():

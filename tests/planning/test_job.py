@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.live_bytes import LiveBytes
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import chunk_sensitivity
@@ -15,15 +16,16 @@ from fxq.core.config import Budget
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
-from fxq.passes import LowRank, Rotate, Smooth
+from fxq.passes import LowRank, Rotate, Smooth, methods
+from fxq.passes.methods import descent, gptq, quadratic
 from fxq.planning import job
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.estimate import duration
 from fxq.planning.job import estimate_job
 from fxq.planning.memory import meta_model
 from fxq.planning.speed import Speed, measure_speed
-from fxq.presets import PRESETS, with_iterations
-from tests.toys import LEARN, QUICK, recipe, rows, toy, wan_rollout
+from fxq.presets import LEAST_ERROR, PRESETS, with_iterations
+from tests.toys import LEARN, QUICK, problem, recipe, rows, toy, wan_rollout
 
 SPEED = Speed(flops=1e11, search=1e-7, inputs=1e-7, learn=1e-7)
 BIG = Drive(calls=105, flops=1e15, sensitivity_flops=4e15, tokens=4680, call_bytes=10**9, kept_bytes=10**9)
@@ -142,6 +144,19 @@ def test_a_checkpoint_directory_trades_memory_for_disk(tmp_path):
     assert spilled.seconds == within.seconds
 
 
+def test_what_a_backward_pass_needs_is_memory_or_disk(tmp_path):
+    drive = Drive(calls=2, flops=1e9, tokens=50_000)
+    kept = 3 * 4 * 50_000 * (64 + 96)
+    for folder, phase in ((None, "ram"), (tmp_path, "disk")):
+        plain, weighted = (
+            estimate_job(toy(), recipe(8, weighting=weighting), drive, speed=SPEED, folder=folder)
+            for weighting in ("uniform", "gradient")
+        )
+        more = {name: size - getattr(plain, phase)[name] for name, size in getattr(weighted, phase).items()}
+        assert more.pop("calibration" if folder is None else "checkpoint files") == kept
+        assert not any(more.values())
+
+
 def test_data_free_14b_fits_a_small_machine(tmp_path):
     estimate = estimate_job(
         meta_model(CausalWanConfig.wan_14b()), PRESETS["w8a8-dynamic"], speed=SPEED, folder=tmp_path, out=tmp_path
@@ -195,6 +210,26 @@ def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
     solving, iterating = (of_wan_14b(chosen).time["reconstruction"] for chosen in ("w4a8", "q_arvd-w4a8"))
     assert 0 < 4 * solving < iterating
     assert of_wan_14b("w4a8").time["calibration"] == pytest.approx(2 * of_wan_14b("w8a8").time["calibration"])
+
+
+@pytest.mark.parametrize(("outputs", "width", "count"), [(2048, 160, 64), (8, 320, 64), (16, 64, 9000)])
+@pytest.mark.parametrize("most", [4096, 0], ids=["float64", "float32"])
+def test_the_memory_of_solving_a_layer_is_counted(outputs, width, count, most, monkeypatch):
+    for module in (job, quadratic):
+        monkeypatch.setattr(module, "DOUBLE", most)
+    monkeypatch.setattr(quadratic, "_STRIP", 64)
+    monkeypatch.setattr(methods, "_PART", 64)
+    for module in (gptq, descent):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    given, update, peak = problem(outputs, width, count, outliers=32), None, 0
+    for method in LEAST_ERROR:
+        with LiveBytes() as live:
+            update = method.apply(given, update)
+        peak = max(peak, live.peak)
+    peak += given.weight.nbytes + given.rows.nbytes
+    layer = job._Layer(outputs, width, given.scheme, group=1, leads=True)
+    told = job._working_set(PRESETS["w4a8"], layer, count) - job._SCRATCH
+    assert 0.6 * told < peak < told + (8 << 20)  # what a search works on at a time is in the scratch
 
 
 def test_programs_read_the_same_as_json(tmp_path):

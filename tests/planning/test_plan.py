@@ -56,6 +56,20 @@ def test_the_longest_video_is_the_last_chunk_that_fits():
         assert plan.needed(fit.weights, frames + 3, fit.window, stored) > plan.usable
 
 
+def test_what_quantizing_takes_is_told():
+    plan = plan_of()
+    told, text, data = plan.quantizing(), text_of(plan), plan_to_json(plan)
+    for name in ("W8A8", "W4A8"):
+        ram, disk = told[name]
+        assert data["quantizing"][name] == {"ram": ram, "disk": disk}
+        assert f"quantizing to {name}: memory" in text and f"{ram / GIB:.2f}" in text and f"{disk / GIB:.2f}" in text
+    (few, _), (more, backward) = told["W8A8"], told["W4A8"]
+    small = make_plan(dataclasses.replace(find_workload("self-forcing"), latent=(16, 16)), find_gpu("4090"), 2.0)
+    assert small.quantizing()["W4A8"][0] < 3e9 < few <= more < 20e9  # most of it are keys and values of a large video
+    assert backward > told["W8A8"][1] + 10e9  # gradients of a call
+    assert plan_of("krea-14b", "H200").quantizing()["W4A8"][0] > more
+
+
 def test_one_more_video_would_not_fit():
     plan = plan_of("longlive", "L40S")
     for fit in plan.fits():

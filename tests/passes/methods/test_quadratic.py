@@ -3,11 +3,13 @@ import dataclasses
 import pytest
 import torch
 
+from benchmarks.live_bytes import LiveBytes
 from fxq import numerics
-from fxq.passes.methods import Units, output_sqnr, simulated_input
+from fxq.passes import methods
+from fxq.passes.methods import Units, descent, gptq, output_sqnr, quadratic, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import Quadratic, cholesky, steps
+from fxq.passes.methods.quadratic import Quadratic, cholesky, reordered, steps
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
 from tests.toys import problem, rows
@@ -197,3 +199,70 @@ def test_sums_that_are_not_finite_are_an_error_and_no_endless_search(value):
     with pytest.raises(ValueError, match="sums of squares of a layer's inputs are not finite"):
         cholesky(gram, 0.0)
     assert torch.equal(cholesky(torch.zeros(4, 4), 0.0).isfinite(), torch.ones(4, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("most", "size"), [(4096, 8), (0, 4)], ids=["float64", "float32"])
+def test_two_matrices_of_the_inputs_are_in_memory_at_most(most, size, monkeypatch):
+    monkeypatch.setattr(quadratic, "DOUBLE", most)
+    monkeypatch.setattr(quadratic, "_STRIP", 32)
+    width = 320
+    p = problem(outputs=8, width=width, count=64, outliers=32)
+    update = RangeSearch().apply(p, None)
+    for method in METHODS:
+        with LiveBytes() as live:
+            update = method.apply(p, update)
+        assert live.peak < 2.6 * size * width**2
+        assert live.live < 1.2 * 4 * width**2  # the form stays for the next method
+
+
+def test_of_weights_seven_copies_are_in_memory_at_most(monkeypatch):
+    monkeypatch.setattr(quadratic, "_STRIP", 64)
+    for module in (gptq, descent):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    p = problem(outputs=2048, width=160, count=64, outliers=32)
+    update = RangeSearch().apply(p, None)
+    for method in METHODS:
+        with LiveBytes() as live:
+            update = method.apply(p, update)
+        assert live.peak < 7 * p.weight.nbytes + 2 * 8 * 160**2
+
+
+def test_rows_are_quantized_by_parts(monkeypatch):
+    p = problem(outputs=8, width=64, count=9000, outliers=32)
+    p = dataclasses.replace(p, rows=p.rows * 8, low=p.low * 8, high=p.high * 8)  # in another unit than one
+    update = RangeSearch().apply(p, None)
+    with LiveBytes() as live:
+        form = Quadratic.of(p, update)
+    assert live.peak < 3.2 * 4096 * 64 * 4
+    monkeypatch.setattr(methods, "_PART", 7)
+    again = Quadratic.of(dataclasses.replace(p, seed=1), update)
+    assert torch.equal(again.gram, form.gram) and torch.equal(again.target, form.target)
+
+
+@pytest.mark.parametrize("strip", [16, 40])
+def test_strips_change_nothing_but_memory(strip, monkeypatch):
+    p = weighted(problem(outputs=50, outliers=32, count=300))
+    first = RangeSearch().apply(p, None)
+
+    def solved(given):
+        update = first
+        for method in METHODS:
+            update = method.apply(given, update)
+        return update
+
+    want = solved(p)
+    monkeypatch.setattr(quadratic, "_STRIP", strip)
+    got = solved(dataclasses.replace(p, seed=1))
+    assert torch.equal(got.weight, want.weight)
+    torch.testing.assert_close(got.weight_scale, want.weight_scale, rtol=1e-6, atol=0)
+
+
+def test_a_factor_in_another_order_is_that_of_the_reordered_matrix():
+    gram = torch.randn(40, 60, generator=torch.Generator().manual_seed(0))
+    gram, order = gram @ gram.T, torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    before = gram.clone()
+    factor = cholesky(gram, 0.01, order)
+    want = gram[order][:, order] + 0.01 * gram.diagonal().mean() * torch.eye(40)
+    torch.testing.assert_close(factor @ factor.T, want)
+    assert not factor.triu(1).any() and torch.equal(gram, before)
+    assert torch.equal(reordered(gram, order), gram[order][:, order])
