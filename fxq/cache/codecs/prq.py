@@ -14,6 +14,7 @@ from fxq.cache.codecs.packing import PACKED_BITS, pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
+from fxq.kernels.attention.forms import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,11 @@ class Prq(Codec):
         for stage in range(self.stages):
             x = x + _named(centroids[:, :, stage], names[..., stage].transpose(2, 3)).transpose(2, 3)
         return x.flatten(1, 2)
+
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """What was left, and the stages."""
+        blocks = Blocks(self.bits, self.grid.offset, self.block)
+        return blocks._replace(stages=self.stages, centroids=self.centroids, id_bits=self.id_bits)
 
 
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

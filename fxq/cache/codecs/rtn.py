@@ -12,6 +12,7 @@ from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
+from fxq.kernels.attention.forms import Blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,10 @@ class PerToken(Codec):
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Codes times scales."""
         return dequantize_blocks(record, self.grid, self.block)
+
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """A scale for each block of channels."""
+        return Blocks(self.bits, self.grid.offset, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,10 @@ class PerChannel(Codec):
         codes = unpack(record.tensors["codes"], self.bits, scale.shape[-1])
         groups = codes.unflatten(1, (scale.shape[1], -1)).movedim(2, -1)
         return self.grid.dequantize(groups, scale, zero).movedim(-1, 2).flatten(1, 2)
+
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """A scale for each channel and group of tokens."""
+        return Blocks(self.bits, self.grid.offset, 1, self._group(shape))
 
 
 def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:

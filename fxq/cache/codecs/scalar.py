@@ -39,6 +39,11 @@ class Grid:
         """Dtype of scale and zero as stored."""
         return torch.bfloat16 if self.scale_dtype == "bfloat16" else torch.float8_e4m3fn
 
+    @property
+    def offset(self) -> int:
+        """Code of the number 0 where symmetric, else 0."""
+        return 0 if self.asymmetric else 2 ** (self.bits - 1) - 1
+
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Blocks along the last axis.
 
@@ -57,7 +62,7 @@ class Grid:
             zero = low.to(torch.bfloat16) if self.scale_dtype == "bfloat16" else self._rounded(low)
             codes = (x - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
             return codes.round().clamp(0, 2**self.bits - 1).to(torch.uint8), scale, zero
-        most = 2 ** (self.bits - 1) - 1
+        most = self.offset
         scale = self._stored(x.abs().amax(dim=-1) / most)
         codes = (x / scale.float().unsqueeze(-1)).round().clamp(-most, most) + most
         return codes.to(torch.uint8), scale, None
@@ -68,7 +73,7 @@ class Grid:
         if self.asymmetric:
             assert zero is not None
             return codes.float() * factor + zero.float().unsqueeze(-1)
-        return (codes.float() - (2 ** (self.bits - 1) - 1)) * factor
+        return (codes.float() - self.offset) * factor
 
     def _stored(self, scale: Tensor) -> Tensor:
         if self.scale_dtype == "bfloat16":

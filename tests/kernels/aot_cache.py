@@ -1,0 +1,50 @@
+"""What tests/kernels/aot.py compiles of the kernels that read an encoded cache, as :mod:`tests.kernels.aot_cases`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxq.kernels.attention.triton import attention_part_kernel, tile_of
+from fxq.kernels.attention.triton_numbers import Stored
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+SIDES: dict[str, dict[str, object]] = {
+    "dense": {"x": "*bf16"},
+    "float8": {"x": "*u8", "scale": "*fp32", "TOKENS": 1560},
+    "token-int8": {"x": "*u8", "scale": "*bf16", "BITS": 8, "OFFSET": 127, "CHANNELS": 32},
+    "token-int2": {"x": "*u8", "scale": "*u8", "zero": "*u8", "BITS": 2, "CHANNELS": 16},
+    "channel-int2": {"x": "*u8", "scale": "*bf16", "zero": "*bf16", "BITS": 2, "CHANNELS": 1, "TOKENS": 1560},
+    "prq": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 64, "STAGES": 1, "CENTROIDS": 256},
+    "prq-4": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 16, "STAGES": 4, "CENTROIDS": 256},
+}
+"""Fields of :class:`Stored` that differ from those of dense tokens."""
+
+
+def side(name: str, size: int) -> Stored:
+    """Types and constants of keys or values with heads of so many channels."""
+    numbers = {"BITS": 0, "OFFSET": 0, "CHANNELS": size, "TOKENS": 1, "STAGES": 0, "CENTROIDS": 1, "ID_BITS": 8}
+    absent = dict.fromkeys(("scale", "zero", "ids", "centroids"))
+    own = SIDES[name] | ({"ids": "*u8", "centroids": "*bf16"} if "STAGES" in SIDES[name] else {})
+    fields = dict.fromkeys(Stored._fields, "i32") | absent | numbers | own
+    return Stored(**fields)
+
+
+def attention(name: str, dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
+    """Arguments of a :class:`tests.kernels.aot_cases.Case` of attention to keys and values of a form, heads of 128."""
+    both = side(name, 128)
+    tile = tile_of(torch.float32 if dtype == "fp32" else torch.bfloat16, both.STAGES)
+    types = {"q_ptr": f"*{dtype}", "factor": "fp32", "k": both, "v": both}
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "out_ptr", "lse_ptr"), "*fp32")
+    rotate = name != "dense"
+    constants = {"SIZE": 128, "D": 128, "ROTATE": rotate, "FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    constants |= {} if rotate else {"cos_ptr": None, "sin_ptr": None}
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": TARGETS}
+    return {"kernel": attention_part_kernel, "types": types, "constants": constants, **options}
+
+
+CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
+CASES["attention-part-float32-prq"] = attention("prq", "fp32")
+"""Name -> arguments of a case."""
