@@ -16,6 +16,7 @@ from fxq.kernels.attention.codecs import codecs_of
 from fxq.kernels.attention.forms import Blocks, Form, Numbers, Planes
 from fxq.kernels.attention.spans import Part, decoded, parts
 from fxq.kernels.attention.triton_numbers import Stored, numbers, stored
+from fxq.kernels.attention.triton_planes import dense
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 
 MOST_SIZE = 128
@@ -218,7 +219,11 @@ def _side(a: AttentionPacked, kind: str, part: Part) -> Stored:
     tensors = a.packed_k if kind == "keys" else a.packed_v
     if codec is None:
         return stored(Numbers(), {"x": tensors[0]}, a.span, part.first)
-    if form is None or isinstance(form, Planes):
+    if form is None:
         return stored(Numbers(), {"x": decoded(a, kind, part)}, a.span)
-    names = [field.name for field in codec.stored(a.q.shape[2], a.q.shape[3], a.span)]
-    return stored(form, dict(zip(names, tensors, strict=True)), a.span, part.number * a.span + part.skip)
+    batch, _, heads, size = a.q.shape
+    named = {field.name: t for field, t in zip(codec.stored(heads, size, a.span), tensors, strict=True)}
+    if isinstance(form, Planes):
+        x = dense(form, named, part.number, (batch, a.span, heads, size), a.q)
+        return stored(Numbers(), {"x": x}, a.span, part.skip)
+    return stored(form, named, a.span, part.number * a.span + part.skip)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fxq.kernels.attention import triton_planes
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
 
@@ -45,6 +46,16 @@ def attention(name: str, dtype: str = "bf16", first: bool = False) -> dict[str, 
     return {"kernel": attention_part_kernel, "types": types, "constants": constants, **options}
 
 
+def planes() -> dict[str, Any]:
+    """Arguments of a case of the decoding of bit planes."""
+    types = dict.fromkeys(("step_ptr", "basis_ptr", "mean_ptr", "y_ptr"), "*bf16")
+    types |= {"planes_ptr": "*u8", "width_ptr": "*u8", "first_ptr": "*i32"}
+    constants = {"SHARED": False, "BLOCK_T": triton_planes.BLOCK_T, "BLOCK_R": triton_planes.BLOCK_R}
+    constants["BLOCK_C"] = triton_planes.BLOCK_C
+    options = {"warps": 8, "stages": 1, "targets": TARGETS}
+    return {"kernel": triton_planes.planes_kernel, "types": types, "constants": constants, **options}
+
+
 CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
-CASES["attention-part-float32-prq"] = attention("prq", "fp32")
+CASES |= {"attention-part-float32-prq": attention("prq", "fp32"), "planes": planes()}
 """Name -> arguments of a case."""

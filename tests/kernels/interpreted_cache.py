@@ -17,6 +17,7 @@ from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
 from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention import triton as packed_triton
+from fxq.kernels.attention import triton_planes
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.triton_numbers import as_float32
 from fxq.kernels.jit import Pointer, constexpr, jit, tl
@@ -102,6 +103,17 @@ def no_key_at_all() -> None:
     assert torch.equal(packed_triton.attend(a), torch.zeros(B, 5, HEADS * 32))
 
 
+def model_planes() -> None:
+    """A basis that lies with the model has no batch."""
+    codec = Klt(2.0, rank=9, fit="model")
+    x = noise(B, 23, HEADS, 32, seed=3)
+    record, _ = codec.encode(x, "keys", codec.learned(x[0]))
+    form = codec.form(record.shape, "keys")
+    got = triton_planes.dense(form, record.tensors, 0, tuple(x.shape), x)
+    want = codec.decode(record, "keys")
+    assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
+
+
 @jit
 def _float8_kernel(x_ptr: Pointer, y_ptr: Pointer, BLOCK: constexpr) -> None:
     at = tl.arange(0, BLOCK)
@@ -131,6 +143,9 @@ CASES: dict[str, Callable[[], None]] = {
     "packed-attention-prq-stages": lambda: attention(Prq(3, 9, 4, 8, True), Prq(2, 2, block=32), gone=1),
     "packed-attention-decoded-keys": lambda: attention(QuaRot(4, 16), Prq(1, 4, block=16), gone=5),
     "packed-attention-decoded-values": lambda: attention(Kivi(4, 0, 16), Klt(2.0), spans=3, gone=5),
+    "packed-attention-planes": lambda: attention(Klt(1.0), Klt(1.0), gone=5),
+    "packed-attention-planes-joint": lambda: attention(Klt(2.5, joint=True, rank=70), Kivi(2, 0, 16), span=37),
+    "packed-attention-planes-shared": model_planes,
     "packed-attention-rotated-keys": lambda: attention(None, PerToken(4, 16), gone=5),
     "packed-attention-dense-values": lambda: attention(Prq(1, 4, block=16), None, gone=5),
     "packed-attention-no-exact-piece": lambda: attention(PerToken(4, 16), PerToken(4, 16), exact=(0,)),
