@@ -9,6 +9,7 @@ import torch
 from fxq.kernels.attention import triton_planes
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
+from fxq.kernels.cluster import triton as clusters
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -56,6 +57,23 @@ def planes() -> dict[str, Any]:
     return {"kernel": triton_planes.planes_kernel, "types": types, "constants": constants, **options}
 
 
+def cluster(kernel: str) -> dict[str, Any]:
+    """Arguments of a case of one half of k-means."""
+    types = dict.fromkeys(("x_ptr", "centroids_ptr", "y_ptr"), "*fp32")
+    types |= dict.fromkeys(("names_ptr", "order_ptr", "ends_ptr"), "*i64")
+    if kernel == "nearest":
+        blocks = {"BLOCK_T": clusters.BLOCK_T, "BLOCK_C": clusters.BLOCK_C, "BLOCK_D": clusters.BLOCK_D}
+        return {**_of(clusters.nearest_kernel, types), "constants": blocks, "warps": 8, "stages": 2}
+    blocks = {"BLOCK_T": clusters.MEAN_T, "BLOCK_D": clusters.MEAN_D}
+    return {**_of(clusters.means_kernel, types), "constants": blocks, "warps": 4, "stages": 3}
+
+
+def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
+    own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return {"kernel": kernel, "types": own, "targets": TARGETS}
+
+
 CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
 CASES |= {"attention-part-float32-prq": attention("prq", "fp32"), "planes": planes()}
+CASES |= {f"cluster-{half}": cluster(half) for half in ("nearest", "means")}
 """Name -> arguments of a case."""

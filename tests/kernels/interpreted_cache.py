@@ -20,6 +20,8 @@ from fxq.kernels.attention import triton as packed_triton
 from fxq.kernels.attention import triton_planes
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.triton_numbers import as_float32
+from fxq.kernels.cluster import kmeans
+from fxq.kernels.cluster import triton as cluster_triton
 from fxq.kernels.jit import Pointer, constexpr, jit, tl
 
 B, HEADS = 2, 3
@@ -114,6 +116,37 @@ def model_planes() -> None:
     assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
 
 
+def clusters(groups: int, tokens: int, count: int, width: int) -> None:
+    """Names and means of clusters that lie apart, one of them empty, two centroids the same."""
+    centroids = noise(groups, count, width, seed=1) * 4
+    centroids[:, -1] = centroids[:, 0]
+    x = centroids[:, torch.arange(tokens) % max(1, count - 2)] + noise(groups, tokens, width, seed=2) * 0.1
+    centroids += noise(groups, count, width, seed=3) * 0.05 * (torch.arange(count) % (count - 1) > 0).view(-1, 1)
+    names = cluster_triton.nearest(x, centroids)
+    assert names.dtype == torch.int64 and torch.equal(names, kmeans.nearest(x, centroids))
+    flat = (names + torch.arange(groups).unsqueeze(1) * count).flatten()
+    order, sizes = flat.argsort(stable=True), flat.bincount(minlength=groups * count)
+    got, want = cluster_triton.means(x, order, sizes, centroids), kmeans.means(x, names, centroids)
+    assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
+    empty = (sizes == 0).view(groups, count)
+    assert bool(empty[:, -1].all()) and torch.equal(got[empty], centroids[empty])
+
+
+def clusters_alone() -> None:
+    """A group has the same names and means, bit for bit, beside others and in another order of groups."""
+    x, centroids = noise(3, 45, 20, seed=1), noise(3, 7, 20, seed=2)
+
+    def run(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        names = cluster_triton.nearest(x, c)
+        flat = (names + torch.arange(len(x)).unsqueeze(1) * 7).flatten()
+        sizes = flat.bincount(minlength=7 * len(x))
+        return names, cluster_triton.means(x, flat.argsort(stable=True), sizes, c)
+
+    turned = [t.flip(0) for t in run(x.flip(0), centroids.flip(0))]
+    for got, want in zip(run(x[1:2], centroids[1:2]), turned, strict=True):
+        assert torch.equal(got[0], want[1])
+
+
 @jit
 def _float8_kernel(x_ptr: Pointer, y_ptr: Pointer, BLOCK: constexpr) -> None:
     at = tl.arange(0, BLOCK)
@@ -157,4 +190,8 @@ CASES: dict[str, Callable[[], None]] = {
     "packed-attention-nan-key": lambda: a_number_that_is_not_finite("key"),
     "packed-attention-no-key": no_key_at_all,
     "packed-attention-float8-bytes": every_float8,
+    "cluster-many": lambda: clusters(2, 131, 70, 33),
+    "cluster-few": lambda: clusters(3, 17, 3, 6),
+    "cluster-wide": lambda: clusters(1, 70, 16, 130),
+    "cluster-alone": clusters_alone,
 }
