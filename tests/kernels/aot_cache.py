@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxq.kernels.attention import triton_planes
+from fxq.kernels.attention import triton_pack, triton_planes
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
 from fxq.kernels.cluster import triton as clusters
@@ -68,6 +68,14 @@ def cluster(kernel: str) -> dict[str, Any]:
     return {**_of(clusters.means_kernel, types), "constants": blocks, "warps": 4, "stages": 3}
 
 
+def pack(bits: int, scale: str, asymmetric: bool) -> dict[str, Any]:
+    """Arguments of a case of the packing of blocks of 16 channels."""
+    types = {"x_ptr": "*fp32", "scale_ptr": scale, "zero_ptr": scale, "y_ptr": "*u8"}
+    constants: dict[str, Any] = {"SIZE": 128, "D": 128, "CHANNELS": 16, "BITS": bits, "ROWS": triton_pack.ROWS}
+    constants |= {} if asymmetric else {"zero_ptr": None}
+    return {**_of(triton_pack.pack_kernel, types), "constants": constants, "warps": 4, "stages": 3}
+
+
 def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
     own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
     return {"kernel": kernel, "types": own, "targets": TARGETS}
@@ -75,5 +83,6 @@ def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
 
 CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
 CASES |= {"attention-part-float32-prq": attention("prq", "fp32"), "planes": planes()}
+CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}
 CASES |= {f"cluster-{half}": cluster(half) for half in ("nearest", "means")}
 """Name -> arguments of a case."""

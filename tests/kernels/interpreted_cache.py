@@ -13,11 +13,12 @@ from torch import Tensor
 
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.codecs.codec import Codec, Kind
+from fxq.cache.codecs.packing import pack
 from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
 from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention import triton as packed_triton
-from fxq.kernels.attention import triton_planes
+from fxq.kernels.attention import triton_pack, triton_planes
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.triton_numbers import as_float32
 from fxq.kernels.cluster import kmeans
@@ -116,6 +117,21 @@ def model_planes() -> None:
     assert float((got - want).abs().max()) <= 2e-6 * float(want.abs().max())
 
 
+def packed(codec: PerToken, shape: tuple[int, ...]) -> None:
+    """Codes of blocks, bit for bit those of torch, on ties and beyond what the scale holds as well."""
+    grid, x = codec.grid, noise(*shape, seed=4) * 3
+    scale, zero = grid.measured(x.unflatten(-1, (-1, codec.block)))
+    steps = torch.arange(x.numel()).view(shape) % 11 - 5.5
+    ties = steps * scale.float().repeat_interleave(codec.block, -1)
+    for tried in (x, x * 4, ties if zero is None else ties + zero.float().repeat_interleave(codec.block, -1)):
+        codes = tried.unflatten(-1, (-1, codec.block))
+        codes = (codes if zero is None else codes - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
+        low, high = (-grid.offset, grid.offset) if zero is None else (0, 2**grid.bits - 1)
+        want = pack((codes.round().clamp(low, high) + grid.offset).to(torch.uint8).flatten(-2), grid.bits)
+        got = triton_pack.pack_blocks(tried, scale, zero, grid.bits)
+        assert torch.equal(got, want), f"{int((got != want).sum())} of {want.numel()} bytes differ"
+
+
 def clusters(groups: int, tokens: int, count: int, width: int) -> None:
     """Names and means of clusters that lie apart, one of them empty, two centroids the same."""
     centroids = noise(groups, count, width, seed=1) * 4
@@ -190,6 +206,11 @@ CASES: dict[str, Callable[[], None]] = {
     "packed-attention-nan-key": lambda: a_number_that_is_not_finite("key"),
     "packed-attention-no-key": no_key_at_all,
     "packed-attention-float8-bytes": every_float8,
+    "pack-2-bits": lambda: packed(PerToken(2, 16), (3, 11, 48)),
+    "pack-2-bits-zeros-odd": lambda: packed(PerToken(2, 3, True, "bfloat16"), (2, 5, 3, 6)),
+    "pack-4-bits-zeros": lambda: packed(PerToken(4, 10, True), (7, 70)),
+    "pack-8-bits": lambda: packed(PerToken(8, 32, scale_dtype="bfloat16"), (33, 96)),
+    "pack-nothing": lambda: packed(PerToken(4, 8, scale_dtype="bfloat16"), (0, 16)),
     "cluster-many": lambda: clusters(2, 131, 70, 33),
     "cluster-few": lambda: clusters(3, 17, 3, 6),
     "cluster-wide": lambda: clusters(1, 70, 16, 130),

@@ -13,6 +13,8 @@ from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
 from fxq.kernels.attention.forms import Blocks
+from fxq.kernels.attention.triton_pack import pack_blocks
+from fxq.kernels.jit import HAS_TRITON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +118,11 @@ class PerChannel(Codec):
         return Blocks(self.bits, self.grid.offset, 1, self._group(shape))
 
 
+def packs_in_triton(device: str) -> bool:
+    """Whether codes of blocks are rounded and packed by the Triton kernel on a device type."""
+    return HAS_TRITON and device == "cuda"
+
+
 def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
     """Fields of numbers [B, T, heads, head_dim] in blocks of channels.
 
@@ -132,9 +139,16 @@ def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
 
 
 def quantize_blocks(x: Tensor, grid: Grid, block: int) -> dict[str, Tensor]:
-    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]."""
-    codes, scale, zero = grid.quantize(x.unflatten(-1, (-1, block)))
-    stored = {"codes": pack(codes.flatten(-2), grid.bits), "scale": scale}
+    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]; on a GPU codes take one kernel."""
+    blocks = x.unflatten(-1, (-1, block))
+    if packs_in_triton(x.device.type):
+        scale, zero = grid.measured(blocks)
+        with torch.cuda.device(x.device):
+            packed = pack_blocks(x, scale, zero, grid.bits)
+    else:
+        codes, scale, zero = grid.quantize(blocks)
+        packed = pack(codes.flatten(-2), grid.bits)
+    stored = {"codes": packed, "scale": scale}
     return stored if zero is None else stored | {"zero": zero}
 
 
