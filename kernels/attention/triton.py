@@ -34,13 +34,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(dtype: torch.dtype, stages: int) -> Tile:
-    """The tile for queries of a dtype and keys or values of so many stages of centroids.
+def tile_of(dtype: torch.dtype, stages: int, fine: bool) -> Tile:
+    """The tile that spills nothing and fits 99 KiB of shared memory.
 
-    Float32 is multiplied as three products of tf32, whose operands fill the registers. Loads of many stages are not
-    pipelined: two sets of their buffers do not fit 99 KiB.
+    Args:
+        dtype: of the queries; float32 is multiplied as three products of tf32, whose operands take registers.
+        stages: of centroids, most of keys and values; loads of many are not pipelined.
+        fine: whether keys or values are codes of 8 bits with a scale for less than FINE channels.
     """
-    return Tile(32, 16, 8, 1) if dtype == torch.float32 else Tile(128, 32, 8, 1 if stages > 1 else 2)
+    if dtype == torch.float32:
+        return Tile(16, 16, 8, 1)
+    return Tile(64, 32, 8, 1) if fine else Tile(128, 32, 8, 1 if stages > 1 else 2)
+
+
+FINE = 16
+"""Fewer channels than a thread loads codes of 8 bits at once."""
 
 
 @jit
@@ -153,7 +161,8 @@ def launch(
     batch, rows, heads, size = q.shape
     q = q if q.stride(3) == 1 else q.contiguous()
     width = max(16, triton.next_power_of_2(size))
-    tile = tile_of(q.dtype, max(k.STAGES.value, v.STAGES.value))
+    fine = any(side.BITS.value == 8 and side.CHANNELS.value < FINE for side in (k, v))
+    tile = tile_of(q.dtype, max(k.STAGES.value, v.STAGES.value), fine)
     cos, sin = (None, None) if tables is None else (t.contiguous() for t in tables)
     attention_part_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
         q,

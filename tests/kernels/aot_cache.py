@@ -19,6 +19,7 @@ SIDES: dict[str, dict[str, object]] = {
     "token-int8": {"x": "*u8", "scale": "*bf16", "BITS": 8, "OFFSET": 127, "CHANNELS": 32},
     "token-int2": {"x": "*u8", "scale": "*u8", "zero": "*u8", "BITS": 2, "CHANNELS": 16},
     "channel-int2": {"x": "*u8", "scale": "*bf16", "zero": "*bf16", "BITS": 2, "CHANNELS": 1, "TOKENS": 1560},
+    "channel-int8": {"x": "*u8", "scale": "*bf16", "zero": "*bf16", "BITS": 8, "CHANNELS": 1, "TOKENS": 1560},
     "prq": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 64, "STAGES": 1, "CENTROIDS": 256},
     "prq-4": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 16, "STAGES": 4, "CENTROIDS": 256},
 }
@@ -37,7 +38,7 @@ def side(name: str, size: int) -> Stored:
 def attention(name: str, dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
     """Arguments of a :class:`tests.kernels.aot_cases.Case` of attention to keys and values of a form, heads of 128."""
     both = side(name, 128)
-    tile = tile_of(torch.float32 if dtype == "fp32" else torch.bfloat16, both.STAGES)
+    tile = tile_of(torch.float32 if dtype == "fp32" else torch.bfloat16, both.STAGES, name == "channel-int8")
     types = {"q_ptr": f"*{dtype}", "factor": "fp32", "k": both, "v": both}
     types |= dict.fromkeys(("cos_ptr", "sin_ptr", "out_ptr", "lse_ptr"), "*fp32")
     rotate = name != "dense"
@@ -82,7 +83,8 @@ def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
 
 
 CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
-CASES |= {"attention-part-float32-prq": attention("prq", "fp32"), "planes": planes()}
+CASES |= {f"attention-part-float32-{name}": attention(name, "fp32") for name in ("prq", "token-int8", "channel-int2")}
+CASES["planes"] = planes()
 CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}
 CASES |= {f"cluster-{half}": cluster(half) for half in ("nearest", "means")}
 """Name -> arguments of a case."""

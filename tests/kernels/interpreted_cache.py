@@ -186,6 +186,7 @@ CASES: dict[str, Callable[[], None]] = {
     "packed-attention-odd-size": lambda: attention(PerToken(2, 6), PerToken(4, 3, True), size=6, gone=1),
     "packed-attention-wide-odd-blocks": lambda: attention(PerToken(2, 10), Float8(), size=70, rows=41),
     "packed-attention-channels": lambda: attention(PerChannel(4), PerChannel(2, 8, False), span=24, gone=9),
+    "packed-attention-channels-8-bits": lambda: attention(PerChannel(8), PerToken(8, 4), dtype=F16, allowed=2**-9),
     "packed-attention-kivi": lambda: attention(Kivi(2, 0, 16), Kivi(4, 0, 16), spans=3, gone=7),
     "packed-attention-float8": lambda: attention(Float8(), Float8(), gone=2),
     "packed-attention-prq": lambda: attention(Prq(1, 16, block=16), Prq(1, 5, block=16), spans=3, gone=4),
