@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -147,10 +148,12 @@ def attention_packed_cpu(a: AttentionPacked) -> Tensor:
 
 if HAS_TRITON:
 
-    @attention_packed.on("cuda", f"triton, heads of more than {packed_triton.MOST_SIZE} channels: reference")
+    @attention_packed.on("cuda", "triton")
     def attention_packed_cuda(a: AttentionPacked) -> Tensor:
-        """Launch on the device that holds q; wider heads take the reference, whose tiles have no such limit."""
+        """Launch on the device that holds q; heads that no tile holds take the reference, with a warning."""
         if a.q.shape[3] > packed_triton.MOST_SIZE:
+            message = f"heads of {a.q.shape[3]} channels run the reference: the kernel takes {packed_triton.MOST_SIZE}"
+            warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)
             return attention_packed.compute(a)
         with torch.cuda.device(a.q.device):
             return packed_triton.attend(a)
