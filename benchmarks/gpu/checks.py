@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.gpu.problems import Layer, Sizes, wan_layers
 from benchmarks.gpu.session import Session
-from fxq.cache.codecs import PRESETS, Klt
+from fxq.cache.codecs import PRESETS, Klt, Prq
 from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.named import codecs_text
 from fxq.kernels import OPS, Op, quantize_act, rms_norm_rope
@@ -108,7 +108,9 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         ],
         "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
         "attention": [(head, [head, head], [head, head])],
-        "attention_packed": [_packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Klt(1.0))],
+        "attention_packed": [
+            _packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Prq(1, 16, block=16), Klt(1.0))
+        ],
         "attention_weighted": [(head, [head, head], [head, head], *few, torch.rand(1, 16, heads, device=device) * 9)],
         "absorb": [(x, torch.randn(1, heads, dim // heads, dim // heads, device=device) / dim)],
         "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],

@@ -12,6 +12,7 @@ from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.settings import CacheSettingsError, codec_from_json, codec_to_json
 from fxq.kernels.attention.codecs import register
+from fxq.kernels.attention.forms import Form
 from fxq.runtime.reading import ReadError, parse_json
 
 
@@ -30,6 +31,10 @@ class Bound:
         """The codec's numbers."""
         shape = Shape(heads, head_dim, span)
         return self.codec.decode(Record(self.codec.fields(shape, self.kind), tensors, shape), self.kind)
+
+    def form(self, heads: int, head_dim: int, span: int) -> Form | None:
+        """The codec's form."""
+        return self.codec.form(Shape(heads, head_dim, span), self.kind)
 
 
 def codecs_text(keys: Codec | None, values: Codec | None) -> str:

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxq.kernels.attention.forms import Form
+
 LEADING_AXES = {"token": 2, "span": 2, "video": 1, "model": 0}
 """Axes of a stored tensor before its own, by what it has slices of."""
 
@@ -51,6 +53,9 @@ class SpanCodec(Protocol):
 
     def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
         """float32 [B, T, heads, head_dim] of whole spans; keys come without their rotary embedding."""
+
+    def form(self, heads: int, head_dim: int, span: int) -> Form | None:
+        """How kernels read the tensors; None: :meth:`decode` alone does."""
 
 
 Codecs = tuple[SpanCodec | None, SpanCodec | None]

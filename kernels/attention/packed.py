@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+import warnings
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fxq.kernels import native
-from fxq.kernels.arguments import Attention, AttentionPacked, RmsNormRope
+from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
-from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, StoredTensor, codecs_of
+from fxq.kernels.attention import triton as packed_triton
+from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, codecs_of
 from fxq.kernels.attention.merge import attention_lse, merge
+from fxq.kernels.attention.spans import count_spans, decoded, parts, rotated, tokens_held
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare
-from fxq.kernels.rope.op import rms_norm_rope
 
 MOST_HEAD_DIM, MOST_SPAN = 1024, 2**30
 """Limits of what is decoded: channels of a head, tokens of a span."""
@@ -38,7 +40,7 @@ def _supports(a: AttentionPacked) -> str:
         codecs = codecs_of(a.codec)
         if codecs == (None, None):
             return "neither keys nor values have a codec: use fxq::attention"
-        held = [_held(a, kind) for kind in ("keys", "values")]
+        held = [tokens_held(a, kind) for kind in ("keys", "values")]
         for name, codec, tensors, some in zip(("k", "v"), codecs, (a.packed_k, a.packed_v), held, strict=True):
             if reason := _misfit(codec, tensors, a, tokens if some else 0):
                 return f"packed_{name}{reason}"
@@ -60,7 +62,7 @@ def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPack
     fields = codec.stored(heads, size, a.span)
     if len(tensors) != len(fields):
         return f" are {len(tensors)} tensors: the codec stores {', '.join(field.name for field in fields)}"
-    spans = _spans(fields, tensors, a.span)
+    spans = count_spans(fields, tensors, a.span)
     if tokens and not spans * a.span - a.span < tokens <= spans * a.span:
         return f" are {spans} spans of {a.span} tokens, cos has {tokens}: expected so many without a part of the first"
     for field, tensor in zip(fields, tensors, strict=True):
@@ -73,23 +75,6 @@ def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPack
 
 def _shown(tensors: Sequence[Tensor]) -> str:
     return ", ".join(f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
-
-
-def _spans(fields: Sequence[StoredTensor], tensors: Sequence[Tensor], span: int) -> int:
-    """Number of spans that tensors hold."""
-    for field, tensor in zip(fields, tensors, strict=False):
-        if field.per in ("token", "span") and tensor.ndim > 1:
-            return tensor.shape[1] // (span if field.per == "token" else 1)
-    return 0
-
-
-def _held(a: AttentionPacked, kind: str) -> int:
-    """Number of tokens whose keys, or values, are stored; those of the first span that are evicted count."""
-    codec = codecs_of(a.codec)[kind == "values"]
-    tensors = a.packed_k if kind == "keys" else a.packed_v
-    if codec is None:
-        return tensors[0].shape[1] if tensors and tensors[0].ndim == 4 else 0
-    return _spans(codec.stored(a.q.shape[2], a.q.shape[3], a.span), tensors, a.span) * a.span
 
 
 def _fake(a: AttentionPacked) -> Tensor:
@@ -144,8 +129,8 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     found = attention_lse(a.q, a.k[0], a.v[0])
     for k, v in zip(a.k[1:], a.v[1:], strict=True):
         found = merge(found, attention_lse(a.q, k, v))
-    for part in _parts(a):
-        found = merge(found, attention_lse(a.q, _keys(a, part), _decoded(a, "values", part)))
+    for part in parts(a):
+        found = merge(found, attention_lse(a.q, rotated(a, part), decoded(a, "values", part)))
     return found[0].to(a.q.dtype).flatten(2).contiguous()
 
 
@@ -155,52 +140,20 @@ def attention_packed_cpu(a: AttentionPacked) -> Tensor:
     if a.q.dtype != torch.bfloat16 or not native.attends() or not any(k.shape[1] for k in a.k):
         return attention_packed.compute(a)
     found = native.attention_lse(Attention(a.q, a.k, a.v))
-    for part in _parts(a):
-        span = Attention(a.q, [_keys(a, part)], [_decoded(a, "values", part)])
+    for part in parts(a):
+        span = Attention(a.q, [rotated(a, part)], [decoded(a, "values", part)])
         found = merge(found, native.attention_lse(span))
     return found[0].to(a.q.dtype).flatten(2).contiguous()
 
 
-class _Part(NamedTuple):
-    """Span ``number``, whose tokens but the first ``skip`` are ``first`` to ``last`` of the tables."""
+if HAS_TRITON:
 
-    number: int
-    first: int
-    last: int
-    skip: int
-
-
-def _parts(a: AttentionPacked) -> Iterator[_Part]:
-    tokens = a.cos.shape[0] if _held(a, "keys") else 0
-    skip = -tokens % a.span
-    for number in range((tokens + skip) // a.span):
-        start = number * a.span - skip
-        yield _Part(number, max(start, 0), start + a.span, max(-start, 0))
-
-
-def _decoded(a: AttentionPacked, kind: str, part: _Part) -> Tensor:
-    """Keys as they are stored, or values, of a part, [B, tokens, heads, head_dim] in q's dtype."""
-    codec = codecs_of(a.codec)[kind == "values"]
-    tensors = a.packed_k if kind == "keys" else a.packed_v
-    if codec is None:
-        return tensors[0][:, part.first : part.last]
-    _, _, heads, size = a.q.shape
-    fields = codec.stored(heads, size, a.span)
-    own = {f.name: _cut(f, tensor, part.number, a.span) for f, tensor in zip(fields, tensors, strict=True)}
-    return codec.decode(own, heads, size, a.span)[:, part.skip :].to(a.q.dtype)
-
-
-def _keys(a: AttentionPacked, part: _Part) -> Tensor:
-    """As :func:`_decoded`, rotated; keys that no codec stored are rotated already."""
-    x = _decoded(a, "keys", part)
-    if codecs_of(a.codec)[0] is None:
-        return x
-    cos, sin = a.cos[part.first : part.last], a.sin[part.first : part.last]
-    return rms_norm_rope.compute(RmsNormRope(x.flatten(2), None, 0.0, cos, sin, x.shape[2]))
-
-
-def _cut(field: StoredTensor, tensor: Tensor, number: int, span: int) -> Tensor:
-    """The part of a stored tensor that belongs to one span."""
-    if field.per == "span":
-        return tensor[:, number : number + 1]
-    return tensor[:, number * span : (number + 1) * span] if field.per == "token" else tensor
+    @attention_packed.on("cuda", "triton")
+    def attention_packed_cuda(a: AttentionPacked) -> Tensor:
+        """Launch on the device that holds q; heads that no tile holds take the reference, with a warning."""
+        if a.q.shape[3] > packed_triton.MOST_SIZE:
+            message = f"heads of {a.q.shape[3]} channels run the reference: the kernel takes {packed_triton.MOST_SIZE}"
+            warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)
+            return attention_packed.compute(a)
+        with torch.cuda.device(a.q.device):
+            return packed_triton.attend(a)

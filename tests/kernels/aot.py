@@ -59,18 +59,33 @@ class Counts:
     waits: str = ""
 
 
+UNALIGNED = ("M", "S", "frame_rows")
+"""Numbers of rows, of any size."""
+
+
 def compile_case(case: Case, target: str) -> Any:
     """Compile as a launch does whose pointers and sizes, but for numbers of rows, are multiples of 16."""
     names = case.kernel.arg_names
     constants = case.constants | {"PTX": target.startswith("sm_")} if "PTX" in names else case.constants
-    signature = {name: "constexpr" if name in constants else case.types.get(name, "i32") for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name][0] in "*i" and name not in ("M", "S", "frame_rows")]
+    flat = [((i,), name, constants.get(name, case.types.get(name, "i32"))) for i, name in enumerate(names)]
+    signature = {name: "constexpr" if name in constants else kind for _, name, kind in flat}
+    known = {place: kind for place, name, kind in flat if name in constants}
+    for place, name, kind in [entry for entry in flat if isinstance(entry[2], tuple)]:  # arguments that are tuples
+        inner = [((*place, j), name, value) for j, value in enumerate(kind)]
+        signature[name] = type(kind)(*(value if isinstance(value, str) else "constexpr" for value in kind))
+        known |= {where: value for where, _, value in inner if not isinstance(value, str)}
+        flat += [entry for entry in inner if isinstance(entry[2], str)]
+    aligned = [
+        where
+        for where, name, kind in flat
+        if where not in known and isinstance(kind, str) and kind[0] in "*i" and name not in UNALIGNED
+    ]
     form = GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource
     source = form(
         fn=case.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        constexprs=known,
+        attrs={where: [["tt.divisibility", 16]] for where in aligned},
     )
     machine = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", int(target[3:]), 32)
     return triton.compile(source, target=machine, options={"num_warps": case.warps, "num_stages": case.stages})

@@ -17,6 +17,7 @@ from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
 from fxq.kernels.quantize.triton_per_token import block_of, quantize_per_token_kernel
 from fxq.kernels.rope.triton import rms_norm_rope_kernel
 from fxq.kernels.rows import warps_of
+from tests.kernels import aot_cache
 
 ALL = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 FP8 = ("sm_89", "sm_90", "sm_100", "sm_120")
@@ -29,7 +30,7 @@ class Case:
 
     Attributes:
         kernel: the Triton or Gluon function.
-        types: argument -> Triton's name of its type, int32 where absent.
+        types: argument -> Triton's name of its type, int32 where absent; of a tuple one of such names and of constants.
         constants: compile-time arguments.
         warps: per program.
         stages: of the software pipeline.
@@ -37,7 +38,7 @@ class Case:
     """
 
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, object]
     warps: int
     stages: int
@@ -221,5 +222,6 @@ CASES = linears() | {
     "quantize-asymmetric-gather-20480": quantize_per_token(20480, gather=True, asymmetric=True),
     "weight-sums-w8": weight_sums(packed=False),
     "weight-sums-w4": weight_sums(packed=True),
+    **{name: Case(**arguments) for name, arguments in aot_cache.CASES.items()},
 }
 """Name -> case of everything that ships; the largest tile first, so that a pool of processes ends evenly."""

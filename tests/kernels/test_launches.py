@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.kernels import OPS, dual_scale_linear_quantize
+from fxq.cache.codecs import Float8, Kivi, Klt, PerToken, Prq, QuaRot
+from fxq.kernels import OPS, attention_packed, dual_scale_linear_quantize
+from fxq.kernels.attention.triton_pack import pack_blocks
+from fxq.kernels.cluster import triton as clusters
 from fxq.kernels.gemm import gluon as gluon_gemm
 from fxq.kernels.gemm.activations import ACTIVATIONS, Activation
 from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.op import Op
+from tests.kernels.interpreted_cache import arguments
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -68,6 +72,8 @@ def launched(request, monkeypatch):
 def check(op: Op, sample: tuple, launched: list[str]) -> None:
     """One kernel is compiled, none without rows; zero points per token take another one before it for their weights.
 
+    Attention to an encoded cache takes one for each of its parts.
+
     Panels of the CPU kernel are refused.
     """
     if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
@@ -77,8 +83,16 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
     results = pytree.tree_leaves(op.definition.redispatch(ON_CUDA, *sample)), pytree.tree_leaves(op.reference(*sample))
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
+        if op.name == "attention_packed":
+            assert set(launched) == {"attention_part_kernel"} and len(launched) == passes(sample)
+            continue
         sums = ["weight_sums_kernel"] if has_zero_points(op, sample) else []
         assert launched[:-1] == sums if want.numel() else not launched
+
+
+def passes(sample: tuple) -> int:
+    """Exact pieces that hold a key, and one pass for all spans, whose codecs in the samples the kernel reads itself."""
+    return sum(1 for k in sample[1] if k.shape[1]) + bool(len(sample[5]))
 
 
 def has_zero_points(op: Op, sample: tuple) -> bool:
@@ -128,3 +142,33 @@ def test_the_gluon_launch_binds_and_compiles(split, tiles, launched):
     operands = sample_operands((5, 128), 40, split, 8, torch.Generator().manual_seed(0))
     assert gluon_gemm.launch_gluon(operands, torch.bfloat16, tiles).shape == (5, 40)
     assert launched == ["gluon_kernel"]
+
+
+@pytest.mark.parametrize("launched", [90], indirect=True)
+@pytest.mark.parametrize("codec", [Prq(2, 4, block=16), Kivi(2, 0, 16), Float8(), Klt(1.0), QuaRot(2, 16)], ids=repr)
+def test_every_form_of_an_encoded_cache_binds_and_compiles(codec, launched):
+    a = arguments(codec, codec, gone=5, dtype=torch.bfloat16)
+    got = attention_packed.definition.redispatch(ON_CUDA, *a)
+    assert got.shape == (2, 5, 96) and got.dtype == torch.bfloat16
+    exact, whole, span = ["attention_part_kernel"] * 2, ["attention_part_kernel"], ["planes_kernel"] * 2
+    each = {"klt": 2 * (span + whole), "quarot": 2 * whole}
+    assert launched == exact + each.get(codec.name, whole)
+
+
+@pytest.mark.parametrize("launched", [90], indirect=True)
+def test_heads_wider_than_a_tile_take_the_reference_and_say_so(launched):
+    a = arguments(PerToken(4, 16), PerToken(4, 16), size=144)
+    with pytest.warns(UserWarning, match="heads of 144 channels run the reference: the kernel takes 128"):
+        assert attention_packed.definition.redispatch(ON_CUDA, *a).shape == (2, 5, 432)
+    assert not launched
+
+
+@pytest.mark.parametrize("launched", [90], indirect=True)
+def test_the_kernels_that_encode_bind_and_compile(launched):
+    x, centroids, sizes = torch.randn(2, 40, 32), torch.randn(2, 5, 32), torch.full((10,), 8)
+    assert clusters.nearest(x, centroids).shape == (2, 40)
+    assert clusters.means(x, torch.arange(80), sizes, centroids).shape == centroids.shape
+    scale = torch.ones(2, 40, 2).to(torch.float8_e4m3fn)
+    assert pack_blocks(x, scale, None, 2).shape == (2, 40, 8)
+    assert pack_blocks(x, scale.bfloat16(), scale.bfloat16(), 4).shape == (2, 40, 16)
+    assert launched == ["nearest_kernel", "means_kernel", "pack_kernel", "pack_kernel"]

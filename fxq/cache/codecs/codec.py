@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels.attention.forms import Form
 
 Kind = Literal["keys", "values"]
 
@@ -92,6 +93,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """float32 [B, T, heads, head_dim] of all spans of a record."""
+
+    def form(self, shape: Shape, kind: Kind) -> Form | None:
+        """How kernels read what is stored; None: :meth:`decode` alone does."""
+        return None
 
     def bits_per_element(self, shape: Shape, kind: Kind, spans: int = 1) -> float:
         """Stored bits per element of a video of so many spans; every stored byte counts."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind, Memory, shape_of
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels.attention.forms import Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,3 +33,7 @@ class Exact(Codec):
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """Cast back."""
         return record.tensors["x"].float()
+
+    def form(self, shape: Shape, kind: Kind) -> Numbers:
+        """Numbers without scales."""
+        return Numbers()

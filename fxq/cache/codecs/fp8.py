@@ -11,6 +11,7 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import E4M3_MOST
+from fxq.kernels.attention.forms import Numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +41,7 @@ class Float8(Codec):
         """Numbers times scales."""
         scale = record.tensors["scale"].repeat_interleave(record.shape.span, dim=1)  # [B, T, heads]
         return record.tensors["x"].float() * scale.unsqueeze(-1)
+
+    def form(self, shape: Shape, kind: Kind) -> Numbers:
+        """Numbers with a scale of each head's span."""
+        return Numbers(shape.span)

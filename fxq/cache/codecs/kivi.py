@@ -11,6 +11,7 @@ from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import PerChannel, PerToken
 from fxq.cache.codecs.scalar import ScaleDtype
+from fxq.kernels.attention.forms import Form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +48,7 @@ class Kivi(Codec):
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """As of the kind's axis."""
         return self._of(kind).decode(record, kind)
+
+    def form(self, shape: Shape, kind: Kind) -> Form | None:
+        """As of the kind's axis."""
+        return self._of(kind).form(shape, kind)

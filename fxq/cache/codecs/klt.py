@@ -13,6 +13,7 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, of_video, per_video, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels.attention.forms import Planes
 
 GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Best step of a uniform quantizer of 2**w levels for a Gaussian of deviation 1 (Max 1960); index w."""
@@ -168,6 +169,10 @@ class Klt(Codec):
             rows = rows + found["mean"].float().unsqueeze(1)
             videos.append(rows.transpose(0, 1).reshape(bits.shape[1], *heads))
         return torch.stack(videos)
+
+    def form(self, shape: Shape, kind: Kind) -> Planes:
+        """Bit planes and the basis."""
+        return Planes(self._groups(shape)[0], self.fit == "model")
 
 
 def eigenbasis(x: Tensor) -> Tensor:

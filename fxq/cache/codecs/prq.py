@@ -14,6 +14,8 @@ from fxq.cache.codecs.packing import PACKED_BITS, pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks, seeded_codes
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
+from fxq.kernels.attention.forms import Blocks
+from fxq.kernels.cluster.kmeans import means, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Prq(Codec):
                 f"{self.centroids} centroids for spans of {shape.span} tokens: take fewer, or longer spans"
             )
         names = packed_size(shape.heads * self.stages, self.id_bits)
-        means = (self.stages, shape.heads, self.centroids, shape.head_dim)
+        form = (self.stages, shape.heads, self.centroids, shape.head_dim)
         return (
             *block_fields(self.grid, self.block, shape),
             Field("ids", torch.uint8, "token", (names,)),
-            Field("centroids", torch.bfloat16, "span", means),
+            Field("centroids", torch.bfloat16, "span", form),
         )
 
     def encode(self, x: Tensor, kind: Kind, memory: Memory, seed: int = 0) -> tuple[Record, Memory]:
@@ -79,7 +81,7 @@ class Prq(Codec):
 
     def _video(self, x: Tensor, memory: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         rest = x.transpose(0, 1).contiguous()  # [heads, T, head_dim]
-        means, ids = [], []
+        found, ids = [], []
         for stage in range(self.stages):
             if memory:
                 start, iterations = memory["centroids"][stage].float(), self.warm_iterations
@@ -87,10 +89,10 @@ class Prq(Codec):
                 start, iterations = _tokens_of(rest, self.centroids, seed * self.stages + stage), self.iterations
             centroids, names = kmeans(rest, start, iterations)
             rest = rest - _named(centroids, names)
-            means.append(centroids.to(torch.bfloat16))
+            found.append(centroids.to(torch.bfloat16))
             ids.append(names)
         names = torch.stack(ids, dim=-1).transpose(0, 1).flatten(1)  # [T, heads * stages]
-        packed = {"ids": pack(names, self.id_bits), "centroids": torch.stack(means)}
+        packed = {"ids": pack(names, self.id_bits), "centroids": torch.stack(found)}
         return quantize_blocks(rest.transpose(0, 1), self.grid, self.block) | packed
 
     def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
@@ -110,6 +112,11 @@ class Prq(Codec):
             x = x + _named(centroids[:, :, stage], names[..., stage].transpose(2, 3)).transpose(2, 3)
         return x.flatten(1, 2)
 
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """What was left, and the stages."""
+        blocks = Blocks(self.bits, self.grid.offset, self.block)
+        return blocks._replace(stages=self.stages, centroids=self.centroids, id_bits=self.id_bits)
+
 
 def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
     """Lloyd's iterations, each head alone; a cluster without tokens keeps its centroid.
@@ -124,22 +131,10 @@ def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tenso
     Returns:
         Centroids rounded to bfloat16, as float32, and int64 [heads, T], the nearest of them.
     """
-    heads, count, width = centroids.shape
-    offset = torch.arange(heads, device=x.device).unsqueeze(1) * count
     for _ in range(iterations):
-        names = (_nearest(x, centroids) + offset).flatten()
-        order = names.argsort(stable=True)
-        sizes = names.bincount(minlength=heads * count)
-        sums = torch.segment_reduce(x.flatten(0, 1)[order], "sum", lengths=sizes, axis=0)
-        mean = (sums / sizes.clamp_min(1).unsqueeze(1)).view(heads, count, width)
-        centroids = torch.where(sizes.view(heads, count, 1) > 0, mean, centroids)
+        centroids = means(x, nearest(x, centroids), centroids)
     centroids = centroids.to(torch.bfloat16).float()
-    return centroids, _nearest(x, centroids)
-
-
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """int64 [..., T]: argmin over c of ``|c|^2 - 2 x.c``, the squared distance without what all have in common."""
-    return (centroids.square().sum(-1).unsqueeze(-2) - 2 * x @ centroids.transpose(-1, -2)).argmin(-1)
+    return centroids, nearest(x, centroids)
 
 
 def _named(centroids: Tensor, names: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
+from fxq.kernels.attention.forms import Blocks
+from fxq.kernels.attention.triton_pack import pack_blocks
+from fxq.kernels.jit import HAS_TRITON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,10 @@ class PerToken(Codec):
     def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
         """As of every codec, with codes that the grid has."""
         return seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
+
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """A scale for each block of channels."""
+        return Blocks(self.bits, self.grid.offset, self.block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +121,15 @@ class PerChannel(Codec):
         """As of every codec, with codes that the grid has."""
         return seeded_codes(self.grid, super().seeded(shape, kind, batch, spans, noise))
 
+    def form(self, shape: Shape, kind: Kind) -> Blocks:
+        """A scale for each channel and group of tokens."""
+        return Blocks(self.bits, self.grid.offset, 1, self._group(shape))
+
+
+def packs_in_triton(device: str) -> bool:
+    """Whether codes of blocks are rounded and packed by the Triton kernel on a device type."""
+    return HAS_TRITON and device == "cuda"
+
 
 def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
     """Fields of numbers [B, T, heads, head_dim] in blocks of channels.
@@ -131,9 +147,16 @@ def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
 
 
 def quantize_blocks(x: Tensor, grid: Grid, block: int) -> dict[str, Tensor]:
-    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]."""
-    codes, scale, zero = grid.quantize(x.unflatten(-1, (-1, block)))
-    stored = {"codes": pack(codes.flatten(-2), grid.bits), "scale": scale}
+    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]; on a GPU codes take one kernel."""
+    blocks = x.unflatten(-1, (-1, block))
+    if packs_in_triton(x.device.type):
+        scale, zero = grid.measured(blocks)
+        with torch.cuda.device(x.device):
+            packed = pack_blocks(x, scale, zero, grid.bits)
+    else:
+        codes, scale, zero = grid.quantize(blocks)
+        packed = pack(codes.flatten(-2), grid.bits)
+    stored = {"codes": packed, "scale": scale}
     return stored if zero is None else stored | {"zero": zero}
 
 

@@ -39,6 +39,11 @@ class Grid:
         """Dtype of scale and zero as stored."""
         return torch.bfloat16 if self.scale_dtype == "bfloat16" else torch.float8_e4m3fn
 
+    @property
+    def offset(self) -> int:
+        """Code of the number 0 where symmetric, else 0."""
+        return 0 if self.asymmetric else 2 ** (self.bits - 1) - 1
+
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Blocks along the last axis.
 
@@ -51,16 +56,24 @@ class Grid:
         Raises:
             ValueError: when scales do not fit float8_e4m3fn.
         """
-        if self.asymmetric:
-            low, high = x.aminmax(dim=-1)
-            scale = self._stored((high - low) / (2**self.bits - 1))
-            zero = low.to(torch.bfloat16) if self.scale_dtype == "bfloat16" else self._rounded(low)
+        scale, zero = self.measured(x)
+        if zero is not None:
             codes = (x - zero.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
             return codes.round().clamp(0, 2**self.bits - 1).to(torch.uint8), scale, zero
-        most = 2 ** (self.bits - 1) - 1
-        scale = self._stored(x.abs().amax(dim=-1) / most)
-        codes = (x / scale.float().unsqueeze(-1)).round().clamp(-most, most) + most
+        codes = (x / scale.float().unsqueeze(-1)).round().clamp(-self.offset, self.offset) + self.offset
         return codes.to(torch.uint8), scale, None
+
+    def measured(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of :meth:`quantize` alone.
+
+        Raises:
+            ValueError: when they do not fit float8_e4m3fn.
+        """
+        if not self.asymmetric:
+            return self._stored(x.abs().amax(dim=-1) / self.offset), None
+        low, high = x.aminmax(dim=-1)
+        scale = self._stored((high - low) / (2**self.bits - 1))
+        return scale, low.to(torch.bfloat16) if self.scale_dtype == "bfloat16" else self._rounded(low)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Inverse of :meth:`quantize` up to rounding, float32 [..., block]."""
@@ -68,7 +81,7 @@ class Grid:
         if self.asymmetric:
             assert zero is not None
             return codes.float() * factor + zero.float().unsqueeze(-1)
-        return (codes.float() - (2 ** (self.bits - 1) - 1)) * factor
+        return (codes.float() - self.offset) * factor
 
     def _stored(self, scale: Tensor) -> Tensor:
         if self.scale_dtype == "bfloat16":

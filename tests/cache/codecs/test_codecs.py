@@ -1,15 +1,31 @@
 """What every codec keeps: shapes, stored bytes, determinism, independence of its batch; and what each is good for."""
 
+import contextlib
 import dataclasses
 import math
 
 import pytest
 import torch
 
-from fxq.cache.codecs import CODECS, PRESETS, Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
+from fxq.cache.codecs import (
+    CODECS,
+    PRESETS,
+    Exact,
+    Float8,
+    Kivi,
+    Klt,
+    LowRank,
+    PerChannel,
+    PerToken,
+    Prq,
+    QuaRot,
+    packing,
+    rtn,
+)
 from fxq.cache.codecs.codec import Codec
 from fxq.cache.codecs.record import Record, Shape
 from fxq.cache.spans import Spans
+from tests.features import demand
 
 SHAPE = Shape(3, 32, 64)
 CASES: list[Codec] = [
@@ -205,3 +221,36 @@ def test_heads_without_a_hadamard_matrix_are_refused():
 def test_impossible_settings_are_refused_at_once(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("codec", [PerToken(2, 16), PerToken(4, 32, True), Prq(1, 16, 4, 16), QuaRot(2)], ids=repr)
+def test_on_a_gpu_the_kernel_packs_what_was_measured(codec, monkeypatch):
+    want, _ = codec.encode(spans(1), "values", {})
+    taken = []
+
+    def pack_blocks(x, scale, zero, bits):
+        taken.append(bits)
+        codes = x.unflatten(-1, (-1, codec.block)) - (0 if zero is None else zero.float().unsqueeze(-1))
+        most = codec.grid.offset
+        low, high = (-most, most) if zero is None else (0, 2**bits - 1)
+        codes = (codes / scale.float().unsqueeze(-1)).round().clamp(low, high) + most
+        return packing.pack(codes.flatten(-2), bits)
+
+    monkeypatch.setattr(rtn, "packs_in_triton", lambda device: True)
+    monkeypatch.setattr(rtn, "pack_blocks", pack_blocks)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    got, _ = codec.encode(spans(1), "values", {})
+    assert taken == [codec.bits]
+    assert all(torch.equal(got.tensors[n].view(torch.uint8), t.view(torch.uint8)) for n, t in want.tensors.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["keys", "values"])
+@pytest.mark.parametrize("codec", [case for case in CASES if isinstance(case, PerToken | Prq)], ids=repr)
+def test_a_gpu_encodes_as_well_as_a_cpu_and_twice_the_same(codec, kind):
+    demand("gpu")
+    x = spans()
+    want = codec.decode(codec.encode(x, kind, {})[0], kind)
+    first, second = (codec.encode(x.cuda(), kind, {})[0] for _ in range(2))
+    assert all(torch.equal(t.view(torch.uint8), first.tensors[n].view(torch.uint8)) for n, t in second.tensors.items())
+    assert decibels(x, codec.decode(first, kind).cpu()) >= decibels(x, want) - 0.2

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from benchmarks.live_bytes import LiveBytes
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
@@ -11,6 +12,7 @@ from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
 from fxq.kernels import attention, attention_packed
 from fxq.models.causal_wan import apply_rope
+from tests.features import demand
 
 B, HEADS, DIM, SPAN = 2, 3, 32, 24
 CODECS = [
@@ -139,3 +141,15 @@ def test_one_span_at_a_time_is_dense(codec):
     span = 4 * B * SPAN * HEADS * DIM
     assert many.largest <= 2 * span  # KLT unpacks its planes, some bits more than it has channels
     assert many.peak <= 1.05 * few.peak
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.name)
+def test_a_gpu_agrees_with_the_reference(codec, dtype):
+    demand("gpu")
+    arguments, _ = case(codec, codec, gone=5, dtype=dtype)
+    moved = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, arguments)
+    got, want = attention_packed(*moved).cpu(), attention_packed.reference(*arguments)
+    allowed = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-6}[dtype]
+    assert float((got - want).abs().max() / want.abs().max()) <= allowed

@@ -1,0 +1,90 @@
+"""What tests/kernels/aot.py compiles of the kernels that read an encoded cache, as :mod:`tests.kernels.aot_cases`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxq.kernels.attention import triton_pack, triton_planes
+from fxq.kernels.attention.triton import attention_part_kernel, tile_of
+from fxq.kernels.attention.triton_numbers import Stored
+from fxq.kernels.cluster import triton as clusters
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+SIDES: dict[str, dict[str, object]] = {
+    "dense": {"x": "*bf16"},
+    "float8": {"x": "*u8", "scale": "*fp32", "TOKENS": 1560},
+    "token-int8": {"x": "*u8", "scale": "*bf16", "BITS": 8, "OFFSET": 127, "CHANNELS": 32},
+    "token-int2": {"x": "*u8", "scale": "*u8", "zero": "*u8", "BITS": 2, "CHANNELS": 16},
+    "channel-int2": {"x": "*u8", "scale": "*bf16", "zero": "*bf16", "BITS": 2, "CHANNELS": 1, "TOKENS": 1560},
+    "channel-int8": {"x": "*u8", "scale": "*bf16", "zero": "*bf16", "BITS": 8, "CHANNELS": 1, "TOKENS": 1560},
+    "prq": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 64, "STAGES": 1, "CENTROIDS": 256},
+    "prq-4": {"x": "*u8", "scale": "*u8", "BITS": 2, "OFFSET": 1, "CHANNELS": 16, "STAGES": 4, "CENTROIDS": 256},
+}
+"""Fields of :class:`Stored` that differ from those of dense tokens."""
+
+
+def side(name: str, size: int) -> Stored:
+    """Types and constants of keys or values with heads of so many channels."""
+    numbers = {"BITS": 0, "OFFSET": 0, "CHANNELS": size, "TOKENS": 1, "STAGES": 0, "CENTROIDS": 1, "ID_BITS": 8}
+    absent = dict.fromkeys(("scale", "zero", "ids", "centroids"))
+    own = SIDES[name] | ({"ids": "*u8", "centroids": "*bf16"} if "STAGES" in SIDES[name] else {})
+    fields = dict.fromkeys(Stored._fields, "i32") | absent | numbers | own
+    return Stored(**fields)
+
+
+def attention(name: str, dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
+    """Arguments of a :class:`tests.kernels.aot_cases.Case` of attention to keys and values of a form, heads of 128."""
+    both = side(name, 128)
+    tile = tile_of(torch.float32 if dtype == "fp32" else torch.bfloat16, both.STAGES, name == "channel-int8")
+    types = {"q_ptr": f"*{dtype}", "factor": "fp32", "k": both, "v": both}
+    types |= dict.fromkeys(("cos_ptr", "sin_ptr", "out_ptr", "lse_ptr"), "*fp32")
+    rotate = name != "dense"
+    constants = {"SIZE": 128, "D": 128, "ROTATE": rotate, "FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    constants |= {} if rotate else {"cos_ptr": None, "sin_ptr": None}
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": TARGETS}
+    return {"kernel": attention_part_kernel, "types": types, "constants": constants, **options}
+
+
+def planes() -> dict[str, Any]:
+    """Arguments of a case of the decoding of bit planes."""
+    types = dict.fromkeys(("step_ptr", "basis_ptr", "mean_ptr", "y_ptr"), "*bf16")
+    types |= {"planes_ptr": "*u8", "width_ptr": "*u8", "first_ptr": "*i32"}
+    constants = {"SHARED": False, "BLOCK_T": triton_planes.BLOCK_T, "BLOCK_R": triton_planes.BLOCK_R}
+    constants["BLOCK_C"] = triton_planes.BLOCK_C
+    options = {"warps": 8, "stages": 1, "targets": TARGETS}
+    return {"kernel": triton_planes.planes_kernel, "types": types, "constants": constants, **options}
+
+
+def cluster(kernel: str) -> dict[str, Any]:
+    """Arguments of a case of one half of k-means."""
+    types = dict.fromkeys(("x_ptr", "centroids_ptr", "y_ptr"), "*fp32")
+    types |= dict.fromkeys(("names_ptr", "order_ptr", "ends_ptr"), "*i64")
+    if kernel == "nearest":
+        blocks = {"BLOCK_T": clusters.BLOCK_T, "BLOCK_C": clusters.BLOCK_C, "BLOCK_D": clusters.BLOCK_D}
+        return {**_of(clusters.nearest_kernel, types), "constants": blocks, "warps": 8, "stages": 2}
+    blocks = {"BLOCK_T": clusters.MEAN_T, "BLOCK_D": clusters.MEAN_D}
+    return {**_of(clusters.means_kernel, types), "constants": blocks, "warps": 4, "stages": 3}
+
+
+def pack(bits: int, scale: str, asymmetric: bool) -> dict[str, Any]:
+    """Arguments of a case of the packing of blocks of 16 channels."""
+    types = {"x_ptr": "*fp32", "scale_ptr": scale, "zero_ptr": scale, "y_ptr": "*u8"}
+    constants: dict[str, Any] = {"SIZE": 128, "D": 128, "CHANNELS": 16, "BITS": bits, "ROWS": triton_pack.ROWS}
+    constants |= {} if asymmetric else {"zero_ptr": None}
+    return {**_of(triton_pack.pack_kernel, types), "constants": constants, "warps": 4, "stages": 3}
+
+
+def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
+    own = {name: kind for name, kind in types.items() if name in kernel.arg_names}
+    return {"kernel": kernel, "types": own, "targets": TARGETS}
+
+
+CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
+CASES |= {f"attention-part-float32-{name}": attention(name, "fp32") for name in ("prq", "token-int8", "channel-int2")}
+CASES["planes"] = planes()
+CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}
+CASES |= {f"cluster-{half}": cluster(half) for half in ("nearest", "means")}
+"""Name -> arguments of a case."""
