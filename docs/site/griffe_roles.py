@@ -16,9 +16,11 @@ from site_roles import without_roles  # noqa: E402
 
 
 class Roles(griffe.Extension):
-    """Makes code and links of the roles in every docstring."""
+    """Makes code and links of the roles in every docstring, and shows defaults in full."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called with each object once all are there."""
         if obj.docstring is not None:
             obj.docstring.value = without_roles(obj.docstring.value)
+        if isinstance(obj, griffe.Attribute) and isinstance(obj.value, griffe.ExprAttribute):
+            obj.value = str(obj.value)  # else shown by its last part alone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from site_roles import without_roles
+from site_roles import home, without_roles
 
 import fxq
 
@@ -31,9 +31,9 @@ PAGES = {
 
 _ALIASES = {
     "Condition": "What a video is asked to be: tensors by name.",
-    "OnCall": "What a rollout tells each call of the model to, with the arguments and the result's place.",
-    "PRESETS": "The shipped recipes by name; `fxq recipe list` shows them.",
+    "OnCall": "Is told of each call of a rollout's model: the call and its output.",
 }
+"""Names of types, which have no docstring."""
 
 
 def names_on(page: str) -> list[str]:
@@ -45,20 +45,29 @@ def first_sentence(name: str) -> str:
     """What a public name is, in a line."""
     if name in _ALIASES:
         return _ALIASES[name]
+    if name == "PRESETS":
+        return "The shipped recipes by name; `fxq recipe list` shows them."
     text = inspect.cleandoc(getattr(fxq, name).__doc__ or "").split("\n\n")[0]
     return without_roles(" ".join(text.split()))
 
 
 def python_pages() -> dict[str, str]:
     """Path -> Markdown of the pages about Python: one that lists all names, and one for each purpose."""
-    made = {"reference/python.md": _index()}
+    made = {"reference/index.md": _index()}
     for page, (title, _) in PAGES.items():
         made[f"reference/{page}.md"] = f"# {title}\n\n" + "\n".join(map(_entry, names_on(page)))
     return made
 
 
 def _entry(name: str) -> str:
-    return f"::: fxq.{name}\n" + (f"\n{_ALIASES[name]}\n" if name in _ALIASES else "")
+    """The place of a name in mkdocstrings, under the short name: a module may have that name too."""
+    options = f"    options:\n      heading: fxq.{name}\n      toc_label: {name}\n"
+    if name in _ALIASES:
+        options += "      show_if_no_docstring: true\n"
+    if name == "PRESETS":
+        options += "      show_attribute_values: false\n"
+    said = f"\n{_ALIASES[name]}\n" if name in _ALIASES else ""
+    return f"[](){{#fxq.{name}}}\n\n::: {home(name)}\n{options}{said}"
 
 
 def _index() -> str:

@@ -35,7 +35,7 @@ def recipe_page() -> dict[str, str]:
     parts = [
         "# Keys of recipes",
         "",
-        "Read from the classes that recipe files become; how to write one is told in [recipes](../recipes.md). Presets: "
+        "Read from the classes that recipe files become; [recipes](../recipes.md) tells how to write one. Presets: "
         + ", ".join(f"`{name}`" for name in PRESETS)
         + ".",
     ]
@@ -64,9 +64,8 @@ def _keys(cls: type[Any], told: dict[str, str]) -> list[str]:
     for field in fields:
         kind = re.sub(r"\b(?:\w+\.)+", "", field.type if isinstance(field.type, str) else _name(field.type))
         default = "needed" if _needed(field) else f"`{_value(field)}`"
-        lines.append(
-            f"| `{field.name}` | `{kind}` | {default} | ".replace(" | None`", " \\| None`") + f"{told[field.name]} |"
-        )
+        kind = kind.replace(" | ", "` or `")
+        lines.append(f"| `{field.name}` | `{kind}` | {default} | {told.get(field.name, '')} |")
     return lines
 
 
@@ -97,8 +96,8 @@ def operator_page() -> dict[str, str]:
     parts = [
         "# Operators",
         "",
-        "What quantized graphs call, as `torch.ops.fxq.NAME`. Each has a reference in PyTorch that runs everywhere, and "
-        "kernels for the devices named below it; `fxq doctor` checks them on your machine. How one is written: "
+        "What quantized graphs call, as `torch.ops.fxq.NAME`. Each has a reference in PyTorch that runs everywhere "
+        "and kernels for the devices named below it; `fxq doctor` checks them on your machine. How one is written: "
         "[passes](../passes.md#an-op-what-the-graph-calls).",
     ]
     for op in OPS:

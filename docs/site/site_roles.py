@@ -10,18 +10,29 @@ import fxq
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod|obj|exc):`(?P<short>~?)(?P<name>[\w.]+)`")
 
 
+_ELSEWHERE = {
+    "PRESETS": "fxq.presets.PRESETS",
+    "Condition": "fxq.calibration.rollout.Condition",
+    "OnCall": "fxq.calibration.rollout.OnCall",
+}
+"""Public names of values that do not say where they are defined."""
+
+
+def home(name: str) -> str:
+    """Where a public name is defined, as a dotted name."""
+    value = getattr(fxq, name)
+    return _ELSEWHERE.get(name) or f"{value.__module__}.{value.__qualname__}"
+
+
 def public_places() -> dict[str, str]:
     """Dotted name by which docstrings call a public object or its member -> its anchor in the reference."""
     places = {}
     for name in fxq.__all__:
         value = getattr(fxq, name)
-        owners = [f"fxq.{name}", name]
-        if inspect.isclass(value) or inspect.isfunction(value):
-            owners.append(f"{value.__module__}.{value.__qualname__}")
         members = [key for key in vars(value) if not key.startswith("_")] if _is_own_class(value) else []
-        for owner in owners:
+        for owner in (f"fxq.{name}", name, home(name)):
             places[owner] = f"fxq.{name}"
-            places |= {f"{owner}.{key}": f"fxq.{name}.{key}" for key in members}
+            places |= {f"{owner}.{key}": f"{home(name)}.{key}" for key in members}
     return places
 
 
