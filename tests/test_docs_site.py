@@ -91,8 +91,8 @@ def test_every_option_of_a_command_is_in_the_reference(name):
             spelled = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.name.upper()
             (row,) = re.findall(rf"^\| (`{spelled}`.*) \|$", below, re.MULTILINE)
             assert len(re.split(r"(?<!\\)\|", row)) == 4, row
-            if not parameter.required and type(parameter.default) in (int, float, str) and parameter.default:
-                assert f"`{parameter.default}`" in row
+            if not parameter.required and type(parameter.default) in (int, float, str):
+                assert f"| `{parameter.default}` |" in row
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,7 @@ def test_roles_become_code_and_links():
         ("README.md", "![a](docs/tiny_samples.png)", "![a](tiny_samples.png)"),
         ("docs/README.md", "[a](../README.md)", "[a](index.md)"),
         ("docs/cache.md", "[a](README.md)", "[a](overview.md)"),
+        ("docs/cache.md", "[recipes.md](recipes.md#a-rule)", "[Recipes](recipes.md#a-rule)"),
         ("docs/security.md", "[a](../SECURITY.md)", "[a](reporting.md)"),
         ("docs/passes.md", "[a pass](../passes/line.py)", "a pass (`passes/line.py`)"),
         ("docs/passes.md", "[passes/line.py](../passes/line.py)", "`passes/line.py`"),
@@ -147,6 +148,12 @@ def test_roles_become_code_and_links():
 )
 def test_links_lead_to_pages_of_the_site_or_become_text(file, text, made):
     assert site_links.site_links(text, file) == made
+
+
+def test_sections_of_docstrings_become_lists():
+    said = "A.\n\nArgs:\n    x: one\n        line.\n    y: two.\n\nReturns:\n    A result\n    of two lines."
+    made = "A.\n\n**Args**\n\n- `x`: one\n  line.\n- `y`: two.\n\n**Returns**\n\n- A result\n  of two lines."
+    assert site_recipes._sections(said) == made
 
 
 def test_lists_and_tables_get_the_line_that_they_need():

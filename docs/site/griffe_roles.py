@@ -22,5 +22,9 @@ class Roles(griffe.Extension):
         """Called with each object once all are there."""
         if obj.docstring is not None:
             obj.docstring.value = without_roles(obj.docstring.value)
+        # A dotted name is else shown by its last part alone.
         if isinstance(obj, griffe.Attribute) and isinstance(obj.value, griffe.ExprAttribute):
-            obj.value = str(obj.value)  # else shown by its last part alone
+            obj.value = str(obj.value)
+        for parameter in obj.parameters if isinstance(obj, griffe.Function) else ():
+            if isinstance(parameter.default, griffe.ExprAttribute):
+                parameter.default = str(parameter.default)

@@ -34,7 +34,7 @@ def command_page() -> dict[str, str]:
 
 
 def _described(command: Any, name: str, level: int) -> list[str]:
-    lines = [inspect.cleandoc(command.help or "").replace("\n\n", "\n\n"), ""]
+    lines = [inspect.cleandoc(command.help or ""), ""]
     inner = getattr(command, "commands", None)
     if inner is not None:
         for key, part in inner.items():
@@ -95,7 +95,7 @@ def _limits(info: typer.models.ParameterInfo | None) -> str:
 
 
 def _default(value: Any) -> str:
-    if callable(value) or value in (None, False, [], ()):
+    if callable(value) or value is None or value is False or value in ([], (), ""):
         return "-"
     value = value.value if isinstance(value, enum.Enum) else value
     return "on" if value is True else f"`{', '.join(map(str, value)) if isinstance(value, list | tuple) else value}`"

@@ -33,7 +33,8 @@ def site_links(text: str, file: str) -> str:
     """The Markdown with links as the site has them.
 
     A link to a page or picture of the site leads there; one to another file of the repository, which the site does not
-    hold, becomes its text and the file's path; other hosts stay as they are. Code is left alone.
+    hold, becomes its text and the file's path; other hosts stay as they are. A link that shows a page's file name gets
+    the page's title to show. Code is left alone.
 
     Args:
         text: of the file.
@@ -52,10 +53,16 @@ def _to(file: str) -> Callable[[re.Match[str]], str]:
         if page is None and re.fullmatch(r"docs/[^/]+\.(md|png|svg)", target):
             page = target.removeprefix("docs/")
         if page is not None:
-            return f"{picture}[{label}]({page}{anchor})"
+            shown = title(target) if label == posixpath.basename(target) else label
+            return f"{picture}[{shown}]({page}{anchor})"
         return f"`{target}`" if label in (path, target) else f"{label} (`{target}`)"
 
     return replaced
+
+
+def title(file: str) -> str:
+    """The first heading of a page."""
+    return (ROOT / file).read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
 
 
 def block_lines(text: str) -> str:

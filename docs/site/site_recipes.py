@@ -118,14 +118,17 @@ def _folded(schema: str) -> str:
 
 
 def _sections(text: str) -> str:
-    """A docstring with its sections as lists."""
+    """A docstring with its sections as lists; what returns is one item, however many lines it takes."""
     made: list[str] = []
+    section = ""
     for line in text.splitlines():
         if head := re.fullmatch(r"(Args|Returns|Raises|Attributes|Yields):", line):
-            made += [f"**{head[1]}**", ""]
-        elif entry := re.fullmatch(r" {4}(?! )(.+)", line):
-            item = re.sub(r"^(\w+): ", r"`\1`: ", entry[1])
-            made.append(f"- {item}" if made and (made[-1] == "" or made[-1].startswith("- ")) else f"    {item}")
+            section = head[1]
+            made += [f"**{section}**", ""]
+        elif section and line.startswith("    "):
+            first = made[-1] == "" or (line[4] != " " and section not in ("Returns", "Yields"))
+            item = re.sub(r"^(\w+): ", r"`\1`: ", line.strip())
+            made.append(f"- {item}" if first else f"  {line.strip()}")
         else:
-            made.append(line.strip() and f"  {line.strip()}" if line.startswith("     ") else line)
+            made.append(line)
     return "\n".join(made)
