@@ -63,8 +63,9 @@ $(DOCS_STAMP): docs/requirements.txt $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt -r docs/requirements.txt
 	@touch $@
 
+# Not --quiet: warnings that are not shown are not counted by --strict either.
 docs: $(DOCS_STAMP) ## build the pages and the reference as a site, strictly, into site/index.html
-	env OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	env OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open site/index.html"
 
 dist: $(STAMP) ## build wheel and source distribution into dist

@@ -162,6 +162,13 @@ def test_lists_and_tables_get_the_line_that_they_need():
     assert site_links.block_lines(said) == made
 
 
+def test_make_builds_strictly_and_counts_every_kind_of_fault():
+    assert re.search(r"-m mkdocs build --strict$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    kinds = SETTINGS["validation"]
+    assert {*kinds["nav"].values(), *kinds["links"].values()} == {"warn"}
+    assert {"omitted_files", "not_found"} <= set(kinds["nav"]) and {"anchors", "not_found"} <= set(kinds["links"])
+
+
 def dead(site):
     """Links and sources that lead out of the site or to nothing in it."""
     ids = {page: set(re.findall(r'\bid="([^"]+)"', page.read_text(encoding="utf-8"))) for page in site.rglob("*.html")}
