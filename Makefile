@@ -9,11 +9,12 @@ PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist l
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
 STAMP := $(VENV)/.fxq-installed
+DOCS_STAMP := $(VENV)/.fxq-docs-installed
 # A tool started from here must not pick up another environment or another copy of the package.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint dist release-check format clean
+.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint docs dist release-check format clean
 
 help: ## print every target
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,16 @@ test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on 
 test-avx2-all: $(STAMP) ## every test that needs no GPU, as on a CPU with AVX2 only
 	tests/machine/as_avx2 $(PYTEST) -m "not gpu"
 
+$(DOCS_STAMP): docs/requirements.txt $(STAMP)
+	@echo "installing what the site needs into $(VENV)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt -r docs/requirements.txt
+	@touch $@
+
+# Not --quiet: warnings that are not shown are not counted by --strict either.
+docs: $(DOCS_STAMP) ## build the pages and the reference as a site, strictly, into site/index.html
+	env OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open site/index.html"
+
 dist: $(STAMP) ## build wheel and source distribution into dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
@@ -70,4 +81,4 @@ format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff check --fix .
 
 clean: ## remove build products, keep .venv
-	rm -rf build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist out site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -135,8 +135,7 @@ def sensitivity(rollout: Rollout, recipe: Recipe | str | pathlib.Path = "w4a8", 
         recipe: preset, recipe or file; its first method initialises the integers, nothing is reconstructed.
         progress: show progress bars on stderr.
 
-    Raises:
-        As :func:`quantize`.
+    It raises what :func:`quantize` does.
     """
     return measure_sensitivity(rollout, recipe, progress=progress).alpha
 
