@@ -66,7 +66,10 @@ def locate(path: str | os.PathLike[str], revision: str | None = None) -> pathlib
     folder = pathlib.Path(path)
     local = not isinstance(path, str) or not is_repository(path) or os.path.lexists(folder.parent)
     if not local:
-        return fetch_bundle(str(path), revision)
+        try:
+            return fetch_bundle(str(path), revision)
+        except HubError as error:
+            raise type(error)(f"there is no folder {path} here, and {error}") from error
     if revision is not None:
         raise BundleError(
             f"{folder}: a folder has no revision {revision!r}; revisions are those of a repository, org/name"

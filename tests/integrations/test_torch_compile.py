@@ -410,7 +410,7 @@ def test_constant_weights_are_refused(pair, compiled):
         ({"max_autotun": True}, r"no option 'max_autotun'; did you mean 'max_autotune'"),
         ({"qqqqqqqq": True}, r"no option 'qqqqqqqq'; it knows 'fxq\.recipe' and the options of inductor"),
         ({}, r"runs calibrated models only: quantize the model with fxq\.quantize"),
-        ({"fxq.recipe": "nowhere/bundle"}, r"nowhere/bundle/manifest\.json: No such file"),
+        ({"fxq.recipe": "/nowhere/bundle"}, r"nowhere/bundle/manifest\.json: No such file"),
     ],
 )
 def test_wrong_options_are_refused_with_what_to_do(options, reason, pair):

@@ -201,7 +201,7 @@ def test_every_missing_tensor_is_named(folder):
         ({"_class_name": "WanPipeline", "_diffusers_version": "9.9"}, r"wrote the folder \(9\.9\)"),
         ({"_class_name": None}, r"names no _class_name"),
         ({"quantization_config": {"quant_method": "torchao"}}, r"quantized already, by 'torchao'.*it was made from"),
-        ({"quantization_config": {"quant_method": "fxq"}}, r"by 'fxq'.*fxq\.integrations\.diffusers\.register\(\)"),
+        ({"quantization_config": {"quant_method": "fxq"}}, r"by 'fxq'.*fxq\.register\(\)"),
     ],
     ids=["unknown class", "no model", "no class", "torchao", "fxq"],
 )

@@ -49,6 +49,8 @@ def test_without_a_network_the_cache_serves_with_a_warning(served, monkeypatch, 
         assert fetch_bundle("org/toy") == folder
     with pytest.raises(UnreachableError, match=r"org/other on http://127\.0\.0\.1:9 does not answer"):
         fetch_bundle("org/other")
+    with pytest.raises(UnreachableError, match="there is no folder org/other here, and org/other on"):
+        locate("org/other")
 
 
 def test_another_process_loads_offline_from_the_cache(served, bundle, tmp_path):
