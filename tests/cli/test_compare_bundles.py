@@ -78,7 +78,7 @@ def test_the_shipped_model_is_compared_on_its_own_words_and_length(tmp_path):
     assert rate == 8 and frames.shape == (6, 20 + 160, 3 * 160 + 2 * 4, 3)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_without_a_decoder_latents_are_compared(made, tmp_path):
     pipe, bundle = made
     save_file({"prompts": torch.randn(2, 5, wan.TEXT_DIM)}, tmp_path / "p.safetensors")

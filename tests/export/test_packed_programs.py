@@ -144,7 +144,7 @@ def test_a_compiled_program_compares_every_call_with_what_it_takes(packed, compi
         load_program(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_goes_on_where_layers_are_absorbed(quantized, tmp_path):
     forgetting = absorb_cache(quantized, ABSORBING)
     run = load_program(export_program(forgetting, tmp_path / "aoti", aoti=True))
