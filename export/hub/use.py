@@ -42,4 +42,4 @@ def use_of(target: str, where: str, weights: str) -> str:
     if not target:
         return BUNDLE.format(where=where)
     said = EXPORTS.get(target, f"It has the format {target!r}.").format(weights=weights)
-    return f"```sh\nhf download {where} --local-dir model\n```\n\n{said}"
+    return f"```sh\nhf download {where}\n```\n\n{said}"

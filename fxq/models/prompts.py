@@ -66,19 +66,26 @@ def load_prompts(source: str | pathlib.Path, text_dim: int, text_len: int, count
     elif path.suffix == ".npz":
         named = _read_npz(path)
     elif ":" in str(source) and not path.exists():
-        named = _named(str(source), load_function(str(source), PromptError)(count, seed))
+        named = _named(str(source), load_function(str(source), PromptError, *TAKES)(count, seed))
     else:
         raise PromptError(f"prompts {source}: expected a .safetensors or .npz file, or package.module:function")
     return _checked(str(source), named, text_dim, text_len)
 
 
-def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
-    """The function of a number of videos and a seed that ``package.module:function`` names.
+TAKES = "the number of videos", "a seed"
+"""What functions of a user's models and prompts are called with."""
 
-    It is looked up from the working directory too.
+
+def load_function(name: str, error: type[ValueError], *takes: str) -> Callable[..., object]:
+    """The function that ``package.module:function`` names, looked up from the working directory too.
+
+    Args:
+        name: of the function.
+        error: to raise.
+        takes: what it is called with, in words, an argument each; none: it is not asked.
 
     Raises:
-        ValueError: of the given type, when there is no such function or it does not take the two.
+        ValueError: of the given type, when there is no such function or it does not take these arguments.
     """
     module, _, function = name.partition(":")
     if os.getcwd() not in sys.path:
@@ -90,9 +97,9 @@ def load_function(name: str, error: type[ValueError]) -> Callable[..., object]:
     if not callable(found):
         raise error(f"{name!r} is a {type(found).__name__}, expected a function")
     try:
-        inspect.signature(found).bind(1, 0)
+        inspect.signature(found).bind(*takes) if takes else None
     except TypeError as reason:
-        raise error(f"{name!r} has to take the number of videos and a seed: {reason}") from None
+        raise error(f"{name!r} has to take {' and '.join(takes)}: {reason}") from None
     except ValueError:  # of builtins no signature is known
         pass
     result: Callable[..., object] = found

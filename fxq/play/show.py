@@ -81,7 +81,9 @@ class Show:
         for name in names:
             contestant = stage.contestants[name]
             loop = stage.loop(contestant, self.chunks)
-            self.panels.append(_Panel(contestant, loop, loop.begin(condition, draws), stage.decoder.begin()))
+            with loop.using(contestant.module or loop.denoiser):
+                state = loop.begin(condition, draws)
+            self.panels.append(_Panel(contestant, loop, state, stage.decoder.begin()))
 
     @property
     def ended(self) -> bool:
@@ -96,7 +98,8 @@ class Show:
         """
         condition = encoded(self.stage, prompt)
         for panel in self.panels:
-            fresh = panel.loop.begin(condition, panel.state.draws)
+            with panel.loop.using(panel.contestant.module or panel.loop.denoiser):
+                fresh = panel.loop.begin(condition, panel.state.draws)
             panel.state = dataclasses.replace(
                 panel.state, condition=condition, cross_k=fresh.cross_k, cross_v=fresh.cross_v, calls=0
             )

@@ -184,7 +184,9 @@ def test_a_fresh_process_gets_the_same_output(pair, folder, tmp_path):
     save_file({n: v for n, v in call(4).items() if n != "return_dict"}, tmp_path / "in.safetensors")
     command = [sys.executable, "-c", PROGRAM, folder, tmp_path / "in.safetensors", tmp_path / "out.safetensors"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "out.safetensors")["out"], pair[1](**call(4))[0])
 

@@ -18,7 +18,7 @@ from fxq.calibration.rollout import Draws, Rollout
 from fxq.lab import tiny_rollout
 from fxq.models.families import FAMILIES, FLOATS, SHIPPED_MODELS, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan, seen_sizes
-from fxq.models.prompts import Prompts, load_function, load_prompts
+from fxq.models.prompts import TAKES, Prompts, load_function, load_prompts
 from fxq.models.published.sizes import HEAD, UNSEEN
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
@@ -111,7 +111,7 @@ def make_rollout(name: str, videos: int, seed: int, files: ModelFiles | None = N
             f"{', '.join((*FAMILIES, *plugins.names(plugins.MODELS)))}, or 'package.module:function' returning a "
             "fxq.Rollout; no folder has that name either"
         )
-    return _checked(name, load_function(name, AdapterError)(videos, seed))
+    return _checked(name, load_function(name, AdapterError, *TAKES)(videos, seed))
 
 
 def _checked(name: str, rollout: object) -> Rollout:

@@ -20,7 +20,8 @@ def chunks_of(
         draws: of it.
         module: what runs in the denoiser's place; None: the denoiser.
     """
-    state = rollout.begin(condition, draws)
+    with rollout.using(module or rollout.denoiser):
+        state = rollout.begin(condition, draws)
     for _ in range(rollout.units(condition, draws)):
         with rollout.using(module or rollout.denoiser):
             after = rollout.advance(state)
