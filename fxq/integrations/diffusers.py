@@ -21,6 +21,7 @@ from fxq.export.diffusers_folder import METHOD, LinearEntry, QuantizationConfig
 from fxq.export.files import BundleError
 from fxq.export.graph.stored import layer_problems
 from fxq.integrations.quantized_linear import QuantizedLinear, buffer_name
+from fxq.shadowed import answer_transformers
 
 
 class Method(enum.StrEnum):
@@ -203,6 +204,7 @@ class FxqQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
 def register() -> None:
     """Make diffusers know ``quant_method: fxq``; calling it again changes nothing."""
+    answer_transformers()
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = FxqQuantizer
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = FxqConfig
 
