@@ -22,6 +22,8 @@ from fxq.recipes import recipe_from_json, recipe_to_toml
 from fxq.runtime.reading import read_bytes, read_json
 from fxq.runtime.tables import named
 
+COUNTS = ("layers_kept", "layers_quantized")
+"""Metrics of a receipt that a card tells elsewhere."""
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 MAX_RESULTS_BYTES = 1 << 20
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#!])")
@@ -133,15 +135,15 @@ def plain_words(text: object) -> str:
 
 
 def _metadata(card: Card, recipe: str, bits: Sequence[str]) -> str:
-    given = card.license or License("other")
+    given = card.license
     tags = ["fxq", "quantized", *dict.fromkeys(label.split()[0].lower() for label in bits), "safetensors"]
     more = {"base_model_relation": "quantized"} if card.base_model else {}
     data = client().ModelCardData(
         base_model=card.base_model,
         library_name="fxq",
-        license=given.id,
-        license_name=given.name,
-        license_link=given.link,
+        license=None if given is None else given.id,
+        license_name=None if given is None else given.name,
+        license_link=None if given is None else given.link,
         pipeline_tag=card.pipeline_tag,
         tags=tags,
         **more,
@@ -191,6 +193,7 @@ def _metrics(receipt: Receipt) -> list[tuple[str, str]]:
     return [
         (" ".join(words.get(word, word) for word in name.split("_")), str(value))
         for name, value in sorted(receipt.metrics.items())
+        if name not in COUNTS
     ]
 
 
