@@ -1,5 +1,10 @@
 "use strict";
 const byId = (id) => document.getElementById(id);
+const [original] = document.getElementsByClassName("panel");
+const second = original.cloneNode(true);
+second.querySelector("select").id = "right";
+for (const part of second.querySelectorAll("[aria-label]")) part.ariaLabel = part.ariaLabel.replace("Left", "Right");
+original.after(second);
 const panels = [...document.querySelectorAll(".panel")];
 const canvases = panels.map((panel) => panel.querySelector("canvas"));
 const NONE = "nothing";
