@@ -29,7 +29,7 @@ from fxq.export.graph.graph_json import graph_from_json, graph_to_json, tensors_
 from fxq.export.graph.rehearsal import rehearse
 from fxq.export.graph.stored import check_stored
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
-from fxq.export.inputs import InputEntry, check_entries, input_entries, record_values, stand_ins
+from fxq.export.inputs import InputEntry, check_entries, input_entries, record_values_later, stand_ins
 from fxq.export.receipt import make_receipt
 from fxq.runtime.ambient import own_tensors
 from fxq.runtime.messages import first_line
@@ -257,7 +257,7 @@ def load(
     with allowing(operators):
         module = read_graph(folder, manifest, _read_tensors(folder, manifest, place), place)
     if manifest.inputs is not None:
-        record_values(module, manifest.inputs, place)
+        record_values_later(module, manifest.inputs, place)
     return module
 
 

@@ -15,11 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils import _pytree as pytree
 
+from fxq.calls.captured import put_off
 from fxq.core.ir import example_value, get_tensor, inherit_meta
 from fxq.core.signature import Sizes
 from fxq.dtypes import DTYPES, dtype_name
 from fxq.export.files import BundleError
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Size, Value
+from fxq.runtime.ambient import own_tensors
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.reading import MAX_RANK
 
@@ -193,20 +195,60 @@ def record_values(module: fx.GraphModule, entries: Sequence[InputEntry], device:
     Returns:
         False, with no value recorded, when the graph cannot be run on fake values.
     """
+    recording = _begin(module, entries, device)
+    return recording is not None and recording.run(module)
+
+
+@exclusive
+def record_values_later(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> None:
+    """Record the fake values of the inputs; those of the other nodes once the first of them is asked for.
+
+    A graph that is only run never needs them, and making them takes most of the time of a load.
+    """
+    if (recording := _begin(module, entries, device)) is not None:
+        put_off(module, recording.run)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recording:
+    """Fake inputs of a graph, from which the values of its nodes follow."""
+
+    mode: FakeTensorMode
+    leaves: list[Any]
+
+    def __deepcopy__(self, memo: object) -> _Recording:
+        return self
+
+    @exclusive
+    @own_tensors()
+    def run(self, module: fx.GraphModule) -> bool:
+        """See :func:`record_values`; a copy of the graph will do as well."""
+        # The Python dispatcher has the shape rules of operators that torch 2.11 cannot run on sizes that vary.
+        with self.mode, enable_python_dispatcher():
+            try:
+                _Recorder(module, self.mode).run(*self.leaves, enable_io_processing=False)
+            except Exception:  # whatever an operator's shape rule raises: the graph then runs without values
+                for node in module.graph.nodes:
+                    inherit_meta(node, node, None)
+                return False
+        return True
+
+
+def _begin(module: fx.GraphModule, entries: Sequence[InputEntry], device: torch.device) -> _Recording | None:
+    """Record the values of the inputs; None when they cannot be made."""
     shape_env = ShapeEnv()
-    # The Python dispatcher has the shape rules of operators that torch 2.11 cannot run on sizes that vary.
-    with FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True) as mode, enable_python_dispatcher():
-        symbols: dict[str, object] = {}
-        try:
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    symbols: dict[str, object] = {}
+    try:
+        with mode, enable_python_dispatcher():
             leaves = [_fake(entry, shape_env, symbols, device) for entry in entries]
-            _Recorder(module, mode).run(*leaves, enable_io_processing=False)
-        except BundleError:
-            raise
-        except Exception:  # whatever an operator's shape rule raises: the graph then runs without values
-            for node in module.graph.nodes:
-                inherit_meta(node, node, None)
-            return False
-    return True
+        for node, value in zip(module.graph.find_nodes(op="placeholder"), leaves, strict=True):
+            inherit_meta(node, node, value)
+    except BundleError:
+        raise
+    except Exception:  # sizes that torch makes no symbols of: the graph then runs without values
+        return None
+    return _Recording(mode, leaves)
 
 
 class _Recorder(fx.Interpreter):

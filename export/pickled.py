@@ -14,10 +14,10 @@ from torch._ops import OpOverload
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.node import Target
 
-from fxq.calls.captured import CapturedModule, guard_calls, inherit_notes, notes_of, rules_of
+from fxq.calls.captured import CapturedModule, guard_calls, inherit_notes, lasting_notes, rules_of
 from fxq.calls.rules import CallRules
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, put_tensor, set_plan
-from fxq.export.inputs import InputEntry, input_entries, record_values
+from fxq.export.inputs import InputEntry, input_entries, record_values_later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def reduce_module(module: CapturedModule) -> tuple[object, ...]:
         tensors,
         (list(info.orig_args), info.in_spec, info.out_spec),
         rules_of(module),
-        notes_of(module),
+        lasting_notes(module),
         input_entries(module),
         next((tensor.device for tensor in tensors.values()), torch.device("cpu")),
         module.training,
@@ -134,7 +134,7 @@ def restore_module(state: _State) -> CapturedModule:
     if state.rules is not None:
         module = guard_calls(module, state.rules)
     if state.inputs is not None:
-        record_values(module, state.inputs, state.device)
+        record_values_later(module, state.inputs, state.device)
     return module.train(state.training)
 
 

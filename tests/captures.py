@@ -1,4 +1,4 @@
-"""Captures of the models of ``fxq.models``, made once a process: most tests quantize the same few of them.
+"""Captures of the models of ``fxq.models`` and ``tests.toys``, made once a process: most tests quantize the same few.
 
 ``tests/capture`` and whatever calls :func:`fxq.capture.trace.trace` itself capture anew.
 """
@@ -15,7 +15,8 @@ import fxq.lab
 import fxq.quantize
 from fxq.capture.trace import plain_model, trace
 
-_KEPT = 6
+_KEPT = 10
+_OF_KNOWN_CODE = ("fxq.models.", "tests.toys")
 _SIMPLE = (bool, int, float, str, tuple, type(None), torch.dtype)
 
 
@@ -41,7 +42,7 @@ def share():
 
 def _key(model, args, kwargs, *others):
     """Everything a capture depends on, or None where that is not known of the model."""
-    if not isinstance(model, torch.nn.Module) or not type(model).__module__.startswith("fxq.models."):
+    if not isinstance(model, torch.nn.Module) or not type(model).__module__.startswith(_OF_KNOWN_CODE):
         return None
     digest = hashlib.sha256()
     for name, module in plain_model(model).named_modules():

@@ -14,6 +14,7 @@ from fxq.calls.rules import CallRules, bind
 from fxq.runtime.exclusive import exclusive
 
 _FLAT = "_fxq_flat"
+_LATER = "fxq_later"
 
 
 class CheckedCalls(_PyTreeCodeGen):
@@ -92,6 +93,23 @@ def notes_of(module: fx.GraphModule) -> dict[str, Any]:
 def inherit_notes(new: fx.GraphModule, notes: Mapping[str, object]) -> None:
     """Give a copy of a module the notes of its original."""
     new.meta.update(notes)
+
+
+def put_off(module: fx.GraphModule, work: Callable[[fx.GraphModule], object]) -> None:
+    """Note work on a module's nodes that :func:`catch_up` does once it is needed; copies of the graph take it over."""
+    module.meta[_LATER] = work
+
+
+def catch_up(module: fx.GraphModule) -> None:
+    """Do what was put off."""
+    work = module.meta.pop(_LATER, None) if hasattr(module, "meta") else None
+    if work is not None:
+        work(module)
+
+
+def lasting_notes(module: fx.GraphModule) -> dict[str, Any]:
+    """The notes that another process can read: work that was put off is not among them."""
+    return {name: note for name, note in notes_of(module).items() if name != _LATER}
 
 
 def convention(module: fx.GraphModule) -> tuple[list[str], pytree.TreeSpec]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
-from fxq.calls.captured import CapturedModule, inherit_notes, notes_of
+from fxq.calls.captured import CapturedModule, catch_up, inherit_notes, notes_of
 from fxq.core.method import LayerStatistics, LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.workers import Workers
@@ -155,7 +155,9 @@ def module_path(node: fx.Node) -> str:
 
 
 def example_value(node: fx.Node) -> Any:
-    """The fake value recorded when the node was traced, or None."""
+    """The fake value recorded when the node was traced, or None; of a loaded graph, made when it is asked for."""
+    if "val" not in node.meta and node.graph.owning_module is not None:
+        catch_up(node.graph.owning_module)
     return node.meta.get("val")
 
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
+from fxq.calls.captured import catch_up
 from fxq.core.ir import QuantGraph, Stage
 from fxq.core.verify import check
 from fxq.runtime.ambient import own_tensors
@@ -83,6 +84,7 @@ def run_passes(graph: QuantGraph, passes: Iterable[Pass], on_pass: Callable[[str
             graph.
         fxq.core.verify.RuleError: when a rule is broken before or after a pass; the message says which and when.
     """
+    catch_up(graph.module)
     for step in passes:
         if graph.stage < step.needs:
             raise PassError(

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import fxq
 from fxq import cpu, numerics
 from fxq.cache.policy import CachePolicy
+from fxq.calls.captured import catch_up
 from fxq.core.ir import get_tensor, inherit_meta
 from fxq.export.capture import ExportError
 from fxq.export.onnx import check_onnx, export_onnx, output_names
@@ -327,6 +328,7 @@ def test_openvino_reads_the_same_file(toys, files):
 
 def test_a_module_without_recorded_values_needs_an_example(toys, tmp_path):
     loaded = fxq.load(fxq.save(toys[8], tmp_path / "bundle"))
+    catch_up(loaded)
     for node in loaded.graph.nodes:
         inherit_meta(node, node, None)
     with pytest.raises(ExportError, match=r"no recorded example call .*pass example=\(args, dynamic_shapes\)"):

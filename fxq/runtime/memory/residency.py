@@ -41,11 +41,10 @@ class Residency:
         self._starts: list[int] = []
         self._ends: list[int] = []
         self._files: list[bool] = []
-        self._look()
 
     def give_back(self, *tensors: Tensor) -> int:
         """Drop the pages of file-mapped tensors from this process; see :func:`give_back`."""
-        if not self._starts or not _PAGES.exists():
+        if not _PAGES.exists() or _madvise() is None:
             return 0
         dropped = 0
         with _PAGES.open("rb", buffering=0) as pages:
