@@ -164,7 +164,7 @@ else:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_ranks_share_the_videos_that_codecs_learn_from():
     ((code, alone, err),) = results("alone", count=1, size=1, script=SHARED)
     assert code == 0, err

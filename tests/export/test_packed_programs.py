@@ -100,7 +100,7 @@ def test_formats_of_torch_s_operators_alone_name_the_cache(packed):
     assert kept and kept <= CACHE
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_drives_a_rollout_on_its_own_tables(packed, compiled):
     run, rollout = load_program(compiled), rollout_with(POLICY)
     assert read_program(compiled)["imports"] == ["torch", "fxq"]
@@ -118,7 +118,7 @@ def test_a_compiled_program_drives_a_rollout_on_its_own_tables(packed, compiled)
         other.rollout(*other.batches[0])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_compares_every_call_with_what_it_takes(packed, compiled, tmp_path):
     run = load_program(compiled)
     args, _ = calls_of(packed, rollout_with(POLICY))[-1]

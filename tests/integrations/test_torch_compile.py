@@ -525,8 +525,8 @@ def test_with_inductor_a_block_of_another_kind_follows_dynamic_sizes():
         assert relative_error(quantized, model, rows(batch, 96)) < 1e-3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [pytest.param("whole", marks=pytest.mark.sweep), "blocks"])
+@pytest.mark.sweep
+@pytest.mark.parametrize("parts", ["whole", "blocks"])
 def test_with_inductor_a_transformer_of_diffusers_is_right(parts):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)

@@ -213,7 +213,7 @@ def test_tables_that_do_not_fit_are_named(holding):
         pack_cache(quantized_with(None, wan_rollout()), LEARNED, ([{}], [{}]))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_fresh_process_makes_the_same_bytes_with_the_tables_of_the_bundle(tmp_path):
     policy = CachePolicy(keys=Klt(1.0, fit="model"), values=Klt(1.0, fit="model"), span=2)
     rollout, _ = tiny_rollout(load_tiny(), 2, seed=1, unseen=False)

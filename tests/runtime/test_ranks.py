@@ -134,7 +134,9 @@ def test_a_stopped_or_killed_rank_ends_the_other_with_an_error_that_names_it(wha
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
-@pytest.mark.parametrize("where", ["in the job", "before torch has made its group"])
+@pytest.mark.parametrize(
+    "where", ["in the job", pytest.param("before torch has made its group", marks=pytest.mark.sweep)]
+)
 def test_the_rank_at_which_all_meet_may_be_the_stopped_one(where):
     script = JOB.replace('["RANK"] == "1"', '["RANK"] == "0"')
     if where != "in the job":

@@ -201,7 +201,7 @@ def ranks_of(process):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="finds the ranks in /proc")
 def test_a_killed_rank_ends_the_job_and_a_rerun_resumes(words, single, tmp_path):
     out, checkpoints = tmp_path / "bundle", tmp_path / "checkpoints"

@@ -79,7 +79,7 @@ def test_a_loop_of_another_kind_has_no_such_cache():
         CacheOptions(window=9).policy(doubling(), None)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_bundle_keeps_what_was_asked_for_and_generates_on_it(tmp_path):
     out, words = tmp_path / "b", ["--positions", "relative", "--window", "21", "--sink", "3", "--absorb", "0.5"]
     done = RUN.invoke(
