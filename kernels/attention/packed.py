@@ -13,9 +13,9 @@ from fxq.kernels import native
 from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
 from fxq.kernels.attention import triton as packed_triton
-from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, codecs_of
+from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, channels, codecs_of
 from fxq.kernels.attention.merge import attention_lse, merge
-from fxq.kernels.attention.spans import count_spans, decoded, parts, rotated, tokens_held
+from fxq.kernels.attention.spans import Part, coefficients, count_spans, decoded, parts, rotated, tokens_held
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare
 
@@ -118,7 +118,8 @@ def _samples() -> Sequence[AttentionPacked]:
 def attention_packed(a: AttentionPacked) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v and the encoded spans, no mask.
 
-    At most one span of keys and values is decoded at a time; what was read of it is merged in float32.
+    At most one span of keys and values is decoded at a time; what was read of it is merged in float32. Values that a
+    codec gives as coefficients are not decoded: what their weights make of them is.
 
     Returns:
         [B, S, heads * head_dim] in q's dtype, contiguous.
@@ -130,8 +131,15 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     for k, v in zip(a.k[1:], a.v[1:], strict=True):
         found = merge(found, attention_lse(a.q, k, v))
     for part in parts(a):
-        found = merge(found, attention_lse(a.q, rotated(a, part), decoded(a, "values", part)))
+        found = merge(found, _attend(a, part))
     return found[0].to(a.q.dtype).flatten(2).contiguous()
+
+
+def _attend(a: AttentionPacked, part: Part) -> tuple[Tensor, Tensor]:
+    if (values := coefficients(a, part)) is None:
+        return attention_lse(a.q, rotated(a, part), decoded(a, "values", part))
+    out, lse = attention_lse(a.q, rotated(a, part), values.x)
+    return channels(out, values.basis, values.mean), lse
 
 
 @attention_packed.on("cpu", native.or_else("reference", native.attends))
