@@ -2,7 +2,8 @@
 
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
-Everything is measured in one run, round by round one after the other; figures are medians of rounds. Attention to an
+Everything is measured in one run, round by round one after the other; figures are medians of rounds, in seconds of
+processor time of one thread. Attention to an
 encoded span runs right behind attention to the same one in bfloat16, and their ratio is the median of those of the
 rounds. A chunk's compute is five calls of the layer: its linears and its attention to the whole history, all in
 bfloat16. A span is encoded (``commit``) once in eight chunks, keys rotated back before; the first one of a video has no
@@ -75,10 +76,10 @@ def codecs(sizes: Sizes) -> dict[str, Codec]:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
-    start = time.perf_counter()
+    """Processor time of one call on one thread, which others that share the machine hardly change."""
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def tokens(count: int, sizes: Sizes, seed: int) -> torch.Tensor:

@@ -130,4 +130,14 @@ struct Unpacking {
   int32_t is_bfloat16, threads;
 };
 
+struct Packing {
+  const float* values;   // [rows, tokens]: coefficients
+  const float* step;     // [rows]
+  const uint8_t* width;  // [rows], 0 to 8
+  const int32_t* plane;  // [rows]: its first plane
+  uint8_t* planes;       // [planes, plane_bytes]; written
+  long rows, tokens, plane_bytes;
+  int32_t threads;
+};
+
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Encoded keys and values in the native kernels: made dense, or decoded where attention reads them.
+"""Encoded keys and values in the native kernels: bit planes written, spans made dense or decoded inside attention.
 
 The fields of a side, and what they mean, are those of ``struct Side`` in ``calls.h``. Nothing here checks that a side's
 tensors hold what its fields say: who makes sides does (:mod:`fxq.kernels.attention.sides`).
@@ -43,6 +43,14 @@ class _Unpacking(ctypes.Structure):
         *((name, _POINTER) for name in ("cos", "sin", "out")),
         *((name, _LONG) for name in ("batch", "tokens", "heads")),
         *((name, _INT) for name in ("is_bfloat16", "threads")),
+    ]
+
+
+class _Packing(ctypes.Structure):
+    _fields_: ClassVar[Any] = [
+        *((name, _POINTER) for name in ("values", "step", "width", "plane", "planes")),
+        *((name, _LONG) for name in ("rows", "tokens", "plane_bytes")),
+        ("threads", _INT),
     ]
 
 
@@ -118,6 +126,23 @@ def attention_lse(q: Tensor, keys: Side, values: Side, tokens: int, tables: Tabl
     call.q_batch, call.q_row, call.q_head = q.stride()[:3]
     _call("fxq_attention", call)
     return part, lse
+
+
+def pack_planes(values: Tensor, step: Tensor, width: Tensor, plane: Tensor, planes: int) -> Tensor:
+    """Bit planes uint8 [planes, ceil(T / 8)] of coefficients, the first token in the lowest bit.
+
+    Args:
+        values: float32 [n, T].
+        step: float32 [n].
+        width: uint8 [n], bits of a coefficient, 0 to 8.
+        plane: int32 [n], the first plane of each; the ``width`` planes from there on are below ``planes``.
+        planes: how many there are; those of no coefficient stay unwritten.
+    """
+    values, step, width, plane = (t.contiguous() for t in (values, step, width, plane))
+    out = torch.empty((planes, -(-values.shape[1] // 8)), dtype=torch.uint8)
+    pointers = [t.data_ptr() for t in (values, step, width, plane, out)]
+    _call("fxq_pack_planes", _Packing(*pointers, *values.shape, out.shape[1], torch.get_num_threads()))
+    return out
 
 
 def _addresses(tables: Tables) -> tuple[int | None, int | None]:

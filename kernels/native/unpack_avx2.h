@@ -27,4 +27,11 @@ inline Ints where_set(uint32_t bits, int32_t value) {
   return _mm256_and_si256(set, ints(value));
 }
 
+// Which lanes have the bit.
+inline uint32_t set_bits(Ints a, int bit) {
+  return _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_sll_epi32(a, _mm_cvtsi32_si128(31 - bit))));
+}
+
+inline Floats round_down(Floats a) { return _mm256_floor_ps(a); }
+
 }  // namespace fxq

@@ -27,4 +27,9 @@ inline Ints codes_at(const uint8_t* p) {
 // value in the lanes whose bit is set, 0 elsewhere.
 inline Ints where_set(uint32_t bits, int32_t value) { return _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), value); }
 
+// Which lanes have the bit.
+inline uint32_t set_bits(Ints a, int bit) { return _mm512_test_epi32_mask(a, ints(1 << bit)); }
+
+inline Floats round_down(Floats a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+
 }  // namespace fxq

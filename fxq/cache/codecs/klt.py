@@ -13,8 +13,10 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, of_video, per_video, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels import native
 from fxq.kernels.attention.codecs import Coefficients
 from fxq.kernels.attention.forms import Planes
+from fxq.kernels.native.unpack import pack_planes
 
 GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Best step of a uniform quantizer of 2**w levels for a Gaussian of deviation 1 (Max 1960); index w."""
@@ -137,8 +139,13 @@ class Klt(Codec):
     def _planes(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
         rows = x.reshape(len(x), *found["mean"].shape).transpose(0, 1)
         centred = rows - found["mean"].float().unsqueeze(1)
-        values = (centred @ found["basis"].float()).transpose(1, 2).flatten(0, 1)  # [coefficients, T]
-        width, step = found["width"].flatten().long(), found["step"].float().flatten()
+        used = _used(found["width"])
+        basis = found["basis"][..., :used].float()
+        values = (basis.transpose(1, 2) @ centred.transpose(1, 2)).flatten(0, 1)  # [coefficients, T]
+        width, step = found["width"][:, :used].flatten().long(), found["step"][:, :used].float().flatten()
+        if values.device.type == "cpu" and native.ready():
+            plane = (width.cumsum(0) - width).int()
+            return pack_planes(values, step, width.to(torch.uint8), plane, int(width.sum()))
         half = torch.where(width > 0, 2.0 ** (width - 1), 0.0).unsqueeze(1)
         codes = (values / step.unsqueeze(1)).floor() + half
         codes = codes.clamp_min(0).minimum((2 * half - 1).clamp_min(0)).to(torch.int16)
@@ -173,7 +180,7 @@ class Klt(Codec):
         """Those up to the last one that has bits in any head; None where a head has fewer channels than these."""
         heads, size = record.shape.heads, record.shape.head_dim
         width, shared = record.tensors["width"], self.fit == "model"
-        used = int((width.flatten(0, -2) > 0).any(0).nonzero().max()) + 1
+        used = _used(width)
         if used > size:
             return None
         x = torch.stack([self._values(record, i)[:, :used].permute(2, 0, 1) for i in range(record.batch)])
@@ -201,6 +208,11 @@ class Klt(Codec):
     def form(self, shape: Shape, kind: Kind) -> Planes:
         """Bit planes and the basis."""
         return Planes(self._groups(shape)[0], self.fit == "model")
+
+
+def _used(width: Tensor) -> int:
+    """Coefficients up to the last one that has bits in any group [..., rank]."""
+    return int((width.flatten(0, -2) > 0).any(0).nonzero().max()) + 1
 
 
 def eigenbasis(x: Tensor) -> Tensor:

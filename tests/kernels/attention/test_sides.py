@@ -172,6 +172,17 @@ def test_threads_do_not_change_the_result(kernels):
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("span", [1, 23, 64])
+@pytest.mark.parametrize("codec", [Klt(1.0), Klt(0.7, joint=True), Klt(4.0)], ids=str)
+def test_planes_are_those_of_torch_to_the_bit(codec, span, kernels, monkeypatch):
+    x, found = normal(B, 50, HEADS, 36, seed=1), []
+    memory = {name: torch.stack([t, t]) for name, t in codec.fitted(x[0]).items()}
+    for ready in (True, False):
+        monkeypatch.setattr(native, "ready", lambda ready=ready: ready)
+        found.append(codec.encode(x[:, :span] * 2, "values", memory)[0].tensors["planes"])
+    assert torch.equal(*found)
+
+
 def test_widths_that_do_not_fit_the_planes_are_refused(kernels):
     a = call(Klt(1.0), Klt(1.0))
     wrong = [*a.packed_v[:4], a.packed_v[4] + 1]
