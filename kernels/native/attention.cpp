@@ -148,7 +148,7 @@ void pack(const Attention& p, const Shape& s, long batch, long head, long block,
     pack_values(p, s, batch, head, block, values);
     return;
   }
-  const Tile tile(*p.span, batch, head, block * BLOCK_KEYS, std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS));
+  const Tile<bfloat16> tile(*p.span, batch, head, block * BLOCK_KEYS, std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS));
   pack_keys(tile.call(p.size), s, 0, 0, 0, keys);
   pack_values(tile.call(value_size(p)), s, 0, 0, 0, values);
 }

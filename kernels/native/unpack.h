@@ -244,18 +244,19 @@ inline void unpack(const Side& side, long batch, long head, long token, long cou
   }
 }
 
-// Encoded keys and values of a block of one head as one piece of bfloat16 rows.
+// Encoded keys and values of a block of one head as one piece of rows of T.
+template <typename T>
 class Tile {
  public:
   Tile(const Span& span, long batch, long head, long token, long count) {
     static thread_local Scratch keys, values;
     const long size = span.keys.size, half = size / 2;
-    bfloat16* k = keys.get<bfloat16>(count * size);
-    bfloat16* v = values.get<bfloat16>(count * span.values.size);
+    T* k = keys.get<T>(count * size);
+    T* v = values.get<T>(count * span.values.size);
     const float* cos = span.cos ? span.cos + token * half : nullptr;
     const float* sin = span.sin ? span.sin + token * half : nullptr;
     unpack(span.keys, batch, head, token, count, cos, sin, k, size);
-    unpack<bfloat16>(span.values, batch, head, token, count, nullptr, nullptr, v, span.values.size);
+    unpack<T>(span.values, batch, head, token, count, nullptr, nullptr, v, span.values.size);
     piece_ = {k, v, count, 0, size, 0, 0, span.values.size, 0};
   }
 
