@@ -3,13 +3,13 @@
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
 Everything is measured in one run, round by round one after the other; figures are medians of rounds, in seconds of
-processor time of one thread. Attention to an
-encoded span runs right behind attention to the same one in bfloat16, and their ratio is the median of those of the
-rounds. A chunk's compute is five calls of the layer: its linears and its attention to the whole history, all in
-bfloat16. A span is encoded (``commit``) once in eight chunks, keys rotated back before; the first one of a video has no
-centroids or basis to begin with. Decoding happens in every call, inside ``fxq::attention_packed``: ``unpack`` is the
-same work into memory (keys rotated, values of ``Klt`` as coefficients), ``decode`` that of the codecs in torch, for
-modules that were not packed and CPUs without native kernels. ``--rows`` and other sizes are for trying it.
+processor time of one thread. Attention to an encoded span runs right behind attention to the same one in bfloat16, and
+their ratio is the median of those of the rounds. A chunk's compute is five calls of the layer: its linears and its
+attention to the whole history, all in bfloat16. A span is encoded (``commit``) once in eight chunks, keys rotated back
+before; the first one of a video, measured once, has no centroids or basis to begin with. Decoding happens in every
+call, inside ``fxq::attention_packed``: ``unpack`` is the same work into memory (keys rotated, values of ``Klt`` as
+coefficients), ``decode`` that of the codecs in torch, for modules that were not packed and CPUs without native kernels.
+``--rows`` and other sizes are for trying it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,8 @@ from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention.sides import Reader
 from fxq.kernels.attention.spans import coefficients, parts
 from fxq.models.wan_rotary import WanRotary
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +78,11 @@ def codecs(sizes: Sizes) -> dict[str, Codec]:
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Processor time of one call on one thread, which others that share the machine hardly change."""
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Processor time of one call on one thread, which others that share the machine hardly change, and its result."""
     start = time.process_time()
-    call()
-    return time.process_time() - start
+    result = call()
+    return time.process_time() - start, result
 
 
 def tokens(count: int, sizes: Sizes, seed: int) -> torch.Tensor:
@@ -119,9 +122,12 @@ def measure(sizes: Sizes, rounds: int) -> dict[str, dict[str, float]]:
     cos, sin = rotary.tables(sizes.span * sizes.chunk, 0)
     rotated = rotary(past[0], 0)
     begun = {n: (c.learned(past[0][0]), c.learned(past[1][0])) for n, c in known.items()}
-    first = {name: encode(codec, past, begun[name]) for name, codec in known.items()}
-    records = {name: (keys[0], values[0]) for name, (keys, values) in first.items()}
-    memories = {name: (keys[1], values[1]) for name, (keys, values) in first.items()}
+    records, memories, firsts = {}, {}, {}
+    for name, codec in known.items():
+        firsts[name], ((keys, key_memory), (values, value_memory)) = timed(
+            lambda codec=codec, name=name: encode(codec, (rotary(rotated, 0, inverse=True), past[1]), begun[name])
+        )
+        records[name], memories[name] = (keys, values), (key_memory, value_memory)
 
     def exact() -> None:
         attention(q, [rotated, recent[0], k], [past[1], recent[1], v])
@@ -141,18 +147,19 @@ def measure(sizes: Sizes, rounds: int) -> dict[str, dict[str, float]]:
             f"bf16 {name}": exact,
             f"attention {name}": lambda given=given: attention_packed(*given),
             f"decode {name}": lambda codec=codec, both=records[name]: decode(codec, both),
-            f"first {name}": commit(name, begun[name]),
             f"commit {name}": commit(name, memories[name]),
         }
         calls[f"unpack {name}"] = (lambda given=given: unpacked(given)) if native.ready() else calls[f"decode {name}"]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            times[name].append(timed(call)[0])
     found = {name: statistics.median(values) for name, values in times.items()}
-    plain = statistics.median([second for name in known for second in times[f"bf16 {name}"]])
+    every = [second for name in known for second in times[f"bf16 {name}"]]
+    plain = statistics.median(every)
     chunk = sizes.calls * (found["linears"] + plain)
     result = {"exact": {"linears": found["linears"], "attention": plain, "chunk": chunk}}
+    result["exact"] |= {"attention, least": min(every), "attention, most": max(every)}
     for name in known:
         ratios = [a / b for a, b in zip(times[f"attention {name}"], times[f"bf16 {name}"], strict=True)]
         result[name] = {
@@ -161,7 +168,7 @@ def measure(sizes: Sizes, rounds: int) -> dict[str, dict[str, float]]:
             "commit": found[f"commit {name}"],
             "commit, share of its chunk": found[f"commit {name}"] / chunk,
             "commit, share of the span's compute": found[f"commit {name}"] / (sizes.span * chunk),
-            "first commit, share of the span's compute": found[f"first {name}"] / (sizes.span * chunk),
+            "first commit, share of the span's compute": firsts[name] / (sizes.span * chunk),
             "unpack": found[f"unpack {name}"],
             "unpack, share of a chunk": sizes.calls * found[f"unpack {name}"] / chunk,
             "decode": found[f"decode {name}"],
