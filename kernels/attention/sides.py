@@ -14,6 +14,9 @@ from fxq.kernels.attention.spans import Part, cut, decoded
 from fxq.kernels.native import unpack
 from fxq.kernels.native.unpack import Side, side
 
+MOST_BITS = 8
+"""Widest coefficient of bit planes."""
+
 
 class Reader:
     """Reads keys, or values, of one call span by span.
@@ -86,10 +89,10 @@ class _Fitted:
         self.heads, self.groups = heads, form.groups
         self.width = width.reshape(-1, form.groups, width.shape[-1]).contiguous()
         bits = self.width.flatten(1).int()
-        if bool((bits.sum(1) != planes).any()):
+        if bool((bits.sum(1) != planes).any()) or int(bits.max()) > MOST_BITS:
             raise ValueError(
-                f"widths of coefficients sum to {bits.sum(1).tolist()}: expected {planes}, the bit planes there are; "
-                "read what the codec stored"
+                f"widths of coefficients sum to {bits.sum(1).tolist()} with {int(bits.max())} at most: expected "
+                f"{planes}, the bit planes there are, and {MOST_BITS}; read what the codec stored"
             )
         self.plane = (bits.cumsum(1) - bits).int().contiguous()
         self.used = int((self.width.flatten(0, 1) > 0).any(0).nonzero().max()) + 1

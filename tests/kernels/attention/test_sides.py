@@ -185,9 +185,11 @@ def test_planes_are_those_of_torch_to_the_bit(codec, span, kernels, monkeypatch)
 
 def test_widths_that_do_not_fit_the_planes_are_refused(kernels):
     a = call(Klt(1.0), Klt(1.0))
-    wrong = [*a.packed_v[:4], a.packed_v[4] + 1]
-    with pytest.raises(ValueError, match=r"widths of coefficients sum to \[216, 216\]: expected 108"):
-        attention_packed(*a._replace(packed_v=wrong))
+    wide = torch.zeros_like(a.packed_v[4])
+    wide[:, 0, 0] = 108
+    for width, message in ((a.packed_v[4] + 1, r"sum to \[216, 216\] with"), (wide, r"with 108 at most: expected 108")):
+        with pytest.raises(ValueError, match=message):
+            attention_packed(*a._replace(packed_v=[*a.packed_v[:4], width]))
 
 
 def test_names_of_centroids_that_there_are_not_stay_inside(kernels):
