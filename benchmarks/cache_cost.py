@@ -2,11 +2,14 @@
 
 python benchmarks/cache_cost.py --out benchmarks/results/cache_cost.json
 
-Everything is measured in one run, round by round one after the other; ratios are of medians of rounds. A chunk's
-compute is five calls of the layer: its linears and its attention to the whole history, all in bfloat16. A span is
-encoded (``commit``) once in eight chunks, keys rotated back before; the first one of a video has no centroids or basis
-to begin with. Decoding happens in every call, inside ``fxq::attention_packed``. ``--rows`` and
-other sizes are for trying it.
+Everything is measured in one run, round by round one after the other; figures are medians of rounds, in seconds of
+processor time of one thread. Attention to an encoded span runs right behind attention to the same one in bfloat16, and
+their ratio is the median of those of the rounds. A chunk's compute is five calls of the layer: its linears and its
+attention to the whole history, all in bfloat16. A span is encoded (``commit``) once in eight chunks, keys rotated back
+before; the first one of a video, measured once, has no centroids or basis to begin with. Decoding happens in every
+call, inside ``fxq::attention_packed``: ``unpack`` is the same work into memory (keys rotated, values of ``Klt`` as
+coefficients), ``decode`` that of the codecs in torch, for modules that were not packed and CPUs without native kernels.
+``--rows`` and other sizes are for trying it.
 """
 
 from __future__ import annotations
@@ -18,17 +21,23 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from fxq.cache.codecs import PRESETS, Klt
+from fxq.cache.codecs import PRESETS, Klt, PerToken
 from fxq.cache.codecs.codec import Codec, Memory
 from fxq.cache.codecs.record import Record
 from fxq.cache.named import codecs_text
 from fxq.environment import environment
-from fxq.kernels import attention, attention_packed
+from fxq.kernels import attention, attention_packed, native
+from fxq.kernels.arguments import AttentionPacked
+from fxq.kernels.attention.sides import Reader
+from fxq.kernels.attention.spans import coefficients, parts
 from fxq.models.wan_rotary import WanRotary
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +71,18 @@ def codecs(sizes: Sizes) -> dict[str, Codec]:
     qvg = dataclasses.replace(qvg, centroids=min(256, sizes.old // 4), block=min(64, sizes.width))
     return {
         "int8": PRESETS["int8"],
+        "int4": PerToken(4, 32, scale_dtype="bfloat16"),
         "qvg": qvg,
         "klt 1 bit": Klt(1.0),
         "klt 1 bit, calibrated": Klt(1.0, fit="model"),
     }
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def timed(call: Callable[[], Result]) -> tuple[float, Result]:
+    """Processor time of one call on one thread, which others that share the machine hardly change, and its result."""
+    start = time.process_time()
+    result = call()
+    return time.process_time() - start, result
 
 
 def tokens(count: int, sizes: Sizes, seed: int) -> torch.Tensor:
@@ -112,45 +122,68 @@ def measure(sizes: Sizes, rounds: int) -> dict[str, dict[str, float]]:
     cos, sin = rotary.tables(sizes.span * sizes.chunk, 0)
     rotated = rotary(past[0], 0)
     begun = {n: (c.learned(past[0][0]), c.learned(past[1][0])) for n, c in known.items()}
-    first = {name: encode(codec, past, begun[name]) for name, codec in known.items()}
-    records = {name: (keys[0], values[0]) for name, (keys, values) in first.items()}
-    memories = {name: (keys[1], values[1]) for name, (keys, values) in first.items()}
+    records, memories, firsts = {}, {}, {}
+    for name, codec in known.items():
+        firsts[name], ((keys, key_memory), (values, value_memory)) = timed(
+            lambda codec=codec, name=name: encode(codec, (rotary(rotated, 0, inverse=True), past[1]), begun[name])
+        )
+        records[name], memories[name] = (keys, values), (key_memory, value_memory)
 
     def exact() -> None:
         attention(q, [rotated, recent[0], k], [past[1], recent[1], v])
 
-    def packed(name: str) -> Callable[[], object]:
+    def arguments(name: str) -> AttentionPacked:
         stored = [[record.tensors[f.name] for f in record.fields] for record in records[name]]
         text = codecs_text(known[name], known[name])
-        return lambda: attention_packed(q, [recent[0], k], [recent[1], v], *stored, cos, sin, text, old)
+        return AttentionPacked(q, [recent[0], k], [recent[1], v], *stored, cos, sin, text, old)
 
     def commit(name: str, memory: tuple[Memory, Memory]) -> Callable[[], object]:
         return lambda: encode(known[name], (rotary(rotated, 0, inverse=True), past[1]), memory)
 
-    calls: dict[str, Callable[[], object]] = {"linears": linears(sizes), "attention bf16": exact}
-    calls |= {f"attention {name}": packed(name) for name in known}
-    calls |= {f"first {name}": commit(name, begun[name]) for name in known}
-    calls |= {f"commit {name}": commit(name, memories[name]) for name in known}
-    calls |= {f"decode {name}": lambda name=name: decode(known[name], records[name]) for name in known}
+    calls: dict[str, Callable[[], object]] = {"linears": linears(sizes)}
+    for name, codec in known.items():
+        given = arguments(name)
+        calls |= {
+            f"bf16 {name}": exact,
+            f"attention {name}": lambda given=given: attention_packed(*given),
+            f"decode {name}": lambda codec=codec, both=records[name]: decode(codec, both),
+            f"commit {name}": commit(name, memories[name]),
+        }
+        calls[f"unpack {name}"] = (lambda given=given: unpacked(given)) if native.ready() else calls[f"decode {name}"]
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(seconds(call))
+            times[name].append(timed(call)[0])
     found = {name: statistics.median(values) for name, values in times.items()}
-    chunk = sizes.calls * (found["linears"] + found["attention bf16"])
-    result = {"exact": {"linears": found["linears"], "attention": found["attention bf16"], "chunk": chunk}}
+    every = [second for name in known for second in times[f"bf16 {name}"]]
+    plain = statistics.median(every)
+    chunk = sizes.calls * (found["linears"] + plain)
+    result = {"exact": {"linears": found["linears"], "attention": plain, "chunk": chunk}}
+    result["exact"] |= {"attention, least": min(every), "attention, most": max(every)}
     for name in known:
+        ratios = [a / b for a, b in zip(times[f"attention {name}"], times[f"bf16 {name}"], strict=True)]
         result[name] = {
             "attention": found[f"attention {name}"],
-            "attention over bf16": found[f"attention {name}"] / found["attention bf16"],
+            "attention over bf16": statistics.median(ratios),
             "commit": found[f"commit {name}"],
             "commit, share of its chunk": found[f"commit {name}"] / chunk,
             "commit, share of the span's compute": found[f"commit {name}"] / (sizes.span * chunk),
-            "first commit, share of the span's compute": found[f"first {name}"] / (sizes.span * chunk),
-            "unpack": found[f"decode {name}"],
-            "unpack, share of a chunk": sizes.calls * found[f"decode {name}"] / chunk,
+            "first commit, share of the span's compute": firsts[name] / (sizes.span * chunk),
+            "unpack": found[f"unpack {name}"],
+            "unpack, share of a chunk": sizes.calls * found[f"unpack {name}"] / chunk,
+            "decode": found[f"decode {name}"],
         }
+        if (few := coefficients(arguments(name), next(parts(arguments(name))))) is not None:
+            result[name]["coefficients of values"] = few.x.shape[-1]
     return result
+
+
+def unpacked(a: AttentionPacked) -> None:
+    """What attention decodes of the keys and values of one call, in memory."""
+    keys, values = Reader(a, "keys"), Reader(a, "values", short=True)
+    for part in parts(a):
+        keys.dense(part)
+        values.dense(part)
 
 
 def encode(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.settings import CacheSettingsError, codec_from_json, codec_to_json
-from fxq.kernels.attention.codecs import register
+from fxq.kernels.attention.codecs import Coefficients, register
 from fxq.kernels.attention.forms import Form
 from fxq.runtime.reading import ReadError, parse_json
 
@@ -29,8 +29,14 @@ class Bound:
 
     def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
         """The codec's numbers."""
-        shape = Shape(heads, head_dim, span)
-        return self.codec.decode(Record(self.codec.fields(shape, self.kind), tensors, shape), self.kind)
+        return self.codec.decode(self._record(tensors, Shape(heads, head_dim, span)), self.kind)
+
+    def coefficients(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Coefficients | None:
+        """The codec's coefficients."""
+        return self.codec.coefficients(self._record(tensors, Shape(heads, head_dim, span)), self.kind)
+
+    def _record(self, tensors: Mapping[str, Tensor], shape: Shape) -> Record:
+        return Record(self.codec.fields(shape, self.kind), tensors, shape)
 
     def form(self, heads: int, head_dim: int, span: int) -> Form | None:
         """The codec's form."""

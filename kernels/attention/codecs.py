@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,29 @@ class StoredTensor(Protocol):
         """The axes after those."""
 
 
+class Coefficients(NamedTuple):
+    """Numbers as coefficients of few vectors: ``basis x + mean``.
+
+    Weights of a softmax add up to 1, so the weighted sum of values is ``basis (weighted sum of x) + mean``: values are
+    not decoded, and the second product of attention has ``r`` columns where it had ``head_dim``. Keys gain nothing:
+    their rotary embedding, another one for each token, stands between the basis and the query.
+
+    Attributes:
+        x: float32 [B, T, heads, r].
+        basis: float32 [B, heads, head_dim, r]; [1, ...] where all videos share it.
+        mean: float32 [B, heads, head_dim], or [1, ...].
+    """
+
+    x: Tensor
+    basis: Tensor
+    mean: Tensor
+
+
+def channels(x: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
+    """``basis x + mean``, float32 [B, S, heads, head_dim], of ``x`` [B, S, heads, r]; see :class:`Coefficients`."""
+    return (x.transpose(1, 2) @ basis.transpose(-1, -2) + mean.unsqueeze(2)).transpose(1, 2)
+
+
 class SpanCodec(Protocol):
     """What reads a layer's encoded keys, or its values."""
 
@@ -53,6 +76,9 @@ class SpanCodec(Protocol):
 
     def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
         """float32 [B, T, heads, head_dim] of whole spans; keys come without their rotary embedding."""
+
+    def coefficients(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Coefficients | None:
+        """What :meth:`decode` gives, before it is multiplied by a basis; None where there is no shorter form."""
 
     def form(self, heads: int, head_dim: int, span: int) -> Form | None:
         """How kernels read the tensors; None: :meth:`decode` alone does."""

@@ -15,15 +15,16 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -
     Args:
         q: float [B, S, heads, head_dim].
         k: float [B, L, heads, head_dim]; L may be 0.
-        v: as ``k``.
+        v: float [B, L, heads, any width].
         bias: float32 [B, L, heads], added to the scores of each key; minus infinity leaves it out.
 
     Returns:
-        float32 [B, S, heads, head_dim] and [B, S, heads, 1]; 0 and minus infinity where there is no key.
+        float32 [B, S, heads, width of v] and [B, S, heads, 1]; 0 and minus infinity where there is no key.
     """
     batch, rows, heads, width = q.shape
     if not k.shape[1]:
-        return q.new_zeros(q.shape, dtype=torch.float32), q.new_full((batch, rows, heads, 1), -torch.inf).float()
+        none = q.new_zeros((batch, rows, heads, v.shape[3]), dtype=torch.float32)
+        return none, none.new_full((batch, rows, heads, 1), -torch.inf)
     queries, keys, values = (x.float().transpose(1, 2) for x in (q, k, v))
     each = max(1, MOST_SCORES // max(1, batch * heads * k.shape[1]))
     parts = []

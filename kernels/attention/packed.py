@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from fxq.kernels import native
 from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
 from fxq.kernels.attention import triton as packed_triton
-from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, codecs_of
+from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, channels, codecs_of
 from fxq.kernels.attention.merge import attention_lse, merge
-from fxq.kernels.attention.spans import count_spans, decoded, parts, rotated, tokens_held
+from fxq.kernels.attention.sides import Reader
+from fxq.kernels.attention.spans import Part, coefficients, count_spans, decoded, parts, rotated, tokens_held
 from fxq.kernels.jit import HAS_TRITON
+from fxq.kernels.native import unpack
 from fxq.kernels.op import declare
 
 MOST_HEAD_DIM, MOST_SPAN = 1024, 2**30
@@ -86,12 +89,15 @@ def _samples() -> Sequence[AttentionPacked]:
     random = torch.Generator().manual_seed(6)
     exact = {"codec": "exact", "dtype": "float32"}
     settings = {"codec": "per_token", "bits": 8, "block": 8, "asymmetric": False, "scale_dtype": "bfloat16"}
+    planes = {"codec": "klt", "bits": 1.0, "joint": False, "rank": 10, "fit": "video"}
     cases: list[AttentionPacked] = []
     for rows, lengths, spans, gone, keys, values, dtype in (
         (6, (2, 6), 2, 0, exact, exact, torch.float32),
         (5, (0, 3, 5), 3, 2, settings, exact, torch.float32),
         (4, (1, 4), 2, 1, exact, settings, torch.bfloat16),
         (3, (0, 3), 0, 0, settings, None, torch.float32),
+        (5, (3, 5), 2, 3, planes, planes, torch.float32),
+        (4, (4,), 2, 0, settings, planes, torch.bfloat16),
     ):
 
         def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,6 +108,11 @@ def _samples() -> Sequence[AttentionPacked]:
                 return [normal(2, tokens, 2, 16, dtype=dtype)]
             if settings["codec"] == "exact":
                 return [normal(2, tokens, 2, 16)]
+            if settings["codec"] == "klt":
+                bits = torch.randint(0, 256, (2, tokens // 4, 32, 1), generator=random, dtype=torch.uint8)
+                width = torch.tensor([4, 3, 2, 2, 1, 1, 1, 0, 2, 0], dtype=torch.uint8).expand(2, 2, -1).contiguous()
+                fitted = [normal(2, 2, *rest, dtype=torch.bfloat16) for rest in ((16,), (16, 10), (10,))]
+                return [bits, *fitted[:2], fitted[2].abs(), width]
             codes = torch.randint(0, 255, (2, tokens, 2, 16), generator=random, dtype=torch.uint8)
             return [codes, normal(2, tokens, 2, 2, dtype=torch.bfloat16).abs() / 127]
 
@@ -118,7 +129,8 @@ def _samples() -> Sequence[AttentionPacked]:
 def attention_packed(a: AttentionPacked) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v and the encoded spans, no mask.
 
-    At most one span of keys and values is decoded at a time; what was read of it is merged in float32.
+    At most one span of keys and values is decoded at a time; what was read of it is merged in float32. Values that a
+    codec gives as coefficients are not decoded: what their weights make of them is.
 
     Returns:
         [B, S, heads * head_dim] in q's dtype, contiguous.
@@ -130,20 +142,48 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     for k, v in zip(a.k[1:], a.v[1:], strict=True):
         found = merge(found, attention_lse(a.q, k, v))
     for part in parts(a):
-        found = merge(found, attention_lse(a.q, rotated(a, part), decoded(a, "values", part)))
+        found = merge(found, _attend(a, part))
     return found[0].to(a.q.dtype).flatten(2).contiguous()
 
 
-@attention_packed.on("cpu", native.or_else("reference", native.attends))
+def _attend(a: AttentionPacked, part: Part) -> tuple[Tensor, Tensor]:
+    if (values := coefficients(a, part)) is None:
+        return attention_lse(a.q, rotated(a, part), decoded(a, "values", part))
+    out, lse = attention_lse(a.q, rotated(a, part), values.x)
+    return channels(out, values.basis, values.mean), lse
+
+
+def _on_cpu() -> str:
+    unpacks = f"{native.name()} unpack" if native.ready() else "reference"
+    return native.name() if native.attends() else unpacks
+
+
+@attention_packed.on("cpu", _on_cpu)
 def attention_packed_cpu(a: AttentionPacked) -> Tensor:
-    """Native kernel for bfloat16 pieces and decoded spans, else the reference."""
-    if a.q.dtype != torch.bfloat16 or not native.attends() or not any(k.shape[1] for k in a.k):
+    """Native kernels decode bfloat16 spans inside attention, a head at a time, others before it; else the reference.
+
+    Codecs without a form are decoded by torch, span by span.
+    """
+    if not native.ready() or not a.q.numel():
         return attention_packed.compute(a)
-    found = native.attention_lse(Attention(a.q, a.k, a.v))
-    for part in parts(a):
-        span = Attention(a.q, [rotated(a, part)], [decoded(a, "values", part)])
-        found = merge(found, native.attention_lse(span))
-    return found[0].to(a.q.dtype).flatten(2).contiguous()
+    inside = a.q.dtype == torch.bfloat16 and native.attends()
+    found = []
+    if inside and any(k.shape[1] for k in a.k):
+        found.append(native.attention_lse(Attention(a.q, a.k, a.v)))
+    elif not inside:
+        found += [attention_lse(a.q, k, v) for k, v in zip(a.k, a.v, strict=True)]
+    each = list(parts(a))
+    readers = [Reader(a, "keys"), Reader(a, "values", short=True)] if each else []
+    for part in each:
+        keys, values = readers
+        if inside:
+            tokens, tables = part.last - part.first, keys.tables(part)
+            out, lse = unpack.attention_lse(a.q, keys.side(part), values.side(part), tokens, tables)
+        else:
+            out, lse = attention_lse(a.q, keys.dense(part), values.dense(part))
+        found[:] = [functools.reduce(merge, [*found, (values.back(out), lse)])]
+    out, _ = functools.reduce(merge, found) if found else attention_lse(a.q, a.k[0], a.v[0])
+    return out.to(a.q.dtype).flatten(2).contiguous()
 
 
 if HAS_TRITON:

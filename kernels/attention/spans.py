@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fxq.kernels.arguments import AttentionPacked, RmsNormRope
-from fxq.kernels.attention.codecs import StoredTensor, codecs_of
+from fxq.kernels.attention.codecs import Coefficients, SpanCodec, StoredTensor, codecs_of
 from fxq.kernels.rope.op import rms_norm_rope
 
 
@@ -54,9 +54,23 @@ def decoded(a: AttentionPacked, kind: str, part: Part) -> Tensor:
     if codec is None:
         return tensors[0][:, part.first : part.last]
     _, _, heads, size = a.q.shape
-    fields = codec.stored(heads, size, a.span)
-    own = {f.name: cut(f, tensor, part.number, a.span) for f, tensor in zip(fields, tensors, strict=True)}
+    own = of_span(codec, tensors, a, part.number)
     return codec.decode(own, heads, size, a.span)[:, part.skip :].to(a.q.dtype)
+
+
+def coefficients(a: AttentionPacked, part: Part) -> Coefficients | None:
+    """Values of a part as coefficients of few vectors; None where their codec has none."""
+    if (codec := codecs_of(a.codec)[1]) is None:
+        return None
+    _, _, heads, size = a.q.shape
+    found = codec.coefficients(of_span(codec, a.packed_v, a, part.number), heads, size, a.span)
+    return None if found is None else found._replace(x=found.x[:, part.skip :])
+
+
+def of_span(codec: SpanCodec, tensors: Sequence[Tensor], a: AttentionPacked, number: int) -> dict[str, Tensor]:
+    """What a codec stores of one span, by name."""
+    fields = codec.stored(a.q.shape[2], a.q.shape[3], a.span)
+    return {f.name: cut(f, tensor, number, a.span) for f, tensor in zip(fields, tensors, strict=True)}
 
 
 def rotated(a: AttentionPacked, part: Part) -> Tensor:

@@ -110,7 +110,8 @@ _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:
 _Piece = _struct("Piece", "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l")
 _Attention = _struct(
     "Attention",
-    "q:p out:p part:p lse:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i",
+    "q:p out:p part:p lse:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i"
+    " span:p",
 )
 
 

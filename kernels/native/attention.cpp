@@ -7,6 +7,7 @@
 
 #include "calls.h"
 #include "product.h"
+#include "unpack.h"
 #include "vectors.h"
 
 using namespace fxq;
@@ -25,6 +26,9 @@ struct Shape {
   long key_block() const { return BLOCK_KEYS * pairs * 2; }           // elements of a block of packed keys
   long value_block() const { return BLOCK_KEYS * columns * TILE_COLUMNS; }
 };
+
+// Channels of a value: of encoded ones coefficients, where these are read.
+long value_size(const Attention& p) { return p.span == nullptr ? p.size : p.span->values.size; }
 
 // One row of keys or values of a piece, or null past the end.
 struct Source {
@@ -138,10 +142,21 @@ void attend(const Attention& p, const Shape& s, const Block& b, long rows, const
   }
 }
 
+void pack(const Attention& p, const Shape& s, long batch, long head, long block, bfloat16* keys, bfloat16* values) {
+  if (p.span == nullptr) {
+    pack_keys(p, s, batch, head, block, keys);
+    pack_values(p, s, batch, head, block, values);
+    return;
+  }
+  const Tile<bfloat16> tile(*p.span, batch, head, block * BLOCK_KEYS, std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS));
+  pack_keys(tile.call(p.size), s, 0, 0, 0, keys);
+  pack_values(tile.call(value_size(p)), s, 0, 0, 0, values);
+}
+
 void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const bfloat16* keys,
                  const bfloat16* values) {
   static thread_local Scratch q, scores, weights, out, maximum, total;
-  const long width = s.columns * TILE_COLUMNS, rows = std::min(BLOCK_ROWS, p.rows - begin);
+  const long width = s.columns * TILE_COLUMNS, rows = std::min(BLOCK_ROWS, p.rows - begin), size = value_size(p);
   const Block b{q.get<bfloat16>(BLOCK_ROWS * s.pairs * 2), scores.get<float>(BLOCK_ROWS * BLOCK_KEYS),
                 weights.get<bfloat16>(BLOCK_ROWS * BLOCK_KEYS), out.get<float>(BLOCK_ROWS * width),
                 maximum.get<float>(BLOCK_ROWS), total.get<float>(BLOCK_ROWS)};
@@ -157,12 +172,12 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
   for (long i = 0; i < rows; i++) {
     const long place = (batch * p.rows + begin + i) * p.heads + head;
     const __m512 inverse = _mm512_set1_ps(1.0f / b.total[i]);
-    for (long d = 0; d < p.size; d += 16) {
+    for (long d = 0; d < size; d += 16) {
       const __m512 result = _mm512_mul_ps(load(b.out + i * width + d), inverse);
       if (p.out != nullptr) {
-        store(p.out + place * p.size + d, result, lanes(p.size - d));
+        store(p.out + place * size + d, result, lanes(size - d));
       } else {
-        store(p.part + place * p.size + d, result, lanes(p.size - d));
+        store(p.part + place * size + d, result, lanes(size - d));
       }
     }
     if (p.lse != nullptr) p.lse[place] = b.maximum[i] + std::log(b.total[i]);
@@ -174,7 +189,7 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
 namespace {
 
 void run(const Attention& p) {
-  Shape s{ceil_div(p.size, 2), ceil_div(p.size, TILE_COLUMNS), 0, 0};
+  Shape s{ceil_div(p.size, 2), ceil_div(value_size(p), TILE_COLUMNS), 0, 0};
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
   const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
@@ -187,8 +202,7 @@ void run(const Attention& p) {
     {
 #pragma omp for schedule(static)
       for (long block = 0; block < s.blocks; block++) {
-        pack_keys(p, s, batch, head, block, keys + block * s.key_block());
-        pack_values(p, s, batch, head, block, values + block * s.value_block());
+        pack(p, s, batch, head, block, keys + block * s.key_block(), values + block * s.value_block());
       }
 #pragma omp for schedule(dynamic)
       for (long begin = 0; begin < p.rows; begin += BLOCK_ROWS) query_block(p, s, batch, head, begin, keys, values);

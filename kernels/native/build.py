@@ -41,10 +41,12 @@ AVX512 = InstructionSet(
     "native",
     ("avx512_vnni", "avx512_bf16", "avx512_vbmi2"),
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi2", "avx512bf16", "fma"),
-    ("linear.cpp", "rows.cpp", "attention.cpp"),
+    ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp", "attention.cpp"),
     attention=True,
 )
-AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), ("linear.cpp", "rows.cpp"))
+AVX2 = InstructionSet(
+    "native avx2", ("avx2", "fma3"), ("avx2", "fma"), ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp")
+)
 SETS = (AVX512, AVX2)
 """From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]

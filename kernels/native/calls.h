@@ -84,6 +84,60 @@ struct Attention {
   long piece_count, batch, rows, heads, size;
   long q_batch, q_row, q_head;
   int32_t threads;
+  const struct Span* span;  // encoded keys and values in the place of the one piece, which then says their number; or null
+};
+
+// Keys or values of tokens of one span, as they lie or as a codec stores them; see fxq/kernels/attention/forms.py.
+// Strides count elements of what x points to.
+struct Side {
+  const void* x;  // ROWS: numbers [batch, tokens, heads, size]; CODES: bytes [batch, tokens, heads, bytes]; PLANES: [batch, planes, bytes]
+  long x_batch, x_row, x_head;  // of PLANES x_row is a plane's
+  long heads, first;            // first: token that is read first
+  long size;                    // numbers that are made of a token's head: head_dim, or coefficients
+  int32_t kind;                 // ROWS, CODES or PLANES
+  int32_t is_bfloat16;          // ROWS: else float32
+  // CODES: (code - offset) * scale [+ zero] [+ a centroid of each stage], or table[code] * scale
+  int32_t bits, offset, id_bits;
+  const float* table;  // [256] or null
+  const float* scale;  // [batch, tokens / scale_tokens, heads, size / channels]
+  const float* zero;   // as scale, or null
+  const uint8_t* ids;          // [batch, tokens, ids_row]
+  const uint16_t* centroids;   // bfloat16 [batch, stages, heads, count, size]
+  long channels;  // that share a scale; PLANES: that share a basis
+  long scale_batch, scale_tokens, ids_batch, ids_row, centroids_batch, stages, count;
+  // PLANES: basis ((code + 1/2 - 2^(width - 1)) * step) + mean, or what stands in the brackets where basis is null
+  const uint8_t* width;  // [fitted, groups, rank]
+  const int32_t* plane;  // as width: the first plane of a coefficient
+  const float* step;     // as width
+  const float* basis;    // [fitted, groups, used, channels]
+  const float* mean;     // [fitted, groups, channels]
+  long fitted, groups, rank, used, plane_bytes;  // fitted: videos, or 1 for all; used: of rank, others have no bits
+};
+
+// Tokens of one span that attention reads.
+struct Span {
+  Side keys, values;
+  const float* cos;  // [tokens, size / 2], or null where keys are rotated
+  const float* sin;
+};
+
+struct Unpacking {
+  Side side;
+  const float* cos;  // as Span
+  const float* sin;
+  void* out;         // [batch, tokens, heads, size]
+  long batch, tokens, heads;
+  int32_t is_bfloat16, threads;
+};
+
+struct Packing {
+  const float* values;   // [rows, tokens]: coefficients
+  const float* step;     // [rows]
+  const uint8_t* width;  // [rows], 0 to 8
+  const int32_t* plane;  // [rows]: its first plane
+  uint8_t* planes;       // [planes, plane_bytes]; written
+  long rows, tokens, plane_bytes;
+  int32_t threads;
 };
 
 }  // extern "C"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels.attention.codecs import Coefficients
 from fxq.kernels.attention.forms import Form
 
 Kind = Literal["keys", "values"]
@@ -93,6 +94,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, record: Record, kind: Kind) -> Tensor:
         """float32 [B, T, heads, head_dim] of all spans of a record."""
+
+    def coefficients(self, record: Record, kind: Kind) -> Coefficients | None:
+        """The numbers of all spans of a record in a basis of few vectors; None where there is none that is shorter."""
+        return None
 
     def form(self, shape: Shape, kind: Kind) -> Form | None:
         """How kernels read what is stored; None: :meth:`decode` alone does."""

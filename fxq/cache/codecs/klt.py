@@ -13,7 +13,10 @@ from torch import Tensor
 from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, of_video, per_video, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
+from fxq.kernels import native
+from fxq.kernels.attention.codecs import Coefficients
 from fxq.kernels.attention.forms import Planes
+from fxq.kernels.native.unpack import pack_planes
 
 GAUSSIAN_STEPS = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 """Best step of a uniform quantizer of 2**w levels for a Gaussian of deviation 1 (Max 1960); index w."""
@@ -99,8 +102,13 @@ class Klt(Codec):
         return "" if bool((tables["step"] > 0).all()) else "step holds numbers that are not above 0"
 
     def fitted(self, x: Tensor) -> dict[str, Tensor]:
-        """Mean, basis, steps and widths as stored, for tokens [T, heads, head_dim]: the memory of ``fit="model"``."""
+        """Mean, basis, steps and widths as stored, for tokens [T, heads, head_dim]: the memory of ``fit="model"``.
+
+        Raises:
+            ValueError: when there are more bits than ``rank`` coefficients hold.
+        """
         shape = Shape(x.shape[1], x.shape[2], x.shape[0])
+        self.fields(shape, "values")
         tokens = x[:: -(-len(x) // FIT_TOKENS)].float()
         rows = tokens.reshape(len(tokens), *self._groups(shape)).transpose(0, 1)  # [groups, T, width]
         mean = rows.mean(dim=1).to(torch.bfloat16)
@@ -131,8 +139,13 @@ class Klt(Codec):
     def _planes(self, x: Tensor, found: dict[str, Tensor]) -> Tensor:
         rows = x.reshape(len(x), *found["mean"].shape).transpose(0, 1)
         centred = rows - found["mean"].float().unsqueeze(1)
-        values = (centred @ found["basis"].float()).transpose(1, 2).flatten(0, 1)  # [coefficients, T]
-        width, step = found["width"].flatten().long(), found["step"].float().flatten()
+        used = _used(found["width"])
+        basis = found["basis"][..., :used].float()
+        values = (basis.transpose(1, 2) @ centred.transpose(1, 2)).flatten(0, 1)  # [coefficients, T]
+        width, step = found["width"][:, :used].flatten().long(), found["step"][:, :used].float().flatten()
+        if values.device.type == "cpu" and native.ready():
+            plane = (width.cumsum(0) - width).int()
+            return pack_planes(values, step, width.to(torch.uint8), plane, int(width.sum()))
         half = torch.where(width > 0, 2.0 ** (width - 1), 0.0).unsqueeze(1)
         codes = (values / step.unsqueeze(1)).floor() + half
         codes = codes.clamp_min(0).minimum((2 * half - 1).clamp_min(0)).to(torch.int16)
@@ -157,22 +170,49 @@ class Klt(Codec):
         """Planes to codes, codes to coefficients, coefficients to channels."""
         heads, videos = (record.shape.heads, record.shape.head_dim), []
         for i in range(record.batch):
-            found = {n: record.tensors[n] if self.fit == "model" else record.tensors[n][i] for n in _FITTED}
-            width = found["width"].flatten().long()
-            owner, shift = plane_table(width)
-            bits = unpack(record.tensors["planes"][i], 1, record.shape.span).transpose(0, 1).flatten(1).float()
-            codes = bits.new_zeros(len(width), bits.shape[1])
-            codes.index_add_(0, owner, bits * (2.0**shift).unsqueeze(1))
-            half = torch.where(width > 0, 2.0 ** (width - 1), 0.5).unsqueeze(1)
-            values = (codes + 0.5 - half) * found["step"].float().view(-1, 1)
-            rows = values.view(*found["step"].shape, -1).transpose(1, 2) @ found["basis"].float().transpose(1, 2)
+            found = self._found(record, i)
+            rows = self._values(record, i).transpose(1, 2) @ found["basis"].float().transpose(1, 2)
             rows = rows + found["mean"].float().unsqueeze(1)
-            videos.append(rows.transpose(0, 1).reshape(bits.shape[1], *heads))
+            videos.append(rows.transpose(0, 1).reshape(rows.shape[1], *heads))
         return torch.stack(videos)
+
+    def coefficients(self, record: Record, kind: Kind) -> Coefficients | None:
+        """Those up to the last one that has bits in any head; None where a head has fewer channels than these."""
+        heads, size = record.shape.heads, record.shape.head_dim
+        width, shared = record.tensors["width"], self.fit == "model"
+        used = _used(width)
+        if used > size:
+            return None
+        x = torch.stack([self._values(record, i)[:, :used].permute(2, 0, 1) for i in range(record.batch)])
+        basis, mean = (record.tensors[name].float() for name in ("basis", "mean"))
+        basis, mean = (basis[None], mean[None]) if shared else (basis, mean)
+        basis = basis[..., :used].reshape(len(basis), heads, size, used)
+        return Coefficients(x.expand(-1, -1, heads, -1), basis, mean.reshape(len(mean), heads, size))
+
+    def _found(self, record: Record, video: int) -> dict[str, Tensor]:
+        shared = self.fit == "model"
+        return {name: record.tensors[name] if shared else record.tensors[name][video] for name in _FITTED}
+
+    def _values(self, record: Record, video: int) -> Tensor:
+        """Coefficients of a video, float32 [groups, rank, T]."""
+        found = self._found(record, video)
+        width = found["width"].flatten().long()
+        owner, shift = plane_table(width)
+        bits = unpack(record.tensors["planes"][video], 1, record.shape.span).transpose(0, 1).flatten(1).float()
+        codes = bits.new_zeros(len(width), bits.shape[1])
+        codes.index_add_(0, owner, bits * (2.0**shift).unsqueeze(1))
+        half = torch.where(width > 0, 2.0 ** (width - 1), 0.5).unsqueeze(1)
+        values = (codes + 0.5 - half) * found["step"].float().view(-1, 1)
+        return values.view(*found["step"].shape, -1)
 
     def form(self, shape: Shape, kind: Kind) -> Planes:
         """Bit planes and the basis."""
         return Planes(self._groups(shape)[0], self.fit == "model")
+
+
+def _used(width: Tensor) -> int:
+    """Coefficients up to the last one that has bits in any group [..., rank]."""
+    return int((width.flatten(0, -2) > 0).any(0).nonzero().max()) + 1
 
 
 def eigenbasis(x: Tensor) -> Tensor:

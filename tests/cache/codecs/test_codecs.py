@@ -254,3 +254,31 @@ def test_a_gpu_encodes_as_well_as_a_cpu_and_twice_the_same(codec, kind):
     first, second = (codec.encode(x.cuda(), kind, {})[0] for _ in range(2))
     assert all(torch.equal(t.view(torch.uint8), first.tensors[n].view(torch.uint8)) for n, t in second.tensors.items())
     assert decibels(x, codec.decode(first, kind).cpu()) >= decibels(x, want) - 0.2
+
+
+@pytest.mark.parametrize("codec", [Klt(0.5), Klt(1.0, fit="model"), Klt(0.3, joint=True, rank=30)], ids=str)
+def test_coefficients_times_their_basis_are_the_numbers(codec):
+    x = spans(count=2)
+    memory, records = codec.learned(x[0]), []
+    for part in x.split(SHAPE.span, 1):
+        record, memory = codec.encode(part, "values", memory)
+        records.append(Spans.of(record))
+    record = records[0].appended(records[1].record).record
+    few, want = codec.coefficients(record, "values"), codec.decode(record, "values")
+    assert few.x.shape[-1] < 32 and few.x.shape[:3] == want.shape[:3]
+    own = [t.double().expand(2, *t.shape[1:]) for t in few[1:]]
+    got = torch.einsum("bthr,bhdr->bthd", few.x.double(), own[0]) + own[1].unsqueeze(1)
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-6
+
+
+def test_more_coefficients_than_channels_are_no_short_form():
+    codec = Klt(1.0, joint=True)
+    record, _ = codec.encode(torch.randn(1, 64, 3, 32, generator=torch.Generator().manual_seed(0)), "values", {})
+    assert codec.coefficients(record, "values") is None
+    assert Exact().coefficients(record, "values") is None
+
+
+def test_more_bits_than_the_coefficients_hold_are_refused_before_they_are_spent():
+    x = torch.randn(23, 3, 36, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"1\.0 bits do not fit 12 coefficients of 8 bits; raise rank"):
+        Klt(1.0, joint=True, rank=12, fit="model").learned(x)

@@ -1,10 +1,11 @@
 """One reader knows the codecs; texts of unknown form and length are refused."""
 
 import pytest
+import torch
 
 import fxq.cache.named
 from fxq.kernels.attention import codecs
-from fxq.kernels.attention.codecs import MOST_TEXT, codecs_of, register
+from fxq.kernels.attention.codecs import MOST_TEXT, channels, codecs_of, register
 
 
 def test_a_text_is_read_once():
@@ -33,3 +34,13 @@ def test_another_reader_takes_the_place_of_the_first():
         register(fxq.cache.named.codecs_from_text)
     with pytest.raises(ValueError, match="settings"):
         codecs_of("anything")
+
+
+@pytest.mark.parametrize("videos", [1, 2])
+def test_weights_may_come_before_the_basis(videos):
+    random = torch.Generator().manual_seed(0)
+    x, basis, mean = (torch.randn(s, generator=random) for s in ((2, 9, 3, 4), (videos, 3, 8, 4), (videos, 3, 8)))
+    weights = torch.randn(2, 3, 5, 9, generator=random).softmax(-1)
+    got = channels(torch.einsum("bhsl,blhr->bshr", weights, x), basis, mean)
+    values = torch.einsum("blhr,bhdr->blhd", x, basis.expand(2, -1, -1, -1)) + mean.unsqueeze(1)
+    assert torch.allclose(got, torch.einsum("bhsl,blhd->bshd", weights, values), atol=1e-5)
