@@ -136,8 +136,8 @@ def attention_packed(a: AttentionPacked) -> Tensor:
 
 @attention_packed.on("cpu", native.or_else("reference", native.attends))
 def attention_packed_cpu(a: AttentionPacked) -> Tensor:
-    """Native kernel for bfloat16 pieces and decoded spans, else the reference."""
-    if a.q.dtype != torch.bfloat16 or not native.attends() or not any(k.shape[1] for k in a.k):
+    """Native kernel for pieces and decoded spans of the dtypes that it is written for, else the reference."""
+    if not native.attends(a.q.dtype) or not any(k.shape[1] for k in a.k):
         return attention_packed.compute(a)
     found = native.attention_lse(Attention(a.q, a.k, a.v))
     for part in parts(a):
