@@ -1,12 +1,13 @@
-"""Unmasked attention whose two products are of 8-bit integers, to keys and values that lie in several pieces.
+"""Unmasked attention whose products are of 8-bit integers, to keys and values that lie in several pieces.
 
 The scheme of SageAttention (arXiv 2410.02367): a scale for every token of queries and keys, from which the mean of the
-keys is taken off, and one for every channel of values. Each piece is quantized by itself, so a piece that does not
-change has the same integers in every call.
+keys is taken off, one for every channel of values, and weights of 16 bits. Each piece is quantized by itself, so a
+piece that does not change has the same integers in every call.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,18 +16,23 @@ from torch import Tensor
 from fxq import numerics
 from fxq.kernels import native
 from fxq.kernels.arguments import Attention
-from fxq.kernels.attention import op
+from fxq.kernels.attention import op, triton_int8
+from fxq.kernels.attention.triton import MOST_SIZE
+from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare
 
 BITS = 8
-MOST_WEIGHT = 255
-"""Integer of a weight as large as the largest one of its block."""
+MOST_WEIGHT = 2**15 - 1
+"""Integer of a weight as large as the largest one of its block.
+
+With 8 bits the many small weights of a long cache, which together matter, would be 0.
+"""
 
 VALUE_BLOCK = 256
 """Tokens of a piece, at most, whose values share the scales of channels, and whose weights are relative to one."""
 
 MOST_HEAD_DIM = 2**24 // 127**2
-"""Channels of a head whose products of integers add up exactly in float32: 1040. Sums of a block of weights do too."""
+"""Channels of a head whose products of integers add up exactly in float32: 1040."""
 
 
 def key_mean(k: Tensor) -> Tensor:
@@ -94,9 +100,9 @@ def attention_int8(a: Attention) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v in order, no mask, in 8-bit integers.
 
     With q = s_q Q and k - mean = s_k K a score is ``(s_q / sqrt(head_dim)) s_k (Q . K) + q . mean / sqrt(head_dim)``.
-    In every block of VALUE_BLOCK tokens the weights are ``W = round(255 exp(score - largest score of the block))`` and
-    v = s_v V by channel; ``sum(exp(largest) s_v (W . V)) / sum(exp(largest) sum(W))`` over the blocks is the result.
-    Products of integers are exact, everything else is float32.
+    In every block of VALUE_BLOCK tokens the weights are ``W = round(32767 exp(score - largest))``, with the largest
+    score of the block, and v = s_v V by channel; ``sum(exp(largest) s_v (W . V)) / sum(exp(largest) sum(W))`` over the
+    blocks is the result. Products of integers are exact, everything else is float32.
 
     What is not finite in a query shows in its row, in a key in all rows, in a value in its channel of all rows.
 
@@ -126,7 +132,8 @@ def attention_int8(a: Attention) -> Tensor:
             found = top + bias
             above = torch.maximum(most, found)
             shrink, grow = (most - above).exp(), (found - above).exp()
-            out = out * shrink + weights @ value_codes * (value_scale * grow)
+            sums = (weights.double() @ value_codes.double()).float()
+            out = out * shrink + sums * (value_scale * grow)
             total = total * shrink + weights.sum(-1, keepdim=True) * grow
             most = above
     result = torch.where(total == 0, 0.0, out / total)
@@ -143,3 +150,16 @@ def attention_int8_cpu(a: Attention) -> Tensor:
         return native.attention_int8(a, means, _fake(a))
     wide = Attention(a.q.float(), [k.float() for k in a.k], [v.float() for v in a.v])
     return native.attention_int8(wide, means, _fake(wide)).to(a.q.dtype)
+
+
+if HAS_TRITON:
+
+    @attention_int8.on("cuda", "triton")
+    def attention_int8_cuda(a: Attention) -> Tensor:
+        """Launch on the device that holds q; heads that no tile holds take the reference, with a warning."""
+        if a.q.shape[3] > MOST_SIZE:
+            message = f"heads of {a.q.shape[3]} channels run the reference: the kernel takes {MOST_SIZE}"
+            warnings.warn(f"fxq::attention_int8: {message}", stacklevel=2)
+            return attention_int8.compute(a)
+        with torch.cuda.device(a.q.device):
+            return triton_int8.attend(a, torch.stack([key_mean(k) for k in a.k]))

@@ -1,5 +1,5 @@
 // Attention whose products are of integers, as fxq/kernels/attention/int8.py defines it: codes of queries and keys with a
-// scale for every token, weights of 0..255 relative to the largest of a block of keys, codes of values with a scale for
+// scale for every token, weights of 0..32767 relative to the largest of a block of keys, codes of values with a scale for
 // every channel of a block.
 //
 // Per batch and head each block of a piece is quantized once into the panels that the tile reads. Blocks of queries then
@@ -16,29 +16,28 @@ using namespace fxq;
 
 namespace {
 
-using Operands = IntOperands;
-using Number = Operands::Number;
-using Row = Operands::Row;
+using Codes = CodeOperands;
+using Weights = WeightOperands;
 
 constexpr long BLOCK_KEYS = 256;      // VALUE_BLOCK of the definition
 constexpr double HEAD_WORK = 1 << 23;  // multiply-adds of one product a thread
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-constexpr float MOST_WEIGHT = 255.0f, MOST_CODE = 127.0f;
+constexpr float MOST_WEIGHT = 32767.0f, MOST_CODE = 127.0f;
 constexpr float LEAST_MAGNITUDE = 0x1p-126f * 127;  // of fxq.numerics
 
 struct Shape {
   long steps;    // along the head
   long columns;  // panels of 64 channels of the head
 
-  long depth() const { return steps * Operands::EACH; }
+  long depth() const { return steps * Codes::EACH; }
   long width() const { return columns * TILE_COLUMNS; }
 };
 
 // Up to BLOCK_KEYS tokens of a piece, and what they become.
 struct Tokens {
   long piece, first, count;
-  Number* keys;         // [count / 64] panels of the head's steps
-  Number* values;       // [columns] panels of a step for every EACH keys
+  Codes::Number* keys;  // [count / 64] panels of the head's steps
+  Weights::Number* values;  // [columns] panels of a step for every EACH keys
   float* key_scale;     // [BLOCK_KEYS]
   int32_t* key_offset;  // [BLOCK_KEYS], OFFSET times the sum of a key's codes
   float* value_scale;   // [width]
@@ -90,7 +89,7 @@ float quantize_row(const T* from, const float* mean, long size, const Shape& s, 
   std::memcpy(each, &total, sizeof(each));
   *sum_of = 0;
   for (int i = 0; i < LANES; i++) *sum_of += each[i];
-  for (long k = 0; k < s.steps; k++) put(k, codes + k * Operands::EACH);
+  for (long k = 0; k < s.steps; k++) put(k, codes + k * Codes::EACH);
   return scale;
 }
 
@@ -109,14 +108,14 @@ void pack_keys(const Attention& p, const Shape& s, long batch, long head, const 
   const float* mean = mean_of(p, t.piece, batch, head);
   float taint = 0;
   for (long key = 0; key < t.count; key++) {
-    Number* panel = t.keys + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
+    Codes::Number* panel = t.keys + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
     const auto put = [&](long k, const int32_t* codes) {
-      Number* to = panel + Operands::place(s.steps, k, key % TILE_COLUMNS);
-      for (int i = 0; i < Operands::EACH; i++) to[i] = static_cast<Number>(codes[i]);
+      Codes::Number* to = panel + Codes::place(s.steps, k, key % TILE_COLUMNS);
+      for (int i = 0; i < Codes::EACH; i++) to[i] = static_cast<Codes::Number>(codes[i]);
     };
     const T* row = at<T>(from.k, batch, t.first + key, head, from.k_batch, from.k_row, from.k_head);
     t.key_scale[key] = quantize_row(row, mean, p.size, s, t.key_offset + key, put);
-    t.key_offset[key] *= Operands::OFFSET;
+    t.key_offset[key] *= Codes::OFFSET;
     taint += 0 * t.key_scale[key];
   }
   *t.taint = taint;
@@ -126,7 +125,7 @@ template <typename T>
 void pack_values(const Attention& p, const Shape& s, long batch, long head, const Tokens& t) {
   const Piece& from = p.pieces[t.piece];
   const auto row = [&](long key) { return at<T>(from.v, batch, t.first + key, head, from.v_batch, from.v_row, from.v_head); };
-  constexpr int EACH = Operands::EACH;
+  constexpr int EACH = Weights::EACH;
   const long steps = ceil_div(t.count, EACH);
   for (long d = 0; d < s.width(); d += LANES) {
     const Lanes some = lanes(p.size - d);
@@ -136,22 +135,22 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, cons
     std::memcpy(bits, &top, sizeof(bits));
     for (int i = 0; i < LANES; i++) t.value_scale[d + i] = scale_of(bits[i]);
     const Floats inverse = floats(1.0f) / load(t.value_scale + d);
-    Number* panel = t.values + d / TILE_COLUMNS * BLOCK_KEYS * TILE_COLUMNS;
+    Weights::Number* panel = t.values + d / TILE_COLUMNS * BLOCK_KEYS * TILE_COLUMNS;
     for (long k = 0; k < steps; k++) {
       Ints codes[EACH];
       for (int i = 0; i < EACH; i++) {
         const long key = EACH * k + i;
         codes[i] = key < t.count ? codes_of(load(row(key) + d, some), inverse) : ints(0);
       }
-      Operands::interleave(codes, panel + Operands::place(steps, k, d % TILE_COLUMNS));
+      Weights::interleave(codes, panel + Weights::place(steps, k, d % TILE_COLUMNS));
     }
   }
 }
 
 struct Block {      // scratch of one block of queries
-  Row* q;           // [QUERY_ROWS, depth]
+  Codes::Row* q;    // [QUERY_ROWS, depth]
   int32_t* dots;    // [QUERY_ROWS, BLOCK_KEYS]; scores in their place, float32
-  Row* weights;     // [QUERY_ROWS, BLOCK_KEYS]
+  Weights::Row* weights;  // [QUERY_ROWS, BLOCK_KEYS]
   float* out;       // [QUERY_ROWS, width]
   float* factor;    // [QUERY_ROWS], the scale of a query times that of the softmax
   float* bias;      // [QUERY_ROWS], what a piece's mean adds to the scores
@@ -169,7 +168,7 @@ void soften(const Block& b, long row, const Tokens& t) {
   Floats top = floats(NONE);
   for (long k = 0; k < t.count; k += LANES) {
     Ints sums = load_ints(dots + k);
-    if (Operands::OFFSET) sums = minus(sums, load_ints(t.key_offset + k));
+    if (Codes::OFFSET) sums = minus(sums, load_ints(t.key_offset + k));
     const Floats score = to_floats(sums) * (load(t.key_scale + k) * factor);
     const Floats found = choose(score, floats(NONE), lanes(t.count - k));
     store(scores + k, found);
@@ -181,7 +180,7 @@ void soften(const Block& b, long row, const Tokens& t) {
   for (long k = 0; k < t.count; k += LANES) {
     const Ints weight = to_ints(exp(load(scores + k) - center) * floats(MOST_WEIGHT));
     sum_of = plus(sum_of, weight);
-    Operands::put_weights(b.weights + row * BLOCK_KEYS + k, weight);
+    Weights::put_weights(b.weights + row * BLOCK_KEYS + k, weight);
   }
   const float found = highest_score + b.bias[row], before = b.maximum[row];
   const bool above = found > before;
@@ -217,15 +216,15 @@ void attend(const Attention& p, const Shape& s, const Block& b, long batch, long
     piece = t.piece;
     for (long panel = 0; panel < ceil_div(t.count, TILE_COLUMNS); panel++) {
       for (long row = 0; row < rows; row += TILE_ROWS) {
-        Operands::multiply(b.q + row * s.depth(), s.depth(), t.keys + panel * s.depth() * TILE_COLUMNS, s.steps,
+        Codes::multiply(b.q + row * s.depth(), s.depth(), t.keys + panel * s.depth() * TILE_COLUMNS, s.steps,
                            b.dots + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
       }
     }
     for (long row = 0; row < rows; row++) soften(b, row, t);
     for (long panel = 0; panel < s.columns; panel++) {
-      const Number* from = t.values + panel * BLOCK_KEYS * TILE_COLUMNS;
+      const Weights::Number* from = t.values + panel * BLOCK_KEYS * TILE_COLUMNS;
       for (long row = 0; row < rows; row += TILE_ROWS) {
-        Operands::multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, ceil_div(t.count, Operands::EACH), sums, TILE_COLUMNS);
+        Weights::multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, ceil_div(t.count, Weights::EACH), sums, TILE_COLUMNS);
         for (long i = 0; i < std::min<long>(TILE_ROWS, rows - row); i++) {
           float* out = b.out + (row + i) * s.width() + panel * TILE_COLUMNS;
           const Floats shrink = floats(b.shrink[row + i]), grow = floats(b.grow[row + i]);
@@ -245,15 +244,15 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
   const long rows = std::min(QUERY_ROWS, p.rows - begin), padded = round_up(rows, TILE_ROWS);
   float* each = numbers.get<float>(6 * QUERY_ROWS);
   const auto row_numbers = [&] { return (each += QUERY_ROWS) - QUERY_ROWS; };
-  Block b{q.get<Row>(QUERY_ROWS * s.depth()), dots.get<int32_t>(QUERY_ROWS * BLOCK_KEYS),
-          weights.get<Row>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * s.width())};
+  Block b{q.get<Codes::Row>(QUERY_ROWS * s.depth()), dots.get<int32_t>(QUERY_ROWS * BLOCK_KEYS),
+          weights.get<Weights::Row>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * s.width())};
   for (float** one : {&b.factor, &b.bias, &b.maximum, &b.total, &b.shrink, &b.grow}) *one = row_numbers();
-  std::memset(b.q, 0, padded * s.depth() * sizeof(Row));
+  std::memset(b.q, 0, padded * s.depth() * sizeof(Codes::Row));
   std::memset(b.out, 0, padded * s.width() * sizeof(float));
   for (long i = 0; i < rows; i++) {
-    Row* to = b.q + i * s.depth();
+    Codes::Row* to = b.q + i * s.depth();
     const auto put = [&](long k, const int32_t* codes) {
-      for (int j = 0; j < Operands::EACH; j++) to[k * Operands::EACH + j] = static_cast<Row>(codes[j] + Operands::OFFSET);
+      for (int j = 0; j < Codes::EACH; j++) to[k * Codes::EACH + j] = static_cast<Codes::Row>(codes[j] + Codes::OFFSET);
     };
     const T* row = at<T>(p.q, batch, begin + i, head, p.q_batch, p.q_row, p.q_head);
     int32_t unused;
@@ -280,8 +279,8 @@ std::vector<Tokens> blocks_of(const Attention& p, const Shape& s) {
   }
   const long count = blocks.size(), keys = BLOCK_KEYS * s.depth(), values = BLOCK_KEYS * s.width();
   const long numbers = BLOCK_KEYS + s.width() + 16;
-  auto* key_memory = key_scratch.get<Number>(count * keys);
-  auto* value_memory = value_scratch.get<Number>(count * values);
+  auto* key_memory = key_scratch.get<Codes::Number>(count * keys);
+  auto* value_memory = value_scratch.get<Weights::Number>(count * values);
   auto* number_memory = number_scratch.get<float>(count * numbers);
   auto* offset_memory = offset_scratch.get<int32_t>(count * BLOCK_KEYS);
   for (long i = 0; i < count; i++) {
@@ -298,7 +297,7 @@ std::vector<Tokens> blocks_of(const Attention& p, const Shape& s) {
 
 template <typename T>
 void run(const Attention& p) {
-  const Shape s{ceil_div(p.size, Operands::EACH), ceil_div(p.size, TILE_COLUMNS)};
+  const Shape s{ceil_div(p.size, Codes::EACH), ceil_div(p.size, TILE_COLUMNS)};
   const std::vector<Tokens> blocks = blocks_of(p, s);
   double keys = 0;
   for (const Tokens& t : blocks) keys += t.count;

@@ -1,4 +1,4 @@
-// What attention multiplies: FloatOperands and IntOperands for every instruction set. Rows lie one after the other, a
+// What attention multiplies: FloatOperands, CodeOperands and WeightOperands for every instruction set. Rows lie one after the other, a
 // panel holds 64 columns; a step is the numbers that one instruction adds up, EACH of a row.
 //
 //   using Number, Row, Sum;                              // of a panel, of a row, of a product
@@ -11,7 +11,8 @@
 // FloatOperands also `add_multiply`, which adds to c, and
 //   static void interleave(const Row* rows, long stride, Number* to);  // a step of LANES columns of EACH rows
 //
-// IntOperands are for codes of -127..127, to which a Row adds OFFSET, and for weights of 0..255, which are Rows as they are:
+// CodeOperands are for codes of -127..127, to which a Row adds OFFSET. WeightOperands are for weights of 0..32767 times such
+// codes:
 //   static void interleave(const Ints codes[EACH], Number* to);        // a step of LANES columns
 //   static void put_weights(Row* to, Ints weights);                    // LANES of them
 #pragma once

@@ -1,4 +1,4 @@
-// Operands of attention for AVX512: bfloat16 in pairs, and bytes in fours; see operands.h.
+// Operands of attention for AVX512: bfloat16 in pairs, bytes in fours, and int16 in pairs; see operands.h.
 #pragma once
 
 #include "product.h"
@@ -29,7 +29,7 @@ struct FloatOperands {
 };
 
 // Rows are unsigned: 255 * 127 * 4 of a step is nothing to its int32 sum.
-struct IntOperands {
+struct CodeOperands {
   using Number = int8_t;
   using Row = uint8_t;
   using Sum = int32_t;
@@ -40,13 +40,24 @@ struct IntOperands {
   static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
     multiply_int8(a, stride, b, steps, c, 4 * c_stride);
   }
-  static void interleave(const Ints codes[EACH], Number* to) {
-    const Ints byte = ints(0xFF);
-    const Ints low = _mm512_or_si512(_mm512_and_si512(codes[0], byte), _mm512_slli_epi32(_mm512_and_si512(codes[1], byte), 8));
-    const Ints high = _mm512_or_si512(_mm512_and_si512(codes[2], byte), _mm512_slli_epi32(codes[3], 8));
-    _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+};
+
+struct WeightOperands {
+  using Number = int16_t;
+  using Row = int16_t;
+  using Sum = int32_t;
+  static constexpr int EACH = 2;
+
+  static long place(long, long step, long column) { return EACH * (step * TILE_COLUMNS + column); }
+  static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
+    multiply_int16(a, 2 * stride, b, steps, c, 4 * c_stride);
   }
-  static void put_weights(Row* to, Ints weights) { store(reinterpret_cast<int8_t*>(to), to_bytes(weights)); }
+  static void interleave(const Ints codes[EACH], Number* to) {
+    _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(codes[0], ints(0xFFFF)), _mm512_slli_epi32(codes[1], 16)));
+  }
+  static void put_weights(Row* to, Ints weights) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(weights));
+  }
 };
 
 }  // namespace fxq

@@ -222,7 +222,7 @@ def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
     code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True).stdout
     assert "vpmaddubsw" in code and "vfmadd" in code
     assert not re.findall(ABOVE_AVX2, code)
-    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column)\w*>:\n(.*?)\n\n", code, re.S)
+    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column|float|word_tile)\w*>:\n(.*?)\n\n", code, re.S)
     assert loops
     spilled = [
         line for body in loops for line in body.splitlines() if re.search(r"%ymm\d+,-?(0x)?[\da-f]*\(%rsp", line)
