@@ -19,7 +19,7 @@ from fxq.core.facts import ChosenAttentions, Facts
 from fxq.core.ir import QuantGraph
 from fxq.core.method import AttentionScheme, RecipeError
 from fxq.core.pipeline import PassError, run_passes
-from fxq.export.capture import ExportError, lower
+from fxq.export.capture import INTEGERS, ExportError, lower
 from fxq.passes import pack_cache
 from fxq.passes.quantize_attention import QuantizeAttention
 from tests.attacks.corpus import edit_json, first
@@ -211,6 +211,8 @@ def test_a_rollout_and_its_caches():
     with pytest.raises(RecipeError, match="attention = 'int8' with a cache that is encoded or absorbed"):
         dataclasses.replace(chosen, cache=policy)
     assert dataclasses.replace(chosen, cache=CachePolicy(window=4)).attention == AttentionScheme()
+    left = {str(node.target) for node in lower(module, keeps=INTEGERS).module.graph.nodes if "fxq" in str(node.target)}
+    assert left == {"fxq.attention_int8.default"}, "what is compiled ahead of time calls the operator"
     with pytest.raises(ExportError, match="is attention in 8-bit integers, which this format has no operator for"):
         lower(module)
 
