@@ -20,8 +20,10 @@ from fxq.core.ir import QuantGraph
 from fxq.core.method import AttentionScheme, RecipeError
 from fxq.core.pipeline import PassError, run_passes
 from fxq.export.capture import INTEGERS, ExportError, lower
+from fxq.lab import Lab
 from fxq.passes import pack_cache
 from fxq.passes.quantize_attention import QuantizeAttention
+from fxq.runtime.progress import Progress
 from tests.attacks.corpus import edit_json, first
 from tests.passes.fusions.fusing import recipe_of
 from tests.toys import recipe, rows, wan_rollout
@@ -215,6 +217,15 @@ def test_a_rollout_and_its_caches():
     assert left == {"fxq.attention_int8.default"}, "what is compiled ahead of time calls the operator"
     with pytest.raises(ExportError, match="is attention in 8-bit integers, which this format has no operator for"):
         lower(module)
+
+
+def test_many_recipes_on_one_calibration_choose_attentions_too():
+    source = wan_rollout()
+    plain, attention = recipe(), dataclasses.replace(recipe(), attention=AttentionScheme())
+    lab = Lab(source, plain, Progress(False))
+    modules = [lab.quantized(chosen, chosen)[0] for chosen in (plain, attention)]
+    assert [count(module, "fxq.attention_int8") for module in modules] == [0, 2]
+    assert "attention" not in Facts.of(modules[0]).others and len(chosen_of(modules[1])) == 2
 
 
 def test_the_pass_runs_once(made):
