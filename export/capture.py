@@ -68,6 +68,10 @@ CACHE = frozenset(op.definition for op in (kernels.attention_packed, kernels.att
 """Operators that read an encoded or absorbed cache: there are no operators of torch for them."""
 
 
+INTEGERS = frozenset({kernels.attention_int8.definition})
+"""Attention in integers: there is no operator of torch for it either."""
+
+
 def lower(
     module: fx.GraphModule, in_halves: bool = False, signed: bool = False, keeps: Container[object] = ()
 ) -> QuantGraph:
@@ -92,6 +96,11 @@ def lower(
         raise ExportError(
             f"{encoded[0]} reads an encoded or absorbed cache, which this format has no operator for: export the "
             "module that it was made from, or use fxq.export_program"
+        )
+    if integers := [node.name for node in left if node.target in INTEGERS]:
+        raise ExportError(
+            f"{integers[0]} is attention in 8-bit integers, which this format has no operator for: quantize without "
+            "attention in the recipe, or use fxq.export_program"
         )
     if left:
         names = ", ".join(node.name for node in left[:4])

@@ -25,7 +25,7 @@ import fxq.kernels  # noqa: F401 registers the operators
 from fxq import cpu
 from fxq.core.ir import get_tensor
 from fxq.export import bundle
-from fxq.export.capture import CACHE, Example, ExportError, capture, frozen, lower, plain_metadata
+from fxq.export.capture import CACHE, INTEGERS, Example, ExportError, capture, frozen, lower, plain_metadata
 from fxq.export.compiled import KEY, call_facts, compiled_program
 from fxq.export.files import BundleError, sha256, whole_folder, write_tensors
 from fxq.export.graph.strict import Name, SchemaError, Size, Text, validated
@@ -149,7 +149,7 @@ def _write_compiled(module: fx.GraphModule, folder: pathlib.Path, example: Examp
     from torch._inductor.package.package import package_aoti
 
     on_cpu = _device(module).type == "cpu"
-    graph = lower(module, in_halves=cpu.saturates(), keeps=CACHE) if on_cpu else frozen(module)
+    graph = lower(module, in_halves=cpu.saturates(), keeps=CACHE | INTEGERS) if on_cpu else frozen(module)
     files = [pathlib.Path(file) for file in _compile(capture(graph.module, example))]
     products = len(graph.module.graph.find_nodes(op="call_function", target=WEIGHT)) if on_cpu else 0
     source = "".join(file.read_text(encoding="utf-8") for file in files if file.name.endswith("wrapper.cpp"))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_to_json
 from fxq.cache.store import Memories
 from fxq.cache.tables import below, from_tensors, learned, to_tensors
+from fxq.calibration.attention_errors import AttentionErrors
 from fxq.calibration.calibrate import calibrate
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import Rollout
@@ -28,11 +29,15 @@ from fxq.core.pipeline import Pass, run_passes
 from fxq.passes import ApplyMethods, ChooseWidths
 from fxq.passes.line import line
 from fxq.passes.pack_cache import cached_layers
+from fxq.passes.quantize_attention import QuantizeAttention
 from fxq.passes.share_inputs import input_groups
 from fxq.recipes import recipe_to_json
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.progress import Progress
 from fxq.runtime.workers import Workers
+
+ERRORS = "attention errors"
+"""What calibration measured of attentions, among what was found of a graph until the pass that reads it."""
 
 ForwardLoop = Callable[[Callable[..., Any]], None]
 
@@ -54,6 +59,7 @@ def uses_data(recipe: Recipe) -> bool:
     learns = any(isinstance(method, LearningMethod | SolvingMethod) for method in recipe.methods)
     schemes = [rule.scheme for rule in recipe.rules if rule.scheme is not None]
     needed = bool(needs_data(recipe)) or recipe.budget is not None or bool(measuring(recipe))
+    needed = needed or recipe.attention is not None
     needed = needed or (recipe.cache is not None and recipe.cache.needs_tables)
     return needed or (learns and any(scheme.reconstruct for scheme in schemes))
 
@@ -104,9 +110,13 @@ class Job:
         groups = input_groups(graph.module) if recipe.share_inputs else []
         leaders = {site.layer: first.layer for first, *others in groups for site in others}
         collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder)
+        collector.attention = None if recipe.attention is None else AttentionErrors()
         with self.bar.step(f"{self.label}calibrate") as on_progress:
             gradients = recipe.chunk_weighting is Weighting.GRADIENT
-            return calibrate(graph, loader, forward_loop, collector, on_progress, self.workers, gradients)
+            data = calibrate(graph, loader, forward_loop, collector, on_progress, self.workers, gradients)
+        if collector.attention is not None:
+            graph.found[ERRORS] = collector.attention.found()
+        return data
 
     def weigh_chunks(
         self, graph: QuantGraph, loader: Iterable[object] | Rollout | None, alpha: Tensor | None, data: str
@@ -239,3 +249,7 @@ class Job:
     def rewrite(self, graph: QuantGraph) -> None:
         """Take a CALIBRATED graph whose integers are chosen to FROZEN."""
         run_passes(graph, (step for step in self.line() if step.gives >= Stage.LOWERED))
+        if self.recipe.attention is not None:
+            run_passes(
+                graph, (QuantizeAttention(self.recipe.attention, cast(dict[str, float], graph.found.pop(ERRORS, {}))),)
+            )

@@ -65,11 +65,15 @@ def frames_of(video: Tensor) -> NDArray[np.uint8]:
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """Statistics of a model's layers, the hash of the data they are of, and the seconds that took."""
+    """Statistics of a model's layers, the hash of the data they are of, the seconds that took, and what else was found.
+
+    ``found`` is of the whole graph, as :attr:`fxq.core.ir.QuantGraph.found`.
+    """
 
     statistics: dict[str, LayerStatistics]
     data: str
     seconds: float
+    found: dict[str, object]
 
 
 class Lab:
@@ -106,16 +110,19 @@ class Lab:
         layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
         gradients = recipe.chunk_weighting is Weighting.GRADIENT
         rewritten = tuple(repr(step) for step in recipe.transforms if step.needs < Stage.CALIBRATED)
-        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients, rewritten
+        attention = recipe.attention is not None
+        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients, rewritten, attention
         if key not in self._collected:
             start = time.perf_counter()
             data = Job(recipe, self.bar).calibrate(graph, self.calibration)
-            self._collected[key] = Collected(graph.statistics, data, time.perf_counter() - start)
+            self._collected[key] = Collected(graph.statistics, data, time.perf_counter() - start, graph.found)
         return self._collected[key]
 
     def _calibrated(self, recipe: Recipe) -> QuantGraph:
         graph = self._planned(recipe)
-        graph.adopt(self.collected(recipe).statistics)
+        collected = self.collected(recipe)
+        graph.adopt(collected.statistics)
+        graph.found |= collected.found
         return graph
 
     def _recipe(self, bits: str | Recipe) -> Recipe:

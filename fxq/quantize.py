@@ -191,6 +191,11 @@ def _check_sources(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has a budget, and errors of "
             "layers are measured on data"
         )
+    if calib_loader is None and forward_loop is None and recipe.attention is not None:
+        raise CalibrationError(
+            f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has attention = "
+            f"{recipe.attention.scheme!r}, and which attentions it is for is measured on data"
+        )
     if calib_loader is None and forward_loop is None and (static := needs_data(recipe)):
         raise CalibrationError(
             f"give exactly one of calib_loader and forward_loop: recipe {recipe.name!r} has static input scales "

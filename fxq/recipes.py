@@ -16,7 +16,7 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_j
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
-from fxq.core.method import Method, Transform
+from fxq.core.method import AttentionScheme, Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
@@ -107,14 +107,17 @@ def _load(path: pathlib.Path, folder: pathlib.Path | None, extending: tuple[path
 
 def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     """JSON form: the fields of :class:`~fxq.core.config.Recipe`, methods as ``{"method": name, ...options}``."""
-    data = dataclasses.asdict(dataclasses.replace(recipe, methods=(), transforms=(), cache=None, budget=None))
-    del data["cache"], data["budget"], data["transforms"]
+    plain = dataclasses.replace(recipe, methods=(), transforms=(), cache=None, budget=None, attention=None)
+    data = dataclasses.asdict(plain)
+    del data["cache"], data["budget"], data["transforms"], data["attention"]
     if recipe.max_rows is None:
         del data["max_rows"]
     if recipe.budget is not None:
         data["budget"] = {key: value for key, value in dataclasses.asdict(recipe.budget).items() if value is not None}
     if recipe.cache is not None:
         data["cache"] = policy_to_json(recipe.cache)
+    if recipe.attention is not None:
+        data["attention"] = dataclasses.asdict(recipe.attention) | {"keep": list(recipe.attention.keep)}
     data["methods"] = _named("method", recipe.methods)
     if recipe.transforms:
         data["transforms"] = _named("transform", recipe.transforms)
@@ -203,6 +206,10 @@ def _parsed(data: dict[str, object]) -> dict[str, Any]:
     if data.get("budget") is not None:
         refuse_unknown(data["budget"], Budget, "budget")
         made["budget"] = validated(Budget, data["budget"], "budget")
+    if (attention := data.get("attention")) is not None:
+        attention = {"scheme": attention} if isinstance(attention, str) else attention
+        refuse_unknown(attention, AttentionScheme, "attention")
+        made["attention"] = validated(AttentionScheme, attention, "attention")
     return {key: made.get(key, value) for key, value in data.items()}
 
 

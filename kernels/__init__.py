@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxq.kernels import native
 from fxq.kernels.attention.absorb import absorb
+from fxq.kernels.attention.int8 import attention_int8
 from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
@@ -34,6 +35,7 @@ OPS: tuple[Op, ...] = (
     attention_packed,
     absorb,
     attention_weighted,
+    attention_int8,
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_per_token,
@@ -46,6 +48,7 @@ __all__ = [
     "Op",
     "absorb",
     "attention",
+    "attention_int8",
     "attention_packed",
     "attention_weighted",
     "dual_scale_linear",

@@ -25,6 +25,7 @@ from fxq.passes.lower_linear import LoweringError, LowerLinear
 from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
+from fxq.passes.quantize_attention import QuantizeAttention
 from fxq.passes.share_inputs import ShareInputs
 from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
@@ -71,6 +72,7 @@ __all__ = [
     "PassError",
     "PlanLayers",
     "QuantGraph",
+    "QuantizeAttention",
     "RealRope",
     "Rewrite",
     "Rotate",

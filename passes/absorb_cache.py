@@ -23,7 +23,7 @@ from fxq.passes.match import edits, patterns
 from fxq.passes.match.cache_inputs import FEW, MAPS
 from fxq.passes.match.inputs import Maker, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, shape_of, value_of
-from fxq.passes.pack_cache import cached_layers
+from fxq.passes.pack_cache import cached_layers, check_readable
 
 _SDPA, _ATTENTION = ATEN.scaled_dot_product_attention.default, kernels.attention.definition
 _PACKED, _ABSORB = kernels.attention_packed.definition, kernels.absorb.definition
@@ -59,8 +59,7 @@ class AbsorbCache(Rewrite):
             raise PassError("the graph takes maps already: take the module that it was made from")
         try:
             nodes = list(_attentions(graph))
-            if not nodes:
-                raise Unfit("no input is joined with new keys and values for attention alone")
+            check_readable(graph, nodes)
             if self.policy.absorb.tokens:
                 return _weigh(graph, nodes)
             return _insert(graph, nodes, self.policy.absorb.groups(_heads(nodes[0])))

@@ -94,8 +94,7 @@ class PackCache(Rewrite):
             raise PassError("the graph takes a packed cache already: pack the module that it was made from")
         try:
             layers = list(cached_layers(graph))
-            if not layers:
-                raise Unfit("no input is joined with new keys and values for attention alone")
+            check_readable(graph, layers)
             self.policy.check_layers(len(layers))
             return _rewrite(graph, self.policy, layers, self.tables)
         except (Unfit, ValueError) as error:
@@ -138,6 +137,21 @@ def cached_layers(graph: QuantGraph) -> Iterator[Layer]:
                 new = next(x for x in keys if x is not k)
                 if same(shape_of(new)[1:2], rows[1:2] if node.target == _ATTENTION else rows[2:3]):
                     yield Layer(node, k, v)
+
+
+def check_readable(graph: QuantGraph, layers: Sequence[object]) -> None:
+    """Refuse a graph without layers with a cache, and one whose attentions take no other keys and values.
+
+    Raises:
+        Unfit: with what would do.
+    """
+    if patterns.calls(graph, kernels.attention_int8.definition):
+        raise Unfit(
+            "its attentions multiply 8-bit integers and read keys and values as they are; quantize without attention "
+            "in the recipe"
+        )
+    if not layers:
+        raise Unfit("no input is joined with new keys and values for attention alone")
 
 
 def _joined(operand: fx.Node) -> list[fx.Node]:

@@ -8,6 +8,7 @@ import pytest
 from fxq.cache.codecs import Klt
 from fxq.cache.policy import CachePolicy
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, with_budget
+from fxq.core.method import AttentionScheme
 from fxq.passes import LowRank, Smooth
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch
@@ -128,6 +129,35 @@ def test_a_budget_is_a_table_of_a_recipe(limit, tmp_path):
 def test_a_wrong_budget_is_refused_with_the_key(budget, message):
     with pytest.raises(RecipeError, match=message):
         recipe_from_json({"extends": "w4a8", "budget": budget})
+
+
+@pytest.mark.parametrize("attention", ["int8", {"max_error": 0.02, "keep": ["blocks.0.*", "*.cross_attn"]}])
+def test_attention_is_a_word_or_a_table_of_a_recipe(attention, tmp_path):
+    recipe = recipe_from_json({"extends": "w8a8", "attention": attention})
+    assert recipe.attention == (
+        AttentionScheme()
+        if attention == "int8"
+        else AttentionScheme(**recipe_to_json(recipe)["attention"] | {"keep": tuple(attention["keep"])})
+    )
+    (tmp_path / "r.toml").write_text(recipe_to_toml(recipe), encoding="utf-8")
+    assert (
+        load_recipe(tmp_path / "r.toml") == recipe == recipe_from_json(json.loads(json.dumps(recipe_to_json(recipe))))
+    )
+    assert "attention" not in recipe_to_json(PRESETS["w8a8"])
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("fp4", "attention: .*scheme 'fp4': expected int8"),
+        ({"max_eror": 1}, "attention: unknown key 'max_eror'; did you mean 'max_error'"),
+        ({"max_error": 0}, "attention: .*max_error = 0.*: expected a finite number above 0"),
+        ([1], "attention: expected a table"),
+    ],
+)
+def test_a_wrong_attention_is_refused_with_the_key(attention, message):
+    with pytest.raises(RecipeError, match=message):
+        recipe_from_json({"extends": "w8a8", "attention": attention})
 
 
 def test_another_limit_keeps_the_widths_of_a_budget():
@@ -298,6 +328,7 @@ def page_rows(heading):
         ("A rule", Rule),
         ("A scheme", Scheme),
         ("A budget", Budget),
+        ("Attention", AttentionScheme),
         *METHODS.items(),
         *TRANSFORMS.items(),
     ],
@@ -315,7 +346,9 @@ def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
 
 
 def test_the_recipe_on_the_page_loads(tmp_path):
-    text, cache, budget, transforms = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    text, cache, attention, budget, transforms = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    (tmp_path / "attention.toml").write_text(attention)
+    assert load_recipe(tmp_path / "attention.toml").attention == AttentionScheme(max_error=0.02, keep=("blocks.0.*",))
     (tmp_path / "budget.toml").write_text(budget)
     assert load_recipe(tmp_path / "budget.toml").budget == Budget(bits_per_weight=5)
     (tmp_path / "transforms.toml").write_text(transforms)

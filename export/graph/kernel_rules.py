@@ -124,7 +124,7 @@ def work_of(name: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
         return passes + 2 * math.prod(read[0].shape) * read[1].shape[-2]
     if kind == "absorb" and len(read) > 1:
         return passes + out * read[1].shape[-1]
-    if kind in ("attention_packed", "attention_weighted"):
+    if kind in ("attention_packed", "attention_weighted", "attention_int8"):
         tokens = [t.shape[1] if t.ndim > 2 else t.shape[0] for t in read[1:] if t.ndim > 1]
         return passes + 2 * math.prod(read[0].shape) * sum(tokens)
     if kind.startswith(("linalg_", "chain")) and read[0].ndim > 1:

@@ -98,6 +98,7 @@ _KERNELS = (
     kernels.attention_packed,
     kernels.absorb,
     kernels.attention_weighted,
+    kernels.attention_int8,
 )
 
 

@@ -86,6 +86,20 @@ class _RecipeFacts:
     name: Text
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    place: Name
+    error: Annotated[float, Field(ge=0)] | None
+    reason: Text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Attention:
+    scheme: Text
+    max_error: Finite
+    layers: Annotated[list[_Chosen], Field(max_length=MAX_TENSORS)]
+
+
 _Sizes = Annotated[list[Size | None], Field(max_length=MAX_RANK)] | _Constant | _Number | _Text | None
 _Names = Annotated[list[Name], Field(max_length=MAX_TENSORS)]
 
@@ -104,6 +118,7 @@ class _Facts:
     sensitivity: Annotated[list[float], Field(max_length=MAX_TENSORS)] | None = None
     chunk_weights: Annotated[list[float], Field(max_length=MAX_TENSORS)] | None = None
     never_called: _Names = dataclasses.field(default_factory=list)
+    attention: _Attention | None = None
 
 
 def check_facts(facts: dict[str, object]) -> None:

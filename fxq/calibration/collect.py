@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxq.calibration.attention_errors import AttentionErrors
 from fxq.calibration.rollout import current_call
 from fxq.calibration.row_sample import RowSample, measure, row_limit
 from fxq.core.method import LayerStatistics
@@ -34,7 +35,7 @@ class Collector:
 
     ``leaders`` maps layers to one that is called before them on the same input: they get its statistics, stored once.
     With a ``folder`` the rows lie in files there, which leave no trace; ``batch`` and ``chunk`` are set by whoever
-    drives the model.
+    drives the model. ``attention`` measures what attentions in integers would change, None: nothing does.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Collector:
         self.leaders = dict(leaders or {})
         self.folder = folder
         self.batch = self.chunk = 0
+        self.attention: AttentionErrors | None = None
         self._samples: dict[str, RowSample] = {}
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
         self._calls: dict[str, tuple[int, int]] = {}
@@ -126,6 +128,8 @@ class Collector:
                 if state and rank != workers.rank:
                     self._widen(layer, state["low"], state["high"])
                     self._sample(layer, state["rows"].shape[1]).merge(state)
+        if self.attention is not None:
+            self.attention.merge(workers)
 
     def _state(self, layer: str) -> dict[str, Tensor]:
         if (sample := self._samples.get(layer)) is None:

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.node import Argument, Target
 from torch.utils import _pytree as pytree
 
+from fxq.calibration.attention_errors import see
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import current_call
 from fxq.calibration.spill import Spill
@@ -25,7 +26,7 @@ _LARGE = 1 << 15  # bytes from which on a tensor that backward needs goes to a f
 
 
 class Observer(SparingInterpreter):
-    """Shows the collector the input of every planned linear."""
+    """Shows the collector the input of every planned linear, and attentions where it measures them."""
 
     def __init__(self, module: fx.GraphModule, collector: Collector) -> None:
         super().__init__(module)
@@ -42,7 +43,9 @@ class Observer(SparingInterpreter):
             x = n.args[0]
             assert isinstance(x, fx.Node)
             self.collector.add(layer, self.env[x])
-        return super().run_node(n)
+        result = super().run_node(n)
+        see(self.collector.attention, n, self.env, result)
+        return result
 
 
 @dataclasses.dataclass
@@ -102,6 +105,7 @@ class GradientObserver(Observer):
         value = self.env[x] if isinstance(x, fx.Node) else None
         result = SparingInterpreter.run_node(self, n)
         if not isinstance(x, fx.Node):
+            see(self.collector.attention, n, self.env, result)
             return result
         assert isinstance(value, Tensor) and isinstance(result, Tensor)
         layer = self.layers[n]

@@ -26,7 +26,7 @@ from fxq.core.config import Recipe, RecipeError, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import planned
-from fxq.core.method import LearningMethod
+from fxq.core.method import AttentionScheme, LearningMethod
 from fxq.core.summary import summary
 from fxq.export import load, save
 from fxq.export.bundle import check_bundle_place
@@ -75,14 +75,20 @@ BudgetOption = Annotated[
 MaxErrorOption = Annotated[
     float | None, typer.Option(min=0, help="Mixed precision: the least bytes with at most this predicted error.")
 ]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option(help="'int8': attentions multiply 8-bit integers where calibration shows that they can."),
+]
 SaveRecipeOption = Annotated[
     pathlib.Path | None,
     typer.Option(help="Write the result as a recipe file (.toml) with a rule per layer: the same without a search."),
 ]
 
 
-def _recipe(name: str, iterations: int | None, **limits: float | None) -> Recipe:
+def _recipe(name: str, iterations: int | None, attention: str | None = None, **limits: float | None) -> Recipe:
     recipe = get_recipe(name)
+    if attention is not None:
+        recipe = dataclasses.replace(recipe, attention=AttentionScheme(scheme=attention))
     if any(limit is not None for limit in limits.values()):
         recipe = with_budget(recipe, **limits)
     if iterations is None:
@@ -130,6 +136,7 @@ def quantize(
     bits_per_weight: WeightBitsOption = None,
     budget: BudgetOption = None,
     max_error: MaxErrorOption = None,
+    attention: AttentionOption = None,
     save_recipe: SaveRecipeOption = None,
     report: ReportOption = None,
     as_json: JsonOption = False,
@@ -144,7 +151,7 @@ def quantize(
     values as they are stored. --report then makes the first batch of prompts twice, by the bundle and in full precision
     on exact caches, and compares chunk by chunk.
     """
-    chosen = _recipe(recipe, iterations, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
+    chosen = _recipe(recipe, iterations, attention, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
     if kept.given and model == "diffusers":
         raise AdapterError(f"{kept.given}: models of diffusers keep no fxq cache, leave out these options")
     if save_recipe is not None and save_recipe.suffix.lower() != ".toml":
@@ -182,11 +189,10 @@ def quantize(
                     part.write_text(recipe_to_toml(plain_recipe(module)), encoding="utf-8")
     if not workers.first:
         return
-    result = summary(module)
     if as_json:
-        emit_json(json.loads(result.to_json()) | metrics)
+        emit_json(json.loads(summary(module).to_json()) | metrics)
         return
-    stdout_console().print(result)
+    stdout_console().print(summary(module))
     _show_widths(Facts.of(module).others.get(FACT))
     for decibels in metrics.values():
         stdout_console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)

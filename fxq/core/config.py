@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fxq.cache.policy import CachePolicy
-from fxq.core.method import Method, RecipeError, Scheme, Transform, check_methods, check_transforms
+from fxq.core import method
+from fxq.core.method import AttentionScheme, Method, RecipeError, Scheme, Transform
 from fxq.runtime.messages import close_names
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
 
 TOOL_NAMES = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of names that torch.compile, FSDP and activation checkpointing put between a module and its owner."""
-
 
 ROLES = ("first", "last", "conditioning")
 """What part a layer can play in a captured graph; :mod:`fxq.passes.match.roles` finds it."""
@@ -214,6 +214,7 @@ class Recipe:
         budget: a limit for which each layer's bits are chosen; None: those of the rules.
         transforms: equivalent rewritings of the float graph before it is quantized, in order; see
             :mod:`fxq.passes.transforms`.
+        attention: which attentions multiply integers; None: none.
     """
 
     name: str
@@ -227,6 +228,7 @@ class Recipe:
     cache: CachePolicy | None = None
     budget: Budget | None = None
     transforms: tuple[Transform, ...] = ()
+    attention: AttentionScheme | None = None
     __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # methods are checked here
 
     def __post_init__(self) -> None:
@@ -236,12 +238,13 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} = {value}: expected at least 1")
-        if self.cache is not None and not isinstance(self.cache, CachePolicy):
-            raise RecipeError(f"cache is {type(self.cache).__name__}, expected CachePolicy or None")
-        if self.budget is not None and not isinstance(self.budget, Budget):
-            raise RecipeError(f"budget is {type(self.budget).__name__}, expected Budget or None")
-        check_methods(self.methods)
-        check_transforms(self.transforms, self.budget)
+        for name, kind in (("cache", CachePolicy), ("budget", Budget), ("attention", AttentionScheme)):
+            if (given := getattr(self, name)) is not None and not isinstance(given, kind):
+                raise RecipeError(f"{name} is {type(given).__name__}, expected {kind.__name__} or None")
+        if self.attention is not None and self.cache is not None:
+            self.attention.check_cache(self.cache.packs or self.cache.absorb is not None)
+        method.check_methods(self.methods)
+        method.check_transforms(self.transforms, self.budget)
         for rule in self.rules:
             if rule.scheme is not None and not isinstance(rule.scheme, Scheme):
                 raise RecipeError(

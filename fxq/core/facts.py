@@ -113,6 +113,65 @@ class Facts:
         return cls(**known, stage=stage, others={name: value for name, value in data.items() if name not in known})
 
 
+ATTENTION = "attention"
+"""Name of what was chosen for attentions, among the facts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """What became of one attention.
+
+    Attributes:
+        place: the quantized layer that reads its result, else the path of its module.
+        error: as :class:`~fxq.core.method.AttentionScheme` measures it; None where it was not measured.
+        reason: why it is exact; empty where it is computed in integers.
+    """
+
+    place: str
+    error: float | None = None
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChosenAttentions:
+    """What became of every attention of a module, in the order of its graph."""
+
+    scheme: str
+    max_error: float
+    layers: tuple[Chosen, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """JSON form."""
+        return dataclasses.asdict(self) | {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> ChosenAttentions | None:
+        """Those that facts tell of, which were checked where they come from a file; None where there are none."""
+        found = facts.get(ATTENTION)
+        if found is None:
+            return None
+        layers = (Chosen(place=one["place"], error=one["error"], reason=one["reason"]) for one in found["layers"])
+        return cls(scheme=found["scheme"], max_error=found["max_error"], layers=tuple(layers))
+
+    @property
+    def integers(self) -> tuple[Chosen, ...]:
+        """Those computed in integers."""
+        return tuple(layer for layer in self.layers if not layer.reason)
+
+    def lines(self, kernel: str) -> list[str]:
+        """Sentences for a summary: how many, with which errors, and each that is exact with its reason.
+
+        Args:
+            kernel: that runs those in integers, or "".
+        """
+        errors = [layer.error for layer in self.integers if layer.error is not None]
+        text = f"{self.scheme} attention: {len(self.integers)} of {len(self.layers)}"
+        text += f" ({kernel})" if kernel else ""
+        if errors:
+            text += f", error {min(errors):.2%} to {max(errors):.2%}, at most {self.max_error:.2%} allowed"
+        return [text, *(f"exact attention: {layer.place}: {layer.reason}" for layer in self.layers if layer.reason)]
+
+
 _STATED = (
     "recipe",
     "calibration_hash",

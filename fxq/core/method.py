@@ -1,8 +1,10 @@
-"""What is asked of one linear, a scheme, and what chooses its integers and scales: a method."""
+"""What is asked of linears and attentions, schemes, and what chooses the integers and scales of a linear: a method."""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
@@ -56,6 +58,45 @@ class Scheme:
         """The label, and how inputs are scaled where that is not static: "W4A8 per token, asymmetric"."""
         measured = " per token, asymmetric" if self.asymmetric else " per token"
         return self.label + measured if self.per_token else self.label
+
+
+ATTENTION_SCHEMES = ("int8",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionScheme:
+    """Attentions whose products are of integers, where calibration shows that they can be.
+
+    ``scheme`` is ``int8``: ``fxq::attention_int8``. An attention gets it when its relative error, root mean square over
+    the calibration calls with exact inputs, is at most ``max_error``; those whose place matches a glob of
+    ``keep`` stay exact whatever their error.
+    """
+
+    scheme: str = ATTENTION_SCHEMES[0]
+    max_error: float = 0.05
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scheme not in ATTENTION_SCHEMES:
+            raise RecipeError(f"attention: scheme {self.scheme!r}: expected {', '.join(ATTENTION_SCHEMES)}")
+        if not 0 < self.max_error < math.inf:
+            raise RecipeError(f"attention: max_error = {self.max_error}: expected a finite number above 0")
+
+    def keeps(self, place: str) -> bool:
+        """Whether a module's attention stays exact because the recipe says so."""
+        return any(fnmatch.fnmatchcase(place, pattern) for pattern in self.keep)
+
+    def check_cache(self, encoded: bool) -> None:
+        """Refuse a cache that is encoded or absorbed: its keys and values are not read as they are.
+
+        Raises:
+            RecipeError: naming both.
+        """
+        if encoded:
+            raise RecipeError(
+                f"attention = {self.scheme!r} with a cache that is encoded or absorbed: attention in integers reads "
+                "keys and values as they are; leave out one of the two, or the codecs of the cache"
+            )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import fx
 
 from fxq import kernels
-from fxq.core.facts import Facts, Texts
+from fxq.core.facts import ChosenAttentions, Facts, Texts
 from fxq.core.graph import linear_sites
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
@@ -58,12 +58,14 @@ class LayerRow:
 class Summary:
     """Every linear of a module with totals; prints as a table, :meth:`to_json` for programs.
 
-    ``facts`` are the module's :class:`~fxq.core.facts.Facts` in JSON form, ``notes`` what is said of modules.
+    ``facts`` are the module's :class:`~fxq.core.facts.Facts` in JSON form, ``notes`` what is said of modules;
+    ``attention_kernel`` runs attentions in integers, empty where there are none.
     """
 
     rows: tuple[LayerRow, ...]
     facts: dict[str, object]
     notes: Texts = dataclasses.field(default_factory=dict)
+    attention_kernel: str = ""
 
     @property
     def quantized(self) -> tuple[LayerRow, ...]:
@@ -94,6 +96,7 @@ class Summary:
                 "kept": len(self.kept) - len(self.others),
                 "other_products": len(self.others),
                 "size_ratio_to_bf16": self.ratio,
+                "attention_kernel": self.attention_kernel,
                 "facts": self.facts,
                 "layers": [dataclasses.asdict(row) for row in self.rows],
             },
@@ -117,6 +120,8 @@ class Summary:
                 style=None if row.quantized else "dim",
             )
         yield sheet
+        if chosen := ChosenAttentions.of(self.facts):
+            yield Text("\n".join(chosen.lines(self.attention_kernel)))
         if notes := self._notes():
             yield Text(notes)
         if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
@@ -194,4 +199,13 @@ def summary(module: fx.GraphModule) -> Summary:
     rows += [_other(product) for product in other_products(module) if product.layer not in known]
     for layer in facts.never_called:
         rows.append(LayerRow(layer, False, "never called in the captured graph", "-", (0, 0), 0, None, 0, 0, ""))
-    return Summary(tuple(rows), facts.to_json(), facts.notes)
+    return Summary(tuple(rows), facts.to_json(), facts.notes, _attention_kernel(module))
+
+
+def _attention_kernel(module: fx.GraphModule) -> str:
+    """Name of what runs attentions in integers where the module lies, or ""."""
+    op = kernels.attention_int8
+    if not module.graph.find_nodes(op="call_function", target=op.definition):
+        return ""
+    tensors = (*module.parameters(), *module.buffers())
+    return kernels.used(op.name, tensors[0].device.type if tensors else "cpu")

@@ -27,20 +27,26 @@ class Arithmetic:
         recipe: which linears are quantized, None for none.
         passes: reads and writes of a [tokens, dim] bf16 tensor per block outside linears and attention.
         launches: kernels per block; at the slow end they bound the time from below.
+        int8_scores: whether attention's first product is of int8, as in ``fxq::attention_int8``.
     """
 
     name: str
     recipe: Recipe | None
     passes: int
     launches: int
+    int8_scores: bool = False
 
 
 EAGER = Arithmetic("bf16 eager", None, 149, 60)
 COMPILED = Arithmetic("bf16 compiled", None, 19, 20)
 W8A8 = Arithmetic("W8A8 optimized", PRESETS["w8a8"], 19, 20)
 W4A8 = Arithmetic("W4A8 optimized", PRESETS["w4a8"], 19, 20)
-ARITHMETICS = (EAGER, COMPILED, W8A8, W4A8)
-"""Passes counted in the official eager code, whose rotary embedding and norms make many temporaries, and when fused."""
+W8A8_ATTENTION = Arithmetic("W8A8, int8 attention", PRESETS["w8a8"], 21, 26, int8_scores=True)
+ARITHMETICS = (EAGER, COMPILED, W8A8, W4A8, W8A8_ATTENTION)
+"""Passes counted in the official eager code, whose rotary embedding and norms make many temporaries, and when fused.
+
+Attention in int8 makes codes of queries and new keys first; those of older keys are counted with the keys.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,11 @@ def call_seconds(
     """
     config, rates = workload.config, gpu.attainable
     tokens, bandwidth = workload.chunk_tokens, gpu.bandwidth * 1e9 * rates.bandwidth[end]
-    products = 4 * tokens * (keys + config.text_len) * config.dim
-    moved = arithmetic.passes * tokens * config.dim * 2
+    products = 4.0 * tokens * (keys + config.text_len) * config.dim
+    moved = float(arithmetic.passes * tokens * config.dim * 2)
+    if arithmetic.int8_scores:  # half of the products; keys are read in bf16 and written as bytes
+        products *= 0.5 + 0.5 * (gpu.bf16 * rates.bf16[end]) / (gpu.int8 * rates.int8[end])
+        moved += 3 * keys * config.dim
     return CallSeconds(
         linears=sum(_linear_seconds(call, gpu, arithmetic, end) for call in linears),
         attention=config.num_layers * products / (gpu.bf16 * 1e12 * rates.attention[end]),

@@ -94,7 +94,7 @@ def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 @attention.on("cpu", native.or_else("sdpa", native.attends))
 def attention_cpu(a: Attention) -> Tensor:
-    """Native kernel for bfloat16, else scaled_dot_product_attention."""
-    if a.q.dtype == torch.bfloat16 and native.attends():
+    """Native kernel for the dtypes that it is written for on this CPU, else scaled_dot_product_attention."""
+    if native.attends(a.q.dtype):
         return native.attention(a, _fake(a))
     return attention.compute(a)

@@ -160,13 +160,13 @@ def _on_cpu() -> str:
 
 @attention_packed.on("cpu", _on_cpu)
 def attention_packed_cpu(a: AttentionPacked) -> Tensor:
-    """Native kernels decode bfloat16 spans inside attention, a head at a time, others before it; else the reference.
+    """Native kernels decode spans inside attention, a head at a time, or before it in other dtypes; else the reference.
 
     Codecs without a form are decoded by torch, span by span.
     """
     if not native.ready() or not a.q.numel():
         return attention_packed.compute(a)
-    inside = a.q.dtype == torch.bfloat16 and native.attends()
+    inside = native.attends(a.q.dtype)
     found = []
     if inside and any(k.shape[1] for k in a.k):
         found.append(native.attention_lse(Attention(a.q, a.k, a.v)))

@@ -35,6 +35,7 @@ __all__ = [
     "activation_code",
     "attends",
     "attention",
+    "attention_int8",
     "attention_lse",
     "linear",
     "linear_add",
@@ -78,10 +79,10 @@ def name() -> str:
     return "native" if found is None else found.kernel
 
 
-def attends() -> bool:
-    """Whether attention is among the native kernels of this CPU."""
+def attends(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether attention in a dtype is among the native kernels of this CPU."""
     found = instruction_set()
-    return ready() and found is not None and found.attention
+    return ready() and found is not None and str(dtype).removeprefix("torch.") in found.attention
 
 
 def or_else(other: str, there: Callable[[], bool] | None = None) -> Callable[[], str]:
@@ -110,8 +111,8 @@ _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:
 _Piece = _struct("Piece", "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l")
 _Attention = _struct(
     "Attention",
-    "q:p out:p part:p lse:p pieces:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l threads:i"
-    " span:p",
+    "q:p out:p part:p lse:p pieces:p means:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l"
+    " is_bfloat16:i threads:i span:p",
 )
 
 
@@ -270,20 +271,32 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def attention(a: Attention, out: Tensor) -> Tensor:
-    """``out`` bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.op.attention`."""
-    _attend(a, out.data_ptr(), None, None)
+    """``out`` [B, S, heads * head_dim] where :func:`attends`; see :func:`fxq.kernels.attention.op.attention`."""
+    _attend("fxq_attention", a, out=out.data_ptr())
     return out
 
 
 def attention_lse(a: Attention) -> tuple[Tensor, Tensor]:
-    """Of bfloat16 pieces with one key at least; see :func:`fxq.kernels.attention.merge.attention_lse`."""
+    """Of pieces with one key at least; see :func:`fxq.kernels.attention.merge.attention_lse`."""
     part = torch.empty(a.q.shape, dtype=torch.float32)
     lse = torch.empty((*a.q.shape[:3], 1), dtype=torch.float32)
-    _attend(a, None, part.data_ptr(), lse.data_ptr())
+    _attend("fxq_attention", a, part=part.data_ptr(), lse=lse.data_ptr())
     return part, lse
 
 
-def _attend(a: Attention, out: int | None, part: int | None, lse: int | None) -> None:
+def attention_int8(a: Attention, means: Tensor, out: Tensor) -> Tensor:
+    """``out`` float32 or bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.int8.attention_int8`.
+
+    Args:
+        a: queries, and pieces of keys and values.
+        means: float32 [pieces, B, heads, head_dim], contiguous, of the keys.
+        out: of q's dtype.
+    """
+    _attend("fxq_attention_int8", a, out=out.data_ptr(), means=means.data_ptr())
+    return out
+
+
+def _attend(function: str, a: Attention, **pointers: int) -> None:
     q = _unit_stride(a.q)
     keys, values = [_unit_stride(t) for t in a.k], [_unit_stride(t) for t in a.v]
     pieces = [
@@ -291,15 +304,21 @@ def _attend(a: Attention, out: int | None, part: int | None, lse: int | None) ->
         for one, two in zip(keys, values, strict=True)
     ]
     array = (_Piece * len(pieces))(*pieces)
+    batch, rows, heads, size = q.shape
+    q_batch, q_row, q_head, _ = q.stride()
     call = _Attention(
-        q.data_ptr(),
-        out,
-        part,
-        lse,
-        ctypes.addressof(array),
-        len(pieces),
-        *q.shape,
-        *q.stride()[:3],
-        torch.get_num_threads(),
+        q=q.data_ptr(),
+        pieces=ctypes.addressof(array),
+        piece_count=len(pieces),
+        batch=batch,
+        rows=rows,
+        heads=heads,
+        size=size,
+        q_batch=q_batch,
+        q_row=q_row,
+        q_head=q_head,
+        is_bfloat16=q.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+        **pointers,
     )
-    _call("fxq_attention", call)
+    _call(function, call)

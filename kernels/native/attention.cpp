@@ -1,29 +1,34 @@
-// Flash attention in bfloat16 for AVX512 BF16, with float32 sums, for caches of any length in any number of pieces.
+// Flash attention with float32 sums for caches of any length in any number of pieces: products of bfloat16 with AVX512
+// BF16, of float32 with AVX2.
 //
 // Per batch and head the keys and values are packed once into the panels that the tile reads; blocks of queries then run
-// over blocks of keys: scores by bfloat16 products, one pass for maximum and exp, and a second product that accumulates.
+// over blocks of keys: scores, one pass for maximum and exp, and a second product that accumulates.
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "calls.h"
-#include "product.h"
+#include "operands.h"
 #include "unpack.h"
-#include "vectors.h"
 
 using namespace fxq;
 
 namespace {
 
-constexpr long BLOCK_ROWS = 192, BLOCK_KEYS = 256;
+using Operands = FloatOperands;
+using Number = Operands::Number;
+
+constexpr long BLOCK_KEYS = 256;
 constexpr double HEAD_WORK = 1 << 22;  // multiply-adds of one product a thread
 constexpr float LOWEST = -3.0e38f;
 
 struct Shape {
-  long pairs;     // dwords along the head: two channels each
-  long columns;   // panels of 64 channels of the head
+  long steps;    // along the head
+  long columns;  // panels of 64 channels of the head
   long keys, blocks;
 
-  long key_block() const { return BLOCK_KEYS * pairs * 2; }           // elements of a block of packed keys
+  long depth() const { return steps * Operands::EACH; }
+  long key_block() const { return BLOCK_KEYS * depth(); }  // elements of a block of packed keys
   long value_block() const { return BLOCK_KEYS * columns * TILE_COLUMNS; }
 };
 
@@ -31,6 +36,7 @@ struct Shape {
 long value_size(const Attention& p) { return p.span == nullptr ? p.size : p.span->values.size; }
 
 // One row of keys or values of a piece, or null past the end.
+template <typename T>
 struct Source {
   const Attention& p;
   long batch, head;
@@ -40,142 +46,166 @@ struct Source {
     while (piece < p.piece_count && key >= start + p.pieces[piece].length) start += p.pieces[piece++].length;
     return piece < p.piece_count ? p.pieces + piece : nullptr;
   }
-  const bfloat16* k(long key) const {
+  const T* k(long key) const {
     const Piece* found = find(key);
-    return found ? found->k + batch * found->k_batch + (key - start) * found->k_row + head * found->k_head : nullptr;
+    if (found == nullptr) return nullptr;
+    return static_cast<const T*>(found->k) + batch * found->k_batch + (key - start) * found->k_row + head * found->k_head;
   }
-  const bfloat16* v(long key) const {
+  const T* v(long key) const {
     const Piece* found = find(key);
-    return found ? found->v + batch * found->v_batch + (key - start) * found->v_row + head * found->v_head : nullptr;
+    if (found == nullptr) return nullptr;
+    return static_cast<const T*>(found->v) + batch * found->v_batch + (key - start) * found->v_row + head * found->v_head;
   }
 };
 
-// Keys to [BLOCK_KEYS / 64][pairs][64][2].
-void pack_keys(const Attention& p, const Shape& s, long batch, long head, long block, bfloat16* to) {
-  const Source source{p, batch, head};
-  const long full = p.size / 2;
-  for (long key = 0; key < BLOCK_KEYS; key++) {
-    const bfloat16* row = source.k(block * BLOCK_KEYS + key);
-    auto* target = reinterpret_cast<uint32_t*>(to) + key / 64 * s.pairs * 64 + key % 64;
-    for (long d = 0; d < full; d++) {
-      uint32_t pair = 0;
-      if (row != nullptr) std::memcpy(&pair, row + 2 * d, 4);
-      target[d * 64] = pair;
-    }
-    if (p.size % 2) target[full * 64] = row != nullptr ? row[p.size - 1] : 0;
+// A row as the numbers that are multiplied.
+template <typename T>
+void copy_row(const T* from, long size, Number* to) {
+  if constexpr (std::is_same_v<T, Number>) {
+    std::memcpy(to, from, size * sizeof(Number));
+  } else {
+    for (long d = 0; d < size; d += LANES) store(to + d, load(from + d, lanes(size - d)), lanes(size - d));
   }
 }
 
-// Values to [columns][BLOCK_KEYS / 2][64][2]: two keys next to each other.
-void pack_values(const Attention& p, const Shape& s, long batch, long head, long block, bfloat16* to) {
-  const Source source{p, batch, head};
-  for (long key = 0; key < BLOCK_KEYS; key += 2) {
-    const bfloat16* first = source.v(block * BLOCK_KEYS + key);
-    const bfloat16* second = first == nullptr ? nullptr : source.v(block * BLOCK_KEYS + key + 1);
-    for (long d = 0; d < s.columns * 64; d += 16) {
-      const __mmask16 mask = lanes(p.size - d);
-      const __m512i low = first ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, first + d)) : _mm512_setzero_si512();
-      const __m512i high = second ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, second + d)) : _mm512_setzero_si512();
-      bfloat16* target = to + (d / 64 * (BLOCK_KEYS / 2) + key / 2) * 128 + d % 64 * 2;
-      _mm512_storeu_si512(target, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+// Keys to BLOCK_KEYS / 64 panels of the head's steps.
+template <typename T>
+void pack_keys(const Attention& p, const Shape& s, long batch, long head, long block, Number* to) {
+  static thread_local Scratch scratch;
+  const Source<T> source{p, batch, head};
+  Number* numbers = scratch.get<Number>(s.depth());
+  std::memset(numbers, 0, s.depth() * sizeof(Number));
+  for (long key = 0; key < std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS); key++) {
+    copy_row(source.k(block * BLOCK_KEYS + key), p.size, numbers);
+    Number* panel = to + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
+    for (long k = 0; k < s.steps; k++) {
+      std::memcpy(panel + Operands::place(s.steps, k, key % TILE_COLUMNS), numbers + k * Operands::EACH, 4);
+    }
+  }
+}
+
+// Values to [columns] panels of a step for every EACH keys; what is behind the last key is 0.
+template <typename T>
+void pack_values(const Attention& p, const Shape& s, long batch, long head, long block, Number* to) {
+  static thread_local Scratch scratch;
+  const Source<T> source{p, batch, head};
+  constexpr int EACH = Operands::EACH;
+  const long width = s.columns * TILE_COLUMNS, count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
+  const long steps = ceil_div(count, EACH);
+  Number* rows = scratch.get<Number>(EACH * width);
+  std::memset(rows, 0, EACH * width * sizeof(Number));
+  for (long k = 0; k < steps; k++) {
+    for (int i = 0; i < EACH; i++) {
+      if (EACH * k + i < count) {
+        copy_row(source.v(block * BLOCK_KEYS + EACH * k + i), p.size, rows + i * width);
+      } else {
+        std::memset(rows + i * width, 0, width * sizeof(Number));
+      }
+    }
+    for (long d = 0; d < width; d += LANES) {
+      Number* panel = to + d / TILE_COLUMNS * BLOCK_KEYS * TILE_COLUMNS;
+      Operands::interleave(rows + d, width, panel + Operands::place(steps, k, d % TILE_COLUMNS));
     }
   }
 }
 
 struct Block {  // scratch of one block of queries
-  bfloat16* q;         // [BLOCK_ROWS, 2 * pairs]
-  float* scores;       // [BLOCK_ROWS, BLOCK_KEYS]
-  bfloat16* weights;   // [BLOCK_ROWS, BLOCK_KEYS]
-  float* out;          // [BLOCK_ROWS, 64 * columns]
-  float* maximum;      // [BLOCK_ROWS], of scores times the softmax scale
-  float* total;        // [BLOCK_ROWS]
+  Number* q;        // [QUERY_ROWS, depth]
+  float* scores;    // [QUERY_ROWS, BLOCK_KEYS]
+  Number* weights;  // [QUERY_ROWS, BLOCK_KEYS]
+  float* out;       // [QUERY_ROWS, 64 * columns]
+  float* maximum;   // [QUERY_ROWS], of scores times the softmax scale
+  float* total;     // [QUERY_ROWS]
 };
 
 // Scores of one row to weights; rescales what the row has summed up so far.
 void soften(const Block& b, long row, long keys, long width, float scale) {
-  const float* scores = b.scores + row * BLOCK_KEYS;
-  __m512 top = _mm512_set1_ps(LOWEST);
-  for (long k = 0; k < keys; k += 16) {
-    const __mmask16 mask = lanes(keys - k);
-    top = _mm512_mask_max_ps(top, mask, top, load(scores + k, mask));
-  }
-  const float before = b.maximum[row], now = std::max(before, _mm512_reduce_max_ps(top) * scale);
-  const __m512 center = _mm512_set1_ps(-now), factor = _mm512_set1_ps(scale);
-  __m512 total = _mm512_setzero_ps();
-  bfloat16* weights = b.weights + row * BLOCK_KEYS;
-  for (long k = 0; k < BLOCK_KEYS; k += 16) {
-    const __mmask16 mask = lanes(keys - k);
-    const __m512 weight = _mm512_maskz_mov_ps(mask, exp(_mm512_fmadd_ps(load(scores + k), factor, center)));
-    total = _mm512_add_ps(total, weight);
+  float* scores = b.scores + row * BLOCK_KEYS;
+  for (long k = keys; k < round_up(keys, LANES); k++) scores[k] = LOWEST;
+  Floats top = floats(LOWEST);
+  for (long k = 0; k < keys; k += LANES) top = greatest(load(scores + k), top);  // of numbers
+  const float before = b.maximum[row], now = std::max(before, highest(top) * scale);
+  const Floats center = floats(-now), factor = floats(scale);
+  Floats total = floats(0);
+  Number* weights = b.weights + row * BLOCK_KEYS;
+  for (long k = 0; k < keys; k += LANES) {
+    const Floats weight = keep(exp(fmadd(load(scores + k), factor, center)), lanes(keys - k));
+    total = total + weight;
     store(weights + k, weight);
   }
   if (now != before) {
-    const __m512 shrink = exp(_mm512_set1_ps(before - now));
-    b.total[row] *= _mm512_cvtss_f32(shrink);
+    const Floats shrink = exp(floats(before - now));
+    float factors[LANES];
+    store(factors, shrink);
+    b.total[row] *= factors[0];
     float* out = b.out + row * width;
-    for (long d = 0; d < width; d += 16) store(out + d, _mm512_mul_ps(load(out + d), shrink));
+    for (long d = 0; d < width; d += LANES) store(out + d, load(out + d) * shrink);
     b.maximum[row] = now;
   }
-  b.total[row] += _mm512_reduce_add_ps(total);
+  b.total[row] += sum(total);
 }
 
-void attend(const Attention& p, const Shape& s, const Block& b, long rows, const bfloat16* keys, const bfloat16* values) {
-  const long width = s.columns * TILE_COLUMNS;
+void attend(const Attention& p, const Shape& s, const Block& b, long rows, const Number* keys, const Number* values) {
+  const long width = s.columns * TILE_COLUMNS, depth = s.depth();
   const float scale = 1.0f / std::sqrt(static_cast<float>(p.size));
   for (long block = 0; block < s.blocks; block++) {
     const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
-    const bfloat16 *k = keys + block * s.key_block(), *v = values + block * s.value_block();
+    const Number *k = keys + block * s.key_block(), *v = values + block * s.value_block();
     for (long panel = 0; panel < ceil_div(count, TILE_COLUMNS); panel++) {
       for (long row = 0; row < rows; row += TILE_ROWS) {
-        multiply_bfloat16(b.q + row * s.pairs * 2, s.pairs * 4, k + panel * s.pairs * 128, s.pairs,
-                          b.scores + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS * 4);
+        Operands::multiply(b.q + row * depth, depth, k + panel * depth * TILE_COLUMNS, s.steps,
+                           b.scores + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
       }
     }
     for (long row = 0; row < rows; row++) soften(b, row, count, width, scale);
-    const long steps = ceil_div(count, 2);
     for (long panel = 0; panel < s.columns; panel++) {
+      const Number* from = v + panel * BLOCK_KEYS * TILE_COLUMNS;
       for (long row = 0; row < rows; row += TILE_ROWS) {
-        add_multiply_bfloat16(b.weights + row * BLOCK_KEYS, BLOCK_KEYS * 2, v + panel * (BLOCK_KEYS / 2) * 128, steps,
-                              b.out + row * width + panel * TILE_COLUMNS, width * 4);
+        Operands::add_multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, ceil_div(count, Operands::EACH),
+                               b.out + row * width + panel * TILE_COLUMNS, width);
       }
     }
   }
 }
 
-void pack(const Attention& p, const Shape& s, long batch, long head, long block, bfloat16* keys, bfloat16* values) {
+template <typename T>
+void pack(const Attention& p, const Shape& s, long batch, long head, long block, Number* keys, Number* values) {
   if (p.span == nullptr) {
-    pack_keys(p, s, batch, head, block, keys);
-    pack_values(p, s, batch, head, block, values);
+    pack_keys<T>(p, s, batch, head, block, keys);
+    pack_values<T>(p, s, batch, head, block, values);
     return;
   }
-  const Tile<bfloat16> tile(*p.span, batch, head, block * BLOCK_KEYS, std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS));
-  pack_keys(tile.call(p.size), s, 0, 0, 0, keys);
-  pack_values(tile.call(value_size(p)), s, 0, 0, 0, values);
+  Shape one = s;
+  one.keys = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
+  const Tile<Number> tile(*p.span, batch, head, block * BLOCK_KEYS, one.keys);
+  pack_keys<Number>(tile.call(p.size), one, 0, 0, 0, keys);
+  pack_values<Number>(tile.call(value_size(p)), one, 0, 0, 0, values);
 }
 
-void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const bfloat16* keys,
-                 const bfloat16* values) {
+template <typename T>
+void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const Number* keys,
+                 const Number* values) {
   static thread_local Scratch q, scores, weights, out, maximum, total;
-  const long width = s.columns * TILE_COLUMNS, rows = std::min(BLOCK_ROWS, p.rows - begin), size = value_size(p);
-  const Block b{q.get<bfloat16>(BLOCK_ROWS * s.pairs * 2), scores.get<float>(BLOCK_ROWS * BLOCK_KEYS),
-                weights.get<bfloat16>(BLOCK_ROWS * BLOCK_KEYS), out.get<float>(BLOCK_ROWS * width),
-                maximum.get<float>(BLOCK_ROWS), total.get<float>(BLOCK_ROWS)};
+  const long width = s.columns * TILE_COLUMNS, rows = std::min(QUERY_ROWS, p.rows - begin), size = value_size(p);
+  const Block b{q.get<Number>(QUERY_ROWS * s.depth()), scores.get<float>(QUERY_ROWS * BLOCK_KEYS),
+                weights.get<Number>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * width),
+                maximum.get<float>(QUERY_ROWS), total.get<float>(QUERY_ROWS)};
   const long padded = round_up(rows, TILE_ROWS);
-  std::memset(b.q, 0, padded * s.pairs * 4);
-  std::memset(b.out, 0, padded * width * 4);
+  std::memset(b.q, 0, padded * s.depth() * sizeof(Number));
+  std::memset(b.out, 0, padded * width * sizeof(float));
   for (long i = 0; i < rows; i++) {
-    std::memcpy(b.q + i * s.pairs * 2, p.q + batch * p.q_batch + (begin + i) * p.q_row + head * p.q_head, p.size * 2);
+    copy_row(static_cast<const T*>(p.q) + batch * p.q_batch + (begin + i) * p.q_row + head * p.q_head, p.size, b.q + i * s.depth());
     b.maximum[i] = LOWEST;
     b.total[i] = 0;
   }
   attend(p, s, b, rows, keys, values);
   for (long i = 0; i < rows; i++) {
     const long place = (batch * p.rows + begin + i) * p.heads + head;
-    const __m512 inverse = _mm512_set1_ps(1.0f / b.total[i]);
-    for (long d = 0; d < size; d += 16) {
-      const __m512 result = _mm512_mul_ps(load(b.out + i * width + d), inverse);
+    const Floats inverse = floats(1.0f / b.total[i]);
+    for (long d = 0; d < size; d += LANES) {
+      const Floats result = load(b.out + i * width + d) * inverse;
       if (p.out != nullptr) {
-        store(p.out + place * size + d, result, lanes(size - d));
+        store(static_cast<T*>(p.out) + place * size + d, result, lanes(size - d));
       } else {
         store(p.part + place * size + d, result, lanes(size - d));
       }
@@ -184,28 +214,25 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
   }
 }
 
-}  // namespace
-
-namespace {
-
+template <typename T>
 void run(const Attention& p) {
-  Shape s{ceil_div(p.size, 2), ceil_div(value_size(p), TILE_COLUMNS), 0, 0};
+  Shape s{ceil_div(p.size, Operands::EACH), ceil_div(value_size(p), TILE_COLUMNS), 0, 0};
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
   const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
   static thread_local Scratch key_scratch, value_scratch;
-  bfloat16* keys = key_scratch.get<bfloat16>(s.blocks * s.key_block());
-  bfloat16* values = value_scratch.get<bfloat16>(s.blocks * s.value_block());
+  Number* keys = key_scratch.get<Number>(s.blocks * s.key_block());
+  Number* values = value_scratch.get<Number>(s.blocks * s.value_block());
   for (long pair = 0; pair < p.batch * p.heads; pair++) {
     const long batch = pair / p.heads, head = pair % p.heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp for schedule(static)
       for (long block = 0; block < s.blocks; block++) {
-        pack(p, s, batch, head, block, keys + block * s.key_block(), values + block * s.value_block());
+        pack<T>(p, s, batch, head, block, keys + block * s.key_block(), values + block * s.value_block());
       }
 #pragma omp for schedule(dynamic)
-      for (long begin = 0; begin < p.rows; begin += BLOCK_ROWS) query_block(p, s, batch, head, begin, keys, values);
+      for (long begin = 0; begin < p.rows; begin += QUERY_ROWS) query_block<T>(p, s, batch, head, begin, keys, values);
     }
   }
 }
@@ -213,6 +240,6 @@ void run(const Attention& p) {
 }  // namespace
 
 extern "C" int fxq_attention(const Attention* p) {
-  with_threads(p->threads, [&] { run(*p); });
+  with_threads(p->threads, [&] { p->is_bfloat16 ? run<bfloat16>(*p) : run<float>(*p); });
   return 0;
 }

@@ -27,26 +27,25 @@ class InstructionSet:
         needs: instructions as :func:`fxq.cpu.features` spells them.
         flags: the same in the words of compilers.
         sources: C++ files; they choose headers by what the compiler may use.
-        attention: whether attention is among them.
+        attention: dtypes whose attention is among them, by name; attention in 8 bits takes float32 and bfloat16.
     """
 
     kernel: str
     needs: tuple[str, ...]
     flags: tuple[str, ...]
     sources: tuple[str, ...]
-    attention: bool = False
+    attention: tuple[str, ...] = ()
 
 
+_SOURCES = ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp", "attention.cpp", "attention_int8.cpp")
 AVX512 = InstructionSet(
     "native",
     ("avx512_vnni", "avx512_bf16", "avx512_vbmi2"),
     ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512vbmi2", "avx512bf16", "fma"),
-    ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp", "attention.cpp"),
-    attention=True,
+    _SOURCES,
+    attention=("bfloat16",),
 )
-AVX2 = InstructionSet(
-    "native avx2", ("avx2", "fma3"), ("avx2", "fma"), ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp")
-)
+AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), _SOURCES, attention=("float32", "bfloat16"))
 SETS = (AVX512, AVX2)
 """From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]

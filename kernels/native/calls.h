@@ -68,22 +68,23 @@ struct Rotary {
 };
 
 struct Piece {
-  const uint16_t* k;  // bfloat16 [batch, length, heads, size] with unit stride along size
-  const uint16_t* v;
+  const void* k;  // [batch, length, heads, size] with unit stride along size
+  const void* v;
   long length;
   long k_batch, k_row, k_head;  // strides in elements
   long v_batch, v_row, v_head;
 };
 
 struct Attention {
-  const uint16_t* q;  // bfloat16 [batch, rows, heads, size] with unit stride along size
-  uint16_t* out;      // bfloat16 [batch, rows, heads * size], or null
-  float* part;        // where out is null: the same, to be merged with the results for other keys,
-  float* lse;         // [batch, rows, heads], by the logarithm of the sum of the weights
+  const void* q;  // [batch, rows, heads, size] with unit stride along size
+  void* out;      // [batch, rows, heads * size] of q's dtype, or null
+  float* part;    // where out is null: the same, to be merged with the results for other keys,
+  float* lse;     // [batch, rows, heads], by the logarithm of the sum of the weights
   const Piece* pieces;
+  const float* means;  // 8-bit attention only: [pieces, batch, heads, size], of the keys
   long piece_count, batch, rows, heads, size;
   long q_batch, q_row, q_head;
-  int32_t threads;
+  int32_t is_bfloat16, threads;
   const struct Span* span;  // encoded keys and values in the place of the one piece, which then says their number; or null
 };
 

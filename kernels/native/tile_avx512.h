@@ -1,7 +1,7 @@
 // The inner loop of every product: 6 rows times 64 columns with all 24 accumulators in registers.
 //
 // The compiler spills accumulators that live in an array, so the loop is written in assembly. One step reads four bytes
-// of each row (broadcast) and 256 bytes of the panel: four int8 or two bfloat16 along the reduction.
+// of each row (broadcast) and 256 bytes of the panel: four int8, two int16 or two bfloat16 along the reduction.
 #pragma once
 
 #include <cstdint>
@@ -65,6 +65,7 @@ namespace fxq {
   }
 
 FXQ_TILE(multiply_int8, "vpdpbusd", FXQ_CLEAR)
+FXQ_TILE(multiply_int16, "vpdpwssd", FXQ_CLEAR)
 FXQ_TILE(multiply_bfloat16, "vdpbf16ps", FXQ_CLEAR)
 FXQ_TILE(add_multiply_bfloat16, "vdpbf16ps", FXQ_LOAD4)
 

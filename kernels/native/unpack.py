@@ -103,7 +103,9 @@ def unpack(x: Side, batch: int, tokens: int, dtype: torch.dtype, tables: Tables 
 
 
 def attention_lse(q: Tensor, keys: Side, values: Side, tokens: int, tables: Tables) -> tuple[Tensor, Tensor]:
-    """Attention of bfloat16 queries to ``tokens`` tokens of a span, of which no more than one head is dense at a time.
+    """Attention to ``tokens`` tokens of a span, of which no more than one head is dense at a time.
+
+    ``q`` is of a dtype that :func:`fxq.kernels.native.attends`.
 
     Returns:
         float32 [B, S, heads, size of values] and [B, S, heads, 1]; see :mod:`fxq.kernels.attention.merge`.
@@ -119,6 +121,7 @@ def attention_lse(q: Tensor, keys: Side, values: Side, tokens: int, tables: Tabl
         lse=lse.data_ptr(),
         pieces=ctypes.addressof(piece),
         piece_count=1,
+        is_bfloat16=q.dtype == torch.bfloat16,
         threads=torch.get_num_threads(),
         span=ctypes.addressof(span),
     )

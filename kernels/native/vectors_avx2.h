@@ -45,6 +45,16 @@ inline uint32_t not_finite(Floats a) {
   return _mm256_movemask_ps(_mm256_cmp_ps(magnitude(a), floats(INFINITY), _CMP_NLT_UQ));
 }
 
+inline float highest(Floats a) {  // of numbers, none NaN
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+inline Floats choose(Floats a, Floats b, Lanes first) {  // a in the lanes of `first`
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(counted(first)));
+}
+
 // a where the number is below zero, b elsewhere.
 inline Floats below_zero(Floats number, Floats a, Floats b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(number, floats(0), _CMP_LT_OQ));
@@ -57,6 +67,8 @@ template <int COUNT>
 inline Ints shift_down(Ints a) {
   return _mm256_srai_epi32(a, COUNT);
 }
+inline Ints greatest(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+inline Ints word_of(Floats a) { return _mm256_castps_si256(a); }  // as it lies in memory
 inline Ints to_ints(Floats a) { return _mm256_cvtps_epi32(a); }  // nearest, half to even
 inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 

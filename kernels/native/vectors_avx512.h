@@ -31,6 +31,9 @@ inline float sum(Floats a) { return _mm512_reduce_add_ps(a); }
 inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 inline uint32_t not_finite(Floats a) { return _mm512_fpclass_ps_mask(a, 0x99); }  // NaN of both kinds, infinity of both signs
 
+inline float highest(Floats a) { return _mm512_reduce_max_ps(a); }  // of numbers, none NaN
+inline Floats choose(Floats a, Floats b, Lanes first) { return _mm512_mask_mov_ps(b, first, a); }  // a in the lanes of `first`
+
 // a where the number is below zero, b elsewhere.
 inline Floats below_zero(Floats number, Floats a, Floats b) {
   return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(number, _mm512_setzero_ps(), _CMP_LT_OQ), a);
@@ -43,6 +46,8 @@ template <int COUNT>
 inline Ints shift_down(Ints a) {
   return _mm512_srai_epi32(a, COUNT);
 }
+inline Ints greatest(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+inline Ints word_of(Floats a) { return _mm512_castps_si512(a); }  // as it lies in memory
 inline Ints to_ints(Floats a) { return _mm512_cvtps_epi32(a); }  // nearest, half to even
 inline Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 inline Bytes to_bytes(Ints a) { return _mm512_cvtepi32_epi8(a); }  // of values that int8 holds
@@ -92,6 +97,7 @@ inline Floats rotate(Floats v, Floats c, Floats s) {
 
 // exp(x) to about 1e-7 relative; saturates to 0 and infinity.
 inline Floats exp(Floats x) {
+  x = greatest(floats(-150.0f), x);  // NaN stays; far below, what is left of x would overflow
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 0x08);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

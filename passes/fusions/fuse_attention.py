@@ -11,6 +11,7 @@ from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, module_path
 from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Fusion
+from fxq.kernels.op import Op
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.patterns import ATEN, QUANTIZE, Unfit, is_call, same, shape_of, value_of
 
@@ -32,7 +33,7 @@ class FuseAttention(Fusion):
         edits.tidy(graph)
         count = 0
         for node in patterns.calls(graph, _ATTENTION):
-            name = _name(node)
+            name = place_of(node)
             try:
                 pieces = len(arguments(fused(graph, node))["k"])
             except Unfit as reason:
@@ -43,8 +44,8 @@ class FuseAttention(Fusion):
         return count
 
 
-def _name(node: fx.Node) -> str:
-    """Where remarks about an attention stand."""
+def place_of(node: fx.Node) -> str:
+    """Where remarks about an attention stand: the quantized layer that reads it, else the path of its module."""
     for user in node.users:
         tail = list(patterns.ahead(user, patterns.FREE))[-1] if is_call(user, *_SWAPS) else node
         for reader, _ in patterns.readers(tail):
@@ -53,8 +54,13 @@ def _name(node: fx.Node) -> str:
     return module_path(node) or "attention"
 
 
-def fused(graph: QuantGraph, node: fx.Node) -> fx.Node:
-    """The call of ``fxq::attention`` that takes the place of one attention.
+def fused(graph: QuantGraph, node: fx.Node, op: Op = kernels.attention) -> fx.Node:
+    """The call of an operator that takes the place of one attention.
+
+    Args:
+        graph: that is rewritten.
+        node: ``scaled_dot_product_attention``.
+        op: ``fxq::attention``, or one that takes the same arguments.
 
     Raises:
         Unfit: when the operator cannot say what it computes.
@@ -69,9 +75,9 @@ def fused(graph: QuantGraph, node: fx.Node) -> fx.Node:
     inputs = (q, *keys, *values)
     edits.check_private(edits.between([result], inputs), [result], inputs)
     args = (q, keys, values)
-    edits.check_fits(graph, kernels.attention, args)
+    edits.check_fits(graph, op, args)
     value = value_of(q).new_empty(shape_of(result))
-    found = edits.insert(result, node, kernels.attention.definition, args, value)
+    found = edits.insert(result, node, op.definition, args, value)
     result.replace_all_uses_with(found)
     edits.erase_unread(result)
     return found

@@ -345,5 +345,6 @@ _RULES: Mapping[object, Rule] = {
     kernels.quantize_act.definition: _quantize,
     kernels.dual_scale_linear.definition: _integer_linear,
     kernels.attention.definition: _pieces,
+    kernels.attention_int8.definition: _pieces,
     kernels.rms_norm_rope.definition: _rotate,
 }

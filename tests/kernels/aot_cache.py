@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fxq.kernels.attention import triton_pack, triton_planes
+from fxq.kernels.attention import triton_int8, triton_pack, triton_planes
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
 from fxq.kernels.cluster import triton as clusters
@@ -48,6 +48,24 @@ def attention(name: str, dtype: str = "bf16", first: bool = False) -> dict[str, 
     return {"kernel": attention_part_kernel, "types": types, "constants": constants, **options}
 
 
+def integers(dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
+    """Arguments of a case of attention in 8-bit integers, heads of 128."""
+    tile = triton_int8.tile_of(torch.float32 if dtype == "fp32" else torch.bfloat16)
+    types = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("q_scale_ptr", "bias_ptr", "k_scale_ptr", "out_ptr", "lse_ptr"), "*fp32")
+    constants = {"SIZE": 128, "D": 128, "FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": TARGETS}
+    return {"kernel": triton_int8.attention_int8_kernel, "types": types, "constants": constants, **options}
+
+
+def codes(dtype: str, mean: bool) -> dict[str, Any]:
+    """Arguments of a case of the codes of queries, or of keys less their mean, heads of 128."""
+    types = {"x_ptr": f"*{dtype}", "code_ptr": "*i8", "mean_ptr": "*fp32", "scale_ptr": "*fp32", "least": "fp32"}
+    constants: dict[str, Any] = {"SIZE": 128, "D": 128, "BLOCK": triton_int8.CODE_ROWS}
+    constants |= {} if mean else {"mean_ptr": None}
+    return {**_of(triton_int8.codes_kernel, types), "constants": constants, "warps": 4, "stages": 3}
+
+
 def planes() -> dict[str, Any]:
     """Arguments of a case of the decoding of bit planes."""
     types = dict.fromkeys(("step_ptr", "basis_ptr", "mean_ptr", "y_ptr"), "*bf16")
@@ -84,6 +102,9 @@ def _of(kernel: Any, types: dict[str, str]) -> dict[str, Any]:
 
 CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for name in SIDES}
 CASES |= {f"attention-part-float32-{name}": attention(name, "fp32") for name in ("prq", "token-int8", "channel-int2")}
+CASES |= {"attention-int8-first": integers(first=True), "attention-int8": integers()}
+CASES |= {f"attention-int8-{dtype}": integers(dtype) for dtype in ("fp16", "fp32")}
+CASES |= {"attention-codes": codes("bf16", False), "attention-codes-mean": codes("bf16", True)}
 CASES["planes"] = planes()
 CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}
 CASES |= {f"cluster-{half}": cluster(half) for half in ("nearest", "means")}

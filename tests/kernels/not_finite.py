@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import OPS, Op, attention, native, quantize_per_token, quantize_per_token_asymmetric
+from fxq.kernels import OPS, Op, attention, attention_int8, native, quantize_per_token, quantize_per_token_asymmetric
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MEASURING = (quantize_per_token, quantize_per_token_asymmetric)
-READ_BY_ROWS = ("quantize_act", "norm_quantize", "quantize_fp8", "rms_norm_rope", "attention")
+READ_BY_ROWS = ("quantize_act", "norm_quantize", "quantize_fp8", "rms_norm_rope", "attention", "attention_int8")
+ATTENTIONS = (attention, attention_int8)
 MULTIPLY = ("dual_scale_linear", "dual_scale_linear_quantize", "dual_scale_linear_add")
 
 Implementation = Callable[..., Any]
@@ -53,9 +54,9 @@ def broken_inputs(op: Op) -> Iterator[tuple[str, tuple[Any, ...], tuple[Any, ...
     """(name, sound arguments, broken ones, bool [rows] that must show it) of every sample and each of BAD."""
     for number, sample in enumerate(op.samples()):
         rows = sample[0].numel() // max(1, sample[0].shape[-1])
-        if op is attention:
+        if op in ATTENTIONS:
             rows = sample[0].shape[0] * sample[0].shape[1]
-        if not rows or (sample[0].shape[-1] < numerics.POISON_LEAST and op is not attention):
+        if not rows or (sample[0].shape[-1] < numerics.POISON_LEAST and op not in ATTENTIONS):
             continue
         for i, value in enumerate(BAD):
             x = sample[0].clone()

@@ -9,9 +9,12 @@ import subprocess
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fxq import cpu
-from fxq.kernels import dual_scale_linear, native, quantize_act
+from fxq.kernels import attention, dual_scale_linear, native, quantize_act
+from fxq.kernels.arguments import Attention
+from fxq.kernels.attention.merge import attention_lse
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.native import build
 from fxq.kernels.native.cache import cache_folder
@@ -169,6 +172,45 @@ def test_rows_are_quantized_alike_by_every_instruction_set(kernels):
         assert torch.equal(quantize_act(*arguments, 250, 8), quantize_act.reference(*arguments, 250, 8))
 
 
+LENGTHS = [(1,), (3, 0, 254), (255, 2), (600, 77, 1)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 1), (191, 2, 66), (97, 3, 16), (200, 1, 131)])
+def test_attention_equals_that_of_float64_as_far_as_its_dtype_allows(rows, heads, size, lengths, kernels, threads):
+    random = torch.Generator().manual_seed(rows + size)
+    for dtype in (getattr(torch, name) for name in kernels.attention):
+        q = (2 * torch.randn(2, rows, heads, size, generator=random)).to(dtype)
+        k, v = ([torch.randn(2, n, heads, size, generator=random).to(dtype) for n in lengths] for _ in range(2))
+        whole = [torch.cat(piece, 1).double().transpose(1, 2) for piece in (k, v)]
+        want = F.scaled_dot_product_attention(q.double().transpose(1, 2), *whole).transpose(1, 2).flatten(2)
+        got = attention(q, k, v)
+        assert got.dtype == dtype and got.shape == want.shape
+        assert float((got.double() - want).norm() / want.norm()) < (2e-6 if dtype == torch.float32 else 0.006)
+        part, lse = native.attention_lse(Attention(q, k, v))
+        _, logarithm = attention_lse(q, *(torch.cat(piece, 1) for piece in (k, v)))
+        torch.testing.assert_close(lse, logarithm, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            part.flatten(2).double(), want, atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0
+        )
+
+
+def test_attention_of_every_instruction_set_shows_what_is_not_finite(kernels):
+    for dtype in (getattr(torch, name) for name in kernels.attention):
+        q, k, v = (
+            torch.randn(1, n, 2, 16, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (9, 300, 300)
+        )
+        q[0, 4, 1, 3] = torch.nan
+        got = attention(q, [k], [v]).unflatten(2, (2, 16))
+        assert not got[0, 4, 1].isfinite().any() and int((~got.isfinite()).sum()) == 16
+        k[0, 270, 0, 3] = torch.nan
+        assert not attention(q, [k], [v]).unflatten(2, (2, 16))[:, :, 0].isfinite().any()
+        far = attention(
+            1e20 * torch.ones_like(q), [torch.linspace(-1, 1, 300).reshape(1, -1, 1, 1).expand_as(k).to(dtype)], [v]
+        )
+        torch.testing.assert_close(far, v[:, -1:].expand(1, 9, 2, 16).flatten(2), atol=1e-2, rtol=0)
+
+
 ABOVE_AVX2 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])|vpdpbusd|vpdpwssd"
 
 
@@ -180,7 +222,7 @@ def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
     code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True).stdout
     assert "vpmaddubsw" in code and "vfmadd" in code
     assert not re.findall(ABOVE_AVX2, code)
-    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column)\w*>:\n(.*?)\n\n", code, re.S)
+    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column|float|word_tile)\w*>:\n(.*?)\n\n", code, re.S)
     assert loops
     spilled = [
         line for body in loops for line in body.splitlines() if re.search(r"%ymm\d+,-?(0x)?[\da-f]*\(%rsp", line)

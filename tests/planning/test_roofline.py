@@ -11,6 +11,7 @@ from fxq.planning.roofline import (
     EAGER,
     W4A8,
     W8A8,
+    W8A8_ATTENTION,
     call_seconds,
     chunk_seconds,
     frames_per_second,
@@ -61,6 +62,16 @@ def test_the_published_gain_on_an_a6000_lies_in_the_range():
 def test_linears_of_a_block_have_their_operations():
     block = [call for call in calls() if call.layer.startswith("blocks.3.")]
     assert sum(2 * call.width * call.outputs for call in block if call.rows) == pytest.approx(83.4e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["A6000", "H200", "B200"])
+def test_int8_scores_save_what_the_rates_of_products_say(name):
+    gpu = find_gpu(name)
+    for end in (0, 1):
+        exact, ints = (call_seconds(WAN, calls(), gpu, a, 18720, end).attention for a in (W8A8, W8A8_ATTENTION))
+        ratio = gpu.bf16 * gpu.attainable.bf16[end] / (gpu.int8 * gpu.attainable.int8[end])
+        assert ints / exact == pytest.approx(0.5 + 0.5 * ratio)
+        assert (ints > exact) == (name == "B200"), "which has no fast path for int8"
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)

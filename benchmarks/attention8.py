@@ -1,0 +1,111 @@
+"""Attention in 8-bit integers: what it costs the shipped model's W8A8 in error, and its time beside exact attention.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.attention8 --out benchmarks/results/attention8.json
+
+Errors are teacher-forced, on prompts the model was not trained on, for several calibration seeds; with and without are
+the same integers of linears, so they are compared video by video. Times are CPU times of one thread, medians of rounds
+in which the contestants take turns; `FXQ_CPU=avx2`, or tests/machine/as_avx2 before the command, holds a CPU to AVX2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.record import write
+from fxq import kernels
+from fxq.core.facts import ChosenAttentions, Facts
+from fxq.core.method import AttentionScheme
+from fxq.lab import tiny_rollout
+from fxq.metrics.latents import paired_ratio, teacher_forced
+from fxq.models.tiny import load_tiny
+from fxq.presets import PRESETS
+from fxq.quantize import quantize
+
+SHAPES = ((12, 520, 1560, 128), (12, 1560, 4680, 128), (12, 1560, 18720, 128), (12, 1560, 4680, 64), (4, 256, 1024, 64))
+"""Heads, queries, keys, head_dim: chunks of 480p and smaller ones of Wan 1.3B with caches of some lengths."""
+
+
+def errors(seeds: int, videos: int) -> dict[str, object]:
+    """Teacher-forced errors of W8A8 without and with attention in integers, their ratio, and what was chosen."""
+    model, without, with_, layers = load_tiny(), [], [], []
+    for seed in range(1, seeds + 1):
+        calibration = tiny_rollout(model, 16, seed=seed, unseen=False)[0]
+        exact = dataclasses.replace(PRESETS["w8a8"], seed=seed)
+        made = {
+            name: quantize(model, calibration, dataclasses.replace(exact, attention=scheme), progress=False)
+            for name, scheme in (("exact", None), ("int8", AttentionScheme()))
+        }
+        found = teacher_forced(tiny_rollout(model, videos, seed=100 + seed, unseen=True)[0], made)
+        without += found["exact"].tolist()
+        with_ += found["int8"].tolist()
+        chosen = ChosenAttentions.of(Facts.of(made["int8"]).others)
+        assert chosen is not None
+        layers.append(chosen.to_json())
+    growth = sum(with_) / sum(without)
+    ratio = paired_ratio(torch.tensor(with_).numpy(), torch.tensor(without).numpy())
+    return {"exact": without, "int8": with_, "growth": growth, "paired_ratio": ratio, "chosen": layers}
+
+
+def seconds(contestants: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
+    """Median CPU time of each, in rounds of one call of each; a first round is not counted."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.process_time()
+            run()
+            taken[name].append(time.process_time() - start)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+
+
+def speeds(rounds: int) -> list[dict[str, object]]:
+    """Times of every shape: torch in float32, the exact operator and the one in integers in both dtypes."""
+    torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
+    for heads, queries, keys, size in SHAPES:
+        random = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(1, n, heads, size, generator=random) for n in (queries, keys, keys))
+        wide = [x.transpose(1, 2) for x in (q, k, v)]
+        old = keys - min(queries, keys // 2)
+        contestants: dict[str, Callable[[], Tensor]] = {
+            "torch float32": lambda w=wide: F.scaled_dot_product_attention(*w)
+        }
+        for dtype in (torch.float32, torch.bfloat16):
+            some = [x.to(dtype) for x in (q, k, v)]
+            args = (some[0], list(some[1].split([old, keys - old], 1)), list(some[2].split([old, keys - old], 1)))
+            for op in (kernels.attention, kernels.attention_int8):
+                contestants[f"{op.name} {str(dtype).removeprefix('torch.')}"] = lambda op=op, args=args: op(*args)
+        found = seconds(contestants, rounds)
+        rows.append({"shape": [heads, queries, keys, size], "seconds": found})
+        base = found["torch float32"]
+        print(f"{heads} x {queries} x {keys} x {size}: " + ", ".join(f"{n} {base / s:.2f}x" for n, s in found.items()))
+    return rows
+
+
+def main() -> None:
+    """Measure and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--videos", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    kernel = kernels.used("attention_int8", "cpu")
+    result: dict[str, object] = {"kernel": kernel, "speeds": speeds(args.rounds)}
+    if args.seeds:
+        found = errors(args.seeds, args.videos)
+        result["errors"] = found
+        print(f"{kernel}: error with int8 attention / without: {found['growth']}, paired {found['paired_ratio']}")
+    write(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
