@@ -247,6 +247,8 @@ class Recipe:
                 raise RecipeError(
                     f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None"
                 )
+            if self.budget is not None and rule.scheme is not None:
+                rule.scheme.refuse_budget(rule.pattern)
             if rule.role not in ("", *ROLES):
                 raise RecipeError(f"rule {rule.pattern!r}: role {rule.role!r}: expected one of {', '.join(ROLES)}")
             if rule.rank == 2:
