@@ -36,7 +36,7 @@ _Features = Annotated[int, Field(ge=1, le=MAX_FEATURES)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearEntry:
-    """One quantized linear: sizes, bits, format, and the number of outlier channels, which have a scale of their own."""
+    """One quantized linear: sizes, bits, format, and how many outlier channels have a scale of their own."""
 
     in_features: _Features
     out_features: _Features

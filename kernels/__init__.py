@@ -1,6 +1,6 @@
 """Operators on quantized tensors. Importing this package registers them as ``torch.ops.fxq.*``.
 
-Nothing here knows layers, graphs or recipes: numerics and float8 are all it imports of fxq.
+Nothing here knows layers, graphs or recipes: numerics is all it imports of fxq.
 """
 
 from torch import Tensor

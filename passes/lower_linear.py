@@ -44,8 +44,8 @@ class LowerLinear(Rewrite):
 
     Layers whose scheme is per token become ``fxq::quantize_per_token``, or ``fxq::quantize_per_token_asymmetric``, and
     ``fxq::dual_scale_linear_per_token`` instead: their input scales and zero points are a result of the first and not
-    stored, and ``offset`` is the bias. Those of format float8 become the float8 operators (:mod:`fxq.float8`), without
-    zero points.
+    stored, and ``offset`` is the bias. Those of format float8 become the float8 operators
+    (:mod:`fxq.kernels.float8`), without zero points.
     """
 
     needs: ClassVar[Stage] = Stage.CALIBRATED

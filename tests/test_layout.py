@@ -183,7 +183,8 @@ TESTED_ELSEWHERE = {
     "kernels/gemm/test_activations.py": "kernels.gemm.epilogues",
     "kernels/test_launches.py": "kernels.device",
     "kernels/test_native.py": "kernels.gemm.panels",
-    "kernels/test_ops.py": "kernels.arguments kernels.op kernels.rows kernels.*.op kernels.gemm.per_token",
+    "kernels/test_ops.py": "kernels.arguments kernels.arguments_fp8 kernels.op kernels.rows kernels.*.op"
+    " kernels.gemm.per_token",
     "kernels/test_triton_interpret.py": "kernels.jit kernels.*.triton kernels.*.triton_*",
     "models/test_checkpoints.py": "models.loading",
     "models/test_lora.py": "models.lora_config",

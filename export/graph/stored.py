@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
-from fxq import float8, numerics
+from fxq import numerics
 from fxq.core.graph import arguments
 from fxq.core.ir import LayerPlan, planned, stored_names
 from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, LayerError, LayerTensors, QuantizedLayer
+from fxq.kernels import float8
 
 MAX_ZERO_POINT = 2**21
 

@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
-from fxq import float8
 from fxq.core.facts import Facts
 from fxq.core.ir import LAYER_TENSORS, LayerPlan, example_value, get_tensor, planned
 from fxq.core.layer import LayerTensors, QuantizedLayer, told_in_graph
@@ -30,6 +29,7 @@ from fxq.export.interop.stored import (
     StoredModel,
 )
 from fxq.export.receipt import make_receipt
+from fxq.kernels import float8
 from fxq.numerics import decibels, energy
 from fxq.passes.methods.float_ranges import search_float_weight
 from fxq.passes.methods.ranges import RangeSearch

@@ -1,4 +1,4 @@
-"""LightX2V: int8 or fp8 linears of blocks under Wan's original names, in one file or one per block, and a run config."""
+"""LightX2V: int8 or fp8 linears of blocks under Wan's original names, in one file or one per block; a run config."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fxq import float8
+from fxq.kernels import float8
 from fxq.numerics import group_slices, integer_range
 
 MOST_DEVIATION = 1.0

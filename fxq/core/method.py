@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from fxq import float8, numerics
+from fxq import numerics
+from fxq.kernels import float8
 
 INTEGER, FLOAT8 = "int", "float8_e4m3fn"
 """Formats of the numbers that layers are quantized to."""
@@ -24,7 +25,7 @@ class Scheme:
     """How one linear is quantized.
 
     ``format`` is what weights and inputs become: ``"int"``, of ``weight_bits`` and ``input_bits``, or
-    ``"float8_e4m3fn"`` (:mod:`fxq.float8`), always of 8 bits and symmetric.
+    ``"float8_e4m3fn"`` (:mod:`fxq.kernels.float8`), always of 8 bits and symmetric.
 
     ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
     ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule

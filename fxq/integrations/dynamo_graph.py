@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxq import float8
 from fxq.calls.captured import inherit_notes, notes_of
 from fxq.core.ir import compiled_value, inherit_meta, set_compiled_input
 from fxq.integrations.binding import BackendError, Binding
 from fxq.integrations.swap import QuantizedLinear
+from fxq.kernels import float8
 
 _LINEARS = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 _IN_PLACE = {"setitem", *(name for name in dir(operator) if hasattr(operator, f"__{name}__") and name[0] == "i")}

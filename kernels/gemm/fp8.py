@@ -1,7 +1,8 @@
 """The float8 twins of the quantize operators and linears: e4m3 activations and weights, for GPUs from sm_89 on.
 
 Blackwell's data-centre GPUs have no fast int8 path in Triton, and Hopper overlaps float8 products with their loads but
-not int8 ones. What they compute is :mod:`fxq.float8`. No CPU multiplies float8: the references run there, in float32.
+not int8 ones. :mod:`fxq.kernels.float8` is what they compute. No CPU multiplies float8: the references run there, in
+float32.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxq import float8
+from fxq.kernels import float8
 from fxq.kernels.arguments import Operands
 from fxq.kernels.arguments_fp8 import (
     DualScaleLinearFp8,
@@ -143,7 +144,7 @@ def _per_token_samples() -> Sequence[QuantizeFp8PerToken]:
     results=("q", "scale"),
 )
 def quantize_fp8_per_token(a: QuantizeFp8PerToken) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn with one scale per token, or with one per token and channel group, as fxq.float8 says.
+    """float8_e4m3fn with one scale per token, or with one per token and channel group, as fxq.kernels.float8 says.
 
     Returns:
         float8_e4m3fn [..., K] and the scales float32 [..., G], contiguous; G = 2 when ``split < K``, else 1. What is

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxq import float8
+from fxq.kernels import float8
 from fxq.kernels.arguments_fp8 import QuantizeFp8, QuantizeFp8PerToken
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.quantize.triton_per_token import largest, store_scale, whole_row

@@ -217,6 +217,7 @@ def linear_tiled(a: Operands, out: Tensor) -> Tensor:
     with torch.cuda.device(a.q.device):
         major, minor = torch.cuda.get_device_capability()
         single = "asymmetric" if a.asymmetric else "per_token"
+        single = single if a.q.dtype == torch.int8 else "fp8_per_token"
         operation = "per_token_dual" if a.split < a.width else single
         rows = out.numel() // max(1, a.outputs)
         tiles = choose(rows, a.outputs, a.width, 10 * major + minor, packed=a.packed, operation=operation)

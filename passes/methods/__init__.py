@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from fxq import float8, numerics
+from fxq import numerics
 from fxq.core.method import LayerProblem, LayerUpdate, Method
+from fxq.kernels import float8
 from fxq.passes.methods.units import unit_of
 
 __all__ = [

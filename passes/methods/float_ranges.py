@@ -1,4 +1,4 @@
-"""Scales of least squared error for float8 e4m3 (:mod:`fxq.float8`).
+"""Scales of least squared error for float8 e4m3 (:mod:`fxq.kernels.float8`).
 
 A float format rounds relative to each value: by how much the scale is off changes little, but for values that it clips
 and for the least ones, which have a fixed step. Between two powers of two the values fall on other steps, so scales up
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxq import float8
+from fxq.kernels import float8
 from fxq.passes.methods.clipping import SAMPLE_LIMIT, clips, representative
 from fxq.passes.methods.units import TINY, unit
 

@@ -12,9 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq import float8, numerics
+from fxq import numerics
 from fxq.core.config import RecipeError
 from fxq.core.method import FLOAT8, INTEGER, LayerUpdate, Scheme
+from fxq.kernels import float8
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.clipping import SAMPLE_LIMIT, clips, representative
 from fxq.passes.methods.float_ranges import float_scale, search_float_input, search_float_weight

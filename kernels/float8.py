@@ -44,8 +44,9 @@ def has_nan(values: Tensor) -> bool:
 
 def spacing(values: Tensor) -> Tensor:
     """Distance float32 from each float8_e4m3fn value to the next larger magnitude."""
-    exponent = torch.frexp(values.float()).exponent - 1
-    return torch.ldexp(torch.ones((), device=values.device), exponent.clamp(min=_LEAST_EXPONENT) - _MANTISSA)
+    magnitude = values.float().abs().clamp(min=2.0**_LEAST_EXPONENT)
+    exponent = torch.frexp(magnitude).exponent - 1
+    return torch.ldexp(torch.ones_like(magnitude), exponent - _MANTISSA)
 
 
 def quantize_input(x: Tensor, scale: Tensor, split: int) -> Tensor:
