@@ -255,6 +255,9 @@ from torchao.quantization import Float8Tensor, PerRow
 tensors, expected = load_file(sys.argv[1]), load_file(sys.argv[2])
 with safe_open(sys.argv[1], "pt") as file:
     metadata = file.metadata()
+tensors = {name: tensor for name, tensor in tensors.items() if "._weight_" in name}
+quantized = [name for name, text in metadata.items() if "Float8Tensor" in text]
+metadata["tensor_names"] = json.dumps(quantized)
 state, rest = unflatten_tensor_state_dict(tensors, metadata)
 assert not rest, rest
 names = [name for name, tensor in state.items() if isinstance(tensor, Float8Tensor)]
