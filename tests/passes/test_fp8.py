@@ -55,6 +55,12 @@ def test_a_model_is_quantized(per_token, dual, bias):
     assert calls == [*OPERATORS[per_token]] * 2
 
 
+def test_scales_per_token_need_no_data():
+    q = fxq.quantize(toy(), None, fp8(True), example_inputs=X, progress=False)
+    assert relative_error(toy(), q, X) < 0.04
+    assert all(plan.output_sqnr is None for plan, _ in planned(q).values())
+
+
 @pytest.mark.parametrize("dual", [False, True])
 def test_a_layer_computes_the_simulation_in_floats(per_token, dual):
     model = toy()
