@@ -1,16 +1,17 @@
 """FP8 bundles in the formats of other runtimes: what is written, and what it is to them where they are installed."""
 
 import dataclasses
+import functools
 import json
+import subprocess
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fxq
 from fxq.core.method import FLOAT8
 from fxq.export.interop import FLOAT8 as TARGETS
-from fxq.export.interop import InteropError, Options, export_bundle
+from fxq.export.interop import InteropError, Options, _activations, _notes, export_bundle, find_target
 from fxq.export.interop.layers import (
     PER_TENSOR,
     read_model,
@@ -21,9 +22,10 @@ from fxq.export.interop.layers import (
     to_single,
 )
 from fxq.export.interop.names import DIFFUSERS, ORIGINAL
+from fxq.export.interop.original import with_originals
 from fxq.export.interop.vllm_omni import _static
 from fxq.kernels import float8
-from tests.export.interop_toys import expected_weights, forms, original_weights, read_json, run_apart
+from tests.export.interop_toys import INTERPRETER, expected_weights, original_weights, run_apart
 from tests.toys import recipe, wan_rollout
 
 E4M3 = "float8_e4m3fn"
@@ -50,21 +52,39 @@ def dual(tmp_path_factory):
     return make(tmp_path_factory.mktemp("b") / "dual")
 
 
-def export(bundle, target, tmp_path, **options):
-    report = export_bundle(bundle, target, tmp_path / target, Options(**options))
-    (file,) = (tmp_path / target).glob("*.safetensors")
-    return report, load_file(file), tmp_path / target, file
+read = functools.cache(read_model)
+
+
+@dataclasses.dataclass
+class Written:
+    """What a target makes of a bundle, and what the report says of it."""
+
+    tensors: dict
+    metadata: dict
+    documents: dict
+    layers: list
+    activations: str
+    notes: tuple
+
+
+def build(bundle, target, **options):
+    model, chosen = read(bundle), Options(**options)
+    output = find_target(target)(with_originals(model, chosen.original), chosen)
+    ((tensors, metadata),) = output.tensors.values()
+    told = _activations(model, output), _notes(model, chosen, output)
+    return Written(tensors, metadata, output.documents, output.records, *told)
 
 
 def quantized_layers(bundle, style):
-    model = read_model(bundle)
+    model = read(bundle)
     return {model.naming.rename(name, style): layer for name, layer in model.layers.items()}
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_compressed_tensors_holds_the_numbers_of_the_bundle(kind, tmp_path, request):
+def test_compressed_tensors_holds_the_numbers_of_the_bundle(kind, request):
     bundle = request.getfixturevalue(kind)
-    report, tensors, folder, _ = export(bundle, "compressed-tensors", tmp_path)
+    report = build(bundle, "compressed-tensors")
+    tensors = report.tensors
     layers = quantized_layers(bundle, DIFFUSERS)
     assert all(record.weight_sqnr_db is None for record in report.layers)
     assert report.activations.endswith("as in the bundle")
@@ -74,7 +94,7 @@ def test_compressed_tensors_holds_the_numbers_of_the_bundle(kind, tmp_path, requ
         assert torch.equal(tensors[f"{name}.weight_scale"], scale)
         given = tensors.get(f"{name}.input_scale")
         assert torch.equal(given, layer.input_scale) if kind == "static" else given is None
-    config = read_json(folder / "config.json")["quantization_config"]
+    config = report.documents["config.json"]["quantization_config"]
     assert config["format"] == "float-quantized"
     (group,) = config["config_groups"].values()
     assert group["weights"] == {
@@ -85,11 +105,12 @@ def test_compressed_tensors_holds_the_numbers_of_the_bundle(kind, tmp_path, requ
 
 
 @pytest.mark.parametrize("original", [True, False])
-def test_comfy_has_one_scale_per_tensor_and_says_what_that_costs(static, original, tmp_path):
+def test_comfy_has_one_scale_per_tensor_and_says_what_that_costs(static, original):
     given = original_weights() if original else None
-    report, tensors, _, file = export(static, "comfy", tmp_path, original=given)
+    report = build(static, "comfy", original=given)
+    tensors = report.tensors
     layers = quantized_layers(static, ORIGINAL)
-    markers = json.loads(forms(file)[1]["_quantization_metadata"])["layers"]
+    markers = json.loads(report.metadata["_quantization_metadata"])["layers"]
     assert markers == {name: {"format": E4M3} for name in layers}
     for name, layer in layers.items():
         weight, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
@@ -102,16 +123,18 @@ def test_comfy_has_one_scale_per_tensor_and_says_what_that_costs(static, origina
     assert "static scale per tensor, as in the bundle" in report.activations
 
 
-def test_comfy_without_a_static_scale_says_so(dynamic, tmp_path):
-    report, tensors, *_ = export(dynamic, "comfy", tmp_path)
-    assert not any(name.endswith("input_scale") for name in tensors) and "no scale per token" in report.activations
+def test_comfy_without_a_static_scale_says_so(dynamic):
+    report = build(dynamic, "comfy")
+    assert (
+        not any(name.endswith("input_scale") for name in report.tensors) and "no scale per token" in report.activations
+    )
 
 
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
-def test_vllm_omni_has_one_scale_per_tensor_for_the_blocks(kind, tmp_path, request):
+def test_vllm_omni_has_one_scale_per_tensor_for_the_blocks(kind, request):
     bundle = request.getfixturevalue(kind)
-    _, tensors, folder, _ = export(bundle, "vllm-omni", tmp_path)
-    config = read_json(folder / "config.json")["quantization_config"]
+    report = build(bundle, "vllm-omni")
+    tensors, config = report.tensors, report.documents["config.json"]["quantization_config"]
     assert (config["quant_method"], config["activation_scheme"]) == ("fp8", kind)
     layers = {n: s for n, s in quantized_layers(bundle, DIFFUSERS).items() if n.startswith("blocks.")}
     assert len(layers) == 10
@@ -123,21 +146,23 @@ def test_vllm_omni_has_one_scale_per_tensor_for_the_blocks(kind, tmp_path, reque
     assert tensors[text].dtype == torch.float32 and text.removesuffix(".weight") in config["ignored_layers"]
 
 
-def test_lightx2v_has_a_scale_per_output_channel(dynamic, tmp_path):
-    report, tensors, folder, _ = export(dynamic, "lightx2v", tmp_path)
-    assert read_json(folder / "lightx2v.json")["dit_quant_scheme"] == "fp8-vllm"
+def test_lightx2v_has_a_scale_per_output_channel(dynamic):
+    report = build(dynamic, "lightx2v")
+    tensors = report.tensors
+    assert report.documents["lightx2v.json"]["dit_quant_scheme"] == "fp8-vllm"
     name = "model.blocks.0.ffn.0"
     layer = quantized_layers(dynamic, ORIGINAL)["blocks.0.ffn.0"]
     assert torch.equal(tensors[f"{name}.weight"].view(torch.uint8), layer.integers.view(torch.uint8))
     assert tensors[f"{name}.weight_scale"].shape == (96, 1) and "float8 per token" in report.activations
 
 
-def test_torchao_has_no_zero_point_and_scales_inputs_per_token(static, tmp_path):
-    report, tensors, folder, file = export(static, "diffusers-torchao", tmp_path)
+def test_torchao_has_no_zero_point_and_scales_inputs_per_token(static):
+    report = build(static, "diffusers-torchao")
+    tensors = report.tensors
     name = "blocks.0.attn1.to_q"
     assert tensors[f"{name}._weight_qdata"].dtype == float8.E4M3 and f"{name}._weight_zero_point" not in tensors
-    assert json.loads(forms(file)[1][f"{name}.weight"])["_type"] == "Float8Tensor"
-    config = read_json(folder / "config.json")["quantization_config"]["quant_type"]["default"]
+    assert json.loads(report.metadata[f"{name}.weight"])["_type"] == "Float8Tensor"
+    config = report.documents["config.json"]["quantization_config"]["quant_type"]["default"]
     assert config["_type"] == "Float8DynamicActivationFloat8WeightConfig"
     assert "static input scales and zero points of the bundle are not used" in report.activations
 
@@ -150,7 +175,7 @@ def test_targets_of_integers_refuse(static, tmp_path):
 
 
 def test_formats_are_not_mixed_in_one_file(static, dynamic):
-    model, other = read_model(static), read_model(dynamic)
+    model, other = read(static), read(dynamic)
     assert refuse_mixed(model, "x")
     (first, layer), *_ = model.layers.items()
     scheme = dataclasses.replace(layer.plan.quantization, format="int")
@@ -164,7 +189,7 @@ def test_formats_are_not_mixed_in_one_file(static, dynamic):
 
 
 def test_layers_of_two_scales_are_rounded_once_more_or_from_the_original(dual):
-    layers = read_model(dual).layers
+    layers = read(dual).layers
     two = next(layer for layer in layers.values() if len(layer.weight_scale) == 2)
     for make_one in (lambda layer: to_single(layer, "x", torch.float32), lambda layer: to_float8_tensor(layer, "x")):
         values, scale, record = make_one(two)
@@ -183,7 +208,6 @@ def test_rounding_takes_the_largest_value_of_each_channel():
 
 CLOSE = """
 import json, sys, torch
-from safetensors.torch import load_file
 def close(want, got, most=0.04):
     assert want.shape == got.shape, (want.shape, got.shape)
     error = float((want.double() - got.double()).norm())
@@ -271,6 +295,21 @@ print(len(names))
 )
 
 
+@functools.cache
+def found(library):
+    command = [
+        INTERPRETER,
+        "-c",
+        f"import importlib.util, sys; sys.exit(importlib.util.find_spec({library!r}) is None)",
+    ]
+    return subprocess.run(command).returncode == 0
+
+
+def needs(library):
+    if not found(library):
+        pytest.skip(f"{library} is not installed; set FXQ_INTEROP_PYTHON to an interpreter that has it")
+
+
 @pytest.mark.parametrize(
     ("target", "library", "program", "style", "count"),
     [
@@ -280,7 +319,10 @@ print(len(names))
     ],
 )
 def test_the_code_of_the_runtime_reads_it(target, library, program, style, count, static, tmp_path):
-    *_, folder, file = export(static, target, tmp_path)
+    needs(library)
+    folder = tmp_path / target
+    export_bundle(static, target, folder)
+    (file,) = folder.glob("*.safetensors")
     expected_weights(static, style, tmp_path / "expected.safetensors")
     given = folder if target == "compressed-tensors" else file
     out = run_apart(tmp_path, library, program, given, tmp_path / "expected.safetensors")
