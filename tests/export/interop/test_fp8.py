@@ -208,6 +208,7 @@ def test_rounding_takes_the_largest_value_of_each_channel():
 
 CLOSE = """
 import json, sys, torch
+from safetensors.torch import load_file
 def close(want, got, most=0.04):
     assert want.shape == got.shape, (want.shape, got.shape)
     error = float((want.double() - got.double()).norm())
