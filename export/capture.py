@@ -23,7 +23,7 @@ from fxq.export.inputs import hint_of
 from fxq.kernels.op import NAMESPACE
 from fxq.passes.match.cache_inputs import TABLES
 from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS
-from fxq.passes.qdq.to_qdq import ToQdq
+from fxq.passes.qdq.to_qdq import ToQdq, refuse_float8
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.messages import first_line
 
@@ -84,10 +84,12 @@ def lower(
         keeps: operators of fxq that may stay.
 
     Raises:
-        ExportError: as :func:`frozen`, when an operator of fxq is left, and when the model has a tensor where a layer
-            needs the place for one of its own.
+        ExportError: as :func:`frozen`, when a layer is of float8, when an operator of fxq is left, and when the model
+            has a tensor where a layer needs the place for one of its own.
     """
     whole = frozen(module)
+    if reason := refuse_float8(whole):
+        raise ExportError(reason)
     _refuse_taken_names(whole)
     graph = run_passes(whole, (ToQdq(in_halves, signed),))
     nodes = [node for node in graph.module.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]

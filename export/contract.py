@@ -21,6 +21,7 @@ from fxq.export.files import BundleError
 from fxq.export.fingerprint import compare_fingerprint
 from fxq.export.graph.rehearsal import RehearsalError
 from fxq.export.receipt import read_receipt
+from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.native.build import SETS
 from fxq.runtime.messages import first_line
@@ -28,7 +29,7 @@ from fxq.runtime.tables import Sheet
 
 FALLBACK = "reference"
 """The implementation that runs where nothing faster is bound."""
-SOUND = frozenset({*(found.kernel for found in SETS), "triton", "int_mm", gemm.IN_FLOAT, "eager"})
+SOUND = frozenset({*(found.kernel for found in SETS), "triton", "int_mm", gemm.IN_FLOAT, fp8.ON_CPU, "eager"})
 """Implementations that are written for their device; any other, :data:`FALLBACK` among them, is a failure."""
 
 Status = Literal["passed", "failed", "skipped"]
@@ -99,7 +100,8 @@ def verify_bundle(path: str | os.PathLike[str], device: str = "cpu") -> Verdict:
     Returns:
         The verdict. A missing receipt or fingerprint (older bundles, huge models) is skipped, not failed; a layer that
         would run on the reference implementation is a failure. Products of integers in float32, on a CPU without VNNI,
-        are none: they are exact; the verdict says that they are slow.
+        are none: they are exact; the verdict says that they are slow, and so it does of float8 on a CPU, which has no
+        other arithmetic for it.
     """
     folder = pathlib.Path(path)
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -114,6 +116,7 @@ def verify_bundle(path: str | os.PathLike[str], device: str = "cpu") -> Verdict:
     kept = len(planned(module)) - len(layers)
     in_float = sum(item.linear_kernel == gemm.IN_FLOAT for item in layers)
     numbers = f"{len(layers)} quantized, {kept} kept" + (f"; {gemm.in_float_note()}" if in_float else "")
+    numbers += f"; {fp8.NOTE}" if any(item.linear_kernel == fp8.ON_CPU for item in layers) else ""
     checks = (
         Check(
             "files, hashes, schema and rules", "passed", f"fxq {manifest.fxq_version}, {len(manifest.tensors)} tensors"
@@ -139,7 +142,9 @@ def _layers(module: fx.GraphModule, device: str) -> Iterator[LayerCheck]:
         quantize = kernels.used(operators.quantize.name, device)
         linear = kernels.used(str(nodes[0].target).removeprefix("fxq."), device, tensors.weight)
         problems = [*_widths(map(QuantizedLayer.of, nodes)), *_twins(tensors, floats)]
-        if not {quantize, linear} <= SOUND:
+        if plan.scheme.is_float8 and (reason := fp8.unusable(device)):
+            problems.append(f"{reason}; quantize to int8 instead")
+        elif not {quantize, linear} <= SOUND:
             problems.append(f"no kernel is bound on {device}; it would run on the {FALLBACK} implementation")
         yield LayerCheck(layer, plan.scheme.detail, quantize, linear, tuple(problems))
 

@@ -19,6 +19,7 @@ from fxq.core.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.core.layer import told_in_graph
+from fxq.core.method import INTEGER
 from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
@@ -35,7 +36,7 @@ _Features = Annotated[int, Field(ge=1, le=MAX_FEATURES)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearEntry:
-    """One quantized linear: its sizes, bits, and the number of outlier channels, which have a scale of their own."""
+    """One quantized linear: sizes, bits, format, and how many outlier channels have a scale of their own."""
 
     in_features: _Features
     out_features: _Features
@@ -45,6 +46,7 @@ class LinearEntry:
     per_token: bool = False
     asymmetric: bool = False
     output_sqnr: float | None = None
+    format: str = INTEGER
 
     @classmethod
     def of(cls, plan: LayerPlan) -> LinearEntry:
@@ -59,6 +61,7 @@ class LinearEntry:
             per_token=scheme.per_token,
             asymmetric=scheme.asymmetric,
             output_sqnr=plan.output_sqnr,
+            format=scheme.format,
         )
 
     def plan(self, layer: str, perm: Tensor | None = None) -> LayerPlan:
@@ -68,6 +71,7 @@ class LinearEntry:
             input_bits=self.input_bits,
             per_token=self.per_token,
             asymmetric=self.asymmetric,
+            format=self.format,
         )
         channels = range(self.in_features) if perm is None else perm.tolist()
         return LayerPlan(
@@ -81,17 +85,17 @@ class LinearEntry:
 
     def empty_tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name, of the right dtype and shape, without memory."""
-        groups, packed = 1 + bool(self.outliers), self.weight_bits == 4
-        width = self.in_features // 2 if packed else self.in_features
+        groups, plan = 1 + bool(self.outliers), self.plan("")
+        width = self.in_features // 2 if self.weight_bits == 4 else self.in_features
         forms = {
-            "weight": ((self.out_features, width), torch.uint8 if packed else torch.int8),
+            "weight": ((self.out_features, width), plan.quantization.stored_dtype),
             "weight_scale": ((groups, self.out_features), torch.float32),
             "input_scale": ((groups,), torch.float32),
             "input_zero_point": ((groups,), torch.int32),
             "offset": ((self.out_features,), torch.float32),
             "perm": ((self.in_features,), torch.int32),
         }
-        names = stored_names(self.plan(""))
+        names = stored_names(plan)
         return {name: torch.empty(forms[name][0], dtype=forms[name][1], device="meta") for name in names}
 
 
@@ -107,7 +111,11 @@ class QuantizationConfig:
 
     def to_json(self) -> dict[str, object]:
         """JSON form, with the ``quant_method`` by which diffusers finds the reader."""
-        return {"quant_method": METHOD, **dataclasses.asdict(self)}
+        data = {"quant_method": METHOD, **dataclasses.asdict(self)}
+        for entry in data["layers"].values():
+            if entry["format"] == INTEGER:  # as before there were others
+                del entry["format"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, object]) -> QuantizationConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fxq.core.config import Recipe, Rule, Scheme
-from fxq.core.method import LearningMethod, Method, Transform
+from fxq.core.method import FLOAT8, LearningMethod, Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
@@ -73,6 +73,12 @@ def _single(name: str, transforms: tuple[Transform, ...] = ()) -> Recipe:
     return dataclasses.replace(wan_recipe(name, scheme, weighting="uniform"), transforms=transforms)
 
 
+def _float8(name: str, per_token: bool) -> Recipe:
+    """e4m3 with one scale per output channel and one per tensor or token, which is what servers read."""
+    scheme = Scheme(format=FLOAT8, per_token=per_token, dual_scale=False)
+    return wan_recipe(name, scheme, methods=(RangeSearch(),), weighting="uniform")
+
+
 def _q_arvd(bits: str, scheme: Scheme) -> Recipe:
     """The published method as it is (arXiv 2605.21072)."""
     return wan_recipe(f"q_arvd-{bits}", scheme, Q_ARVD, "sensitivity")
@@ -92,11 +98,13 @@ PRESETS: dict[str, Recipe] = {
     "w4a6-token": _token("w4a6-token", 4, 6, "gradient"),
     "w8a8-single": _single("w8a8-single"),
     "w8a8-single-convrot": _single("w8a8-single-convrot", (ConvRot(),)),
+    "fp8": _float8("fp8", per_token=False),
+    "fp8-dynamic": _float8("fp8-dynamic", per_token=True),
     **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
 """Recipes by name. Those called ``dynamic``, ``token`` or ``single`` need no calibration data. ``token`` measure zero
-points too, and like ``single``, for formats of other runtimes, learn from data where there are some. ``q_arvd`` are the
-published method."""
+points too, and like ``single``, for formats of other runtimes, learn from data where there are some. ``fp8`` are
+float8 e4m3, and search scales alone. ``q_arvd`` are the published method."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:

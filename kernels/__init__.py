@@ -11,8 +11,14 @@ from fxq.kernels.attention.int8 import attention_int8
 from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
+from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
-from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm.fp8 import (
+    dual_scale_linear_fp8,
+    dual_scale_linear_fp8_per_token,
+    quantize_fp8,
+    quantize_fp8_per_token,
+)
 from fxq.kernels.gemm.op import dual_scale_linear
 from fxq.kernels.gemm.per_token import (
     dual_scale_linear_per_token,
@@ -38,12 +44,23 @@ OPS: tuple[Op, ...] = (
     attention_int8,
     quantize_fp8,
     dual_scale_linear_fp8,
+    quantize_fp8_per_token,
+    dual_scale_linear_fp8_per_token,
     quantize_per_token,
     quantize_per_token_asymmetric,
     dual_scale_linear_per_token,
 )
 
+FLOAT8: tuple[Op, ...] = (
+    quantize_fp8,
+    dual_scale_linear_fp8,
+    quantize_fp8_per_token,
+    dual_scale_linear_fp8_per_token,
+)
+"""Those on float8, which GPUs have from sm_89 on."""
+
 __all__ = [
+    "FLOAT8",
     "OPS",
     "Op",
     "absorb",
@@ -54,11 +71,13 @@ __all__ = [
     "dual_scale_linear",
     "dual_scale_linear_add",
     "dual_scale_linear_fp8",
+    "dual_scale_linear_fp8_per_token",
     "dual_scale_linear_per_token",
     "dual_scale_linear_quantize",
     "norm_quantize",
     "quantize_act",
     "quantize_fp8",
+    "quantize_fp8_per_token",
     "quantize_per_token",
     "quantize_per_token_asymmetric",
     "rms_norm_rope",
@@ -76,7 +95,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
 
     Returns:
         "triton", "native", "native avx2", "int_mm", "float32" (a product of integers in floats, exact), "sdpa",
-        "eager", or "reference" where nothing faster is bound.
+        "eager", "reference in float32" (of float8 on a CPU), "none" (of float8 on a GPU older than sm_89), or
+        "reference" where nothing faster is bound.
 
     Raises:
         ValueError: when there is no such operator.
@@ -85,6 +105,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
     kind = device.split(":", 1)[0]
     for op in OPS:
         if op.name == name:
+            if op in FLOAT8 and fp8.unusable(device):
+                return "none"
             panels = weight is not None and weight.ndim == 4
             return native.name() if kind == "cpu" and panels and native.ready() else op.used(kind)
     raise ValueError(f"no operator {op_name!r}: expected one of {', '.join(op.name for op in OPS)}")

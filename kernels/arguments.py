@@ -60,22 +60,6 @@ class QuantizePerToken(NamedTuple):
     bits: int
 
 
-class QuantizeFp8(NamedTuple):
-    """Arguments of :func:`fxq.kernels.gemm.fp8.quantize_fp8`.
-
-    Attributes:
-        x: float32, bfloat16 or float16 [..., K].
-        perm: int32 [K], ``x[..., perm]`` is quantized; None keeps the order.
-        scale: float32 [G], positive.
-        split: number of normal channels, 1..K.
-    """
-
-    x: Tensor
-    perm: Tensor | None
-    scale: Tensor
-    split: int
-
-
 class NormQuantize(NamedTuple):
     """Arguments of :func:`fxq.kernels.norm.op.norm_quantize`.
 
@@ -318,30 +302,3 @@ class DualScaleLinearPerToken(NamedTuple):
     def operands(self) -> Operands:
         """Of the product, with the input scales [..., G or 2 G]."""
         return Operands(self.q, self.weight, self.weight_scale, self.input_scale, self.offset, self.split, self.bits)
-
-
-class DualScaleLinearFp8(NamedTuple):
-    """Arguments of :func:`fxq.kernels.gemm.fp8.dual_scale_linear_fp8`.
-
-    Attributes:
-        q: float8_e4m3fn [..., K] in ``[normal | outlier]`` order.
-        weight: float8_e4m3fn [N, K].
-        weight_scale: float32 [G, N], positive.
-        input_scale: float32 [G], positive.
-        offset: float32 [N], the bias.
-        split: number of normal channels, 1..K.
-        dtype: of the result: float32, bfloat16 or float16.
-    """
-
-    q: Tensor
-    weight: Tensor
-    weight_scale: Tensor
-    input_scale: Tensor
-    offset: Tensor
-    split: int
-    dtype: torch.dtype
-
-    @property
-    def operands(self) -> Operands:
-        """Of the product; a weight has 8 bits."""
-        return Operands(self.q, self.weight, self.weight_scale, self.input_scale, self.offset, self.split, 8)

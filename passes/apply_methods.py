@@ -16,7 +16,7 @@ from fxq.calibration.collect import CalibrationError
 from fxq.core.config import Weighting
 from fxq.core.graph import LinearSite, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, planned, set_plan
-from fxq.core.method import LayerProblem, LayerStatistics, LayerUpdate, Method
+from fxq.core.method import LayerProblem, LayerStatistics, LayerUpdate, Method, chooses, refuse_format
 from fxq.core.pipeline import Analysis
 from fxq.core.products import low_rank_branch
 from fxq.passes.methods import Units, output_sqnr
@@ -129,6 +129,7 @@ class ApplyMethods(Analysis):
         for problem, site in zip(problems, group, strict=True):
             _check_range(problem, site.weight(graph.module).dtype)
         joint = _stacked(problems)
+        refuse_format(joint.layer, joint.scheme, self.methods)
         judged = () if judge is None else judge.reads(graph, group[0].layer)
         key = _key(joint, self.methods, judged) if self.checkpoint is not None else ""
         name = joint.layer if judge is None else f"{joint.layer} {joint.scheme.label}"
@@ -136,7 +137,8 @@ class ApplyMethods(Analysis):
         if tensors is None:
             update: LayerUpdate | None = None
             for method in self.methods:
-                update = method.apply(joint, update)
+                if chooses(method, joint.scheme):
+                    update = method.apply(joint, update)
             assert update is not None
             joint.cache.clear()  # what methods keep for one another is the most that there is
             parts = _split(update, [len(problem.weight) for problem in problems])

@@ -17,8 +17,8 @@ from fxq.runtime.memory.residency import Residency, trim
 class Freeze(Rewrite):
     """After it the module holds what a deployment needs and nothing else.
 
-    ``<layer>.weight`` is int8 [N, K] or packed int4 uint8 [N, K / 2]; float weights of quantized layers are gone;
-    tensors kept in model dtype are copies, so the user's model can change or be freed.
+    ``<layer>.weight`` is int8 or float8 [N, K] or packed int4 uint8 [N, K / 2]; float weights of quantized layers are
+    gone; tensors kept in model dtype are copies, so the user's model can change or be freed.
     """
 
     needs: ClassVar[Stage] = Stage.LOWERED
@@ -42,7 +42,8 @@ class Freeze(Rewrite):
                 put_tensor(module, final, stored)
                 done.add(layer.name)
             layer.weight.target = final
-            layer.set_arguments(bits=bits)
+            if not layer.scheme.is_float8:  # whose operators name no bits
+                layer.set_arguments(bits=bits)
         drop_unread_attributes(module.graph)
         for name in unused_tensors(module):
             drop_tensor(module, name)

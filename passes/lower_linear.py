@@ -1,4 +1,4 @@
-"""Rewrite: a planned linear becomes quantize + dual-scale GEMM on integers."""
+"""Rewrite: a planned linear becomes quantize + dual-scale GEMM on integers or float8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import Argument
 
-from fxq import kernels, numerics
+from fxq import numerics
 from fxq.core.graph import LinearSite, arguments, drop_unread_attributes, linear_sites
 from fxq.core.ir import (
     LayerPlan,
@@ -44,7 +44,8 @@ class LowerLinear(Rewrite):
 
     Layers whose scheme is per token become ``fxq::quantize_per_token``, or ``fxq::quantize_per_token_asymmetric``, and
     ``fxq::dual_scale_linear_per_token`` instead: their input scales and zero points are a result of the first and not
-    stored, and ``offset`` is the bias.
+    stored, and ``offset`` is the bias. Those of format float8 become the float8 operators
+    (:mod:`fxq.kernels.float8`), without zero points.
     """
 
     needs: ClassVar[Stage] = Stage.CALIBRATED
@@ -75,18 +76,21 @@ class LowerLinear(Rewrite):
     def _tensors(
         self, module: fx.GraphModule, site: LinearSite, plan: LayerPlan, update: LayerUpdate
     ) -> dict[str, Tensor]:
-        _check_range(plan, update)
+        if not plan.quantization.is_float8:
+            _check_range(plan, update)
         bias = site.bias(module)
         bias = None if bias is None else bias.to(update.weight.device)
         if update.bias_shift is not None:
             bias = update.bias_shift if bias is None else bias.float() + update.bias_shift
         tensors: dict[str, Tensor] = {"weight_int": update.weight, "weight_scale": update.weight_scale}
+        if update.input_scale is not None:
+            tensors["input_scale"] = update.input_scale
         if update.input_scale is None or update.input_zero_point is None:
             zeros = torch.zeros(plan.out_features, dtype=torch.float32, device="cpu")
             tensors["offset"] = zeros if bias is None else bias.float().clone()
         else:
             scales = (update.weight_scale, update.input_scale, update.input_zero_point)
-            tensors["input_scale"], tensors["input_zero_point"] = scales[1:]
+            tensors["input_zero_point"] = update.input_zero_point
             tensors["offset"] = numerics.fold_offset(bias, update.weight, *scales, plan.split)
             give_back(update.weight)
         if plan.outliers:
@@ -151,31 +155,33 @@ def _get(graph: fx.Graph, old: fx.Node, plan: LayerPlan, name: str) -> fx.Node:
 
 
 def _static(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
-    """The integer operators in front of a linear whose input scales are stored."""
+    """The operators in the place of a linear whose input scales are stored."""
     assert isinstance(x, fx.Node)
+    operators, scheme = Operators.of(plan.quantization), plan.quantization
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
-    scale, zero = (_get(graph, old, plan, name) for name in ("input_scale", "input_zero_point"))
-    q = graph.call_function(
-        kernels.quantize_act.definition, (x, perm, scale, zero, plan.split, plan.quantization.input_bits)
-    )
+    scale = _get(graph, old, plan, "input_scale")
+    zero = () if scheme.is_float8 else (_get(graph, old, plan, "input_zero_point"),)
+    input_bits, bits = ((), ()) if scheme.is_float8 else ((scheme.input_bits,), (8,))
+    q = graph.call_function(operators.quantize.definition, (x, perm, scale, *zero, plan.split, *input_bits))
     value = example_value(x)
-    inherit_meta(q, old, None if value is None else value.new_empty(value.shape, dtype=torch.int8))
+    inherit_meta(q, old, None if value is None else value.new_empty(value.shape, dtype=scheme.input_dtype))
     weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
     return graph.call_function(
-        kernels.dual_scale_linear.definition, (q, weight, weight_scale, scale, offset, plan.split, 8, dtype)
+        operators.product.definition, (q, weight, weight_scale, scale, offset, plan.split, *bits, dtype)
     )
 
 
 def _per_token(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtype: torch.dtype) -> fx.Node:
-    """The integer operators in front of a linear whose input scales are measured per token, or its zero points too."""
+    """The operators in the place of a linear whose input scales are measured per token, or its zero points too."""
     assert isinstance(x, fx.Node)
     perm = _get(graph, old, plan, "perm") if plan.outliers else None
     operators, scheme = Operators.of(plan.quantization), plan.quantization
-    pair = graph.call_function(operators.quantize.definition, (x, perm, plan.split, scheme.input_bits))
+    input_bits, bits = ((), ()) if scheme.is_float8 else ((scheme.input_bits,), (8,))
+    pair = graph.call_function(operators.quantize.definition, (x, perm, plan.split, *input_bits))
     q, scale = (graph.call_function(operator.getitem, (pair, i)) for i in range(2))
     if (value := example_value(x)) is not None:
         columns = (2 if plan.outliers else 1) * (2 if scheme.asymmetric else 1)
-        integers = value.new_empty(value.shape, dtype=torch.int8)
+        integers = value.new_empty(value.shape, dtype=scheme.input_dtype)
         scales = value.new_empty((*value.shape[:-1], columns), dtype=torch.float32)
     else:
         integers = scales = None
@@ -183,5 +189,5 @@ def _per_token(graph: fx.Graph, old: fx.Node, x: Argument, plan: LayerPlan, dtyp
         inherit_meta(node, old, None if value is None else made)
     weight, weight_scale, offset = (_get(graph, old, plan, n) for n in ("weight_int", "weight_scale", "offset"))
     return graph.call_function(
-        operators.product.definition, (q, scale, weight, weight_scale, offset, plan.split, 8, dtype)
+        operators.product.definition, (q, scale, weight, weight_scale, offset, plan.split, *bits, dtype)
     )

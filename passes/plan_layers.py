@@ -11,8 +11,9 @@ from torch import Tensor, fx
 from fxq.core.config import Recipe, RecipeError, Rule
 from fxq.core.graph import linear_sites, sharing_conflicts
 from fxq.core.ir import LAYER_TENSORS, LayerPlan, QuantGraph, Stage, set_plan
+from fxq.core.method import refuse_format
 from fxq.core.pipeline import Analysis
-from fxq.numerics import PACK_BLOCK, unfit_width
+from fxq.numerics import MAX_WIDTH, PACK_BLOCK, unfit_width
 from fxq.passes.match.roles import roles_of
 from fxq.runtime.memory.residency import Residency
 
@@ -38,7 +39,8 @@ class PlanLayers(Analysis):
 
         Raises:
             RecipeError: when a pattern matches nothing, a weight or bias that is to be quantized has NaN or infinity,
-                or the graph computes on integers already.
+                a layer's format is one that the recipe's methods do not choose numbers in, or the graph computes on
+                quantized numbers already.
         """
         refuse_integers(graph.module)
         sites = list(linear_sites(graph.module))
@@ -58,7 +60,8 @@ class PlanLayers(Analysis):
             if reason := _unfit(weight, bias, rule, conflicts.get(site.layer, "")):
                 plan = dataclasses.replace(plan, reason=reason)
             else:
-                assert weight is not None and rule is not None
+                assert weight is not None and rule is not None and rule.scheme is not None
+                refuse_format(site.layer, rule.scheme, self.recipe.methods)
                 _refuse_unbounded(site.layer, "weights", weight)
                 if bias is not None:
                     _refuse_unbounded(site.layer, "values of its bias", bias)
@@ -109,6 +112,8 @@ def _unfit(weight: Tensor | None, bias: Tensor | None, rule: Rule | None, confli
     in_features = weight.shape[1]
     if conflict:
         return conflict
+    if rule.scheme.is_float8:
+        return "" if in_features <= MAX_WIDTH else f"{in_features} input channels: a bundle holds at most {MAX_WIDTH}"
     if reason := unfit_width(in_features, rule.scheme.per_token, rule.scheme.asymmetric):
         return reason
     if rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:

@@ -160,7 +160,7 @@ TESTED_ELSEWHERE = {
     "attacks/test_native_cache.py": "kernels.native.build kernels.native.cache",
     "attacks/test_other_files.py": "models.archives",
     "attacks/test_programs.py": "export.native_code export.pickled",
-    "attacks/test_resources.py": "export.inputs runtime.reading",
+    "attacks/test_resources.py": "runtime.reading",
     "bench/test_ours.py": "bench.cases bench.problems",
     "bench/test_report.py": "bench.plot",
     "bench/test_rivals.py": "bench.floats bench.onnx_rivals",
@@ -184,7 +184,8 @@ TESTED_ELSEWHERE = {
     "kernels/attention/test_sides.py": "kernels.native.unpack",
     "kernels/test_launches.py": "kernels.device",
     "kernels/test_native.py": "kernels.gemm.panels",
-    "kernels/test_ops.py": "kernels.arguments kernels.op kernels.rows kernels.*.op kernels.gemm.per_token",
+    "kernels/test_ops.py": "kernels.arguments kernels.arguments_fp8 kernels.op kernels.rows kernels.*.op"
+    " kernels.gemm.per_token",
     "kernels/test_triton_interpret.py": "kernels.jit kernels.*.triton kernels.*.triton_*",
     "models/test_checkpoints.py": "models.loading",
     "models/test_lora.py": "models.lora_config",

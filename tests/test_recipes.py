@@ -346,11 +346,14 @@ def test_the_page_on_recipes_lists_every_key_with_its_default(heading, cls):
 
 
 def test_the_recipe_on_the_page_loads(tmp_path):
-    text, cache, attention, budget, transforms = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+    text, cache, attention, budget, float8, transforms = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
     (tmp_path / "attention.toml").write_text(attention)
     assert load_recipe(tmp_path / "attention.toml").attention == AttentionScheme(max_error=0.02, keep=("blocks.0.*",))
     (tmp_path / "budget.toml").write_text(budget)
     assert load_recipe(tmp_path / "budget.toml").budget == Budget(bits_per_weight=5)
+    (tmp_path / "float8.toml").write_text(float8)
+    mixed = load_recipe(tmp_path / "float8.toml")
+    assert [mixed.rule_for(f"blocks.{i}.ffn.0").scheme.label for i in (0, 1)] == ["W8A8", "FP8"]
     (tmp_path / "transforms.toml").write_text(transforms)
     assert load_recipe(tmp_path / "transforms.toml").transforms == (Smooth(), LowRank(32))
     (tmp_path / "cache.toml").write_text(cache)

@@ -95,6 +95,7 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
     frames = torch.randn(1, 3, dim, device=device).bfloat16()
     batched = q._replace(q=q.q.unsqueeze(0))
     cos, sin = (t.to(device) for t in rope_tables(dim // heads, rows // (sizes.grid[0] * sizes.grid[1]), *sizes.grid))
+    floats, rows_scale = layer.floats(), _token_scales(rows, len(q.weight_scale), device)[0]
     head = x.unflatten(-1, (heads, -1))
     few = head[:, :16], head[:, 16:32]
     found: dict[str, list[Sequence[Any]]] = {
@@ -116,6 +117,8 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         "absorb": [(x, torch.randn(1, heads, dim // heads, dim // heads, device=device) / dim)],
         "quantize_fp8": [(x, order, scale, q.split) for order in (None, perm)],
         "dual_scale_linear_fp8": [(*layer.floats(), torch.bfloat16)],
+        "quantize_fp8_per_token": [(x, order, q.split) for order in (None, perm)],
+        "dual_scale_linear_fp8_per_token": [(floats[0], rows_scale, *floats[1:3], *floats[4:], torch.bfloat16)],
         "quantize_per_token": [(x, order, q.split, 8) for order in (None, perm)],
         "quantize_per_token_asymmetric": [(x, order, q.split, 8) for order in (None, perm)],
         "dual_scale_linear_per_token": [

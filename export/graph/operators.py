@@ -89,12 +89,13 @@ sym_constrain_range_for_size sym_constrain_range nonzero
 """Sizes and single values in Python, what a capture asserts of them, and the one result whose size they decide."""
 
 NAMESPACES = ("aten.", "fxq.", "prims.")
-_KERNELS = (
+_KERNELS: tuple[kernels.Op, ...] = (
     kernels.quantize_act,
     kernels.dual_scale_linear,
     kernels.quantize_per_token,
     kernels.quantize_per_token_asymmetric,
     kernels.dual_scale_linear_per_token,
+    *kernels.FLOAT8,
     kernels.attention_packed,
     kernels.absorb,
     kernels.attention_weighted,

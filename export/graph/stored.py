@@ -15,6 +15,7 @@ from fxq import numerics
 from fxq.core.graph import arguments
 from fxq.core.ir import LayerPlan, planned, stored_names
 from fxq.core.layer import FROZEN_PRODUCTS, FROZEN_QUANTIZES, LayerError, LayerTensors, QuantizedLayer
+from fxq.kernels import float8
 
 MAX_ZERO_POINT = 2**21
 
@@ -70,12 +71,13 @@ def _check_reads(layer: QuantizedLayer) -> None:
                 f"{argument} is {read}, expected {plan.layer}.{name}"
             )
     product, quantize = layer.arguments, layer.quantization
-    for name, given, wanted in (
+    constants: list[tuple[str, object, int | None]] = [
         ("split", product["split"], plan.split),
         ("split", quantize["split"], plan.split),
-        ("bits", product["bits"], layer.scheme.weight_bits),
-        ("bits", quantize["bits"], None),
-    ):
+    ]
+    if not layer.scheme.is_float8:
+        constants += [("bits", product["bits"], layer.scheme.weight_bits), ("bits", quantize["bits"], None)]
+    for name, given, wanted in constants:
         if type(given) is not int or wanted not in (None, given):
             raise LayerError(f"{name} {given}, the plan says {wanted}")
 
@@ -86,7 +88,9 @@ def layer_problems(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Iterator[s
     for name in ("weight_scale", "input_scale"):
         if name in tensors and not _is_scale(tensors[name]):
             yield f"{name} is no float32 of finite numbers above 0"
-    if "input_scale" in tensors:
+    if plan.quantization.is_float8 and float8.has_nan(tensors["weight"]):
+        yield "the weight has NaN"
+    if "input_zero_point" in tensors:
         zero = tensors["input_zero_point"]
         if zero.dtype != torch.int32 or zero.shape != (groups,):
             yield f"input_zero_point is {zero.dtype} {tuple(zero.shape)}, expected int32 ({groups},)"
@@ -110,7 +114,7 @@ def _outlier_problems(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> Iterato
     order = torch.cat((normal.nonzero().flatten().int(), outliers))
     if perm.dtype != torch.int32 or perm.shape != order.shape or not torch.equal(perm.cpu(), order):
         yield "perm is not the order of normal channels and outliers that the plan states"
-    if "input_scale" in tensors:
+    if "input_zero_point" in tensors:
         scale = tensors["input_scale"][:, None] * tensors["weight_scale"]
         if not float((scale[1] / scale[0]).max()) <= 1.001 * numerics.ratio_limit(plan.in_features, plan.split):
             yield "the outlier scales are so much above the normal ones that integer sums may not fit 32 bits"

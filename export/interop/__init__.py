@@ -18,6 +18,7 @@ from fxq.export.files import whole_folder, write_tensors
 from fxq.export.interop import comfy, compressed_tensors, diffusers_torchao, lightx2v, sglang, vllm_omni
 from fxq.export.interop.layers import (
     MERGED,
+    PER_TENSOR,
     InteropError,
     LayerRecord,
     Options,
@@ -40,6 +41,8 @@ TARGETS: dict[str, Target] = {
     "diffusers-torchao": diffusers_torchao.build,
 }
 """The shipped targets by name; others come by :mod:`fxq.plugins`."""
+FLOAT8 = ("comfy", "compressed-tensors", "diffusers-torchao", "lightx2v", "vllm-omni")
+"""Targets whose format holds float8."""
 ROTATING = ("comfy", "sglang")
 """Targets that rotate inputs as :class:`~fxq.passes.transforms.conv_rot.ConvRot` does."""
 OTHER_TARGETS = ("diffusers", "onnx", "tensorrt")
@@ -122,6 +125,7 @@ def export_bundle(
     model = read_model(path, rotated=target in ROTATING)
     if not model.layers:
         raise InteropError(f"{path} has no quantized layer; there is nothing to export")
+    _refuse_float8(model, target)
     chosen = options or Options()
     result = build(with_originals(model, chosen.original), chosen)
     files = (*result.tensors, *result.documents)
@@ -139,6 +143,15 @@ def export_bundle(
         for name, document in {**result.documents, REPORT: report.to_json()}.items():
             (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _refuse_float8(model: StoredModel, target: str) -> None:
+    floats = [name for name, layer in model.layers.items() if layer.is_float8]
+    if floats and target not in FLOAT8:
+        raise InteropError(
+            f"{len(floats)} layers are FP8 ({', '.join(floats[:3])}), and the target {target} writes integers: take "
+            f"one of {', '.join(FLOAT8)}, or quantize with w8a8 or w8a8-dynamic"
+        )
 
 
 def find_target(name: str) -> Target:
@@ -163,7 +176,7 @@ def find_target(name: str) -> Target:
 def _activations(model: StoredModel, result: Output) -> str:
     """What the target does to inputs, and what of the bundle it therefore leaves unused."""
     schemes = [layer.plan.scheme for layer in model.layers.values()]
-    if all(scheme is not None and scheme.per_token for scheme in schemes):
+    if result.static or all(scheme is not None and scheme.per_token for scheme in schemes):
         return f"{result.activations}, as in the bundle"
     return f"{result.activations}; the static input scales and zero points of the bundle are not used"
 
@@ -176,6 +189,12 @@ def _notes(model: StoredModel, options: Options, result: Output) -> tuple[str, .
         notes.append(f"constants of the captured graph are left out: {', '.join(model.constants)}")
     if "config.json" in result.documents and not options.base_config:
         notes.append("config.json holds the quantization_config only: merge it into the model's own")
+    if wide := [record for record in result.records if PER_TENSOR in record.note]:
+        worst = min(record.weight_sqnr_db or float("inf") for record in wide)
+        notes.append(
+            f"{len(wide)} layers have a scale per output channel, the format has one per tensor: they were rounded a "
+            f"second time, at {worst:.1f} dB at worst. Give the original weights (--original), which are rounded once"
+        )
     merged = [record for record in result.records if MERGED in record.note]
     if merged:
         worst = min(record.weight_sqnr_db or float("inf") for record in merged)

@@ -1,4 +1,4 @@
-"""ComfyUI: ``int8_tensorwise``, rotated or not, and rotated ``asym_w4a8_int8`` for 4 bits; Wan's original names."""
+"""ComfyUI: ``float8_e4m3fn``, ``int8_tensorwise``, rotated or not, rotated ``asym_w4a8_int8``; Wan's original names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fxq.export.interop.blocks import as_float
 from fxq.export.interop.layers import (
+    FLOAT8_STATIC,
     MERGED,
+    PER_TOKEN,
     InteropError,
     LayerRecord,
     Options,
@@ -18,17 +20,20 @@ from fxq.export.interop.layers import (
     StoredModel,
     cast,
     float_tensors,
+    input_scale_of,
     kept_records,
     layer_names,
     record_of,
     refuse_asymmetric,
     round_per_channel,
-    to_int8,
+    to_float8_tensor,
+    to_single,
 )
 from fxq.export.interop.names import ORIGINAL
 from fxq.export.interop.rotation import GROUP, quantize_rotated, rotate, rotation_size
 
 FILE = "model.safetensors"
+_IN_FLOAT = "floats, or float8 as ComfyUI is set: it has no scale per token"
 HEAD_SIZE = 128
 """Channels of a head that ComfyUI assumes for every Wan."""
 
@@ -39,9 +44,10 @@ Form = tuple[dict[str, Tensor], dict[str, object], LayerRecord]
 def build(model: StoredModel, options: Options) -> Output:
     """8 bits: ``weight`` int8 [N, K], ``weight_scale`` float32 [N, 1], of the rotated original weight if it is given.
 
-    4 bits: see :func:`rotated_int4`. Each quantized layer has a marker ``comfy_quant`` (uint8, JSON); the header's
-    ``_quantization_metadata`` repeats them. A layer whose width no rotation divides is stored as plain 8 bits. The
-    header's ``config`` says of a causal model that it is one: by the tensors ComfyUI takes it for a bidirectional Wan.
+    FP8: see :func:`float8_form`; 4 bits: see :func:`rotated_int4`. Each quantized layer has a marker ``comfy_quant``
+    (uint8, JSON); the header's ``_quantization_metadata`` repeats them. A layer whose width no rotation divides is
+    stored as plain 8 bits. The header's ``config`` says of a causal model that it is one: by the tensors ComfyUI takes
+    it for a bidirectional Wan.
     """
     refuse_asymmetric(model, "ComfyUI")
     _refuse_rounding_twice(model, options)
@@ -53,7 +59,23 @@ def build(model: StoredModel, options: Options) -> Output:
             notes = (
                 f"ComfyUI splits every Wan into heads of {HEAD_SIZE} channels; this model's have {model.head_size}",
             )
-    return Output(tensors={FILE: (tensors, metadata)}, documents={}, records=records, notes=notes)
+    return Output(
+        tensors={FILE: (tensors, metadata)},
+        documents={},
+        records=records,
+        activations=_activations(model),
+        notes=notes,
+        static=any(layer.is_float8 for layer in model.layers.values()),
+    )
+
+
+def _activations(model: StoredModel) -> str:
+    """What becomes of inputs; float8 without a static scale stays a weight-only form there."""
+    kinds = dict.fromkeys(
+        (FLOAT8_STATIC if layer.input_scale is not None else _IN_FLOAT) if layer.is_float8 else PER_TOKEN
+        for layer in model.layers.values()
+    )
+    return " or ".join(kinds)
 
 
 def marked_file(
@@ -85,13 +107,32 @@ def marked_header(markers: dict[str, dict[str, object]]) -> dict[str, str]:
 
 
 def _form(stored: StoredLayer, name: str) -> Form:
+    if stored.is_float8:
+        return float8_form(stored, name)
     if stored.rotation is not None and (stored.bits == 8 or stored.original is None):
         return rotated_int8(stored, name, stored.rotation)
     size = rotation_size(stored.plan.in_features)
     if size is None or stored.original is None:
-        integers, scale, record = to_int8(stored, name, torch.float32)
+        integers, scale, record = to_single(stored, name, torch.float32)
         return {"weight": integers, "weight_scale": scale}, {"format": "int8_tensorwise"}, record
     return rotated_int4(stored, stored.original, name, size) if stored.bits == 4 else rotated_int8(stored, name, size)
+
+
+def float8_form(stored: StoredLayer, name: str) -> Form:
+    """``weight`` float8_e4m3fn [N, K], ``weight_scale`` float32 without axes, ``input_scale`` likewise if it is static.
+
+    Raises:
+        InteropError: when inputs are rotated, which this format does not say.
+    """
+    if stored.rotation is not None:
+        raise InteropError(
+            f"layer {stored.plan.layer} is FP8 and rotated; ComfyUI rotates inputs of integers alone. Quantize with "
+            "fp8 without ConvRot, or with w8a8-single-convrot"
+        )
+    values, scale, record = to_float8_tensor(stored, name)
+    static = input_scale_of(stored)
+    tensors = {"weight": values, "weight_scale": scale} | ({} if static is None else {"input_scale": static})
+    return tensors, {"format": "float8_e4m3fn"}, record
 
 
 def rotated_int8(stored: StoredLayer, name: str, size: int) -> Form:

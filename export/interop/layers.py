@@ -18,6 +18,8 @@ from fxq.core.layer import LayerTensors, QuantizedLayer, told_in_graph
 from fxq.export.bundle import TENSORS, load, read_manifest
 from fxq.export.interop.names import Naming
 from fxq.export.interop.stored import (
+    FLOAT8_PER_TOKEN,
+    FLOAT8_STATIC,
     PER_TOKEN,
     InteropError,
     LayerRecord,
@@ -27,12 +29,18 @@ from fxq.export.interop.stored import (
     StoredModel,
 )
 from fxq.export.receipt import make_receipt
+from fxq.kernels import float8
 from fxq.numerics import decibels, energy
+from fxq.passes.methods.float_ranges import search_float_weight
+from fxq.passes.methods.ranges import RangeSearch
 from fxq.passes.transforms.conv_rot import ConvRot
 
 __all__ = [
     "ASYMMETRIC",
+    "FLOAT8_PER_TOKEN",
+    "FLOAT8_STATIC",
     "MERGED",
+    "PER_TENSOR",
     "PER_TOKEN",
     "InteropError",
     "LayerRecord",
@@ -43,6 +51,7 @@ __all__ = [
     "StoredModel",
     "cast",
     "float_tensors",
+    "input_scale_of",
     "int8_file",
     "kept_records",
     "layer_names",
@@ -50,14 +59,18 @@ __all__ = [
     "record_of",
     "refuse_asymmetric",
     "refuse_int4",
+    "refuse_mixed",
     "round_per_channel",
+    "round_to_float8",
     "sqnr",
-    "to_int8",
+    "to_float8_tensor",
+    "to_single",
 ]
 
 _CONSTANT = re.compile(r"(c_)?lifted_tensor_\d+|_tensor_constant\d+")
 ASYMMETRIC = "int8 per token with a zero point, measured at run time"
 CONVROT = ConvRot.__name__
+PER_TENSOR = "scales of output channels merged into one per tensor"
 MERGED = "two scales merged into one per output channel"
 
 
@@ -115,8 +128,9 @@ def _layer(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, is_wan: bool)
     bias = stored.bias()
     return StoredLayer(
         plan=plan,
-        integers=stored.integers(),
+        integers=stored.codes(),
         weight_scale=stored.weight_scale,
+        input_scale=stored.input_scale,
         perm=stored.perm,
         bias=bias.to(dtype) if is_wan or bool(bias.any()) else None,
         dtype=dtype,
@@ -139,26 +153,68 @@ def round_per_channel(weight: Tensor, scale_dtype: torch.dtype = torch.float32) 
     return (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
 
 
+def round_to_float8(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [N, K] and scale [N, 1] of a float weight, by the largest value of each output channel."""
+    top = weight.float().abs().amax(dim=1, keepdim=True)
+    scale = torch.where(top > 0, (top / float8.LARGEST).clamp(min=torch.finfo(scale_dtype).tiny), 1.0).to(scale_dtype)
+    return float8.round_to(weight.float() / scale.float()), scale
+
+
+def to_float8_tensor(layer: StoredLayer, name: str) -> tuple[Tensor, Tensor, LayerRecord]:
+    """A float8 layer as float8_e4m3fn [N, K] with one scale, float32 of no axes, for the whole, and what that cost.
+
+    Its scale per output channel does not fit: the original weight is rounded, or the dequantized one where the caller
+    did not give the original.
+    """
+    source = layer.weight() if layer.original is None else layer.original
+    scale = search_float_weight(source.float().reshape(1, -1), (), RangeSearch().ratios)[0]
+    values = float8.round_to(source.float() / scale)
+    note = PER_TENSOR if layer.original is None else "one scale per tensor, of the original weight"
+    return values, scale, record_of(layer, name, "fp8", values.float() * scale, note)
+
+
+def refuse_mixed(model: StoredModel, target: str) -> bool:
+    """Whether all layers are float8; False where none is.
+
+    Raises:
+        InteropError: when some are, naming both.
+    """
+    kinds = {layer.is_float8: name for name, layer in model.layers.items()}
+    if len(kinds) > 1:
+        raise InteropError(
+            f"the bundle has FP8 layers ({kinds[True]}) and layers of integers ({kinds[False]}); {target} reads one of "
+            "the two per file. Quantize all with one format, or take the target comfy"
+        )
+    return next(iter(kinds), False)
+
+
+def input_scale_of(layer: StoredLayer) -> Tensor | None:
+    """The static input scale of a float8 layer, float32 of no axes, the larger of two; None where it is measured."""
+    return None if layer.input_scale is None or not layer.is_float8 else layer.input_scale.max()
+
+
 def sqnr(want: Tensor, got: Tensor) -> float | None:
     """Energy of ``want`` over that of the difference in dB; None when there is no difference."""
     found = decibels(energy(want), energy(want.double() - got.double()))
     return None if math.isinf(found) and found > 0 else round(found, 2)
 
 
-def to_int8(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
-    """The layer as int8 [N, K] with one scale [N, 1] per output channel, and what that cost.
+def to_single(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, LayerRecord]:
+    """The layer as int8, or float8, [N, K] with one scale [N, 1] per output channel, and what that cost.
 
-    A layer of one scale keeps its integers. Of two scales the original weight is rounded, or the dequantized one where
+    A layer of one scale keeps its numbers. Of two scales the original weight is rounded, or the dequantized one where
     the caller did not give the original.
     """
     single = layer.single_scale()
     source = layer.weight() if layer.original is None else layer.original
-    integers, scale = round_per_channel(source, scale_dtype) if single is None else single
+    rounding = round_to_float8 if layer.is_float8 else round_per_channel
+    integers, scale = rounding(source, scale_dtype) if single is None else single
     scale = scale.to(scale_dtype)
     merged = "" if single is not None else MERGED if layer.original is None else "one scale, of the original weight"
     widened = "int4 in a byte" if layer.bits == 4 else ""
     note = "; ".join(filter(None, (merged, widened)))
-    return integers, scale, record_of(layer, name, "int8", integers.float() * scale.float(), note)
+    form = "fp8" if layer.is_float8 else "int8"
+    return integers, scale, record_of(layer, name, form, integers.float() * scale.float(), note)
 
 
 def record_of(layer: StoredLayer, name: str, form: str, written: Tensor, note: str = "") -> LayerRecord:
@@ -248,6 +304,8 @@ def int8_file(
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     """All tensors for a target whose layers are ``weight`` int8 [N, K] and ``weight_scale`` [N, 1], and what it cost.
 
+    Float8 layers are the same in float8, and have an ``input_scale`` [1] where theirs is static.
+
     Args:
         model: the bundle.
         options: as the caller chose.
@@ -263,7 +321,9 @@ def int8_file(
     records = kept_records(model, style)
     for stored, name in layer_names(model, style):
         dtype = scale_dtype or options.float_dtype or stored.dtype
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], record = to_int8(stored, name, dtype)
+        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], record = to_single(stored, name, dtype)
+        if (static := input_scale_of(stored)) is not None:
+            tensors[f"{name}.input_scale"] = static.reshape(1).to(dtype)
         if stored.bias is not None:
             tensors[f"{name}.bias"] = cast(stored.bias, options)
         records.append(record)

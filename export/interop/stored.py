@@ -16,6 +16,8 @@ from fxq.export.interop.rotation import rotate
 from fxq.export.receipt import Receipt
 
 PER_TOKEN = "int8 per token, measured at run time"
+FLOAT8_PER_TOKEN = "float8 per token, measured at run time"
+FLOAT8_STATIC = "float8 with a static scale per tensor"
 
 
 class InteropError(BundleError):
@@ -45,6 +47,8 @@ class Options:
 class StoredLayer:
     """One quantized linear: integers int8 [N, K] in group order, ``weight_scale`` [G, N], ``dtype`` of its result.
 
+    Of FP8 layers ``integers`` are float8_e4m3fn. ``input_scale`` float32 [G] where inputs have static scales.
+
     ``original`` is the float weight [N, K] that was quantized, where the caller gave it. ``rotation`` counts the
     channels that inputs and integers are rotated in by ConvRot, None where they are not.
     """
@@ -57,6 +61,12 @@ class StoredLayer:
     dtype: torch.dtype
     original: Tensor | None = None
     rotation: int | None = None
+    input_scale: Tensor | None = None
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether weights and inputs are float8."""
+        return self.plan.quantization.is_float8
 
     @property
     def bits(self) -> int:
@@ -69,7 +79,7 @@ class StoredLayer:
         return stored if self.rotation is None else rotate(stored, self.rotation)
 
     def single_scale(self) -> tuple[Tensor, Tensor] | None:
-        """Integers int8 [N, K] in the model's order and their scale float32 [N, 1]; None with two scales."""
+        """int8, or float8, [N, K] in the model's order and their scale float32 [N, 1]; None with two scales."""
         if len(self.weight_scale) > 1:
             return None
         return self._ordered(self.integers), self.weight_scale[0].unsqueeze(1)
@@ -120,7 +130,7 @@ class LayerRecord:
 class Output:
     """What a target writes: tensor files with their metadata, JSON documents, and what became of each linear.
 
-    ``notes`` are for the reader of the report.
+    ``notes`` are for the reader of the report. ``static`` says that the file holds the bundle's static input scales.
     """
 
     tensors: dict[str, tuple[dict[str, Tensor], dict[str, str]]]
@@ -128,3 +138,4 @@ class Output:
     records: list[LayerRecord]
     activations: str = PER_TOKEN
     notes: tuple[str, ...] = ()
+    static: bool = False

@@ -19,7 +19,7 @@ from fxq.core.ir import LayerPlan, planned
 from fxq.core.layer import LayerTensors, Operators, quantized_layers
 from fxq.core.signature import flatten_call
 from fxq.dtypes import dtype_name
-from fxq.kernels import native
+from fxq.kernels import float8, native
 from fxq.kernels.gemm.panels import pack_panels
 
 OURS = "fxq"
@@ -103,11 +103,11 @@ def layer_case(module: fx.GraphModule, sites: Iterable[Site], device: str) -> Ca
     def quantized() -> Built:
         return (_per_token if plan.quantization.per_token else _static)(x.to(own), stored)
 
-    bounds = LEAST_SQNR["model"]
+    bounds, numbers = LEAST_SQNR["model"], "float8" if plan.quantization.is_float8 else "int8"
     contestants = (
         Contestant(FP32, lambda: plain(torch.float32), bounds["float32"], "float32"),
         Contestant(BF16, lambda: plain(torch.bfloat16), bounds["bfloat16"], "bfloat16", "bfloat16"),
-        Contestant(OURS, quantized, bounds["int8"], "int8", dtype_name(own), ours=True),
+        Contestant(OURS, quantized, bounds[numbers], numbers, dtype_name(own), ours=True),
     )
     facts = {"layers": [site.plan.layer for site in sites], "rows": rows, "outliers": len(plan.outliers)}
     name = f"M{rows} {plan.in_features}>{plan.out_features} {plan.quantization.detail}, {len(plan.outliers)} outliers"
@@ -120,7 +120,11 @@ def _inputs(rows: int, stored: LayerTensors) -> tuple[Tensor, Tensor]:
     plan, offset, generator = stored.plan, stored.offset, torch.Generator().manual_seed(0)
     scale, zero = stored.input_scale, stored.input_zero_point
     if scale is None or zero is None:
-        return torch.randn(rows, plan.in_features, generator=generator, dtype=torch.float32).to(offset.device), offset
+        x = torch.randn(rows, plan.in_features, generator=generator, dtype=torch.float32).to(offset.device)
+        if scale is None:
+            return x, offset
+        group = (torch.arange(plan.in_features, device=scale.device) >= plan.split).long()
+        return x * scale[group] * (float8.LARGEST / 8), offset
     low, high = numerics.integer_range(plan.quantization.input_bits)
     q = torch.randint(low, high + 1, (rows, plan.in_features), generator=generator).to(offset.device)
     return numerics.dequantize_input(q, scale, zero, plan.split), stored.bias().float()
@@ -128,32 +132,42 @@ def _inputs(rows: int, stored: LayerTensors) -> tuple[Tensor, Tensor]:
 
 def _static(x: Tensor, stored: LayerTensors) -> Built:
     plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
-    first = stored.perm, stored.input_scale, stored.input_zero_point, plan.split, scheme.input_bits
-    rest = stored.input_scale, stored.offset, plan.split, scheme.weight_bits, x.dtype
+    quantize, product = Operators.of(scheme)
+    input_bits, bits = _bits(stored)
+    zero = () if scheme.is_float8 else (stored.input_zero_point,)
+    first = stored.perm, stored.input_scale, *zero, plan.split, *input_bits
+    rest = stored.input_scale, stored.offset, plan.split, *bits, x.dtype
 
     def call() -> Tensor:
-        q = kernels.quantize_act(x, *first)
-        return kernels.dual_scale_linear(q, weight, stored.weight_scale, *rest)
+        result: Tensor = product(quantize(x, *first), weight, stored.weight_scale, *rest)
+        return result
 
-    return Built(call, kernels.used("dual_scale_linear", str(x.device), weight))
+    return Built(call, kernels.used(product.name, str(x.device), weight))
+
+
+def _bits(stored: LayerTensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Bits of inputs and weights as arguments of the operators; those on float8 take none."""
+    scheme = stored.plan.quantization
+    return ((), ()) if scheme.is_float8 else ((scheme.input_bits,), (scheme.weight_bits,))
 
 
 def _per_token(x: Tensor, stored: LayerTensors) -> Built:
     plan, scheme, weight = stored.plan, stored.plan.quantization, _laid_out(stored)
-    rest = weight, stored.weight_scale, stored.offset, plan.split, scheme.weight_bits, x.dtype
-    quantize = Operators.of(scheme).quantize
+    (quantize, product), (input_bits, bits) = Operators.of(scheme), _bits(stored)
+    rest = weight, stored.weight_scale, stored.offset, plan.split, *bits, x.dtype
 
     def call() -> Tensor:
-        q, scale = quantize(x, stored.perm, plan.split, scheme.input_bits)
-        return kernels.dual_scale_linear_per_token(q, scale, *rest)
+        q, scale = quantize(x, stored.perm, plan.split, *input_bits)
+        result: Tensor = product(q, scale, *rest)
+        return result
 
-    return Built(call, kernels.used("dual_scale_linear_per_token", str(x.device), weight))
+    return Built(call, kernels.used(product.name, str(x.device), weight))
 
 
 def _laid_out(stored: LayerTensors) -> Tensor:
     """The weight as the kernels of its device read it."""
-    here = native.ready() and not stored.weight.is_cuda
-    return pack_panels(stored.integers(), stored.plan.split) if here else stored.weight
+    here = native.ready() and not stored.weight.is_cuda and not stored.plan.quantization.is_float8
+    return pack_panels(stored.codes(), stored.plan.split) if here else stored.weight
 
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:

@@ -250,6 +250,8 @@ class Recipe:
                 raise RecipeError(
                     f"rule {rule.pattern!r}: scheme is {type(rule.scheme).__name__}, expected Scheme or None"
                 )
+            if self.budget is not None and rule.scheme is not None:
+                rule.scheme.refuse_budget(rule.pattern)
             if rule.role not in ("", *ROLES):
                 raise RecipeError(f"rule {rule.pattern!r}: role {rule.role!r}: expected one of {', '.join(ROLES)}")
             if rule.rank == 2:
@@ -265,9 +267,7 @@ class Recipe:
             return self.rules
         bits = self.budget.widest
         return tuple(
-            rule
-            if rule.scheme is None
-            else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, weight_bits=bits))
+            dataclasses.replace(rule, scheme=rule.scheme and dataclasses.replace(rule.scheme, weight_bits=bits))
             for rule in self.rules
         )
 

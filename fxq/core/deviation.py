@@ -1,9 +1,10 @@
-"""How far integers are from the float weight that they were made of: what tells another model's weight."""
+"""How far quantized numbers are from the float weight that they were made of: what tells another model's weight."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
+from fxq.kernels import float8
 from fxq.numerics import group_slices, integer_range
 
 MOST_DEVIATION = 1.0
@@ -11,19 +12,23 @@ MOST_DEVIATION = 1.0
 
 
 def deviation_in_steps(weight: Tensor, codes: Tensor, weight_scale: Tensor, split: int, bits: int) -> float:
-    """Root-mean-square distance of a float weight from integers, in steps; clipped integers do not count.
+    """Root-mean-square distance of a float weight from its numbers, in steps; clipped ones do not count.
+
+    A step of float8 is the distance to the next number, which grows with it.
 
     Args:
         weight: float [N, K], channels in ``[normal | outlier]`` order.
-        codes: int8 [N, K], unpacked.
+        codes: int8 [N, K], unpacked, or float8_e4m3fn.
         weight_scale: float32 [G, N].
         split: normal channels.
         bits: of the integers.
     """
-    low, high = integer_range(bits)
-    total, count = 0.0, 0
+    is_float8, total, count = codes.dtype == float8.E4M3, 0.0, 0
+    low, high = (-float8.LARGEST - 1, float8.LARGEST) if is_float8 else integer_range(bits)
     for g, part in enumerate(group_slices(codes.shape[1], split)):
-        inside = (codes[:, part] > low + 1) & (codes[:, part] < high)
-        steps = (weight[:, part].float() / weight_scale[g][:, None] - codes[:, part])[inside]
+        values = codes[:, part].float()
+        inside = (values > low + 1) & (values < high)
+        steps = weight[:, part].float() / weight_scale[g][:, None] - values
+        steps = (steps / float8.spacing(codes[:, part]) if is_float8 else steps)[inside]
         total, count = total + float(steps.square().sum()), count + steps.numel()
     return (total / max(count, 1)) ** 0.5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.calls.captured import CapturedModule, catch_up, inherit_notes, notes_of
-from fxq.core.method import LayerStatistics, LayerUpdate, Scheme
+from fxq.core.method import INTEGER, LayerStatistics, LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.workers import Workers
 
@@ -78,9 +78,10 @@ class LayerPlan:
         for name in ("bias_deviation", "transform"):
             if data[name] in (None, ""):
                 del data[name]
-        for name in ("per_token", "asymmetric"):
-            if self.scheme is not None and not getattr(self.scheme, name):
-                del data["scheme"][name]
+        if self.scheme is not None:
+            for name, plain in (("per_token", False), ("asymmetric", False), ("format", INTEGER)):
+                if getattr(self.scheme, name) == plain:
+                    del data["scheme"][name]
         return data
 
     @classmethod
@@ -105,9 +106,11 @@ class LayerPlan:
 def stored_names(plan: LayerPlan) -> tuple[str, ...]:
     """Those of :data:`LAYER_TENSORS` that a quantized layer stores.
 
-    ``perm`` only with outliers, ``input_scale`` and ``input_zero_point`` only when inputs are not scaled per token.
+    ``perm`` only with outliers, ``input_scale`` and ``input_zero_point`` only when inputs are not scaled per token, the
+    latter for integers alone.
     """
-    absent = {"input_scale", "input_zero_point"} if plan.quantization.per_token else set()
+    absent = {"input_scale", "input_zero_point"} if plan.quantization.per_token else set[str]()
+    absent |= {"input_zero_point"} if plan.quantization.is_float8 else set[str]()
     return tuple(name for name in LAYER_TENSORS if name not in absent | (set() if plan.outliers else {"perm"}))
 
 

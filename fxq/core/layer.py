@@ -35,22 +35,25 @@ class Operators(NamedTuple):
     @classmethod
     def of(cls, scheme: Scheme) -> Operators:
         """Those of a scheme."""
-        measured = ASYMMETRIC if scheme.asymmetric else PER_TOKEN
-        return measured if scheme.per_token else STATIC
+        measured = FLOAT8_PER_TOKEN if scheme.is_float8 else ASYMMETRIC if scheme.asymmetric else PER_TOKEN
+        return measured if scheme.per_token else FLOAT8 if scheme.is_float8 else STATIC
 
 
 STATIC = Operators(kernels.quantize_act, kernels.dual_scale_linear)
 PER_TOKEN = Operators(kernels.quantize_per_token, kernels.dual_scale_linear_per_token)
 ASYMMETRIC = Operators(kernels.quantize_per_token_asymmetric, kernels.dual_scale_linear_per_token)
-MEASURING: tuple[Target, ...] = tuple(pair.quantize.definition for pair in (PER_TOKEN, ASYMMETRIC))
-"""Operators that give integers and the scales they measure."""
-FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, *MEASURING)
-FROZEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (STATIC, PER_TOKEN))
+FLOAT8 = Operators(kernels.quantize_fp8, kernels.dual_scale_linear_fp8)
+FLOAT8_PER_TOKEN = Operators(kernels.quantize_fp8_per_token, kernels.dual_scale_linear_fp8_per_token)
+MEASURING: tuple[Target, ...] = tuple(each.quantize.definition for each in (PER_TOKEN, ASYMMETRIC, FLOAT8_PER_TOKEN))
+"""Operators that give numbers and the scales they measure."""
+FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, FLOAT8.quantize.definition, *MEASURING)
+PER_TOKEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (PER_TOKEN, FLOAT8_PER_TOKEN))
+FROZEN_PRODUCTS: tuple[Target, ...] = (STATIC.product.definition, FLOAT8.product.definition, *PER_TOKEN_PRODUCTS)
 """Operators of a layer before fusions."""
 PRODUCTS: tuple[Target, ...] = tuple(
-    op.definition for op in kernels.OPS if {"weight_scale", "bits"} <= set(argument_names(op.definition))
+    o.definition for o in kernels.OPS if "weight_scale" in argument_names(o.definition)
 )
-"""Operators that multiply the integers of a layer, alone or with what follows it."""
+"""Operators that multiply the numbers of a layer, alone or with what follows it."""
 
 _STORED = {"scale": "input_scale", "zero_point": "input_zero_point"}
 """Argument of a quantize operator -> the layer's tensor it reads, where the names differ."""
@@ -142,7 +145,7 @@ class QuantizedLayer:
     @property
     def per_token(self) -> bool:
         """Whether the product reads input scales measured per token."""
-        return self.product.target == PER_TOKEN.product.definition
+        return self.product.target in PER_TOKEN_PRODUCTS
 
     @property
     def operator(self) -> Target:
@@ -193,12 +196,12 @@ class QuantizedLayer:
 
     @property
     def input_bits(self) -> int:
-        """Bits of the activations.
+        """Bits of the activations; those of the format where the operator names none.
 
         Raises:
             LayerError: as :attr:`own_quantize`.
         """
-        return int(self.quantization["bits"])
+        return int(self.quantization.get("bits", self.scheme.input_bits))
 
     @property
     def weight(self) -> fx.Node:
@@ -235,8 +238,8 @@ class QuantizedLayer:
 
     @property
     def bits(self) -> int:
-        """Bits of the stored weight; 4 is packed. 8 up to :class:`~fxq.passes.freeze.Freeze`."""
-        return self._number("bits")
+        """Bits of the stored weight; 4 is packed. 8 up to :class:`~fxq.passes.freeze.Freeze`, and of float8."""
+        return self.scheme.weight_bits if self.scheme.is_float8 else self._number("bits")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,8 +247,8 @@ class QuantizedLayer:
         dtype: torch.dtype = self.arguments["dtype"]
         return dtype
 
-    def integers(self, module: fx.GraphModule) -> Tensor:
-        """The product's weight int8 [N, K], whatever its layout; rows of all layers that share the product."""
+    def codes(self, module: fx.GraphModule) -> Tensor:
+        """The product's weight int8 or float8 [N, K], whatever its layout; rows of all layers that share it."""
         weight, offset = (get_tensor(module, str(node.target)) for node in (self.weight, self.offset))
         if weight.ndim == 4:
             return unpack_panels(weight, len(offset), self.plan.in_features, self.split)
@@ -303,9 +306,9 @@ def told_in_graph(plans: Iterable[LayerPlan], reader: str) -> str:
 class LayerTensors:
     """What a quantized layer of a frozen graph stores.
 
-    ``weight`` int8 [N, K] or packed uint8 [N, K / 2], ``weight_scale`` float32 [G, N], ``offset`` float32 [N],
-    ``perm`` int32 [K] or None, ``input_scale`` float32 [G] and ``input_zero_point`` int32 [G], None where inputs are
-    scaled per token. Channels are in ``[normal | outlier]`` order.
+    ``weight`` int8 or float8 [N, K] or packed uint8 [N, K / 2], ``weight_scale`` float32 [G, N], ``offset`` float32
+    [N], ``perm`` int32 [K] or None, ``input_scale`` float32 [G] and ``input_zero_point`` int32 [G], None where inputs
+    are scaled per token, the latter of float8 too. Channels are in ``[normal | outlier]`` order.
     """
 
     plan: LayerPlan
@@ -330,8 +333,8 @@ class LayerTensors:
         """Tensors by the names of :func:`~fxq.core.ir.stored_names`."""
         return {name: getattr(self, name) for name in stored_names(self.plan)}
 
-    def integers(self) -> Tensor:
-        """The weight int8 [N, K]."""
+    def codes(self) -> Tensor:
+        """The weight int8 or float8 [N, K]."""
         return numerics.unpacked(self.weight, self.plan.quantization.weight_bits)
 
     def bias(self) -> Tensor:
@@ -339,9 +342,9 @@ class LayerTensors:
         if self.input_scale is None or self.input_zero_point is None:
             return self.offset.double()
         scales = self.weight_scale, self.input_scale, self.input_zero_point
-        return numerics.unfolded_bias(self.offset, self.integers(), *scales, self.plan.split)
+        return numerics.unfolded_bias(self.offset, self.codes(), *scales, self.plan.split)
 
     def float_weight(self) -> Tensor:
-        """float32 [N, K]: what the integers stand for, channels in the model's order."""
-        weight = numerics.dequantize_weight(self.integers(), self.weight_scale, self.plan.split)
+        """float32 [N, K]: what the numbers stand for, channels in the model's order."""
+        weight = numerics.dequantize_weight(self.codes(), self.weight_scale, self.plan.split)
         return weight if self.perm is None else weight[:, self.perm.long().argsort()]

@@ -8,9 +8,14 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.kernels import float8
+
+INTEGER, FLOAT8 = "int", "float8_e4m3fn"
+"""Formats of the numbers that layers are quantized to."""
 
 
 class RecipeError(ValueError):
@@ -20,6 +25,9 @@ class RecipeError(ValueError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How one linear is quantized.
+
+    ``format`` is what weights and inputs become: ``"int"``, of ``weight_bits`` and ``input_bits``, or
+    ``"float8_e4m3fn"`` (:mod:`fxq.kernels.float8`), always of 8 bits and symmetric.
 
     ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
     ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
@@ -37,8 +45,11 @@ class Scheme:
     reconstruct: bool = True
     per_token: bool = False
     asymmetric: bool = False
+    format: str = INTEGER
 
     def __post_init__(self) -> None:
+        if self.format not in (INTEGER, FLOAT8):
+            raise RecipeError(f"format = {self.format!r}: expected {INTEGER!r} or {FLOAT8!r}")
         if self.weight_bits not in (4, 8):
             raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4 or 8")
         if not 2 <= self.input_bits <= 8:
@@ -47,11 +58,39 @@ class Scheme:
             raise RecipeError(f"align = {self.align}: expected a positive multiple of 32, the packing block")
         if self.asymmetric and not self.per_token:
             raise RecipeError("asymmetric without per_token: static inputs always have a zero point; set per_token too")
+        if self.is_float8 and (self.weight_bits, self.input_bits) != (8, 8):
+            bits = f"weight_bits = {self.weight_bits}, input_bits = {self.input_bits}"
+            raise RecipeError(f"{bits} with format {FLOAT8!r}, whose numbers have 8 bits: leave both at 8")
+        if self.is_float8 and self.asymmetric:
+            raise RecipeError(f"asymmetric with format {FLOAT8!r}, which has no zero point: set asymmetric to false")
+
+    def refuse_budget(self, pattern: str) -> None:
+        """Raise RecipeError when a budget cannot choose bits of the layers of a rule."""
+        if self.is_float8:
+            raise RecipeError(
+                f"rule {pattern!r}: format {self.format!r} with a budget, which chooses the bits of integers; leave "
+                "out one of the two"
+            )
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether weights and inputs are float8 instead of integers."""
+        return self.format == FLOAT8
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of stored weights: packed uint8, int8 or float8."""
+        return float8.E4M3 if self.is_float8 else torch.uint8 if self.weight_bits == 4 else torch.int8
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Of quantized inputs: int8 or float8."""
+        return float8.E4M3 if self.is_float8 else torch.int8
 
     @property
     def label(self) -> str:
-        """Short name such as W4A8; the same for static and per-token inputs."""
-        return f"W{self.weight_bits}A{self.input_bits}"
+        """Short name such as W4A8 or FP8; the same for static and per-token inputs."""
+        return "FP8" if self.is_float8 else f"W{self.weight_bits}A{self.input_bits}"
 
     @property
     def detail(self) -> str:
@@ -156,11 +195,11 @@ class LayerProblem:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerUpdate:
-    """The integers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
+    """The numbers and scales chosen for one linear, channels in ``[normal | outlier]`` order.
 
-    ``weight`` int8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
-    int32 [G]; both None where the scheme measures input scales per token. ``bias_shift`` float32 [N] is added to the
-    layer's bias, None: nothing.
+    ``weight`` int8 or float8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
+    int32 [G]; both None where the scheme measures input scales per token, the latter of float8 too. ``bias_shift``
+    float32 [N] is added to the layer's bias, None: nothing.
     """
 
     weight: Tensor
@@ -172,7 +211,11 @@ class LayerUpdate:
 
 @runtime_checkable
 class Method(Protocol):
-    """Turns a problem and the update of the method before it into a better update; a dataclass of its options."""
+    """Turns a problem and the update of the method before it into a better update; a dataclass of its options.
+
+    An attribute ``formats`` of the class names the formats that it chooses numbers in; without one it is integers alone
+    (:func:`chooses`).
+    """
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -184,6 +227,28 @@ class Method(Protocol):
 def is_method(value: object) -> TypeGuard[Method]:
     """Whether a value is a method, and not the class of one."""
     return isinstance(value, Method) and not isinstance(value, type)
+
+
+def chooses(method: Method, scheme: Scheme) -> bool:
+    """Whether a method chooses numbers of a scheme's format."""
+    return scheme.format in getattr(type(method), "formats", (INTEGER,))
+
+
+def refuse_format(layer: str, scheme: Scheme, methods: Sequence[Method]) -> None:
+    """Refuse a layer whose format the methods of a recipe do not choose numbers in.
+
+    Layers with ``reconstruct`` off are left to those methods that do.
+
+    Raises:
+        RecipeError: naming the layer, the methods and what would do.
+    """
+    others = [type(method).__name__ for method in methods if not chooses(method, scheme)]
+    if others and (scheme.reconstruct or len(others) == len(methods)):
+        raise RecipeError(
+            f"layer {layer}: {', '.join(others)} choose{'s' * (len(others) == 1)} integers, and its format is "
+            f"{scheme.format}. Name RangeSearch or MinMax alone, as the presets fp8 do, or have reconstruct = false in "
+            "its scheme beside one of them"
+        )
 
 
 def check_methods(methods: Iterable[object]) -> None:

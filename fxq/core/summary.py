@@ -16,6 +16,7 @@ from fxq.core.graph import linear_sites
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
 from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
+from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import op as gemm
 from fxq.runtime.tables import Justify, Sheet, grouped
 
@@ -126,6 +127,8 @@ class Summary:
             yield Text(notes)
         if any(row.kernel == gemm.IN_FLOAT for row in self.rows):
             yield Text(gemm.in_float_note())
+        if any(row.kernel == fp8.ON_CPU for row in self.rows):
+            yield Text(fp8.NOTE)
 
     def _notes(self) -> str:
         """Each sentence about modules once, with the modules it is said of."""
@@ -163,7 +166,7 @@ def _other(product: OtherProduct) -> LayerRow:
 
 def _kernel(module: fx.GraphModule, layer: QuantizedLayer) -> str:
     weight = get_tensor(module, str(layer.weight.target))
-    return kernels.used(str(layer.product.target).removeprefix("fxq."), weight.device.type, weight)
+    return kernels.used(str(layer.product.target).removeprefix("fxq."), str(weight.device), weight)
 
 
 def _stored_bytes(module: fx.GraphModule, layer: QuantizedLayer) -> int:

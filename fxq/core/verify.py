@@ -94,7 +94,7 @@ def no_planned_linear_is_left(graph: QuantGraph) -> Iterator[str]:
 
 @rule(Stage.LOWERED, until=Stage.FUSED)
 def integer_tensors_fit_their_plan(graph: QuantGraph) -> Iterator[str]:
-    """Weights are int8 or packed uint8 of the planned shape, scales float32 and finite."""
+    """Weights are int8, packed uint8 or float8 of the planned shape, scales float32 and finite."""
     for layer, (plan, nodes) in planned(graph.module).items():
         for node in nodes if plan.scheme is not None else ():
             if node.target not in FROZEN_PRODUCTS:
@@ -123,13 +123,14 @@ def _misfits(module: fx.GraphModule, layer: QuantizedLayer) -> Iterator[str]:
     width = plan.in_features // 2 if packed else plan.in_features
     if tuple(stored.shape) != (plan.out_features, width):
         yield f"weight {tuple(stored.shape)}, expected {(plan.out_features, width)}"
-    if stored.dtype != (torch.uint8 if packed else torch.int8):
+    if stored.dtype != (torch.uint8 if packed else plan.quantization.input_dtype):
         yield f"weight dtype {stored.dtype}"
     groups = 2 if plan.outliers else 1
     shapes = [tuple(tensors[name].shape) for name in ("weight_scale", "input_scale") if name in tensors]
     if shapes != [(groups, plan.out_features), (groups,)][: len(shapes)]:
         yield f"scales {' and '.join(map(str, shapes))}, expected {groups} groups"
-    if not all(bool(t.isfinite().all()) for t in tensors.values()):
+    # Float8 of a strange file: torch does not ask it whether it is finite.
+    if not all(bool((t.float() if t.dtype.itemsize == 1 else t).isfinite().all()) for t in tensors.values()):
         yield "a scale or offset is not finite"
     if split != plan.split:
         yield f"split {split}, the plan says {plan.split}"

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxq import kernels
 from fxq.calls.captured import inherit_notes, notes_of
 from fxq.core.ir import compiled_value, inherit_meta, set_compiled_input
 from fxq.integrations.binding import BackendError, Binding
 from fxq.integrations.swap import QuantizedLinear
+from fxq.kernels import float8
 
 _LINEARS = (torch.nn.functional.linear, torch.ops.aten.linear.default)
 _IN_PLACE = {"setitem", *(name for name in dir(operator) if hasattr(operator, f"__{name}__") and name[0] == "i")}
@@ -185,9 +185,8 @@ def replace(
         with graph.inserting_before(node):
             if shared[i] == i:
                 quantized[i] = _quantize(graph, node, layer, inputs(layer, layer.quantization()))
-            product = kernels.dual_scale_linear_per_token if layer.per_token else kernels.dual_scale_linear
             arguments = (*quantized[shared[i]], *inputs(layer, layer.product()), value.dtype)
-            y = graph.call_function(product.definition, arguments)
+            y = graph.call_function(layer.operators.product.definition, arguments)
             inherit_meta(y, node, value)
         node.replace_all_uses_with(y)
         graph.erase_node(node)
@@ -199,14 +198,15 @@ def _quantize(graph: fx.Graph, linear: fx.Node, layer: QuantizedLinear, rest: li
     """The integers of a linear's input and, where they are measured, their scales; ``rest`` are further arguments."""
     x = _argument(linear, 0, "input")
     value = compiled_value(x)
-    integers = value.new_empty(value.shape, dtype=torch.int8)
+    made_of = layer.operators.quantize.definition
+    integers = value.new_empty(value.shape, dtype=float8.E4M3 if layer.is_float8 else torch.int8)
     if not layer.per_token:
-        q = graph.call_function(kernels.quantize_act.definition, (x, *rest))
+        q = graph.call_function(made_of, (x, *rest))
         inherit_meta(q, linear, integers)
         return (q,)
     columns = (1 if layer.split == layer.in_features else 2) * (2 if layer.asymmetric else 1)
     values = integers, value.new_empty((*value.shape[:-1], columns), dtype=torch.float32)
-    pair = graph.call_function(layer.measure, (x, *rest))
+    pair = graph.call_function(made_of, (x, *rest))
     inherit_meta(pair, linear, values)
     made = tuple(graph.call_function(operator.getitem, (pair, i)) for i in range(2))
     for node, part in zip(made, values, strict=True):

@@ -1,16 +1,19 @@
-"""The linear on integers that takes the place of an ``nn.Linear``."""
+"""The linear on integers or float8 that takes the place of an ``nn.Linear``."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxq import kernels, numerics
+from fxq import numerics
 from fxq.core.deviation import deviation_in_steps
 from fxq.core.ir import LAYER_TENSORS, LayerPlan
+from fxq.core.layer import Operators
+from fxq.core.method import Scheme
 from fxq.integrations.stand_in import FloatStandIn
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
@@ -32,7 +35,8 @@ class QuantizedLinear(nn.Module):
     form of the float tensors. ``half()`` and ``to(dtype)`` change that form only; ``to(device)`` moves everything. A
     state dict with the bundle's names loads too. ``like`` is a parameter without elements that holds dtype and device
     of the floats, for code that asks the first parameter of a module; a state dict may lack it. On a CPU with native
-    kernels ``panels`` holds the integers once more, in their layout; it is not saved.
+    kernels ``panels`` holds the integers once more, in their layout; it is not saved. Float8 layers have none, and no
+    ``input_zero_point``.
 
     Args:
         plan: of the layer.
@@ -117,11 +121,11 @@ class QuantizedLinear(nn.Module):
         """As :meth:`forward`, whatever an instance has in its place."""
         if x.dtype == torch.float64:
             return self.compute(x.float()).double()
-        if self.per_token:
-            q, scale = self.measure(x, *self.quantization())
-            return kernels.dual_scale_linear_per_token.definition(q, scale, *self.product(), x.dtype)
-        q = kernels.quantize_act.definition(x, *self.quantization())
-        return kernels.dual_scale_linear.definition(q, *self.product(), x.dtype)
+        operators = self.operators
+        made = operators.quantize.definition(x, *self.quantization())
+        made = made if self.per_token else (made,)
+        result: Tensor = operators.product.definition(*made, *self.product(), x.dtype)
+        return result
 
     @property
     def per_token(self) -> bool:
@@ -134,22 +138,28 @@ class QuantizedLinear(nn.Module):
         return self.plan.scheme is not None and self.plan.scheme.asymmetric
 
     @property
-    def measure(self) -> Callable[..., Any]:
-        """The operator that measures them and quantizes the input."""
-        op = kernels.quantize_per_token_asymmetric if self.asymmetric else kernels.quantize_per_token
-        return op.definition
+    def is_float8(self) -> bool:
+        """Whether weights and inputs are float8."""
+        return self.plan.scheme is not None and self.plan.scheme.is_float8
+
+    @property
+    def operators(self) -> Operators:
+        """Those that quantize the input and multiply."""
+        scheme = Scheme() if self.plan.scheme is None else self.plan.scheme
+        return Operators.of(dataclasses.replace(scheme, per_token=self.per_token))
 
     def quantization(self) -> tuple[object, ...]:
-        """Arguments of ``fxq::quantize_act``, or of :attr:`measure`, after the input."""
-        scales = () if self.per_token else (self.input_scale, self.input_zero_point)
-        return self.perm, *scales, self.split, self.input_bits
+        """Arguments of the operator that quantizes, after the input."""
+        scales = (self.input_scale, *(() if self.is_float8 else (self.input_zero_point,)))
+        bits = () if self.is_float8 else (self.input_bits,)
+        return self.perm, *(() if self.per_token else scales), self.split, *bits
 
     def product(self) -> tuple[Any, ...]:
         """Arguments of the product between the integers, or the scales measured with them, and the dtype."""
         panels = self.panels
         weight = self.integers if panels is None or panels.device.type != "cpu" else panels
         scales = (self.weight_scale,) if self.per_token else (self.weight_scale, self.input_scale)
-        return weight, *scales, self.offset, self.split, self.weight_bits
+        return weight, *scales, self.offset, self.split, *(() if self.is_float8 else (self.weight_bits,))
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -169,7 +179,7 @@ class QuantizedLinear(nn.Module):
 
     def lay_out(self) -> None:
         """Make ``panels`` of the weight where the native kernels run, and drop them elsewhere."""
-        here = self.integers.device.type == "cpu" and native.ready()
+        here = self.integers.device.type == "cpu" and not self.is_float8 and native.ready()
         self._buffers.pop("panels", None)
         self._non_persistent_buffers_set.discard("panels")
         if here:
@@ -177,7 +187,7 @@ class QuantizedLinear(nn.Module):
             self._non_persistent_buffers_set.add("panels")
 
     def codes(self) -> Tensor:
-        """int8 [N, K], channels in ``[normal | outlier]`` order."""
+        """int8 or float8 [N, K], channels in ``[normal | outlier]`` order."""
         return numerics.unpacked(self.integers, self.weight_bits)
 
     def deviation(self, weight: Tensor) -> float:
@@ -255,7 +265,8 @@ class QuantizedLinear(nn.Module):
         form = {name: tensor.dtype for name in own if (tensor := self._buffers[name]) is not None}
         found = {buffer_name(name): tensor for name, tensor in given.items()}
         stored = {name: tensor.dtype for name, tensor in found.items() if name in own and isinstance(tensor, Tensor)}
-        if "bias" in given or stored.get("integers", torch.int8).is_floating_point:
+        weight = stored.get("integers", torch.int8)
+        if "bias" in given or (weight.is_floating_point and weight.itemsize > 1):
             return "the state dict has a float weight or bias for it; load that into the float model and quantize it"
         if wrong := [name for name, dtype in stored.items() if form.get(name, dtype) != dtype]:
             return f"{wrong[0]} is {stored[wrong[0]]}, expected {form[wrong[0]]}; the state is of another recipe"

@@ -69,8 +69,8 @@ def _layer(module: fx.GraphModule, name: str, node: fx.Node) -> QuantizedLinear:
     else:
         cause = None
     raise ApplyError(
-        f"layer {name} is {node.target}, expected fxq::dual_scale_linear: an optimized module fits its own graph "
-        "only; give the module it was made from"
+        f"layer {name} is {node.target}, expected a product that is fused with nothing: an optimized module fits its "
+        "own graph only; give the module it was made from"
     ) from cause
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -77,6 +77,7 @@ class ShardGraph(Rewrite):
             raise ParallelError(reason)
         self.plan.check_patterns(layers)
         how = {name: kind for name in layers if (kind := self.plan.how(name)) != "replicate"}
+        _refuse_float8(layers[name][0] for name in how)
         sites = [(node, name) for name in how for node in layers[name][1]]
         entries = input_entries(graph.module)
         if entries is None:
@@ -189,6 +190,15 @@ class ShardGraph(Rewrite):
         device = next(v.device for node in inputs if isinstance(v := example_value(node), Tensor))
         if not record_values(module, local, device):
             raise ParallelError("the rank's graph does not run on example values: a reshape names a size of the whole")
+
+
+def _refuse_float8(plans: Iterable[LayerPlan]) -> None:
+    for plan in plans:
+        if plan.scheme is not None and plan.scheme.is_float8:
+            raise ParallelError(
+                f"layer {plan.layer} is {plan.scheme.format}: only integers are split over ranks. Replicate it by a "
+                "rule of the shard plan, or quantize with w8a8 or w8a8-dynamic"
+            )
 
 
 def _divide(sizes: Sequence[Any], dim: int, size: int) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from fxq import kernels, plugins
 from fxq.export.interop import OTHER_TARGETS, TARGETS
 from fxq.kernels import native
 from fxq.kernels.arguments import Operands
+from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm.op import IN_FLOAT, in_float_note, plain_weight
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.jit import HAS_TRITON
@@ -167,7 +168,7 @@ def check_op(op: Op, device: str) -> Iterator[Check]:
 
 
 def _is_linear(op: Op) -> bool:
-    return op.name.startswith("dual_scale_linear") and not op.name.endswith("fp8")
+    return op.name.startswith("dual_scale_linear") and op not in kernels.FLOAT8
 
 
 def _has_panels(arguments: Arguments) -> bool:
@@ -185,8 +186,8 @@ def _unusable(op: Op, device: str) -> str:
     if device == "cpu" or not HAS_TRITON:
         return ""
     capability = torch.cuda.get_device_capability(device)
-    needs = OLDEST_FP8 if op.name.endswith("fp8") else OLDEST_INT8
-    if kernels.used(op.name, device) == "triton" and capability < needs:
+    needs = OLDEST_FP8 if op in kernels.FLOAT8 else OLDEST_INT8
+    if kernels.used(op.name, device) in ("triton", "none") and capability < needs:
         return f"needs {arch_name(needs)}, this GPU is {arch_name(capability)}"
     return ""
 
@@ -200,6 +201,8 @@ def why_slow(op: Op, device: str) -> str:
         return no_triton() or "torch's own kernels serve it"
     if _is_linear(op):
         return in_float_note() if kernel == IN_FLOAT else ""
+    if kernel == fp8.ON_CPU:
+        return "a CPU has no FP8 arithmetic: no faster than float"
     if kernel == "reference":
         return "no CPU kernel is written for it"
     return native.why_not() or f"the {native.name()} kernels have none for it"

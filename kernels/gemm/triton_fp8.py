@@ -1,6 +1,7 @@
-"""The Triton kernel behind ``quantize_fp8``.
+"""The Triton kernels behind ``quantize_fp8`` and ``quantize_fp8_per_token``.
 
-The product is the GEMM of :mod:`fxq.kernels.gemm.triton_kernel` on float8.
+The products are the GEMMs of :mod:`fxq.kernels.gemm.triton_kernel` and of :mod:`fxq.kernels.gemm.triton_per_token` on
+float8.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxq.kernels.arguments import QuantizeFp8
+from fxq.kernels import float8
+from fxq.kernels.arguments_fp8 import QuantizeFp8, QuantizeFp8PerToken
 from fxq.kernels.jit import Pointer, Scalar, constexpr, jit, tl, triton
+from fxq.kernels.quantize.triton_per_token import largest, store_scale, whole_row
 from fxq.kernels.rows import MAX_WIDTH, flat_rows, warps_of
 
 OLDEST = (8, 9)
@@ -49,6 +52,44 @@ def quantize_fp8_kernel(
     tl.store(q_ptr + row * K + columns, bits.to(q_ptr.dtype.element_ty, bitcast=True), mask=inside)
 
 
+@jit
+def quantize_fp8_per_token_kernel(
+    x_ptr: Pointer,
+    perm_ptr: Pointer,
+    q_ptr: Pointer,
+    scale_ptr: Pointer,
+    K: Scalar,
+    split: Scalar,
+    x_stride: Scalar,
+    least: Scalar,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    BLOCK: constexpr,
+) -> None:
+    """One row, which stays in registers from its load to the store of its values."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    x = whole_row(x_ptr + row * x_stride, perm_ptr, columns, K, GATHER)  # [BLOCK], 0 beyond K
+    top, outlier_top = largest(x, columns, split, DUAL)
+    GROUPS: constexpr = 2 if DUAL else 1
+    inverse = store_scale(scale_ptr + row * GROUPS, top, least, 448.0)
+    factor = inverse
+    if DUAL:
+        # float8 units per unit of x, [BLOCK]
+        factor = tl.where(
+            columns < split, inverse, store_scale(scale_ptr + row * GROUPS + 1, outlier_top, least, 448.0)
+        )
+    # Where the scale is NaN the factor is 0, and the values are too: 0 * infinity would be NaN.
+    scaled = tl.where(factor == 0.0, 0.0, x) * factor
+    q = tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row * K + columns, q, mask=columns < K)
+
+
+def too_old(capability: tuple[int, int]) -> str:
+    """Why a GPU has no float8 tensor cores, or ""."""
+    return "" if capability >= OLDEST else f"float8 needs sm_89, this GPU is sm_{capability[0]}{capability[1]}"
+
+
 def check_device() -> None:
     """Raise ValueError when the current device has no float8 tensor cores."""
     capability = torch.cuda.get_device_capability()
@@ -85,3 +126,35 @@ def launch(a: QuantizeFp8, *, out: Tensor | None = None) -> Tensor:
             num_warps=warps_of(block),
         )
     return q
+
+
+def launch_per_token(a: QuantizeFp8PerToken) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel on the current device; see :func:`fxq.kernels.gemm.fp8.quantize_fp8_per_token`.
+
+    Raises:
+        ValueError: when a row is wider than ``MAX_WIDTH``.
+    """
+    x, perm, split = a
+    width = x.shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"x has {width} channels: expected at most {MAX_WIDTH}")
+    rows, dual = flat_rows(x), split < width
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty((*x.shape[:-1], 2 if dual else 1), dtype=torch.float32, device=x.device)
+    block = max(16, triton.next_power_of_2(width))
+    if q.numel():
+        quantize_fp8_per_token_kernel[(rows.shape[0],)](
+            rows,
+            None if perm is None else perm.contiguous(),
+            q,
+            scale,
+            K=width,
+            split=split,
+            x_stride=rows.stride(0),
+            least=float8.LEAST_MAGNITUDE,
+            GATHER=perm is not None,
+            DUAL=dual,
+            BLOCK=block,
+            num_warps=warps_of(block),
+        )
+    return q, scale

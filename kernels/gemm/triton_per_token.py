@@ -1,5 +1,6 @@
-"""The Triton kernel behind ``dual_scale_linear_per_token``.
+"""The Triton kernel behind ``dual_scale_linear_per_token`` and its float8 twin.
 
+It multiplies int8, with weights of 4 bits too, or float8, whose sums are float32.
 With two groups it has two sums: that of the outliers becomes float32, scaled, before the normal channels begin. Row
 scales forbid the rescaled integer of :mod:`fxq.kernels.gemm.triton_kernel`: its ratio has no bound known in advance.
 Zero points of rows need the sums of the weight's integers, which a kernel of its own adds up before.
@@ -121,7 +122,8 @@ def linear_per_token_kernel(
     HEIGHT: constexpr = BLOCK_N if SWAPPED else BLOCK_M
     WIDTH: constexpr = BLOCK_M if SWAPPED else BLOCK_N
 
-    acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
+    TOTAL: constexpr = tl.int32 if q_ptr.dtype.element_ty == tl.int8 else tl.float32
+    acc = tl.zeros((HEIGHT, WIDTH), dtype=TOTAL)
     if DUAL:
         acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
         if ASYMMETRIC:
@@ -132,7 +134,7 @@ def linear_per_token_kernel(
         row_scale = tl.load(input_scale_ptr + rows * COLUMNS + 1, mask=in_rows, other=0.0)
         column_scale = tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=0.0) * UNIT
         outlier = _scaled(acc, row_scale, column_scale, SWAPPED)  # [HEIGHT, WIDTH] float32
-        acc = tl.zeros((HEIGHT, WIDTH), dtype=tl.int32)
+        acc = tl.zeros((HEIGHT, WIDTH), dtype=TOTAL)
     acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
     if ASYMMETRIC:
         zero = tl.load(input_scale_ptr + rows * COLUMNS + GROUPS, mask=in_rows, other=0.0)  # [BLOCK_M]
@@ -215,6 +217,7 @@ def linear_tiled(a: Operands, out: Tensor) -> Tensor:
     with torch.cuda.device(a.q.device):
         major, minor = torch.cuda.get_device_capability()
         single = "asymmetric" if a.asymmetric else "per_token"
+        single = single if a.q.dtype == torch.int8 else "fp8_per_token"
         operation = "per_token_dual" if a.split < a.width else single
         rows = out.numel() // max(1, a.outputs)
         tiles = choose(rows, a.outputs, a.width, 10 * major + minor, packed=a.packed, operation=operation)

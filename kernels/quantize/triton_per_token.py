@@ -29,7 +29,7 @@ def _part_of_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, G
 
 
 @jit
-def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
+def whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GATHER: constexpr) -> Block:
     """Float32 channels of a row, loaded in order and exchanged through shared memory, 0 beyond the last."""
     inside = columns < K
     x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
@@ -40,7 +40,7 @@ def _whole_row(x_row: Pointer, perm_ptr: Pointer, columns: Block, K: Scalar, GAT
 
 
 @jit
-def _largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar]:
+def largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar]:
     """Bits of the largest magnitude of the normal channels, and of the outliers; as integers NaN is the largest."""
     # [BLOCK] -> scalars. Bits of floats without a sign are ordered as the floats are, with infinity and NaN on top.
     magnitude = tl.abs(x).to(tl.int32, bitcast=True)
@@ -75,7 +75,7 @@ def _range(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Sc
 def _store_range(
     scale_ptr: Pointer, top: Scalar, below: Scalar, least: Scalar, LOW: constexpr, HIGH: constexpr, GROUPS: constexpr
 ) -> tuple[Scalar, Scalar]:
-    """As :func:`_store_scale` of a row from ``-below`` to ``top``, with its zero point behind; returns that too."""
+    """As :func:`store_scale` of a row from ``-below`` to ``top``, with its zero point behind; returns that too."""
     below = below.to(tl.float32, bitcast=True)
     half = top.to(tl.float32, bitcast=True) * 0.5 + below * 0.5
     finite = half < float("inf")
@@ -91,7 +91,7 @@ def _store_range(
 
 
 @jit
-def _store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
+def store_scale(scale_ptr: Pointer, top: Scalar, least: Scalar, HIGH: constexpr) -> Scalar:
     """Store the scale of a row and group, NaN where it is not finite; returns its reciprocal, 0 for NaN."""
     top = top.to(tl.float32, bitcast=True)
     finite = top < float("inf")  # False for NaN too
@@ -139,11 +139,11 @@ def quantize_per_token_kernel(
     below = 0
     outlier_below = 0
     if WHOLE:
-        x = _whole_row(x_row, perm_ptr, columns, K, GATHER)
+        x = whole_row(x_row, perm_ptr, columns, K, GATHER)
         if ASYMMETRIC:
             top, below, outlier_top, outlier_below = _range(x, columns, split, DUAL)
         else:
-            top, outlier_top = _largest(x, columns, split, DUAL)
+            top, outlier_top = largest(x, columns, split, DUAL)
     else:
         top = 0
         outlier_top = 0
@@ -154,7 +154,7 @@ def quantize_per_token_kernel(
                 below = tl.maximum(below, under)
                 outlier_below = tl.maximum(outlier_below, outlier_under)
             else:
-                found, outlier_found = _largest(x, start + columns, split, DUAL)
+                found, outlier_found = largest(x, start + columns, split, DUAL)
             top = tl.maximum(top, found)
             outlier_top = tl.maximum(outlier_top, outlier_found)
     GROUPS: constexpr = 2 if DUAL else 1
@@ -163,7 +163,7 @@ def quantize_per_token_kernel(
     if ASYMMETRIC:
         inverse, zero = _store_range(scale_row, top, below, least, LOW, HIGH, GROUPS)
     else:
-        inverse = _store_scale(scale_row, top, least, HIGH)
+        inverse = store_scale(scale_row, top, least, HIGH)
     outlier_inverse = inverse
     outlier_zero = zero
     if DUAL:
@@ -172,7 +172,7 @@ def quantize_per_token_kernel(
                 scale_row + 1, outlier_top, outlier_below, least, LOW, HIGH, GROUPS
             )
         else:
-            outlier_inverse = _store_scale(scale_row + 1, outlier_top, least, HIGH)
+            outlier_inverse = store_scale(scale_row + 1, outlier_top, least, HIGH)
     if WHOLE:
         factor = tl.where(columns < split, inverse, outlier_inverse)  # [BLOCK], integers per unit of x
         q = _integers(x, factor, tl.where(columns < split, zero, outlier_zero), LOW, HIGH)

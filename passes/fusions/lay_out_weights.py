@@ -14,6 +14,7 @@ from fxq.core.pipeline import Rewrite
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
 
+_FLOAT8 = "float8 has no CPU kernel and no fused operators: quantize and product stay apart, as they are"
 _PER_TOKEN = "input scales are measured per token: quantize and product stay apart"
 
 
@@ -21,7 +22,8 @@ _PER_TOKEN = "input scales are measured per token: quantize and product stay apa
 class LayOutWeights(Rewrite):
     """On a CPU with native kernels weights become panels (:mod:`fxq.kernels.gemm.panels`); elsewhere they stay.
 
-    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one.
+    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one. Float8
+    weights stay.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -31,17 +33,19 @@ class LayOutWeights(Rewrite):
         """Returns the number of weights laid out anew."""
         module, done = graph.module, set()
         for name, plan in graph.quantized_plans.items():
-            if plan.quantization.per_token:
+            if plan.quantization.is_float8:
+                graph.remark(name, _FLOAT8)
+            elif plan.quantization.per_token:
                 graph.remark(name, _PER_TOKEN)
         for product, layers in _by_product(module).items():
             name = str(layers[0].weight.target)
-            if get_tensor(module, name).device.type != "cpu" or name in done:
+            if get_tensor(module, name).device.type != "cpu" or name in done or layers[0].scheme.is_float8:
                 continue
             if reason := _obstacle(product):
                 for layer in layers:
                     graph.remark(layer.name, reason)
                 continue
-            put_tensor(module, name, pack_panels(layers[0].integers(module), layers[0].split))
+            put_tensor(module, name, pack_panels(layers[0].codes(module), layers[0].split))
             done.add(name)
         return len(done)
 

@@ -126,7 +126,7 @@ def _groups(module: fx.GraphModule, obstacles: dict[QuantizedLayer, str]) -> lis
     groups: dict[object, list[QuantizedLayer]] = {}
     for layer, obstacle in obstacles.items():
         named = layer.arguments
-        alike = (named[name] for name in ("q", "split", "bits", "dtype"))
+        alike = (named.get(name) for name in ("q", "split", "bits", "dtype"))  # float8 has no bits
         # A layer with an obstacle stays alone; the others must be one operator with equal arguments on one input.
         key = layer if obstacle else (layer.product.target, *alike, _bytes(module, named["input_scale"]))
         groups.setdefault(key, []).append(layer)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.core.method import LayerProblem, LayerUpdate, Method
+from fxq.kernels import float8
 from fxq.passes.methods.units import unit_of
 
 __all__ = [
@@ -40,6 +41,10 @@ _PART = 512  # rows quantized at a time
 def simulated_input(problem: LayerProblem, update: LayerUpdate, x: Tensor) -> Tensor:
     """float32 [R, K]: rows ``x`` quantized as the scheme says, and dequantized."""
     split, bits = problem.split, problem.scheme.input_bits
+    if problem.scheme.is_float8:
+        if update.input_scale is None:
+            return float8.dequantize_per_token(*float8.quantize_per_token(x, split), split)
+        return float8.dequantize_input(float8.quantize_input(x, update.input_scale, split), update.input_scale, split)
     if update.input_scale is None or update.input_zero_point is None:
         q, scale = numerics.quantize_per_token(x, split, bits, problem.scheme.asymmetric)
         return numerics.dequantize_per_token(q, scale, split)

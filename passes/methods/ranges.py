@@ -1,25 +1,29 @@
-"""Scales from ranges: MinMax, and the percentile search of Q-ARVD (arXiv 2605.21072); both round to nearest."""
+"""Scales from ranges: MinMax, and the percentile search of Q-ARVD (arXiv 2605.21072); both round to nearest.
+
+Integers or float8; the search for scales of the latter is in :mod:`fxq.passes.methods.float_ranges`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
 from fxq.core.config import RecipeError
-from fxq.core.method import LayerUpdate
-from fxq.passes.methods import LayerProblem, amounts, row_energies
+from fxq.core.method import FLOAT8, INTEGER, LayerUpdate, Scheme
+from fxq.kernels import float8
+from fxq.passes.methods import LayerProblem
+from fxq.passes.methods.clipping import SAMPLE_LIMIT, clips, representative
+from fxq.passes.methods.float_ranges import float_scale, search_float_input, search_float_weight
 from fxq.passes.methods.units import TINY, unit
 
-_SAMPLE_LIMIT = 1 << 20  # activations searched, about
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
 _MAX_ZERO_POINT = 1 << 20  # beyond it float32 no longer resolves single integers
 _LARGEST = float(torch.finfo(torch.float32).max)
-_MOST_BETWEEN = 4  # ranges tried between the widest percentile and the extremes, when these lie far outside
 
 
 def affine(low: float, high: float, bits: int) -> tuple[float, int]:
@@ -63,11 +67,11 @@ def search_input_range(
     rows = values.reshape(-1, values.shape[-1])
     low, high = extremes or (float(rows.min()), float(rows.max()))
     size = float(unit(torch.tensor(max(-low, high), dtype=torch.float32, device="cpu")))
-    flat, counts = _representative(rows / size if rows.numel() <= _SAMPLE_LIMIT else rows, weights, seed)
-    flat = flat if rows.numel() <= _SAMPLE_LIMIT else flat / size
+    flat, counts = representative(rows / size if rows.numel() <= SAMPLE_LIMIT else rows, weights, seed)
+    flat = flat if rows.numel() <= SAMPLE_LIMIT else flat / size
     low_bit, high_bit = numerics.integer_range(bits)
     best: tuple[float, float, int] | None = None
-    for clip in _clips(flat, counts, percentiles, (low / size, high / size)):
+    for clip in clips(flat, counts, percentiles, (low / size, high / size)):
         scale, zero = affine(*clip, bits)
         q = (flat / scale).round_().add_(zero).clamp_(low_bit, high_bit)
         error = q.sub_(zero).mul_(scale).sub_(flat).square_()
@@ -76,60 +80,6 @@ def search_input_range(
             best = (total, scale, zero)
     assert best is not None
     return max(best[1] * size, TINY), best[2]
-
-
-def _representative(rows: Tensor, weights: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Values that stand for all of the rows [R, K], flat, and how many each stands for; None: all for the same."""
-    count, width = rows.shape
-    if weights is not None and bool((weights == weights[:1]).all()):
-        weights = None
-    if rows.numel() <= _SAMPLE_LIMIT:
-        return rows.flatten(), None if weights is None else weights.repeat_interleave(width)
-    mass = torch.ones(count, dtype=torch.float64, device=rows.device) if weights is None else weights.double()
-    taken = amounts(row_energies(rows), mass, _SAMPLE_LIMIT, width).ceil().clamp(max=width)
-    start = torch.rand(
-        count, generator=torch.Generator(device="cpu").manual_seed(seed), dtype=torch.float64, device="cpu"
-    )
-    sizes = taken.long()
-    row = torch.repeat_interleave(sizes)
-    place = torch.arange(len(row), device=rows.device) - (sizes.cumsum(0) - sizes)[row]
-    channel = ((place + start.to(rows.device)[row]) * (width / taken)[row]).long().clamp_(max=width - 1)
-    return rows[row, channel], (mass * (width / taken)).float()[row]
-
-
-def _clips(
-    flat: Tensor, counts: Tensor | None, percentiles: Sequence[float], extremes: tuple[float, float]
-) -> list[tuple[float, float]]:
-    """The ranges to try, by percentiles of the weighted values."""
-    clips = []
-    tails = [1 - p for p in percentiles if p < 1]
-    if tails:
-        clips = list(zip(_tail(flat, counts, tails, False), _tail(flat, counts, tails, True), strict=True))
-    if len(tails) < len(percentiles):
-        widest = max((high - low for low, high in clips), default=0.0)
-        ratio = (extremes[1] - extremes[0]) / widest if widest > 0 else 1.0
-        steps = min(_MOST_BETWEEN, max(0, math.ceil(math.log2(ratio)) - 1)) if ratio > 2 else 0
-        for step in range(1, steps + 1):
-            part = ratio ** -(step / (steps + 1))
-            clips.append((extremes[0] * part, extremes[1] * part))
-        clips.append(extremes)
-    return clips
-
-
-def _tail(flat: Tensor, counts: Tensor | None, tails: Sequence[float], largest: bool) -> list[float]:
-    """The values beyond which a fraction of the weighted values lies at one end."""
-    total = float(len(flat) if counts is None else counts.double().sum())
-    beyond = [tail * (total - total / len(flat)) for tail in tails]
-    most = min(len(flat), round(max(tails) * (len(flat) - 1)) + 2)
-    while True:
-        found, index = flat.topk(most, largest=largest)
-        each = torch.ones_like(found, dtype=torch.float64) if counts is None else counts[index].double()
-        middle = each.cumsum(0) - each / 2
-        if most == len(flat) or float(middle[-1]) >= max(beyond):
-            break
-        most = min(len(flat), 4 * most)
-    wanted = torch.tensor(beyond, dtype=torch.float64, device=middle.device)
-    return [float(found[i]) for i in torch.searchsorted(middle, wanted).clamp(max=most - 1).tolist()]
 
 
 def search_weight_scale(weight: Tensor, bits: int, percentiles: Sequence[float], ratios: Sequence[float]) -> Tensor:
@@ -156,10 +106,10 @@ def _search_rows(weight: Tensor, bits: int, percentiles: Sequence[float], ratios
     magnitude = weight.abs()
     top = magnitude.amax(1)
     ordered = magnitude.sort(1).values
-    clips = [ordered[:, round(p * (weight.shape[1] - 1))] for p in percentiles] + [top * r for r in ratios]
+    clipped = [ordered[:, round(p * (weight.shape[1] - 1))] for p in percentiles] + [top * r for r in ratios]
     best_scale = top / high
     best_error = torch.full_like(top, torch.inf)
-    for clip in clips:
+    for clip in clipped:
         scale = torch.where(clip > 0, clip / high, best_scale)
         q = (weight / scale[:, None].clamp(min=TINY)).round_().clamp_(low, high)
         error = q.mul_(scale[:, None]).sub_(weight).square_().sum(1)
@@ -174,6 +124,9 @@ def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tu
     scale, device = torch.stack(weight_scales), problem.weight.device
     if not inputs:
         return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale)
+    input_scale = torch.tensor([s for s, _ in inputs], dtype=torch.float32, device=device)
+    if problem.scheme.is_float8:
+        return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale, input_scale=input_scale)
     if len(inputs) == 2:
         # Half the limit leaves room for methods that move the input scales afterwards.
         limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
@@ -182,18 +135,26 @@ def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tu
     return LayerUpdate(
         weight=_round_weight(problem, scale),
         weight_scale=scale,
-        input_scale=torch.tensor([s for s, _ in inputs], dtype=torch.float32, device=device),
+        input_scale=input_scale,
         input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32, device=device),
     )
 
 
 def _round_weight(problem: LayerProblem, scale: Tensor) -> Tensor:
-    """int8 [N, K] of nearest integers, some rows at a time."""
-    step = max(1, _SEARCH_LIMIT // problem.weight.shape[1])
-    integers = torch.empty_like(problem.weight, dtype=torch.int8)
-    for out, rows, scales in zip(*(t.split(step) for t in (integers, problem.weight, scale.T)), strict=True):
-        out.copy_(numerics.quantize_weight(rows, scales.T, problem.split, problem.scheme.weight_bits))
-    return integers
+    """int8 or float8 [N, K] of nearest numbers, some rows at a time."""
+    step, scheme = max(1, _SEARCH_LIMIT // problem.weight.shape[1]), problem.scheme
+    nearest = torch.empty_like(problem.weight, dtype=scheme.input_dtype)
+    for out, rows, scales in zip(*(t.split(step) for t in (nearest, problem.weight, scale.T)), strict=True):
+        if scheme.is_float8:
+            out.copy_(float8.quantize_weight(rows, scales.T, problem.split))
+        else:
+            out.copy_(numerics.quantize_weight(rows, scales.T, problem.split, scheme.weight_bits))
+    return nearest
+
+
+def _largest(scheme: Scheme) -> float:
+    """Largest number of the format of a scheme's weights."""
+    return float8.LARGEST if scheme.is_float8 else numerics.integer_range(scheme.weight_bits)[1]
 
 
 def _extremes(problem: LayerProblem, part: slice) -> tuple[float, float]:
@@ -208,17 +169,21 @@ class MinMax:
     Schemes with a scale per token have no activation range to choose.
     """
 
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8)
+
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
-        bits = problem.scheme.weight_bits
-        high = numerics.integer_range(bits)[1]
-        weights, inputs = [], []
+        high, weights, inputs = _largest(problem.scheme), list[Tensor](), list[tuple[float, int]]()
         for part in problem.groups:
             weight = problem.weight[:, part]
             top = torch.maximum(weight.amax(1), -weight.amin(1))
             weights.append(torch.where(top > 0, (top / high).clamp(min=TINY), 1.0))
             if not problem.scheme.per_token:
-                inputs.append(affine(*_extremes(problem, part), problem.scheme.input_bits))
+                low, most = _extremes(problem, part)
+                if problem.scheme.is_float8:
+                    inputs.append((float_scale(max(-low, most)), 0))
+                else:
+                    inputs.append(affine(low, most, problem.scheme.input_bits))
         return _rounded(problem, weights, inputs)
 
 
@@ -230,9 +195,11 @@ class RangeSearch:
     and for weights ``ratios`` of the absolute maximum: at 4 bits a channel of a few hundred weights has no percentile
     between "clip nothing" and "clip one". ``ratios=()`` with the three percentiles is the published search. Schemes
     with a scale per token get weight scales only, and need no calibration rows for them. Unclipped means the exact
-    extremes of all calibration rows, sampled or not.
+    extremes of all calibration rows, sampled or not. A float8 scale has no range to fill: see
+    :func:`~fxq.passes.methods.float_ranges.search_float_weight`.
     """
 
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8)
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
     ratios: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
@@ -244,20 +211,21 @@ class RangeSearch:
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
-        weights, inputs = [], []
-        for part in problem.groups:
-            weights.append(
-                search_weight_scale(problem.weight[:, part], problem.scheme.weight_bits, self.percentiles, self.ratios)
-            )
-            if not problem.scheme.per_token:
-                inputs.append(
-                    search_input_range(
-                        problem.rows[:, part],
-                        problem.scheme.input_bits,
-                        self.percentiles,
-                        problem.counts,
-                        _extremes(problem, part),
-                        problem.seed,
-                    )
-                )
+        weights = [self._weight_scale(problem, part) for part in problem.groups]
+        inputs = [] if problem.scheme.per_token else [self._input_scale(problem, part) for part in problem.groups]
         return _rounded(problem, weights, inputs)
+
+    def _weight_scale(self, problem: LayerProblem, part: slice) -> Tensor:
+        """float32 [N] of one group."""
+        weight = problem.weight[:, part]
+        if problem.scheme.is_float8:
+            return search_float_weight(weight, self.percentiles, self.ratios)
+        return search_weight_scale(weight, problem.scheme.weight_bits, self.percentiles, self.ratios)
+
+    def _input_scale(self, problem: LayerProblem, part: slice) -> tuple[float, int]:
+        """Scale and zero point of one group."""
+        rows, extremes = problem.rows[:, part], _extremes(problem, part)
+        if problem.scheme.is_float8:
+            return search_float_input(rows, self.percentiles, problem.counts, extremes, problem.seed), 0
+        bits = problem.scheme.input_bits
+        return search_input_range(rows, bits, self.percentiles, problem.counts, extremes, problem.seed)

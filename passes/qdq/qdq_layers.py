@@ -104,7 +104,7 @@ class Layer(ABC):
         return get_tensor(self.graph.module, str(node.target))
 
     def _parts(self) -> list[Part]:
-        integers, perm = self.layer.integers(self.graph.module), self.quantize["perm"]
+        integers, perm = self.layer.codes(self.graph.module), self.quantize["perm"]
         order = None if perm is None else self._tensor(perm)
         return parts_of(integers, self._tensor(self.layer.weight_scale), order, self.layer.split)
 

@@ -10,8 +10,21 @@ from torch import Tensor
 from fxq.core.graph import drop_unread_attributes, unused_tensors
 from fxq.core.ir import QuantGraph, Stage, drop_tensor, put_tensor
 from fxq.core.layer import FROZEN_QUANTIZES, LayerError, measured_pair, quantized_layers
-from fxq.core.pipeline import Rewrite
+from fxq.core.method import FLOAT8
+from fxq.core.pipeline import PassError, Rewrite
 from fxq.passes.qdq.qdq_layers import AsymmetricLayer, PerTokenLayer, StaticLayer
+
+
+def refuse_float8(graph: QuantGraph) -> str:
+    """Why a graph has no form of integers: it has layers of float8; or ""."""
+    floats = [layer for layer, plan in graph.quantized_plans.items() if plan.quantization.is_float8]
+    if not floats:
+        return ""
+    more = f" and {len(floats) - 1} more are" if len(floats) > 1 else " is"
+    return (
+        f"layer {floats[0]}{more} {FLOAT8}: this form multiplies integers. Quantize with w8a8 or w8a8-dynamic for it, "
+        "or take an export that holds FP8: compressed-tensors, comfy, vllm-omni, diffusers-torchao"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +61,15 @@ class ToQdq(Rewrite):
     repeatable: ClassVar[bool] = True
 
     def run(self, graph: QuantGraph) -> int:
-        """Returns the number of products replaced."""
+        """Returns the number of products replaced.
+
+        Raises:
+            PassError: naming a layer of float8, see :func:`refuse_float8`.
+        """
         stored: dict[str, Tensor] = {}
         count = 0
+        if reason := refuse_float8(graph):
+            raise PassError(reason)
         for layer in list(quantized_layers(graph.module)):
             try:
                 quantize = layer.own_quantize

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fxq
+from fxq.core.method import FLOAT8
 from fxq.export.bundle import seal_of
 from fxq.export.files import write_tensors
 from fxq.export.program import export_program
@@ -71,6 +72,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, fxq.Batch, fxq.Recipe]]] = {
     "w4": lambda: _toy(4),
     "per-token": lambda: _toy(8, per_token=True),
     "asymmetric": lambda: _toy(4, per_token=True, asymmetric=True),
+    "fp8": lambda: _toy(format=FLOAT8),
     "nested": _nested,
 }
 

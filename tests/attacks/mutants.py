@@ -11,6 +11,7 @@ import torch
 
 from tests.attacks.corpus import FILES, edit_tensors, resign
 
+DTYPES = (torch.float32, torch.int32, torch.int8, torch.float64, torch.float8_e4m3fn)
 NUMBERS = [0, 1, -1, 2, 3, 7, 8, 31, 32, 64, 127, 255, 4096, 65536, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, 2**63]
 NUMBERS += [-(2**63), 10**30, 0.5, -0.0, 1e-40, 1e38, 1e308, float("inf"), float("nan")]
 TEXTS = [
@@ -177,7 +178,7 @@ def forge_tensors(folder: pathlib.Path, random: Random) -> None:
             name = random.choice(sorted(tensors))
             tensor, kind = tensors[name], random.randrange(6)
             if kind == 0:
-                tensors[name] = tensor.to(random.choice([torch.float32, torch.int32, torch.int8, torch.float64]))
+                tensors[name] = tensor.to(random.choice(DTYPES))
             elif kind == 1:
                 tensors[name] = tensor.flatten().repeat(2)
             elif kind == 2:

@@ -37,7 +37,7 @@ def test_list_names_the_presets_and_says_which_need_data():
     rows = {row["name"]: row for row in json.loads(invoke("list", "--json").stdout)}
     assert list(rows) == list(fxq.PRESETS)
     without = {"w8a8-dynamic", "w4a8-dynamic", "w8a8-token", "w4a8-token", "w4a6-token"}
-    without |= {"w8a8-single", "w8a8-single-convrot"}
+    without |= {"w8a8-single", "w8a8-single-convrot", "fp8-dynamic"}
     assert {name for name, row in rows.items() if not row["needs_data"]} == without
     assert rows["w4a6"]["bits"] == ["W4A6"] and rows["w4a6"]["methods"][:3] == ["RangeSearch", "InputSearch", "GPTQ"]
     assert rows["q_arvd-w4a6"]["methods"] == ["RangeSearch", "AdaRound"]

@@ -58,9 +58,9 @@ def test_what_a_layer_stores_stands_for_the_float_layer(bits, per_token):
     model, q = quantized(bits, per_token)
     linear, layer = model.blocks[0].up, layer_of(q)
     stored = LayerTensors.of(q, layer.plan)
-    integers = stored.integers()
+    integers = stored.codes()
     assert integers.dtype == torch.int8 and integers.shape == (64, 96)
-    assert torch.equal(integers, layer.integers(q))
+    assert torch.equal(integers, layer.codes(q))
     step = float(stored.weight_scale.max())
     assert float((stored.float_weight() - linear.weight).detach().abs().max()) <= 1.01 * step
     torch.testing.assert_close(stored.bias(), linear.bias.detach().double(), atol=1e-4, rtol=0)
@@ -76,20 +76,22 @@ def test_every_operator_says_by_its_schema_whether_it_multiplies_for_a_layer():
         "dual_scale_linear_add",
         "dual_scale_linear_quantize",
         "dual_scale_linear_per_token",
+        "dual_scale_linear_fp8",
+        "dual_scale_linear_fp8_per_token",
     }
 
 
 def test_layers_of_an_optimized_graph_are_read_through_merges_fusions_and_panels():
     rollout = wan_rollout()
     q = fxq.quantize(rollout.denoiser, rollout, recipe(4), progress=False)
-    before = {layer.name: layer.integers(q) for layer in quantized_layers(q)}
+    before = {layer.name: layer.codes(q) for layer in quantized_layers(q)}
     optimized = fxq.optimize(q)
     after = list(quantized_layers(optimized))
     assert {layer.name for layer in after} == set(before)
     joint = {layer.name: layer for layer in after if layer.product is not layer.node}
     assert {name.rsplit(".", 1)[1] for name in joint} >= {"q", "k", "v"} and not any(x.frozen for x in joint.values())
     assert len({joint[f"blocks.0.self_attn.{name}"].product for name in "qkv"}) == 1
-    merged = joint["blocks.0.self_attn.q"].integers(optimized)
+    merged = joint["blocks.0.self_attn.q"].codes(optimized)
     assert torch.equal(merged, torch.cat([before[f"blocks.0.self_attn.{name}"] for name in "qkv"]))
     fused = {layer.operator for layer in after}
     assert kernels.dual_scale_linear_add.definition in fused

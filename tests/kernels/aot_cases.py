@@ -9,7 +9,7 @@ from fxq.kernels.gemm import gluon as gluon_gemm
 from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
 from fxq.kernels.gemm.triton import STORE
-from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel
+from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel, quantize_fp8_per_token_kernel
 from fxq.kernels.gemm.triton_kernel import linear_kernel
 from fxq.kernels.gemm.triton_per_token import SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
 from fxq.kernels.norm.triton import norm_quantize_kernel
@@ -96,9 +96,10 @@ def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymme
         constants["sums_ptr"] = None
     for name in ("num_warps", "num_stages"):
         del constants[name]
-    single = "asymmetric" if asymmetric else "per_token"
+    single = "asymmetric" if asymmetric else "fp8_per_token" if weight == "fp8" else "per_token"
     plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else single
-    targets = (t for t in ALL if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
+    known = FP8 if weight == "fp8" else ALL
+    targets = (t for t in known if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
     return Case(linear_per_token_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
@@ -151,6 +152,13 @@ def quantize_fp8() -> Case:
     return Case(quantize_fp8_kernel, types, {"GATHER": True, "DUAL": True, "BLOCK": 2048}, warps_of(2048), 3, FP8)
 
 
+def quantize_fp8_per_token() -> Case:
+    """A case of quantize_fp8_per_token, without the gather that layers of one scale do not need."""
+    types = {"x_ptr": "*bf16", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32", "least": "fp32"}
+    constants: dict[str, object] = {"GATHER": False, "DUAL": False, "BLOCK": 2048, "perm_ptr": None}
+    return Case(quantize_fp8_per_token_kernel, types, constants, warps_of(2048), 3, FP8)
+
+
 def gluon(tiles: gluon_gemm.GluonTiles) -> Case:
     """A case of the Gluon GEMM."""
     types = dict.fromkeys(("weight_scale_ptr", "input_scale_ptr", "offset_ptr"), "*fp32")
@@ -182,6 +190,7 @@ def linears() -> dict[str, Case]:
             cases[f"linear-asymmetric-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False, asymmetric=True)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
+            cases[f"linear-fp8-per-token-single-{size}"] = linear_per_token(tiles, "fp8", dual=False)
         if i < 2:
             cases[f"linear-w8-single-{size}"] = linear(tiles, dual=False)
         for name in FUNCTIONS:
@@ -213,6 +222,7 @@ CASES = linears() | {
     "quantize": quantize(gather=False),
     "quantize-gather": quantize(gather=True),
     "quantize-fp8-gather": quantize_fp8(),
+    "quantize-fp8-per-token": quantize_fp8_per_token(),
     "quantize-per-token-1536": quantize_per_token(1536, gather=False),
     "quantize-per-token-gather-1536": quantize_per_token(1536, gather=True),
     "quantize-per-token-gather-8960": quantize_per_token(8960, gather=True),

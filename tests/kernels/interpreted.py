@@ -15,15 +15,19 @@ from torch import Tensor
 from fxq import numerics
 from fxq.kernels.arguments import (
     DualScaleLinearAdd,
-    DualScaleLinearFp8,
     DualScaleLinearQuantize,
     NormQuantize,
     Operands,
     Quantization,
     QuantizeAct,
-    QuantizeFp8,
     QuantizePerToken,
     RmsNormRope,
+)
+from fxq.kernels.arguments_fp8 import (
+    DualScaleLinearFp8,
+    DualScaleLinearFp8PerToken,
+    QuantizeFp8,
+    QuantizeFp8PerToken,
 )
 from fxq.kernels.gemm import (
     fp8,
@@ -286,6 +290,39 @@ def linear_fp8(m: int, n: int, k: int, split: int) -> None:
     close(y, want, 2**-18 * float(want.abs().max()))
 
 
+def quantize_fp8_per_token(shape: tuple[int, ...], split: int, dtype: torch.dtype, gather: bool) -> None:
+    """Rows whose largest value is 448 and whose others float8 holds, times a power of two; one row is zero."""
+    width, groups = shape[-1], 1 if split == shape[-1] else 2
+    held = noise(*shape).mul(20).clamp(-448, 448).to(fp8.FP8).float()
+    held[..., 0] = 448
+    held[..., split % width] = -448
+    held = held.reshape(-1, width)
+    units = 2.0 ** torch.randint(-9, 9, (len(held), groups), generator=generator())
+    held[1], units[1] = 0, 1.0
+    ordered = held * units[:, (torch.arange(width) >= split).long()]
+    perm = torch.randperm(width, generator=generator()).to(torch.int32)
+    x = torch.empty(ordered.shape).index_copy(-1, perm.long(), ordered) if gather else ordered
+    arguments = QuantizeFp8PerToken(x.to(dtype).reshape(shape), perm if gather else None, split)
+    want, scales = fp8.quantize_fp8_per_token.compute(arguments)
+    q, scale = fp8_triton.launch_per_token(arguments)
+    assert q.dtype == want.dtype and q.shape == want.shape and torch.equal(scale, scales)
+    assert torch.equal(scale.reshape(-1, groups), units)
+    close(q.float().reshape(-1, width), held, 0.0)
+    close(want.float().reshape(-1, width), held, 0.0)
+
+
+def linear_fp8_per_token(m: int, n: int, k: int, split: int) -> None:
+    """Against the reference, to the rounding of float32."""
+    groups = 1 if split == k else 2
+    q, w = (noise(rows, k).mul(40).clamp(-448, 448).to(fp8.FP8) for rows in (m, n))
+    weight_scale = torch.rand(groups, n, generator=generator()) * 0.01 + 0.001
+    scale, offset = torch.rand(m, groups, generator=generator()) + 0.1, noise(n)
+    arguments = DualScaleLinearFp8PerToken(q, scale, w, weight_scale, offset, split, F32)
+    y = per_token_triton.linear(arguments.operands, torch.full((m, n), float("nan")), tiles=TILES)
+    want = fp8.dual_scale_linear_fp8_per_token.compute(arguments)
+    close(y, want, 2**-18 * float(want.abs().max()))
+
+
 def quantize_per_token(
     x: Tensor, split: int, bits: int, gather: bool, max_block: int = 4096, asymmetric: bool = False
 ) -> None:
@@ -437,6 +474,10 @@ CASES: dict[str, Callable[[], None]] = (
         "fp8-quantize-single-bf16": lambda: quantize_fp8((2, 3, 40), [0.5], 40, BF16, gather=False),
         "fp8-linear-dual": lambda: linear_fp8(33, 39, 131, 101),
         "fp8-linear-single": lambda: linear_fp8(17, 70, 96, 96),
+        "fp8-per-token-quantize-dual-gather": lambda: quantize_fp8_per_token((7, 130), 97, F32, gather=True),
+        "fp8-per-token-quantize-single-bf16": lambda: quantize_fp8_per_token((2, 3, 40), 40, BF16, gather=False),
+        "fp8-per-token-linear-dual": lambda: linear_fp8_per_token(33, 39, 131, 101),
+        "fp8-per-token-linear-single": lambda: linear_fp8_per_token(17, 70, 96, 96),
     }
 )
 

@@ -16,10 +16,10 @@ from fxq.kernels.arguments import (
     Operands,
     Quantization,
     QuantizeAct,
-    QuantizeFp8,
     QuantizePerToken,
     RmsNormRope,
 )
+from fxq.kernels.arguments_fp8 import QuantizeFp8, QuantizeFp8PerToken
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import triton as gemm_triton
 from fxq.kernels.gemm import triton_fp8 as fp8_triton
@@ -187,6 +187,18 @@ def quantize_fp8() -> None:
     assert torch.equal(got.float().isnan(), ~x.isfinite()) and torch.equal(want.float().isnan(), ~x.isfinite())
 
 
+def quantize_fp8_per_token() -> None:
+    """The scale of a row that is not finite is NaN, and its values are 0."""
+    x = rows(9, 70)
+    arguments = QuantizeFp8PerToken(x, None, 70)
+    want, scales = fp8.quantize_fp8_per_token.compute(arguments)
+    q, scale = fp8_triton.launch_per_token(arguments)
+    shown = ~x.isfinite().all(1)
+    for values, found in ((q, scale), (want, scales)):
+        assert torch.equal(found.isnan()[:, 0], shown) and not bool(values.float()[shown].any())
+    assert torch.equal(scale.nan_to_num(7.0), scales.nan_to_num(7.0))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "not-finite-quantize-f32": lambda: quantize(100, 100, 8, gather=False),
     "not-finite-quantize-dual-gather": lambda: quantize(131, 97, 8, gather=True),
@@ -211,4 +223,5 @@ CASES: dict[str, Callable[[], None]] = {
     "not-finite-linear-quantize-w4-wide": lambda: linear_quantize(4, WIDE),
     "not-finite-linear-quantize-offset": lambda: linear_quantize(8, bad_column=71),
     "not-finite-fp8": quantize_fp8,
+    "not-finite-fp8-per-token": quantize_fp8_per_token,
 }

@@ -9,12 +9,28 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.kernels import OPS, Op, attention, attention_int8, native, quantize_per_token, quantize_per_token_asymmetric
+from fxq.kernels import (
+    OPS,
+    Op,
+    attention,
+    attention_int8,
+    native,
+    quantize_fp8_per_token,
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+)
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MEASURING = (quantize_per_token, quantize_per_token_asymmetric)
-READ_BY_ROWS = ("quantize_act", "norm_quantize", "quantize_fp8", "rms_norm_rope", "attention", "attention_int8")
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token)
+READ_BY_ROWS = (
+    "quantize_act",
+    "norm_quantize",
+    "quantize_fp8",
+    "rms_norm_rope",
+    "attention",
+    "attention_int8",
+)
 ATTENTIONS = (attention, attention_int8)
 MULTIPLY = ("dual_scale_linear", "dual_scale_linear_quantize", "dual_scale_linear_add")
 

@@ -10,12 +10,11 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxq.cache.codecs import Float8, Kivi, Klt, PerToken, Prq, QuaRot
-from fxq.kernels import OPS, attention_packed, dual_scale_linear_quantize
+from fxq.kernels import FLOAT8, OPS, attention_packed, dual_scale_linear_quantize
 from fxq.kernels.attention.triton_pack import pack_blocks
 from fxq.kernels.cluster import triton as clusters
 from fxq.kernels.gemm import gluon as gluon_gemm
 from fxq.kernels.gemm.activations import ACTIVATIONS, Activation
-from fxq.kernels.gemm.fp8 import dual_scale_linear_fp8, quantize_fp8
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.op import Op
 from tests.kernels.interpreted_cache import arguments
@@ -25,7 +24,6 @@ pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET replaces the compiler"
 )
 
-FLOAT8 = [quantize_fp8, dual_scale_linear_fp8]
 BOUND = [op for op in OPS if op.used("cuda") == "triton" and op not in FLOAT8]
 ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -105,7 +103,7 @@ def has_zero_points(op: Op, sample: tuple) -> bool:
 
 
 @pytest.mark.parametrize("launched", [90], indirect=True)
-@pytest.mark.parametrize("op", BOUND + FLOAT8, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [*BOUND, *FLOAT8], ids=lambda op: op.name)
 def test_a_launch_binds_and_compiles(op, launched):
     check(op, op.samples()[0], launched)
 

@@ -15,14 +15,13 @@ from torch.utils import _pytree as pytree
 import fxq.kernels
 from fxq import numerics
 from fxq.kernels import (
+    FLOAT8,
     OPS,
     Op,
     dual_scale_linear,
-    dual_scale_linear_fp8,
     dual_scale_linear_per_token,
     native,
     quantize_act,
-    quantize_fp8,
     quantize_per_token,
     quantize_per_token_asymmetric,
     used,
@@ -32,7 +31,7 @@ from fxq.kernels.gemm import per_token
 from fxq.kernels.gemm.panels import pack_panels
 from tests.features import demand, needs
 
-HERE = [op for op in OPS if op not in (quantize_fp8, dual_scale_linear_fp8)]  # those have test_fp8.py
+HERE = [op for op in OPS if op not in FLOAT8]  # those have test_fp8.py
 MEASURING = (quantize_per_token, quantize_per_token_asymmetric)
 EXACT = (quantize_act, dual_scale_linear, *MEASURING, dual_scale_linear_per_token)  # bit-equal on a CPU
 EVERY_SAMPLE = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in HERE for i, sample in enumerate(op.samples())]

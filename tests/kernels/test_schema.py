@@ -28,6 +28,9 @@ SCHEMAS = {
     "attention_int8(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
     "quantize_fp8(Tensor x, Tensor? perm, Tensor scale, int split) -> Tensor",
     f"dual_scale_linear_fp8({OPERANDS}, ScalarType dtype) -> Tensor",
+    "quantize_fp8_per_token(Tensor x, Tensor? perm, int split) -> (Tensor q, Tensor scale)",
+    "dual_scale_linear_fp8_per_token(Tensor q, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor offset,"
+    " int split, ScalarType dtype) -> Tensor",
     "quantize_per_token(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",
     "quantize_per_token_asymmetric(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",
     "dual_scale_linear_per_token(Tensor q, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor offset,"

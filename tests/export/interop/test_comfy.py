@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import fxq
 from fxq.export.interop import InteropError, Options, export_bundle
-from fxq.export.interop.layers import read_model, sqnr, to_int8
+from fxq.export.interop.layers import read_model, sqnr, to_single
 from fxq.export.interop.rotation import quantize_rotated, rotate
 from tests.export.interop_toys import forms, make_bundle, original_weights
 from tests.toys import recipe, rows, toy
@@ -117,7 +117,7 @@ def test_rounding_once_onto_the_targets_grid_is_what_its_own_converter_does(bits
     for layer, decibels in once.items():
         want = weights[f"{layer}.weight"]
         if bits == 8:
-            integers, scale, _ = to_int8(stored[layer], layer, torch.float32)
+            integers, scale, _ = to_single(stored[layer], layer, torch.float32)
             before = sqnr(want, integers * scale)
         else:
             before = sqnr(want, quantize_rotated(stored[layer].weight(), size).weight())

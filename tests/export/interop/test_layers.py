@@ -7,7 +7,7 @@ from torch import nn
 import fxq
 from fxq.export import read_receipt
 from fxq.export.interop import TARGETS, InteropError, Options, export_bundle
-from fxq.export.interop.layers import read_model, round_per_channel, sqnr, to_int8
+from fxq.export.interop.layers import read_model, round_per_channel, sqnr, to_single
 from fxq.export.interop.names import DIFFUSERS, ORIGINAL, OWN, Naming
 from tests.export.interop_toys import forms, make_bundle, original_weights, read_json
 from tests.toys import recipe, rows, toy
@@ -71,14 +71,14 @@ def test_constants_of_the_capture_are_left_out_and_named(tmp_path):
 
 def test_one_scale_keeps_its_integers_and_costs_nothing(bundle):
     stored = read_model(bundle).layers["blocks.0.down"]
-    integers, scale, record = to_int8(stored, "down", torch.float32)
+    integers, scale, record = to_single(stored, "down", torch.float32)
     assert torch.equal(integers, stored.integers) and torch.equal(scale[:, 0], stored.weight_scale[0])
     assert record.weight_sqnr_db is None and ("int4 in a byte" in record.note) == (stored.bits == 4)
 
 
 def test_two_scales_are_merged_at_a_stated_cost(bundle):
     stored = read_model(bundle).layers["blocks.0.up"]
-    integers, scale, record = to_int8(stored, "up", torch.float32)
+    integers, scale, record = to_single(stored, "up", torch.float32)
     assert integers.dtype == torch.int8 and scale.shape == (64, 1)
     assert record.note.startswith("two scales merged into one per output channel")
     assert record.weight_sqnr_db == sqnr(stored.weight(), integers.float() * scale)

@@ -1,10 +1,17 @@
 import pytest
 import torch
 
+from fxq.kernels import FLOAT8 as OPS
+from fxq.kernels import used
 from fxq.kernels.gemm import fp8
-from fxq.kernels.gemm.fp8 import FP8, dual_scale_linear_fp8, quantize_fp8
+from fxq.kernels.gemm.fp8 import (
+    FP8,
+    dual_scale_linear_fp8,
+    dual_scale_linear_fp8_per_token,
+    quantize_fp8,
+    quantize_fp8_per_token,
+)
 
-OPS = (quantize_fp8, dual_scale_linear_fp8)
 EVERY_SAMPLE = [pytest.param(op, sample, id=f"{op.name}-{i}") for op in OPS for i, sample in enumerate(op.samples())]
 
 
@@ -26,12 +33,12 @@ def test_schema_fake_and_autograd_registration_hold(op, sample):
 def test_the_gpu_kernel_agrees_with_the_reference(op, sample):
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no CUDA device with float8")
-    got = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in sample)).cpu()
-    want = op.reference(*sample)
-    assert got.dtype == want.dtype and got.shape == want.shape
-    if want.numel():
-        difference = (got.double() - want.double()).abs()
-        assert float(difference.max()) <= op.max_error * float(want.double().abs().max())
+    results = op(*(a.cuda() if isinstance(a, torch.Tensor) else a for a in sample)), op.reference(*sample)
+    for got, want in zip(*map(torch.utils._pytree.tree_leaves, results), strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        if want.numel():
+            difference = (got.cpu().double() - want.double()).abs()
+            assert float(difference.max()) <= op.max_error * float(want.double().abs().max())
 
 
 def test_values_saturate_and_round_half_to_even():
@@ -105,3 +112,63 @@ def test_wrong_arguments_of_quantize_fp8_are_named(position, value, message):
     arguments[position] = value
     with pytest.raises(ValueError, match=f"fxq::quantize_fp8: {message}"):
         quantize_fp8(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(5, 96).to(torch.int8), "q is torch.int8 .* from quantize_fp8_per_token"),
+        (1, torch.ones(5, 1), r"input_scale is torch.float32 \(5, 1\): expected float32 \(5, 2\)"),
+        (1, torch.ones(5, 2).double(), "input_scale is torch.float64"),
+        (2, torch.zeros(8, 96, dtype=torch.int8), "weight is torch.int8"),
+        (3, torch.ones(2, 7), r"weight_scale is torch.float32 \(2, 7\): expected float32 \(2, 8\)"),
+        (5, 97, r"split = 97: expected 1\.\.96"),
+        (6, torch.float64, "dtype = torch.float64"),
+    ],
+)
+def test_wrong_arguments_of_dual_scale_linear_fp8_per_token_are_named(position, value, message):
+    q, weight, weight_scale, _, offset, split, dtype = linear_arguments()
+    arguments = [q, torch.ones(5, 2), weight, weight_scale, offset, split, dtype]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"fxq::dual_scale_linear_fp8_per_token: {message}"):
+        dual_scale_linear_fp8_per_token(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2, 96).double(), "x is torch.float64"),
+        (1, torch.arange(95).int(), "perm is"),
+        (2, 0, "split = 0"),
+    ],
+)
+def test_wrong_arguments_of_quantize_fp8_per_token_are_named(position, value, message):
+    arguments = [torch.zeros(2, 96), None, 64]
+    arguments[position] = value
+    with pytest.raises(ValueError, match=f"fxq::quantize_fp8_per_token: {message}"):
+        quantize_fp8_per_token(*arguments)
+
+
+def test_rows_of_any_size_are_multiplied_alike():
+    weight, weight_scale = torch.randn(8, 96), torch.rand(1, 8) + 0.5
+    q_w = (weight * 60).to(FP8)
+    x = torch.randn(5, 96)
+    factor = 2.0 ** torch.arange(-20, 20, 8)
+    q, scale = quantize_fp8_per_token(x * factor[:, None], None, 96)
+    tail = (q_w, weight_scale, torch.zeros(8), 96, torch.float32)
+    plain, plain_scale = quantize_fp8_per_token(x, None, 96)
+    assert torch.equal(q.view(torch.uint8), plain.view(torch.uint8))
+    want = dual_scale_linear_fp8_per_token(plain, plain_scale, *tail) * factor[:, None]
+    assert torch.equal(dual_scale_linear_fp8_per_token(q, scale, *tail), want)
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_what_runs_is_said_as_it_is(op, monkeypatch):
+    assert used(op.name, "cpu") == fp8.ON_CPU == "reference in float32"
+    monkeypatch.setattr(fp8, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert used(op.name, "cuda:0") == "none"
+    assert fp8.unusable("cuda:0") == "float8 needs sm_89, this GPU is sm_86"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert used(op.name, "cuda:0") == op.used("cuda") and not fp8.unusable("cuda") and not fp8.unusable("cpu")

@@ -37,7 +37,7 @@ def test_weights_are_panels_of_the_same_integers_or_stay(cpu, bits):
     graph = laid_out(q)
     assert graph.stage == Stage.BOUND and graph.log[-1][1] == (0 if cpu else 2)
     for layer in quantized_layers(q):
-        name, before = f"{layer.name}.weight", layer.integers(q)
+        name, before = f"{layer.name}.weight", layer.codes(q)
         after = get_tensor(graph.module, name)
         if cpu:
             assert after is get_tensor(q, name) and graph.remarks[layer.name] == [cpu]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fxq import numerics
 from fxq.core.config import RecipeError
-from fxq.passes.methods import Method, output_sqnr, ranges
+from fxq.passes.methods import Method, clipping, output_sqnr, ranges
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.ranges import MinMax, RangeSearch, search_input_range, search_weight_scale
 from tests.toys import problem
@@ -189,11 +189,11 @@ def test_a_part_of_the_values_stands_for_all_channels_and_rows(width):
     loud = x.clone()
     loud[:, 5] *= 30
     for values in (x, loud):
-        flat, counts = ranges._representative(values, None, 0)
-        assert len(flat) < 1.3 * ranges._SAMPLE_LIMIT and bool((counts > 0).all())
+        flat, counts = clipping.representative(values, None, 0)
+        assert len(flat) < 1.3 * clipping.SAMPLE_LIMIT and bool((counts > 0).all())
         for power in (0, 2, 4):
             want = float(values.double().pow(power).sum())
             assert float((flat.double().pow(power) * counts).sum()) == pytest.approx(want, rel=0.03)
-        flat, counts = ranges._representative(values[torch.arange(len(values)) != 11], None, 0)
+        flat, counts = clipping.representative(values[torch.arange(len(values)) != 11], None, 0)
         want = float(values.double().square().sum() - values[11].double().square().sum())
         assert float((flat.double().square() * counts).sum()) == pytest.approx(want, rel=0.05)
