@@ -33,8 +33,8 @@ class DiskError(OSError):
 class Residency:
     """A look at the address space that many :meth:`give_back` calls share; reading it takes about a millisecond.
 
-    It is looked at again for a tensor outside of every mapping known so far. Make a new one after files were mapped
-    where ordinary memory was before: their tensors would be left alone.
+    It is looked at when it is needed first, and again for a tensor outside of every mapping known so far. Make a new
+    one after files were mapped where ordinary memory was before: their tensors would be left alone.
     """
 
     def __init__(self) -> None:

@@ -136,6 +136,9 @@ def test_a_look_is_shared_by_many_calls_and_repeated_for_new_mappings(tmp_path, 
     for tensor in tensors:
         tensor.fill_(1.0)
         assert held.give_back(tensor) == tensor.nbytes
+    assert len(looks) == 1
+    tensors.append(mapped_tensor(tmp_path / "new", (1 << 20,), torch.float32).fill_(1.0))
+    assert held.give_back(tensors[-1]) == tensors[-1].nbytes
     assert len(looks) == 2
     assert all(bool((tensor == 1).all()) for tensor in tensors)
 
@@ -143,6 +146,7 @@ def test_a_look_is_shared_by_many_calls_and_repeated_for_new_mappings(tmp_path, 
 def test_a_stale_look_never_drops_ordinary_memory(tmp_path):
     file = mapped_tensor(tmp_path / "w", (1 << 22,), torch.uint8)
     held, address = Residency(), file.data_ptr()
+    assert held.mapped_bytes(file) == file.nbytes
     del file
     anonymous = [mmap.mmap(-1, 1 << 22, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(4)]
     tensors = [torch.frombuffer(memory, dtype=torch.uint8) for memory in anonymous]
