@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.cache.codecs import Float8, Kivi, Klt, PerToken, Prq, QuaRot
 from fxq.kernels import FLOAT8, OPS, attention_packed, dual_scale_linear_quantize
+from fxq.kernels.attention.spans import AttentionPacked, parts
 from fxq.kernels.attention.triton_pack import pack_blocks
 from fxq.kernels.cluster import triton as clusters
 from fxq.kernels.gemm import gluon as gluon_gemm
@@ -82,7 +83,7 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
     for got, want in zip(*results, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
         if op.name == "attention_packed":
-            assert set(launched) == {"attention_part_kernel"} and len(launched) == passes(sample)
+            assert launched == packed_launches(AttentionPacked(*sample))
             continue
         if op.name == "attention_int8":
             each = ["codes_kernel", "attention_int8_kernel"]
@@ -92,9 +93,12 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
         assert launched[:-1] == sums if want.numel() else not launched
 
 
-def passes(sample: tuple) -> int:
-    """Exact pieces that hold a key, and one pass for all spans, whose codecs in the samples the kernel reads itself."""
-    return sum(1 for k in sample[1] if k.shape[1]) + bool(len(sample[5]))
+def packed_launches(a: AttentionPacked) -> list[str]:
+    """A kernel for every exact piece that holds a key; one for all spans, or for each after those that read planes."""
+    part = "attention_part_kernel"
+    planes = ["planes_kernel"] * a.codec.count('"klt"')
+    exact, spans = [part] * sum(1 for k in a.k if k.shape[1]), len(list(parts(a)))
+    return exact + ([*planes, part] * spans if planes else [part] * bool(spans))
 
 
 def has_zero_points(op: Op, sample: tuple) -> bool:
