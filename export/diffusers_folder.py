@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 
 import fxq.numerics
 from fxq.core.config import RecipeError, Scheme
-from fxq.core.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.core.facts import Facts
 from fxq.core.ir import LayerPlan, get_tensor, module_path, planned, stored_names
 from fxq.core.layer import told_in_graph
@@ -24,6 +23,7 @@ from fxq.export.bundle import load
 from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
 from fxq.export.receipt import Receipt, make_receipt
+from fxq.metrics.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.runtime.reading import MAX_TENSORS
 from fxq.version import __version__
 

@@ -21,11 +21,12 @@ from fxq.calibration.calibrate import calibrate
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.rollout import Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity, chunk_sensitivity
-from fxq.core.config import Recipe, Weighting
+from fxq.core.config import Recipe
 from fxq.core.interpret import sparing_call
 from fxq.core.ir import QuantGraph, Stage
 from fxq.core.method import LearningMethod, SolvingMethod
 from fxq.core.pipeline import Pass, run_passes
+from fxq.core.rows import Weighting
 from fxq.passes import ApplyMethods, ChooseWidths
 from fxq.passes.line import line
 from fxq.passes.pack_cache import cached_layers
@@ -109,7 +110,8 @@ class Job:
         recipe = self.recipe
         groups = input_groups(graph.module) if recipe.share_inputs else []
         leaders = {site.layer: first.layer for first, *others in groups for site in others}
-        collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder)
+        all_rows = recipe.all_rows and any(isinstance(method, SolvingMethod) for method in recipe.methods)
+        collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder, all_rows)
         collector.attention = None if recipe.attention is None else AttentionErrors()
         with self.bar.step(f"{self.label}calibrate") as on_progress:
             gradients = recipe.chunk_weighting is Weighting.GRADIENT

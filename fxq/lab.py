@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from fxq.calibration.rollout import Draws, Rollout
 from fxq.calibration.sensitivity import ChunkSensitivity
 from fxq.capture.trace import trace
-from fxq.core.config import Recipe, Weighting
+from fxq.core.config import Recipe
 from fxq.core.ir import QuantGraph, Stage, planned
 from fxq.core.method import LayerStatistics
+from fxq.core.rows import Weighting
 from fxq.core.summary import summary
 from fxq.job import Job
 from fxq.metrics import sprites
@@ -111,7 +112,8 @@ class Lab:
         gradients = recipe.chunk_weighting is Weighting.GRADIENT
         rewritten = tuple(repr(step) for step in recipe.transforms if step.needs < Stage.CALIBRATED)
         attention = recipe.attention is not None
-        key = layers, recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, gradients, rewritten, attention
+        sample = recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, recipe.all_rows
+        key = layers, sample, gradients, rewritten, attention
         if key not in self._collected:
             start = time.perf_counter()
             data = Job(recipe, self.bar).calibrate(graph, self.calibration)

@@ -20,6 +20,7 @@ from fxq.core.method import AttentionScheme, Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
+from fxq.passes.methods.gram_adaround import GramAdaRound
 from fxq.passes.methods.input_search import InputSearch
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
@@ -34,7 +35,7 @@ from fxq.recipe_files import MAX_BASES, MAX_RECIPE_BYTES, check_content, refuse_
 from fxq.runtime.messages import did_you_mean
 from fxq.runtime.reading import parse_json, read_bytes
 
-_SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales, SignRound)
+_SHIPPED = (MinMax, RangeSearch, InputSearch, AdaRound, GPTQ, CoordinateDescent, RefitScales, SignRound, GramAdaRound)
 METHODS: dict[str, type[Method]] = {cls.__name__: cls for cls in _SHIPPED}
 """The shipped methods by the name they have in recipe files; others come by :mod:`fxq.plugins`."""
 
@@ -112,6 +113,8 @@ def recipe_to_json(recipe: Recipe) -> dict[str, object]:
     del data["cache"], data["budget"], data["transforms"], data["attention"]
     if recipe.max_rows is None:
         del data["max_rows"]
+    if not recipe.all_rows:
+        del data["all_rows"]
     if recipe.budget is not None:
         data["budget"] = {key: value for key, value in dataclasses.asdict(recipe.budget).items() if value is not None}
     if recipe.cache is not None:

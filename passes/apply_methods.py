@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from fxq.calibration.collect import CalibrationError
-from fxq.core.config import Weighting
 from fxq.core.graph import LinearSite, linear_sites
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, planned, set_plan
 from fxq.core.method import LayerProblem, LayerStatistics, LayerUpdate, Method, chooses, refuse_format
 from fxq.core.pipeline import Analysis
 from fxq.core.products import low_rank_branch
+from fxq.core.rows import LEAST_GRADIENT, Moments, Weighting
 from fxq.passes.methods import Units, output_sqnr
 from fxq.passes.share_inputs import input_groups
 from fxq.runtime.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from fxq.runtime.memory.residency import Residency, trim
 
 _LEAST_OUTPUT = 2.0**-100  # in the range of float32 with room for the steps of integers, and for sums
 _ROWS = 512  # rows that are put into order at a time
-_LEAST_GRADIENT, _MOST_GRADIENT = 0.02, 200.0  # of the mean squared gradient
+_MOST_GRADIENT = 200.0  # of the mean squared gradient; sums over all rows know no largest one
 
 
 class Judge(Protocol):
@@ -125,7 +125,8 @@ class ApplyMethods(Analysis):
         for site in group:
             problems.append(self._problem(graph, site, plans[site.layer], problems[:1]))
         if (statistics := graph.statistics.get(group[0].layer)) is not None:
-            residency.give_back(statistics.rows)
+            sums = () if statistics.sums is None else (statistics.sums.squares,)
+            residency.give_back(statistics.rows, *sums)
         for problem, site in zip(problems, group, strict=True):
             _check_range(problem, site.weight(graph.module).dtype)
         joint = _stacked(problems)
@@ -183,7 +184,8 @@ class ApplyMethods(Analysis):
         if self.weighting is Weighting.GRADIENT and len(statistics.rows):
             if statistics.gradients is None:
                 raise ValueError(f"layer {plan.layer} was calibrated without gradients, and the weighting needs them")
-            row_weights = row_weights * _relative(statistics.gradients, counts)
+            most = _MOST_GRADIENT if statistics.sums is None else math.inf
+            row_weights = row_weights * _relative(statistics.gradients, counts, most)
         shared = [p for p in known if graph.statistics.get(p.layer) is statistics]
         branch = low_rank_branch(graph.module, plan)
         return LayerProblem(
@@ -199,7 +201,15 @@ class ApplyMethods(Analysis):
             counts=None if counts is None else counts.to(device),
             bias=None if bias is None else bias.float().to(device),
             branch=None if branch is None else branch[:, order.to(device)],
+            moments=shared[0].moments if shared else self._moments(statistics, order, device),
         )
+
+    def _moments(self, statistics: LayerStatistics, order: Tensor, device: torch.device) -> Moments | None:
+        """Of all rows as they are weighed, channels in ``order``; None where only a sample is known."""
+        if statistics.sums is None:
+            return None
+        found = statistics.sums.moments(self.weighting is Weighting.GRADIENT)
+        return found.of_channels(order.to(found.mean.device), statistics.multiplier).to(device)
 
 
 def _ordered_rows(statistics: LayerStatistics, order: Tensor) -> Tensor:
@@ -229,13 +239,13 @@ def _check_range(problem: LayerProblem, dtype: torch.dtype) -> None:
         )
 
 
-def _relative(gradients: Tensor, counts: Tensor | None) -> Tensor:
-    """Weights float32 [R] of mean 1 from squared gradients: no row counts for nothing, and none for all."""
+def _relative(gradients: Tensor, counts: Tensor | None, most: float) -> Tensor:
+    """Weights float32 [R] of mean 1 from squared gradients: no row counts for nothing, none above ``most`` means."""
     mass = torch.ones_like(gradients) if counts is None else counts
     mean = float((gradients * mass).sum() / mass.sum())
     if not mean > 0:
         return torch.ones_like(gradients)
-    weights = (gradients / mean).clamp(max=_MOST_GRADIENT) + _LEAST_GRADIENT
+    weights = (gradients / mean).clamp(max=most) + LEAST_GRADIENT
     return weights * (mass.sum() / (weights * mass).sum())
 
 
@@ -262,7 +272,8 @@ def _key(problem: LayerProblem, methods: tuple[Method, ...], judged: tuple[Tenso
     ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     tensors = (problem.weight, problem.low, problem.high, problem.rows, problem.row_weights)
-    others = (problem.counts, problem.bias, problem.branch)
+    moments = () if problem.moments is None else (problem.moments.mean, problem.moments.covariance)
+    others = (problem.counts, problem.bias, problem.branch, *moments)
     for tensor in (*tensors, *(t for t in others if t is not None), *judged):
         digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()

@@ -11,11 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fxq.core.config import Budget, RecipeError, Weighting
+from fxq.core.config import Budget, RecipeError
 from fxq.core.graph import LinearSite
 from fxq.core.ir import LayerPlan, QuantGraph, Stage, planned, set_plan
 from fxq.core.method import LayerProblem, LayerUpdate
 from fxq.core.pipeline import Analysis
+from fxq.core.rows import Weighting
 from fxq.numerics import PACK_BLOCK
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.knapsack import Choice, KnapsackError, choose, hull

@@ -221,4 +221,7 @@ def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
             for part in tensor.split(4096):
                 digest.update(part.float().contiguous().numpy().data)
                 residency.give_back(part)
+        for tensor in () if s.sums is None else s.sums.state().values():
+            digest.update(tensor.cpu().numpy().data)
+            residency.give_back(tensor)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import tempfile
 from collections.abc import Mapping
@@ -13,12 +14,17 @@ from fxq.calibration.attention_errors import AttentionErrors
 from fxq.calibration.rollout import current_call
 from fxq.calibration.row_sample import RowSample, measure, row_limit
 from fxq.core.method import LayerStatistics
+from fxq.core.rows import RowSums
 from fxq.runtime.memory.residency import give_back, mapped_tensor
 from fxq.runtime.workers import Workers
 
 
 class CalibrationError(ValueError):
     """Calibration data that is missing, misshapen, not finite or that never reaches a planned layer."""
+
+
+def _allocate_on(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 _TOUCHED = 1 << 26  # bytes of rows in files that may be in memory
@@ -35,7 +41,8 @@ class Collector:
 
     ``leaders`` maps layers to one that is called before them on the same input: they get its statistics, stored once.
     With a ``folder`` the rows lie in files there, which leave no trace; ``batch`` and ``chunk`` are set by whoever
-    drives the model. ``attention`` measures what attentions in integers would change, None: nothing does.
+    drives the model. ``attention`` measures what attentions in integers would change, None: nothing does. With
+    ``all_rows`` layers have sums over all rows besides (:class:`~fxq.core.rows.RowSums`).
     """
 
     def __init__(
@@ -45,14 +52,16 @@ class Collector:
         seed: int,
         leaders: Mapping[str, str] | None = None,
         folder: pathlib.Path | None = None,
+        all_rows: bool = False,
     ) -> None:
         self.rows_per_call, self.max_rows, self.seed = rows_per_call, max_rows, seed
         self.leaders = dict(leaders or {})
-        self.folder = folder
+        self.folder, self.all_rows = folder, all_rows
         self.batch = self.chunk = 0
         self.attention: AttentionErrors | None = None
         self._samples: dict[str, RowSample] = {}
         self._extremes: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, RowSums] = {}
         self._calls: dict[str, tuple[int, int]] = {}
         self._gradients = False
         self._touched = 0  # bytes of rows that may be in memory
@@ -82,6 +91,8 @@ class Collector:
         self._gradients |= gradients is not None
         sample = self._sample(layer, rows.shape[1])
         sample.add(rows, norms, (self.batch << 32) + call, self.chunk, self.seed, gradients)
+        if self.all_rows:
+            self._sums_of(layer, rows, gradients is not None).add(rows, gradients)
         self._touched += sample.stored.nbytes
         if self._touched > _TOUCHED:
             self.give_back()
@@ -102,6 +113,13 @@ class Collector:
             self._samples[layer] = RowSample(limit, self.rows_per_call, self.allocate)
         return self._samples[layer]
 
+    def _sums_of(self, layer: str, rows: Tensor, gradients: bool) -> RowSums:
+        if layer not in self._sums:
+            on_cpu = rows.device.type == "cpu"
+            allocate = self.allocate if on_cpu else functools.partial(_allocate_on, rows.device)
+            self._sums[layer] = RowSums(rows.shape[1], gradients, allocate)
+        return self._sums[layer]
+
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of any values on the CPU, in a file of the ``folder`` if there is one."""
         if self.folder is None:
@@ -115,6 +133,7 @@ class Collector:
         self._touched = 0
         if self.folder is not None:
             give_back(*(sample.stored for sample in self._samples.values()))
+            give_back(*(sums.squares for sums in self._sums.values()))
 
     def merge(self, workers: Workers) -> None:
         """Make this the collector of all ranks' rows: the same as one that saw every batch itself.
@@ -128,6 +147,8 @@ class Collector:
                 if state and rank != workers.rank:
                     self._widen(layer, state["low"], state["high"])
                     self._sample(layer, state["rows"].shape[1]).merge(state)
+                    if self.all_rows:
+                        self._sums_of(layer, state["rows"], len(state["squares"]) > 1).merge(state)
         if self.attention is not None:
             self.attention.merge(workers)
 
@@ -135,7 +156,8 @@ class Collector:
         if (sample := self._samples.get(layer)) is None:
             return {}
         low, high = self._extremes[layer]
-        return {"low": low, "high": high, **sample.state()}
+        sums = self._sums[layer].state() if self.all_rows else {}
+        return {"low": low, "high": high, **sample.state(), **sums}
 
     def finish(self) -> dict[str, LayerStatistics]:
         """The statistics, every sample cut to ``max_rows`` and in order of batches and calls."""
@@ -153,6 +175,7 @@ class Collector:
                 weights=weights,
                 gradients=gradients if self._gradients else None,
                 seen=sample.seen,
+                sums=self._sums.get(layer),
             )
         followers = {layer: statistics[leader] for layer, leader in self.leaders.items() if leader in statistics}
         return statistics | followers

@@ -11,6 +11,7 @@ from fxq.core.config import Recipe, RecipeError, Scheme
 from fxq.core.method import Method, Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
+from fxq.passes.methods.gram_adaround import GramAdaRound
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.passes.methods.signround import SignRound
 from fxq.passes.transforms.balance import Balance
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "percentile": lambda preset: _plain(preset, RangeSearch((0.999, 0.9999, 0.99999), ())),
     "nearest": lambda preset: _plain(preset, RangeSearch()),
     "adaround": lambda preset: _plain(preset, RangeSearch(), AdaRound()),
+    "gram_adaround": lambda preset: _plain(preset, RangeSearch(), GramAdaRound()),
     "signround": lambda preset: _plain(preset, RangeSearch(), SignRound()),
     "gptq": lambda preset: _plain(preset, RangeSearch(), GPTQ()),
     "smoothquant": lambda preset: _plain(preset, RangeSearch(), transforms=(Smooth(),)),
@@ -49,7 +51,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
 }
 """By name: the recipe of a method from the preset of a width."""
 
-VARIED = ("weighting", "share_inputs", "rows_per_call", "max_rows")
+VARIED = ("weighting", "share_inputs", "rows_per_call", "max_rows", "all_rows")
 """Keys of a recipe that ``METHOD:KEY=VALUE`` may set."""
 
 _WIDTH = re.compile(r"w(\d)a(\d)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import fnmatch
 import itertools
 import math
@@ -11,12 +10,10 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from fxq.cache.policy import CachePolicy
 from fxq.core import method
 from fxq.core.method import AttentionScheme, Method, RecipeError, Scheme, Transform
+from fxq.core.rows import Weighting
 from fxq.runtime.messages import close_names
 
 __all__ = [
@@ -27,7 +24,6 @@ __all__ = [
     "RecipeError",
     "Rule",
     "Scheme",
-    "Weighting",
     "plain_layer",
     "with_budget",
 ]
@@ -105,52 +101,6 @@ def _has_number(parts: Sequence[str]) -> bool:
     return any(part.isdecimal() for part in parts)
 
 
-class Weighting(enum.StrEnum):
-    """Loss weight of a calibration row, by its chunk unless said.
-
-    ``SENSITIVITY`` measures it by forked rollouts, ``UNIFORM`` is 1, ``EXPONENTIAL`` is 2^-i, ``REVERSED`` is the
-    measured one backwards, and ``SINGLE_SCALE_ONLY`` is the measured one in single-scale layers and 1 elsewhere (the
-    released code of arXiv 2605.21072). ``GRADIENT`` weighs rows, not chunks: by the squared gradient of the model's
-    output (:mod:`fxq.calibration.observers`).
-    """
-
-    SENSITIVITY = "sensitivity"
-    UNIFORM = "uniform"
-    EXPONENTIAL = "exponential"
-    REVERSED = "reversed"
-    SINGLE_SCALE_ONLY = "single_scale_only"
-    GRADIENT = "gradient"
-
-    @property
-    def needs_sensitivity(self) -> bool:
-        """Whether the weights follow from measured sensitivities."""
-        return self not in (Weighting.UNIFORM, Weighting.EXPONENTIAL, Weighting.GRADIENT)
-
-    def of_chunks(self, alpha: Tensor | None, chunks: int) -> Tensor:
-        """Loss weight of each chunk, float32 [chunks] with mean 1.
-
-        Args:
-            alpha: measured sensitivities, float [chunks]; read where they are needed.
-            chunks: number of chunks.
-
-        Raises:
-            ValueError: when sensitivities are needed and not given.
-        """
-        if self in (Weighting.UNIFORM, Weighting.GRADIENT):
-            raw = torch.ones(chunks, dtype=torch.float32, device="cpu")
-        elif self is Weighting.EXPONENTIAL:
-            raw = 0.5 ** torch.arange(chunks, dtype=torch.float32)
-        else:
-            if alpha is None:
-                raise ValueError(f"weighting {self.value!r} needs measured sensitivities")
-            raw = alpha.flip(0) if self is Weighting.REVERSED else alpha
-        return (raw / raw.mean()).float()
-
-    def in_layer(self, weights: Tensor, outliers: int) -> Tensor:
-        """The weights of chunks, float32 [chunks], in a layer with a number of outlier channels."""
-        return torch.ones_like(weights) if self is Weighting.SINGLE_SCALE_ONLY and outliers else weights
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
     """How many bits the weights of each layer get is chosen: the least sum of predicted errors that a limit allows.
@@ -201,11 +151,12 @@ class Recipe:
         rules: tried by kind (exact name, glob, ``re:``, and ``*`` for what is left), then in order; the first match
             decides.
         methods: applied in order to each layer; see :mod:`fxq.passes.methods`.
-        weighting: loss weight of a calibration row by its chunk, the name of a
-            :class:`Weighting`.
+        weighting: loss weight of a calibration row, the name of a :class:`~fxq.core.rows.Weighting`.
         rows_per_call: calibration rows kept per layer and denoiser call, beside those that are rare for their size.
         max_rows: calibration rows kept per layer; None: by its width, see
             :func:`fxq.calibration.row_sample.row_limit`.
+        all_rows: methods that minimise a quadratic form have it of all calibration rows, not of those that are kept:
+            K^2 numbers of each input with K channels (:class:`~fxq.core.rows.RowSums`).
         seed: of every random choice.
         share_inputs: layers of a block that read the same input are quantized as one: the same outlier channels, input
             scales and calibration rows. :func:`fxq.optimize` then gives them one quantize and one GEMM.
@@ -223,6 +174,7 @@ class Recipe:
     weighting: str = Weighting.SENSITIVITY.value
     rows_per_call: int = 512
     max_rows: int | None = None
+    all_rows: bool = False
     seed: int = 0
     share_inputs: bool = True
     cache: CachePolicy | None = None
@@ -238,6 +190,11 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} = {value}: expected at least 1")
+        if self.all_rows and self.weighting not in (Weighting.UNIFORM, Weighting.GRADIENT):
+            raise RecipeError(
+                f"all_rows with weighting {self.weighting!r}, which weighs chunks: sums of rows do not know them; "
+                "use weighting uniform or gradient, or all_rows = false"
+            )
         for name, kind in (("cache", CachePolicy), ("budget", Budget), ("attention", AttentionScheme)):
             if (given := getattr(self, name)) is not None and not isinstance(given, kind):
                 raise RecipeError(f"{name} is {type(given).__name__}, expected {kind.__name__} or None")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
+from fxq.core.rows import Moments, RowSums
 from fxq.kernels import float8
 
 INTEGER, FLOAT8 = "int", "float8_e4m3fn"
@@ -146,7 +147,8 @@ class LayerStatistics:
     model's channel order, ``chunks`` int64 [R]: the chunk each row belongs to. ``seen`` counts all rows, ``weights``
     float32 [R] how many of them each sampled row stands for; None: all the same. ``gradients`` float32 [R]: how much
     the model's output depends on the layer's output for the row, where calibration measured it. ``multiplier`` float32
-    [K]: the layer's input is ``rows`` times it by now, and ``low`` and ``high`` have it in them.
+    [K]: the layer's input is ``rows`` times it by now, and ``low`` and ``high`` have it in them. ``sums``: of all rows,
+    as they were, where the recipe asks for them.
     """
 
     low: Tensor
@@ -157,6 +159,7 @@ class LayerStatistics:
     weights: Tensor | None = None
     gradients: Tensor | None = None
     multiplier: Tensor | None = None
+    sums: RowSums | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,8 +172,9 @@ class LayerProblem:
 
     ``counts`` float32 [R] is how many calibration rows each sampled one stands for, None: all the same; ``row_weights``
     have it in them. ``bias`` float32 [N] or None is there to measure outputs, and so is ``branch`` float32 [N, K] or
-    None: what the model adds to the weight in floats (:class:`~fxq.passes.transforms.low_rank.LowRank`). ``cache`` is
-    for what methods derive from the problem and others can use again; a changed copy of the problem has an empty one.
+    None: what the model adds to the weight in floats (:class:`~fxq.passes.transforms.low_rank.LowRank`). ``moments``
+    are of all calibration rows, weighed as ``row_weights`` weigh the sample; None: not known. ``cache`` is for what
+    methods derive from the problem and others can use again; a changed copy of the problem has an empty one.
     """
 
     layer: str
@@ -185,6 +189,7 @@ class LayerProblem:
     counts: Tensor | None = None
     bias: Tensor | None = None
     branch: Tensor | None = None
+    moments: Moments | None = None
     cache: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fxq import numerics
-from fxq.core.deviation import deviation_in_steps
 from fxq.core.ir import LAYER_TENSORS, LayerPlan
 from fxq.core.layer import Operators
 from fxq.core.method import Scheme
 from fxq.integrations.stand_in import FloatStandIn
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
+from fxq.metrics.deviation import deviation_in_steps
 
 _GONE = ("weight", "bias")
 _OWN = {name: "integers" if name == "weight" else name for name in LAYER_TENSORS}  # stored name -> buffer

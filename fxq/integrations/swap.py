@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import Tensor, fx, nn
 
 from fxq.core.config import plain_layer
-from fxq.core.deviation import MOST_DEVIATION
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
 from fxq.core.layer import LayerError, LayerTensors, QuantizedLayer, told_in_graph
@@ -23,6 +22,7 @@ from fxq.integrations.names import NamesError, Renaming, renaming, weights_of
 from fxq.integrations.quantized_linear import QuantizedLinear
 from fxq.integrations.reach import holders
 from fxq.integrations.stand_in import ApplyError
+from fxq.metrics.deviation import MOST_DEVIATION
 from fxq.runtime.ambient import own_tensors
 from fxq.runtime.memory.offload import absent_weights
 

@@ -1,4 +1,4 @@
-"""Measures of quantized against full-precision video.
+"""Measures of what is quantized against full precision: videos, latents, outputs, weights.
 
 Nothing here prints or draws.
 """

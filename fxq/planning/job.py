@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxq.calibration.row_sample import row_limit
-from fxq.core.config import Recipe, Scheme, Weighting
+from fxq.core.config import Recipe, Scheme
 from fxq.core.method import LearningMethod, SolvingMethod
+from fxq.core.rows import WIDE, Weighting
 from fxq.numerics import PACK_BLOCK
 from fxq.passes.methods.quadratic import DOUBLE, ROWS
 from fxq.passes.transforms.low_rank import LowRank
@@ -129,6 +130,14 @@ def _kept_rows(recipe: Recipe, drive: Drive, width: int) -> int:
     return min(limit, drive.calls * min(recipe.rows_per_call, drive.tokens))
 
 
+def _sums_bytes(recipe: Recipe, layer: _Layer) -> int:
+    """Bytes of the sums over all rows of a layer's inputs, where the recipe asks for them."""
+    if not recipe.all_rows or not any(isinstance(method, SolvingMethod) for method in recipe.methods):
+        return 0
+    kinds = 2 if recipe.chunk_weighting is Weighting.GRADIENT else 1
+    return kinds * layer.width**2 * (8 if layer.width <= WIDE else 4)
+
+
 def _ram(
     model: nn.Module, recipe: Recipe, layers: list[_Layer], drive: Drive, example: Drive, twice: bool, folder: bool
 ) -> dict[str, int]:
@@ -136,6 +145,7 @@ def _ram(
     size = next(model.parameters()).dtype.itemsize
     rows = {layer.width: _kept_rows(recipe, drive, layer.width) for layer in layers}
     held = [] if folder else [rows[layer.width] * layer.width * size for layer in layers if layer.leads]
+    held += [] if folder else [_sums_bytes(recipe, layer) for layer in layers if layer.leads]
     integers = 0 if folder else sum(layer.weights for layer in layers)
     packed = sum(layer.weights // 2 for layer in layers if layer.scheme.weight_bits == 4)
     widest = max((layer.weights for layer in layers), default=0) * size
@@ -173,6 +183,7 @@ def _working_set(recipe: Recipe, layer: _Layer, rows: int) -> int:
         size = 8 if layer.width <= DOUBLE else 4  # of a sum; two matrices of the inputs are there at once
         part = min(rows, ROWS) * (14 * layer.width + 12 * layer.group * layer.outputs)
         form = weights * _FORM + layer.width**2 * size + part
+        form += 3 * layer.width**2 * size if _sums_bytes(recipe, layer) else 0  # moments, in order, and of the sample
         work = max(work, form, weights * _SOLVE + layer.width**2 * (2 * size + 1))
     return _SCRATCH + work + (8 if learns else 4) * rows * layer.width + targets
 
@@ -198,7 +209,8 @@ def _disk(
         kept = (_kept_rows(recipe, drive, layer.width) * layer.width for layer in layers if layer.leads)
         stored = sum(layer.weights for layer in layers) * (_candidates(recipe) + twice)
         backward = _graph(recipe, layers, drive) * size // 4 if drive.calls else 0  # while a call lasts
-        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4 + backward
+        sums = sum(_sums_bytes(recipe, layer) for layer in layers if layer.leads) if drive.calls else 0
+        sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4 + backward + sums
     if out:
         quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
         ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))
@@ -225,12 +237,14 @@ def _time(
         for method in solvers
         for layer in solved
     )
+    squares = sum(_sums_bytes(recipe, layer) // (8 if layer.width <= WIDE else 4) for layer in layers if layer.leads)
+    summed = 2.0 * drive.calls * drive.tokens * squares
     passes = _BACKWARD if recipe.chunk_weighting is Weighting.GRADIENT else 1
     search = weights * speed.search + sampled * speed.inputs
     tried = sum(1 + len(step.alphas) for step in recipe.transforms if isinstance(step, Smooth)) if inputs else 0
     seconds = {
         "tracing": _CAPTURE * len(layers) + 2 * example.flops / max(1, example.calls) / speed.flops,
-        "calibration": passes * drive.flops / speed.flops,
+        "calibration": (passes * drive.flops + summed) / speed.flops,
         "sensitivity": search + drive.sensitivity_flops / speed.flops if twice else 0.0,
         "search": search * (_candidates(recipe) + tried),
         "reconstruction": (learned * iterations * speed.learn + operations / speed.flops) * _candidates(recipe),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
+from fxq.passes.methods.moments import strips
 from fxq.passes.methods.quadratic import (
     BLOCK,
     Quadratic,
@@ -19,7 +20,6 @@ from fxq.passes.methods.quadratic import (
     channel_steps,
     reordered,
     steps,
-    strips,
 )
 
 _FEWEST = 16  # rows of a product of matrices; fewer are summed in another order

@@ -4,6 +4,9 @@ With rows x_i of loss weights w_i (sum 1), x'_i their quantized values and a fre
 ``sum_i w_i |W x_i - W' x'_i - shift|^2 = tr((W' - T) G (W' - T)^T) + const`` where ``G`` is the weighted covariance of
 x' and ``T = W cov(x, x') G^-1`` the weight that undoes the inputs' quantization as far as a linear map can. All
 calibration rows that are kept are in G and T; none is needed afterwards.
+
+Where the moments of all rows are known (``problem.moments``), G and T are those of all rows, and the sample says what
+rounding makes of them (:class:`~fxq.passes.methods.moments.SampleMoments`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from fxq import numerics
 from fxq.core.method import LayerUpdate
 from fxq.passes.methods import LayerProblem, Units, simulated_input, simulated_rows
+from fxq.passes.methods.moments import SampleMoments, strips
 from fxq.passes.methods.units import TINY
 
 BLOCK = 128
@@ -33,7 +37,6 @@ DOUBLE = 4096
 
 _DAMPING = 1e-3  # of the mean diagonal: directions that no row has keep their weights
 _SHRINKING = 0.2  # of the mean diagonal, times channels a row: few rows say little about a covariance
-_STRIP = 1024  # rows of a matrix of channels computed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,9 @@ class Quadratic:
         weight, update = units.of_weight(problem.weight), units.update(update)
         sums = torch.float64 if width <= DOUBLE else torch.float32
         weights = problem.row_weights.double() / problem.row_weights.double().sum()
+        everything = problem.moments
         gram = torch.zeros(width, width, dtype=sums, device=device)
+        sample = None if everything is None else SampleMoments(width, sums, device)
         cross = torch.zeros(weight.shape, dtype=sums, device=device)  # [N, K]: sum of W x x'^T
         mean = torch.zeros(width, dtype=torch.float64, device=device)
         mean_output = torch.zeros(len(weight), dtype=torch.float64, device=device)
@@ -86,6 +91,8 @@ class Quadratic:
             rows = units.of_rows(stored)
             output = (rows @ weight.T).sub_(origin_output)
             quantized = simulated_rows(problem, update, rows).sub_(origin)
+            if sample is not None:
+                sample.add(rows.sub(middle), quantized, w)
             del rows
             weighted = quantized * w[:, None]
             for at in strips(width):
@@ -99,7 +106,13 @@ class Quadratic:
             gram[at] -= torch.outer(mean[at], mean).to(sums)
         for at in strips(len(weight)):
             cross[at] -= torch.outer(mean_output[at], mean).to(sums)
-        damping = max(float(gram.diagonal().mean()) * max(_DAMPING, _SHRINKING * width * _concentration(weights)), TINY)
+        concentration = _concentration(weights)
+        if everything is not None and sample is not None:
+            concentration = everything.concentration
+            shift = sample.complete(everything, units, middle[0], mean, gram, cross, weight)
+            mean, mean_output = mean + shift, mean_output + weight.double() @ shift
+            del sample
+        damping = max(float(gram.diagonal().mean()) * max(_DAMPING, _SHRINKING * width * concentration), TINY)
         gram.diagonal().add_(damping)
         cross.add_(weight, alpha=damping)
         target = _solved(cross, _factor(lambda: by_columns(gram)))
@@ -125,11 +138,6 @@ def _middle(rows: Tensor) -> Tensor:
 def _concentration(weights: Tensor) -> float:
     """One over the number of rows that weights of sum 1 amount to (Kish)."""
     return float(weights.square().sum())
-
-
-def strips(count: int) -> list[slice]:
-    """Slices of some rows of a matrix each: what is computed for them takes little beside the matrix."""
-    return [slice(start, min(count, start + _STRIP)) for start in range(0, count, _STRIP)]
 
 
 def reordered(gram: Tensor, order: Tensor, out: Tensor | None = None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.descent import CoordinateDescent
-from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution, strips
+from fxq.passes.methods.moments import strips
+from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution
 
 _RANGE = 3.0  # a scale that would change by more is one of integers that say little: it stays
 

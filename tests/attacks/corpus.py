@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import fxq
-from fxq.core.method import FLOAT8
+from fxq.core.method import FLOAT8, AttentionScheme
 from fxq.export.bundle import seal_of
 from fxq.export.files import write_tensors
 from fxq.export.program import export_program
@@ -38,7 +38,7 @@ class Nested(nn.Module):
     def forward(self, x, extra, gain=2):
         y = self.first(x["a"]).view(x["a"].shape[0], -1) + self.shift + extra[0][:, : 32 * (gain // 2)]
         heads = self.norm(y).view(1, -1, 4, 8).transpose(1, 2)
-        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).reshape(-1, 32)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2).flatten(0, 1)
         mixed = mixed + self.mix(mixed.unsqueeze(1)).squeeze(1).softmax(-1)
         chosen = torch.nn.functional.embedding(torch.arange(4, device=y.device), self.table).mean()
         padded = torch.cat((mixed, mixed.new_zeros(mixed.shape[0] // 2, 32))) * chosen
@@ -67,6 +67,11 @@ def _nested() -> tuple[nn.Module, fxq.Batch, fxq.Recipe]:
     return Nested().eval(), batch, recipe(8)
 
 
+def _attention8() -> tuple[nn.Module, fxq.Batch, fxq.Recipe]:
+    model, batch, chosen = _nested()
+    return model, batch, dataclasses.replace(chosen, attention=AttentionScheme(max_error=1.0))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, fxq.Batch, fxq.Recipe]]] = {
     "w8": _toy,
     "w4": lambda: _toy(4),
@@ -74,6 +79,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, fxq.Batch, fxq.Recipe]]] = {
     "asymmetric": lambda: _toy(4, per_token=True, asymmetric=True),
     "fp8": lambda: _toy(format=FLOAT8),
     "nested": _nested,
+    "attention8": _attention8,
 }
 
 

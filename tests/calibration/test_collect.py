@@ -77,6 +77,25 @@ def test_every_call_has_the_same_share_of_the_sample():
     assert 0.4 < share < 0.6
 
 
+@pytest.mark.parametrize("spilled", [False, True])
+def test_sums_are_of_all_rows_and_not_of_the_sample(tmp_path, spilled):
+    x, gradients = rows(500, 6), torch.rand(500, generator=torch.Generator().manual_seed(0))
+    collector = Collector(9, 9, 0, leaders={"b": "a"}, folder=tmp_path if spilled else None, all_rows=True)
+    for batch, (part, own) in enumerate(zip(x.split(100), gradients.split(100), strict=True)):
+        collector.batch = batch
+        for layer in ("a", "b"):
+            collector.add(layer, part, own)
+        collector.give_back()
+    found = collector.finish()
+    sums = found["a"].sums
+    assert len(found["a"].rows) == 9 and sums.count == 500 and found["b"].sums is sums
+    assert torch.allclose(sums.moments(False).mean, x.double().mean(0))
+    assert torch.allclose(sums.moments(False).covariance, x.double().T.cov(correction=0))
+    assert len(sums.squares) == 2 and sums.gradient == pytest.approx(float(gradients.double().sum()))
+    assert statistics_hash(found) != statistics_hash({"a": found["a"]})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_seed_is_another_sample():
     def sample(seed):
         collector = Collector(5, 5, seed)

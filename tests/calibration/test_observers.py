@@ -11,8 +11,8 @@ from fxq.calibration.calibrate import observed
 from fxq.calibration.collect import CalibrationError, Collector
 from fxq.calibration.observers import _Seen
 from fxq.capture.trace import trace
-from fxq.core.config import Weighting
 from fxq.core.ir import get_tensor
+from fxq.core.rows import Weighting
 from fxq.job import Job
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.runtime.memory.residency import Residency, mapped_tensor

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import fxq
-from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme, Weighting
+from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
+from fxq.core.rows import Weighting
 from fxq.presets import PRESETS
 from fxq.recipes import recipe_from_json, recipe_to_json
 from tests.toys import QUICK, recipe
@@ -101,6 +102,7 @@ def test_a_recipe_refuses_a_bad_regular_expression():
         ({"weighting": "sensitive"}, "weighting 'sensitive': expected one of sensitivity, uniform"),
         ({"rows_per_call": 0}, "rows_per_call = 0: expected at least 1"),
         ({"max_rows": -5}, "max_rows = -5: expected at least 1"),
+        ({"all_rows": True, "weighting": "sensitivity"}, "all_rows with weighting 'sensitivity', which weighs chunks"),
     ],
 )
 def test_a_recipe_refuses_settings_without_meaning(options, message):

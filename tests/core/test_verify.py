@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxq.capture.trace import trace
-from fxq.core.config import Scheme, Weighting
+from fxq.core.config import Scheme
 from fxq.core.graph import linear_sites
 from fxq.core.ir import (
     QuantGraph,
@@ -19,6 +19,7 @@ from fxq.core.ir import (
     set_plan,
 )
 from fxq.core.pipeline import run_passes
+from fxq.core.rows import Weighting
 from fxq.core.verify import RULES, RuleError, check
 from fxq.passes import FUSIONS, ApplyMethods, DetectOutliers, Freeze, LowerLinear, PlanLayers
 from fxq.quantize import quantize

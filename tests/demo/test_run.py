@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fxq
-from fxq.core.config import Weighting
+from fxq.core.rows import Weighting
 from fxq.demo.run import DemoSettings, run_demo
 from fxq.demo.store import Finished
 from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
@@ -13,7 +13,7 @@ from fxq.models.tiny import load_tiny
 from fxq.report.html import write_report
 from fxq.report.tables import report_to_json
 
-SETTINGS = DemoSettings(calibration_videos=3, evaluation_videos=3, iterations=12, clips=1, bits=("w4a8",))
+SETTINGS = DemoSettings(calibration_videos=2, evaluation_videos=2, iterations=6, clips=1, bits=("w4a8",))
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,16 @@ from torch import nn
 import fxq
 from benchmarks.live_bytes import LiveBytes
 from fxq.capture.trace import trace
-from fxq.core.config import Weighting
 from fxq.core.ir import LayerPlan, Stage
 from fxq.core.method import LayerStatistics
 from fxq.core.pipeline import run_passes
+from fxq.core.rows import Weighting
 from fxq.job import Job
 from fxq.passes import ApplyMethods, apply_methods
 from fxq.passes.apply_methods import group_order
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.ranges import MinMax, RangeSearch
+from fxq.presets import LEAST_ERROR
 from fxq.runtime.checkpoint import Checkpoint
 from fxq.runtime.progress import Progress
 from tests.core.test_verify import at
@@ -188,6 +189,24 @@ def test_rows_are_put_in_order_without_a_second_copy(multiplied, dtype):
         found = apply_methods._ordered_rows(statistics, order)
     want = x.float() if multiplier is None else x.float() * multiplier
     assert torch.equal(found, want[:, order]) and live.peak < 1.4 * found.nbytes
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "gradient"])
+def test_sums_over_all_rows_make_of_a_small_sample_nearly_what_all_rows_make(weighting, tmp_path):
+    """Error on all rows over that of methods that saw all of them; an outlier group, stacked layers."""
+    data = [rows(700, 96, seed=seed) for seed in range(3)]
+    whole = dataclasses.replace(recipe(4, methods=LEAST_ERROR, weighting=weighting), rows_per_call=10_000)
+    few = dataclasses.replace(whole, max_rows=120)
+    model = toy()
+
+    def error(chosen, **options):
+        module = fxq.quantize(model, data, chosen, progress=False, **options)
+        return sum(float((module(x) - model(x)).double().square().sum()) for x in data)
+
+    all_rows = dataclasses.replace(few, all_rows=True)
+    alone, summed, known = error(few), error(all_rows), error(whole)
+    assert summed < 0.9 * alone and summed < 1.15 * known, (summed / alone, summed / known)
+    assert error(all_rows, checkpoint_dir=tmp_path) == summed == error(all_rows, checkpoint_dir=tmp_path)
 
 
 def test_plans_get_the_measured_quality():

@@ -8,9 +8,10 @@ import torch
 import fxq
 from fxq.calibration.collect import CalibrationError
 from fxq.capture.trace import trace
-from fxq.core.config import Budget, RecipeError, Rule, Scheme, Weighting, with_budget
+from fxq.core.config import Budget, RecipeError, Rule, Scheme, with_budget
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
+from fxq.core.rows import Weighting
 from fxq.job import Job
 from fxq.passes.choose_widths import FACT, ChooseWidths, PredictedError, _Table
 from fxq.passes.methods.ranges import MinMax

@@ -7,9 +7,9 @@ from torch import nn
 import fxq
 from fxq.calibration.collect import Collector
 from fxq.capture.trace import trace
-from fxq.core.config import Weighting
 from fxq.core.ir import QuantGraph, Stage, get_tensor
 from fxq.core.pipeline import run_passes
+from fxq.core.rows import Weighting
 from fxq.job import Job
 from fxq.passes import detect_outliers
 from fxq.passes.fusions.merge_linears import MergeLinears

@@ -17,7 +17,7 @@ from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.checkpoints import read_tensors
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.passes import LowRank, Rotate, Smooth, methods
-from fxq.passes.methods import descent, gptq, quadratic
+from fxq.passes.methods import descent, gptq, moments, quadratic
 from fxq.planning import job
 from fxq.planning.drive import Drive, drive_batches, drive_rollout
 from fxq.planning.estimate import duration
@@ -157,6 +157,27 @@ def test_what_a_backward_pass_needs_is_memory_or_disk(tmp_path):
         assert not any(more.values())
 
 
+def test_sums_over_all_rows_are_memory_or_disk_and_time(tmp_path):
+    drive = Drive(calls=2, flops=1e9, tokens=50_000)
+    for weighting, kinds in (("uniform", 1), ("gradient", 2)):
+        plain = recipe(4, methods=LEAST_ERROR, weighting=weighting)
+        squares = kinds * (96**2 + 64**2)
+        for folder, phase in ((None, "ram"), (tmp_path, "disk")):
+            sample, summed = (
+                estimate_job(toy(), dataclasses.replace(plain, all_rows=on), drive, speed=SPEED, folder=folder)
+                for on in (False, True)
+            )
+            name = "calibration" if folder is None else "checkpoint files"
+            assert getattr(summed, phase)[name] - getattr(sample, phase)[name] == 8 * squares
+            more = summed.time["calibration"] - sample.time["calibration"]
+            assert more == pytest.approx(2 * 100_000 * squares / SPEED.flops)
+    searching = recipe(4, weighting="uniform")
+    assert (
+        estimate_job(toy(), dataclasses.replace(searching, all_rows=True), drive, speed=SPEED).ram
+        == estimate_job(toy(), searching, drive, speed=SPEED).ram
+    )
+
+
 def test_data_free_14b_fits_a_small_machine(tmp_path):
     estimate = estimate_job(
         meta_model(CausalWanConfig.wan_14b()), PRESETS["w8a8-dynamic"], speed=SPEED, folder=tmp_path, out=tmp_path
@@ -217,7 +238,7 @@ def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
 def test_the_memory_of_solving_a_layer_is_counted(outputs, width, count, most, monkeypatch):
     for module in (job, quadratic):
         monkeypatch.setattr(module, "DOUBLE", most)
-    monkeypatch.setattr(quadratic, "_STRIP", 64)
+    monkeypatch.setattr(moments, "_STRIP", 64)
     monkeypatch.setattr(methods, "_PART", 64)
     for module in (gptq, descent):
         monkeypatch.setattr(module, "BLOCK", 16)

@@ -87,7 +87,7 @@ class Ranks:
 @pytest.mark.parametrize(("per_call", "most"), [(4, 1000), (9, 10), (100, 7)])
 def test_ranks_that_took_turns_have_what_one_process_has(per_call, most):
     def collect(batches):
-        collector = Collector(per_call, most, seed=3)
+        collector = Collector(per_call, most, seed=3, all_rows=True)
         for batch in batches:
             collector.batch, collector.chunk = batch, batch % 2
             for call in range(3):
@@ -102,6 +102,10 @@ def test_ranks_that_took_turns_have_what_one_process_has(per_call, most):
     assert found.seen == alone.seen
     for name in ("low", "high", "rows", "chunks", "weights"):
         assert torch.equal(getattr(found, name), getattr(alone, name)), name
+    assert found.sums.count == alone.sums.count == found.seen
+    moments, want = found.sums.moments(False), alone.sums.moments(False)
+    assert torch.allclose(moments.mean, want.mean, rtol=1e-13)
+    assert torch.allclose(moments.covariance, want.covariance, rtol=1e-12)
 
 
 @pytest.fixture(scope="module")

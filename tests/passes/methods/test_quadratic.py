@@ -6,7 +6,7 @@ import torch
 from benchmarks.live_bytes import LiveBytes
 from fxq import numerics
 from fxq.passes import methods
-from fxq.passes.methods import Units, descent, gptq, output_sqnr, quadratic, simulated_input
+from fxq.passes.methods import Units, descent, gptq, moments, output_sqnr, quadratic, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.quadratic import Quadratic, cholesky, reordered, steps
@@ -204,7 +204,7 @@ def test_sums_that_are_not_finite_are_an_error_and_no_endless_search(value):
 @pytest.mark.parametrize(("most", "size"), [(4096, 8), (0, 4)], ids=["float64", "float32"])
 def test_two_matrices_of_the_inputs_are_in_memory_at_most(most, size, monkeypatch):
     monkeypatch.setattr(quadratic, "DOUBLE", most)
-    monkeypatch.setattr(quadratic, "_STRIP", 32)
+    monkeypatch.setattr(moments, "_STRIP", 32)
     width = 320
     p = problem(outputs=8, width=width, count=64, outliers=32)
     update = RangeSearch().apply(p, None)
@@ -216,7 +216,7 @@ def test_two_matrices_of_the_inputs_are_in_memory_at_most(most, size, monkeypatc
 
 
 def test_of_weights_seven_copies_are_in_memory_at_most(monkeypatch):
-    monkeypatch.setattr(quadratic, "_STRIP", 64)
+    monkeypatch.setattr(moments, "_STRIP", 64)
     for module in (gptq, descent):
         monkeypatch.setattr(module, "BLOCK", 16)
     p = problem(outputs=2048, width=160, count=64, outliers=32)
@@ -251,7 +251,7 @@ def test_strips_change_nothing_but_memory(strip, monkeypatch):
         return update
 
     want = solved(p)
-    monkeypatch.setattr(quadratic, "_STRIP", strip)
+    monkeypatch.setattr(moments, "_STRIP", strip)
     got = solved(dataclasses.replace(p, seed=1))
     assert torch.equal(got.weight, want.weight)
     torch.testing.assert_close(got.weight_scale, want.weight_scale, rtol=1e-6, atol=0)

@@ -5,9 +5,9 @@ import torch
 
 import fxq
 from fxq import numerics
-from fxq.core.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.core.layer import quantized_layers
 from fxq.integrations.swap import ApplyError
+from fxq.metrics.deviation import MOST_DEVIATION, deviation_in_steps
 from fxq.passes.apply_methods import group_order
 from tests.toys import rows, toy
 
