@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from fxq.core.rows import Moments
 from fxq.passes.methods import Units
 
 _STRIP = 1024  # rows of a matrix of channels computed at a time
-_DOUBT = float(os.environ.get("DOUBT", "4"))  # rows a channel at which a sample's word on covariances counts for half
+_DOUBT = 4.0  # rows a channel at which a sample's word on covariances counts for half
 
 
 class SampleMoments:

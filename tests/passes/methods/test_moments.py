@@ -45,9 +45,9 @@ def test_the_form_is_that_of_all_rows():
         return {name: getattr(found, name) * unit**power for name, power in powers.items()}
 
     want, alone, found = form(whole), form(few), form(known(few, whole.rows))
-    for name in powers:
+    for name, most in {"gram": 0.05, "mean": 0.05, "shift_of_float": 0.05, "target": 0.9}.items():
         far, near = distance(alone[name], want[name]), distance(found[name], want[name])
-        assert near < 0.5 * far, (name, near, far)
+        assert near < most * far, (name, near, far)
 
 
 def test_integers_are_better_on_all_rows():
