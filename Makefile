@@ -72,9 +72,9 @@ dist: $(STAMP) ## build wheel and source distribution into dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-release-check: $(STAMP) ## whether this commit can be released: version, changelog, tests, dist
+release-check: $(STAMP) ## whether this commit can be released: version, changelog, pins, tests, dist, docs
 	$(BIN)/python .ci/release_check.py
-	$(MAKE) --no-print-directory test dist
+	$(MAKE) --no-print-directory test dist docs
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .

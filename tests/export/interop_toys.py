@@ -1,6 +1,7 @@
 """Bundles of a small Wan and the interpreter that has the libraries of other runtimes."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -30,6 +31,53 @@ WAN_CONFIG = {
 }
 INTERPRETER = os.environ.get("FXQ_INTEROP_PYTHON", sys.executable)
 
+CLOSE = """
+import json, sys, torch
+from safetensors.torch import load_file
+def close(want, got, most=0.02):
+    assert want.shape == got.shape, (want.shape, got.shape)
+    error = float((want.double() - got.double()).norm()) / float(want.double().norm())
+    assert error <= most, error
+"""
+
+COMPRESSED = (
+    CLOSE
+    + """
+from compressed_tensors.compressors import ModelCompressor
+from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+from torch import nn
+tensors, expected = load_file(sys.argv[1] + "/model.safetensors"), load_file(sys.argv[2])
+config = json.load(open(sys.argv[1] + "/config.json"))["quantization_config"]
+assert config.pop("quant_method") == "compressed-tensors"
+config = QuantizationConfig.model_validate(config)
+model = nn.Module()
+for name in sorted({n.rpartition(".")[0] for n, t in expected.items() if n.endswith(".weight") and t.ndim == 2}):
+    at = model
+    *path, leaf = name.split(".")
+    for part in path:
+        if not hasattr(at, part):
+            at.add_module(part, nn.Module())
+        at = getattr(at, part)
+    outputs, width = expected[name + ".weight"].shape
+    at.add_module(leaf, nn.Linear(width, outputs))
+apply_quantization_config(model, config)
+compressor = ModelCompressor(quantization_config=config)
+compressor.compress_model(model)
+state = model.state_dict()
+mine = {n: t for n, t in tensors.items() if n in state}
+assert set(mine) == set(state), set(mine) ^ set(state)
+for name, tensor in state.items():
+    assert (mine[name].dtype, mine[name].shape) == (tensor.dtype, tensor.shape), name
+model.load_state_dict(mine)
+compressor.decompress_model(model)
+names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+for name in names:
+    close(expected[name + ".weight"], model.get_submodule(name).weight, float(sys.argv[3]))
+print(json.dumps(names))
+"""
+)
+"""Reads an exported folder with compressed-tensors and compares it with expected weights, within a relative error."""
+
 
 def make_bundle(path, bits, keep=()):
     """A small Wan whose layers of the patterns ``keep`` stay in floating point."""
@@ -53,17 +101,24 @@ def forms(file):
     return found, metadata
 
 
-def run_apart(tmp_path, library, program, *arguments):
-    """Run a program in a fresh process that sees the library and not fxq; skips where the library is not installed."""
+@functools.cache
+def missing(*libraries):
+    """Those of the libraries that the interpreter does not have."""
+    code = f"from importlib.util import find_spec; print(*(n for n in {libraries} if find_spec(n) is None))"
+    return subprocess.run([INTERPRETER, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+
+def needs(*libraries):
+    """Skips the test where one of the libraries is not installed."""
+    if lacking := missing(*libraries):
+        pytest.skip(f"{', '.join(lacking)} not installed; set FXQ_INTEROP_PYTHON to an interpreter that has it")
+
+
+def run_apart(tmp_path, program, *arguments):
+    """What a program prints in a fresh process that does not see fxq."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-
-    def run(text):
-        command = [INTERPRETER, "-c", text, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-
-    if run(f"import {library}").returncode:
-        pytest.skip(f"{library} is not installed; set FXQ_INTEROP_PYTHON to an interpreter that has it")
-    done = run(program)
+    command = [INTERPRETER, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
