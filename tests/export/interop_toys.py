@@ -36,8 +36,8 @@ import json, sys, torch
 from safetensors.torch import load_file
 def close(want, got, most=0.02):
     assert want.shape == got.shape, (want.shape, got.shape)
-    error = float((want.double() - got.double()).norm()) / float(want.double().norm())
-    assert error <= most, error
+    error = float((want.double() - got.double()).norm())
+    assert error <= most * float(want.double().norm()), error
 """
 
 COMPRESSED = (
