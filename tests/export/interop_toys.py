@@ -1,11 +1,14 @@
 """Bundles of a small Wan and the interpreter that has the libraries of other runtimes."""
 
+import atexit
 import dataclasses
 import functools
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -30,6 +33,37 @@ WAN_CONFIG = {
     "text_dim": 32,
 }
 INTERPRETER = os.environ.get("FXQ_INTEROP_PYTHON", sys.executable)
+
+RUNTIMES = pathlib.Path(sys.prefix) / "runtimes"
+"""Where `make test` puts the libraries that read exports."""
+SERVER = """
+import contextlib, json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    asked = json.loads(line)
+    said, told = os.pipe()
+    if os.fork() == 0:
+        os.close(said)
+        os.dup2(told, 1)
+        os.dup2(told, 2)
+        os.chdir(asked["folder"])
+        sys.argv = ["-c", *asked["arguments"]]
+        code = 1
+        try:
+            exec(compile(asked["program"], "program", "exec"), {"__name__": "__main__"})
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os._exit(code)
+    os.close(told)
+    with os.fdopen(said) as pipe:
+        text = pipe.read()
+    _, status = os.wait()
+    print(json.dumps([status, text]), flush=True)
+"""
+"""Runs the programs that come in lines of JSON, each in a fork of its own, and answers with exit code and output."""
 
 CLOSE = """
 import json, sys, torch
@@ -101,26 +135,57 @@ def forms(file):
     return found, metadata
 
 
+class Apart:
+    """A process without fxq in which programs run, each in a fork: torch is imported once and not by each of them."""
+
+    def __init__(self):
+        hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [INTERPRETER, "-u", "-c", SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tempfile.gettempdir(),
+            env=hidden | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RUNTIMES)},
+        )
+
+    def run(self, program, folder, *arguments):
+        """Exit code and output of a program."""
+        asked = {"program": program, "folder": str(folder), "arguments": [*map(str, arguments)]}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+@functools.cache
+def apart():
+    found = Apart()
+    atexit.register(found.close)
+    return found
+
+
 @functools.cache
 def missing(*libraries):
     """Those of the libraries that the interpreter does not have."""
-    code = f"from importlib.util import find_spec; print(*(n for n in {libraries} if find_spec(n) is None))"
-    return subprocess.run([INTERPRETER, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = f"from importlib.util import find_spec\nprint(*(name for name in {libraries} if find_spec(name) is None))"
+    return run_apart(tempfile.gettempdir(), code).split()
 
 
 def needs(*libraries):
     """Skips the test where one of the libraries is not installed."""
     if lacking := missing(*libraries):
-        pytest.skip(f"{', '.join(lacking)} not installed; set FXQ_INTEROP_PYTHON to an interpreter that has it")
+        pytest.skip(f"{', '.join(lacking)} not installed: make test installs it, or set FXQ_INTEROP_PYTHON")
 
 
-def run_apart(tmp_path, program, *arguments):
-    """What a program prints in a fresh process that does not see fxq."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    command = [INTERPRETER, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run_apart(folder, program, *arguments):
+    """What a program prints in a process that does not see fxq."""
+    code, text = apart().run(program, folder, *arguments)
+    assert code == 0, text
+    return text
 
 
 def expected_weights(bundle, style, path):

@@ -170,7 +170,8 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
     plugins.find(plugins.MODELS, "diffusers", SHIPPED_MODELS)
     folder, dtype, device = files.checkpoint, files.dtype, files.device
     if folder is None or calls is None:
-        missing = "a folder of save_pretrained (--checkpoint)" if folder is None else "recorded calls (--calls)"
+        calls_wanted = "recorded calls" if uses_data(recipe) else "one recorded call, to capture the graph"
+        missing = "a folder of save_pretrained (--checkpoint)" if folder is None else f"{calls_wanted} (--calls)"
         raise AdapterError(f"model 'diffusers' needs {missing}; see docs/diffusers.md")
     if dataclasses.replace(files, checkpoint=None, dtype=None, device=None) != ModelFiles():
         raise AdapterError("model 'diffusers' takes --checkpoint, --calls, --dtype and --device, and no other file")
