@@ -78,6 +78,7 @@ def test_the_source_distribution_builds_without_links(dist):
     assert not [member.name for member in members if member.issym() or member.islnk()]
     names = {member.name.partition("/")[2] for member in members}
     assert {"pyproject.toml", "README.md", "LICENSE", "passes/__init__.py", "kernels/native/linear.cpp"} <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
 
 
 def test_an_environment_of_the_wheel_quantizes_and_verifies(installed, tmp_path):

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+import fxq
 from fxq.export.interop import Options, export_bundle
 from fxq.export.interop.names import DIFFUSERS, ORIGINAL
+from fxq.models.causal_wan import rope_tables
 from tests.export.interop_toys import (
     CLOSE,
     COMPRESSED,
@@ -32,9 +36,10 @@ assert set(state) == set(expected), set(state) ^ set(expected)
 integers = [name for name, tensor in state.items() if isinstance(tensor, Int8Tensor)]
 for name, tensor in state.items():
     close(expected[name], tensor.dequantize() if name in integers else tensor)
+call = load_file(sys.argv[3])
 with torch.no_grad():
-    out = model(torch.randn(1, 3, 2, 4, 6), torch.tensor([500]), torch.randn(1, 5, 32), return_dict=False)[0]
-assert out.isfinite().all() and out.shape == (1, 3, 2, 4, 6)
+    out = model(call["x"], torch.tensor([500]), call["text"], return_dict=False)[0]
+close(call["out"], out, 10 ** (-30 / 20))
 x = torch.randn(7, 64)
 layer = model.blocks[0].attn1.to_q
 with torch.no_grad():
@@ -114,11 +119,23 @@ def eight(tmp_path_factory):
     return make_bundle(tmp_path_factory.mktemp("b") / "wan", 8)
 
 
-def test_diffusers_builds_the_model_from_the_torchao_export(eight, tmp_path):
+def first_chunk(bundle, path):
+    """A call that both the causal model and the one of diffusers take, and what the bundle makes of it."""
+    torch.manual_seed(3)
+    x, text, none = torch.randn(1, 3, 2, 4, 6), torch.randn(1, 5, 32), [torch.zeros(1, 0, 2, 32)]
+    cos, sin = rope_tables(32, 2, 2, 3, 0)
+    frames = x.transpose(1, 2).contiguous()
+    out = fxq.load(bundle)(frames, torch.full((1, 2), 500.0), text, none, none, none, none, cos, sin)[0]
+    save_file({"x": x, "text": text, "out": out.detach().transpose(1, 2).contiguous()}, path)
+    return path
+
+
+def test_diffusers_builds_the_model_from_the_torchao_export_and_computes_what_the_bundle_does(eight, tmp_path):
     needs("diffusers", "torchao", "accelerate")
     export_bundle(eight, "diffusers-torchao", tmp_path / "out", Options(base_config=WAN_CONFIG))
     expected = expected_weights(eight, DIFFUSERS, tmp_path / "expected.safetensors")
-    out = run_apart(tmp_path, TORCHAO, tmp_path / "out", tmp_path / "expected.safetensors")
+    arguments = tmp_path / "expected.safetensors", first_chunk(eight, tmp_path / "call.safetensors")
+    out = run_apart(tmp_path, TORCHAO, tmp_path / "out", *arguments)
     quantized = json.loads(out.splitlines()[-1])
     assert len(quantized) == 12 and set(quantized) <= set(expected)
 
