@@ -10,6 +10,7 @@ PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist l
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
 STAMP := $(VENV)/.fxq-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed
+RUNTIMES := $(VENV)/runtimes
 # A tool started from here must not pick up another environment or another copy of the package.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -44,12 +45,17 @@ lint: $(STAMP) ## formatting, lint rules and types
 check: lint ## lint and the fast tests
 	$(PYTEST)
 
+$(RUNTIMES)/.installed: tests/export/runtimes.txt $(STAMP)
+	@rm -rf $(RUNTIMES)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(RUNTIMES) -r $<
+	@touch $@
+
 # Last comes the whole suite as the machine is, so that its counts close the run.
-test: lint ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
+test: lint $(RUNTIMES)/.installed ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
 	@if $(BIN)/python -c 'from fxq import cpu; raise SystemExit(not cpu.above_avx2())'; then $(MAKE) --no-print-directory test-avx2; fi
 	$(PYTEST) -m "not gpu and not sweep"
 
-test-all: lint ## every test that needs no GPU, whole families included: over half an hour
+test-all: lint $(RUNTIMES)/.installed ## every test that needs no GPU, whole families included: over half an hour
 	$(PYTEST) -m "not gpu"
 
 test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on one with AVX2 only
@@ -72,9 +78,9 @@ dist: $(STAMP) ## build wheel and source distribution into dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-release-check: $(STAMP) ## whether this commit can be released: version, changelog, tests, dist
+release-check: $(STAMP) ## whether this commit can be released: version, changelog, pins, tests, dist, docs
 	$(BIN)/python .ci/release_check.py
-	$(MAKE) --no-print-directory test dist
+	$(MAKE) --no-print-directory test dist docs
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .

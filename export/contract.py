@@ -25,6 +25,7 @@ from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.native.build import SETS
 from fxq.runtime.messages import first_line
+from fxq.runtime.streams import as_text
 from fxq.runtime.tables import Sheet
 
 FALLBACK = "reference"
@@ -88,6 +89,9 @@ class Verdict:
             cells = (item.layer, item.bits, item.quantize_kernel, item.linear_kernel)
             rows.add(*cells, note="; ".join(item.problems), style=style)
         yield rows
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def verify_bundle(path: str | os.PathLike[str], device: str = "cpu") -> Verdict:

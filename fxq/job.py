@@ -237,7 +237,7 @@ class Job:
 
     def choose_integers(self, graph: QuantGraph) -> None:
         """Run the recipe's methods on a CALIBRATED graph."""
-        with self.bar.step(f"{self.label}reconstruct") as on_layer:
+        with self.bar.step(f"{self.label}choose integers") as on_layer:
             methods = dataclasses.replace(self.methods(), on_layer=lambda _, done, total: on_layer(done, total))
             steps = line(self.recipe, self.chooser(methods), self.passes)
             run_passes(graph, (step for step in steps if step.needs == step.gives == Stage.CALIBRATED))

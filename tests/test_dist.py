@@ -1,6 +1,7 @@
 """What is shipped, installed into an environment of its own outside of the checkout."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ LEFT_OUT = shutil.ignore_patterns(".*", "out", "runs", "build", "dist", "*.egg-i
 
 
 def run(*command, **options):
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, check=False, **options)
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [*map(str, command)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, env=outside, **options)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -75,6 +78,7 @@ def test_the_source_distribution_builds_without_links(dist):
     assert not [member.name for member in members if member.issym() or member.islnk()]
     names = {member.name.partition("/")[2] for member in members}
     assert {"pyproject.toml", "README.md", "LICENSE", "passes/__init__.py", "kernels/native/linear.cpp"} <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
 
 
 def test_an_environment_of_the_wheel_quantizes_and_verifies(installed, tmp_path):

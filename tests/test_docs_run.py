@@ -1,4 +1,4 @@
-"""The README's lines print what stands below them, and the tutorial runs."""
+"""The README's lines print what stands below them, and the tutorials run."""
 
 import pathlib
 import re
@@ -59,3 +59,10 @@ def test_the_tutorial_runs_and_loses_little(capsys, monkeypatch):
     assert "attention to 2 pieces of keys and values" in remarks["blocks.0.o"]
     assert "one GEMM with blocks.1.k, blocks.1.v" in remarks["blocks.1.q"]
     assert "quantize fused into its norm" in remarks["blocks.1.up"]
+
+
+def test_the_tutorial_on_publishing_runs_and_its_file_computes_what_the_model_does(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks("docs/publish.md", "python")), "publish.md", "exec"), {"__name__": "docs_publish"})
+    text = capsys.readouterr().out
+    assert 0 < printed_error(text, "layer") < 0.02 and "lightx2v: model.safetensors" in text

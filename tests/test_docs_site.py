@@ -124,6 +124,21 @@ def test_no_role_is_left_in_the_reference():
     assert not re.findall(r":[a-z]+:`", "\n".join(REFERENCE.values()))
 
 
+@pytest.mark.parametrize("page", REFERENCE)
+def test_a_generated_page_links_to_headings_that_are_there(page):
+    def anchors(text):
+        said = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+        return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in said}
+
+    for path, anchor in re.findall(r"(?<!\\)\]\(([^)#:]*)#([^)]+)\)", REFERENCE[page]):
+        target = REFERENCE[page] if not path else (ROOT / "docs" / "reference" / path).resolve().read_text("utf-8")
+        assert anchor in anchors(target), f"{path}#{anchor}"
+
+
+def test_texts_of_the_command_line_are_no_markup_in_a_table():
+    assert site_commands._cell("a [b] [c][d] | <x>") == r"a \[b\] \[c\]\[d\] \| &lt;x>"
+
+
 def test_roles_become_code_and_links():
     said = site_roles.without_roles("See :func:`fxq.load`, :class:`~fxq.core.config.Recipe`, :mod:`fxq.cpu`, ``x``.")
     assert said == "See [`fxq.load`][fxq.load], [`Recipe`][fxq.Recipe], `fxq.cpu`, ``x``."

@@ -119,7 +119,7 @@ def test_steps_of_a_job_have_its_label():
     made = Job(recipe(), Told(False), label="2 of 3: ")
     graph, _ = calibrated(made)
     made.choose_integers(graph)
-    assert named == ["2 of 3: calibrate", "2 of 3: reconstruct"]
+    assert named == ["2 of 3: calibrate", "2 of 3: choose integers"]
 
 
 def test_codecs_that_learn_from_calibration_need_data():

@@ -19,8 +19,9 @@ SPEC.loader.exec_module(release_check)
 @pytest.fixture
 def tree(tmp_path):
     """A repository that can be released."""
-    (tmp_path / "fxq").mkdir()
-    for name in ("pyproject.toml", "fxq/version.py", "CITATION.cff"):
+    for folder in ("fxq", "docs"):
+        (tmp_path / folder).mkdir()
+    for name in ("pyproject.toml", "fxq/version.py", "CITATION.cff", *release_check.PINS):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## [{VERSION}] - 2026-11-29\n")
     for command in (("init", "-q"), ("add", "."), ("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x")):
@@ -45,6 +46,20 @@ def test_what_does_not_agree_is_named(tree, file, old, message):
     path.write_text(path.read_text().replace(old, "9.9.9"))
     found = release_check.faults(tree)
     assert len(found) == 2 and found[0].startswith(message) and "working tree has changes" in found[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("requirements.txt", "rich==", "rich>=", "requirements.txt does not pin rich"),
+        ("requirements.txt", "rich==15", "rich==12", r"requirements.txt has rich 12.0.0, pyproject.toml asks for >=13"),
+        ("docs/requirements.txt", "mkdocs==1.6.1", "", "docs/requirements.txt has no mkdocs"),
+    ],
+)
+def test_what_is_asked_for_is_pinned(tree, file, old, new, message):
+    path = tree / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert any(fault.startswith(message) for fault in release_check.faults(tree))
 
 
 def test_a_version_is_released_once(tree):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import pathlib
+import re
 import types
 import typing
 from typing import Any
@@ -102,4 +103,5 @@ def _default(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    """A text of the command line in a table: no part of it is markup."""
+    return re.sub(r"([|\[\]])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")

@@ -26,6 +26,8 @@ COUNTS = ("layers_kept", "layers_quantized")
 """Metrics of a receipt that a card tells elsewhere."""
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp")
 MAX_RESULTS_BYTES = 1 << 20
+_FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(#{1,4} )", re.MULTILINE)
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#!])")
 
 
@@ -211,6 +213,12 @@ def _pictures(paths: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 def _read(path: pathlib.Path) -> str:
     try:
-        return read_bytes(path, limit=MAX_RESULTS_BYTES).decode("utf-8").strip()
+        return _below(read_bytes(path, limit=MAX_RESULTS_BYTES).decode("utf-8").strip())
     except (OSError, ValueError) as error:
         raise BundleError(f"results {path} cannot be read: {error}") from error
+
+
+def _below(text: str, level: int = 2) -> str:
+    """Markdown with its headings below one of a level; code is left alone."""
+    parts = _FENCED.split(text)
+    return "".join(part if part.startswith("```") else _HEADING.sub("#" * level + r"\1", part) for part in parts)

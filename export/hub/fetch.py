@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -96,10 +97,9 @@ def fetch_bundle(repository: str, revision: str | None = None) -> pathlib.Path:
             info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True)
             sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
         check_listing(repository, sizes)
-        folder = _fetched(repository, MANIFEST, revision, info.sha)
-        _check_tensors(repository, folder, sizes[TENSORS])
-        for name in (GRAPH, TENSORS):
-            _fetched(repository, name, revision, info.sha)
+        _check_tensors(repository, info.sha, sizes[TENSORS])
+        for name in FILES:
+            folder = fetch_file(repository, name, revision, info.sha)
         return folder
     except UnreachableError as error:
         try:
@@ -108,6 +108,18 @@ def fetch_bundle(repository: str, revision: str | None = None) -> pathlib.Path:
             raise error from None
         warn(f"{error}; the cached revision {folder.name} is used", stacklevel=3)
         return folder
+
+
+def check_names(repository: str, names: Iterable[str]) -> None:
+    """Compare the names of a repository's files with what a folder can hold.
+
+    Raises:
+        HubError: when one leads elsewhere.
+    """
+    for name in names:
+        parts = pathlib.PurePosixPath(name).parts
+        if len(name) > MAX_NAME or "\\" in name or "\0" in name or name.startswith("/") or {".", ".."} & {*parts}:
+            raise HubError(f"{repository} lists a file {name[:100]!r}, which leads out of its folder")
 
 
 def check_listing(repository: str, sizes: Mapping[str, int | None]) -> None:
@@ -119,10 +131,7 @@ def check_listing(repository: str, sizes: Mapping[str, int | None]) -> None:
     """
     if len(sizes) > MAX_FILES:
         raise HubError(f"{repository} has {len(sizes)} files; a bundle's repository has at most {MAX_FILES}")
-    for name in sizes:
-        parts = pathlib.PurePosixPath(name).parts
-        if len(name) > MAX_NAME or "\\" in name or "\0" in name or name.startswith("/") or {".", ".."} & {*parts}:
-            raise HubError(f"{repository} lists a file {name[:100]!r}, which leads out of its folder")
+    check_names(repository, sizes)
     if missing := [name for name in FILES if name not in sizes]:
         raise HubError(f"{repository} is no bundle of fxq: it has no {', '.join(missing)}")
     other = [
@@ -143,21 +152,25 @@ def check_listing(repository: str, sizes: Mapping[str, int | None]) -> None:
             raise HubError(f"{repository}: {name} has {size} bytes, at most {MAX_JSON_BYTES} are read")
 
 
-def _check_tensors(repository: str, folder: pathlib.Path, size: int | None) -> None:
-    """Compare the size of the tensor file with what the manifest says lies in it, before it is fetched."""
-    stated = sum(
-        math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in read_manifest(folder).tensors.values()
-    )
+def _check_tensors(repository: str, commit: str, size: int | None) -> None:
+    """Compare the size of the tensor file with what the manifest says lies in it, before the cache gets either."""
+    with tempfile.TemporaryDirectory() as aside, speaking(repository) as hub:
+        cached = hub.try_to_load_from_cache(repository, MANIFEST, revision=commit)
+        if not isinstance(cached, str):
+            cached = hub.hf_hub_download(repository, MANIFEST, revision=commit, local_dir=aside)
+        manifest = read_manifest(pathlib.Path(cached).parent)
+    stated = sum(math.prod(entry.shape) * DTYPES[entry.dtype].itemsize for entry in manifest.tensors.values())
     if size is None or not stated <= size <= stated + 8 + HEADER_BYTES:
         raise HubError(
             f"{repository}: {TENSORS} has {size} bytes, its manifest states tensors of {stated}; it is not fetched"
         )
 
 
-def _fetched(repository: str, name: str, revision: str | None, commit: str) -> pathlib.Path:
+def fetch_file(repository: str, name: str, revision: str | None, commit: str) -> pathlib.Path:
     """The folder of a revision in the cache with one file more; asked for by its name, so that the cache knows that."""
     with speaking(repository, revision) as hub:
-        folder = pathlib.Path(hub.hf_hub_download(repository, name, revision=revision)).parent
+        file = pathlib.Path(hub.hf_hub_download(repository, name, revision=revision))
+    folder = file.parents[name.count("/")]
     if folder.name != commit:
         raise HubError(
             f"{repository} changed while it was fetched, from {commit[:12]} to {folder.name[:12]}; try again"

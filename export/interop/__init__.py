@@ -29,6 +29,7 @@ from fxq.export.interop.layers import (
 )
 from fxq.export.interop.names import OWN
 from fxq.export.interop.original import with_originals
+from fxq.runtime.streams import as_text
 from fxq.runtime.tables import Justify, Sheet
 
 Target = Callable[[StoredModel, Options], Output]
@@ -101,6 +102,9 @@ class ExportReport:
         yield sheet
         yield f"activations: {self.activations}"
         yield from self.notes
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def export_bundle(

@@ -21,6 +21,8 @@ FP32, BF16 = "fp32 eager", "bf16 eager"
 BASELINES = (FP32, BF16)
 Status = Literal["ok", "wrong", "failed", "skipped"]
 EXACT = 200.0  # dB; equal outputs would be infinite
+EXTRA = ("torchao", "onnx", "onnxruntime", "openvino")
+"""Packages of fxq's extra ``bench``."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def _prepare(
         return Result(status=status, note=note, **who, **more)
 
     if contestant.needs and not installed(contestant.needs):
-        return result("skipped", f"{contestant.needs} is not installed"), None
+        hint = ": pip install 'fxq[bench]'" if contestant.needs in EXTRA else ""
+        return result("skipped", f"{contestant.needs} is not installed{hint}"), None
     if contestant.obstacle:
         return result("skipped", contestant.obstacle), None
     try:

@@ -321,5 +321,5 @@ def sensitivity(
     table.add_column("")
     for i, a in enumerate(alpha):
         published = f"{PUBLISHED_SENSITIVITY[i]:.4f}" if len(alpha) == len(PUBLISHED_SENSITIVITY) else "-"
-        table.add_row(str(i), f"{a:.4f}", published, "#" * round(60 * a))
+        table.add_row(str(i + 1), f"{a:.4f}", published, "#" * round(60 * a))
     stdout_console().print(table)

@@ -18,6 +18,7 @@ from fxq.core.layer import QuantizedLayer
 from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import op as gemm
+from fxq.runtime.streams import as_text
 from fxq.runtime.tables import Justify, Sheet, grouped
 
 _COLUMNS: dict[str, Justify] = {
@@ -135,10 +136,7 @@ class Summary:
         return grouped((place, text) for place, texts in self.notes.items() for text in texts)
 
     def __str__(self) -> str:
-        console = Console(width=140, record=True, file=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return as_text(self)
 
 
 def _row(module: fx.GraphModule, plan: LayerPlan, node: fx.Node, remarks: Texts) -> LayerRow:

@@ -12,5 +12,5 @@ def register() -> None:
     try:
         from fxq.integrations.diffusers import register as make_known
     except ImportError as error:
-        raise ImportError(f"fxq.register needs diffusers ({error}): pip install diffusers") from error
+        raise ImportError(f"fxq.register needs diffusers ({error}): pip install 'fxq[wan]'") from error
     make_known()

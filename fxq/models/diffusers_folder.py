@@ -102,7 +102,7 @@ def _find_class(config: Mapping[str, Any], folder: pathlib.Path) -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise CheckpointError(f"{folder} needs diffusers ({error}): pip install diffusers") from None
+        raise CheckpointError(f"{folder} needs diffusers ({error}): pip install 'fxq[wan]'") from None
     name = config["_class_name"]
     cls = getattr(diffusers, name, None) if name in dir(diffusers) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):

@@ -31,7 +31,11 @@ def no_triton() -> str:
     """Why Triton's kernels do not run on a GPU here, or ""."""
     if HAS_TRITON:
         return ""
-    return "the kernels are for NVIDIA GPUs" if triton is not None else "Triton is not installed: pip install triton"
+    return (
+        "the kernels are for NVIDIA GPUs"
+        if triton is not None
+        else "Triton is not installed: pip install 'fxq[triton]'"
+    )
 
 
 def arch_name(capability: tuple[int, int]) -> str:

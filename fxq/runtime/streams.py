@@ -13,6 +13,7 @@ from rich.console import Console
 _BROKEN = (AttributeError, OSError, TypeError, ValueError)
 """What streams raise that are closed, have no reader any more, or lack a method."""
 _TABLE_WIDTH = 160
+_TEXT_WIDTH = 140
 
 
 def is_terminal(stream: Any) -> bool:
@@ -92,6 +93,14 @@ def stdout_console(width: int = _TABLE_WIDTH, highlight: bool = True) -> Console
     """Console for results; ``width`` columns, as tables need, where standard output is not a terminal."""
     given = None if is_terminal(sys.stdout) else width
     return Console(file=_Stream("stdout"), width=given, highlight=highlight)  # type: ignore[arg-type]
+
+
+def as_text(result: object, width: int = _TEXT_WIDTH) -> str:
+    """What a console shows of a result, without colours: as wide as the terminal, or ``width`` columns without one."""
+    console = Console(width=stdout_console(width).width, force_terminal=False, color_system=None)
+    with console.capture() as capture:
+        console.print(result)
+    return capture.get()
 
 
 def emit(text: str) -> None:

@@ -65,6 +65,7 @@ def test_a_folder_with_recorded_calls_becomes_a_bundle_and_a_folder(folder, tmp_
     [
         ((), "needs a folder of save_pretrained"),
         (("--checkpoint", "x"), "needs recorded calls"),
+        (("--checkpoint", "x", "--recipe", "w8a8-dynamic"), "needs one recorded call, to capture the graph"),
         (("--checkpoint", "x", "--calls", "y", "--lora", "z"), "and no other file"),
     ],
 )

@@ -26,7 +26,7 @@ def test_without_diffusers_it_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match="pip install diffusers"):
+    with pytest.raises(ImportError, match=r"pip install 'fxq\[wan\]'"):
         fxq.register()
 
 

@@ -239,5 +239,5 @@ def test_a_damaged_configuration_or_no_folder_is_an_error(folder, tmp_path):
 
 def test_without_diffusers_the_error_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(CheckpointError, match="pip install diffusers"):
+    with pytest.raises(CheckpointError, match=r"pip install 'fxq\[wan\]'"):
         load_folder(folder)

@@ -63,6 +63,7 @@ def test_a_video_plays_to_its_end(page, stage, bundle):
     pixels = "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data].filter((_, i) => i % 4 < 3)"
     brightest = page.evaluate(f"[...document.querySelectorAll('canvas')].map({pixels}).map(all => Math.max(...all))")
     assert len(brightest) == 2 and min(brightest) > 100
+    assert f"chunk 1{stage.chunks}" in page.text_content("#memory"), "chunks count from 1, as in reports"
     assert page.is_visible("#film") and page.is_visible("#drift polyline.right")
 
 

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from fxq.runtime.streams import emit, finish_output, is_terminal, stderr_console, stdout_console, warn
+from fxq.runtime.streams import as_text, emit, finish_output, is_terminal, stderr_console, stdout_console, warn
 
 
 class Terminal(io.StringIO):
@@ -103,3 +103,12 @@ def test_a_warning_that_is_to_be_an_error_is_one():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="careful"):
             warn("careful")
+
+
+@pytest.mark.parametrize(("stream", "width"), [(Terminal(), 60), (io.StringIO(), 140)])
+def test_texts_of_results_are_as_wide_as_the_terminal_and_have_no_colours(monkeypatch, stream, width):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    lines = as_text("[bold]" + "word " * 100).splitlines()
+    assert width - 5 <= max(map(len, lines)) <= width and "\x1b" not in "".join(lines)

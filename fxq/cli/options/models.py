@@ -6,6 +6,7 @@ The last two return a rollout.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 
 from fxq import plugins
 from fxq.calibration.rollout import Draws, Rollout
+from fxq.export.hub.weights import locate_weights
 from fxq.lab import tiny_rollout
 from fxq.models.families import FAMILIES, FLOATS, SHIPPED_MODELS, Family, read_settings, with_settings
 from fxq.models.loading import load_causal_wan, seen_sizes
@@ -33,7 +35,8 @@ class AdapterError(ValueError):
 class ModelFiles:
     """What a published model is made of and driven with.
 
-    ``checkpoint``, ``lora`` and ``config`` (JSON settings) are files, ``prompts`` a file or ``module:function``, and
+    ``checkpoint`` and ``lora`` are files, or of the hub (:func:`~fxq.export.hub.weights.locate_weights`); ``config``
+    (JSON settings) is a file, ``prompts`` a file or ``module:function``, and
     ``texts`` prompts in words in its place; words are encoded by the model in the folder ``text_encoder``.
     ``settings`` replace single ones of the family. ``frames``, ``height`` and ``width`` (latent pixels) are those of
     the videos, the family's by default; ``batch`` videos are driven at once, one by default; ``dtype`` is the model's
@@ -133,13 +136,19 @@ def find_family(name: str, files: ModelFiles) -> Family:
     if files.config is not None:
         settings = read_settings(files.config) | settings
     elif name == "causal-wan" and files.checkpoint is not None:
-        settings = _found_settings(files.checkpoint, settings)
+        settings = _found_settings(found_weights(files.checkpoint), settings)
     family = with_settings(family, settings)
     channels, rows, columns = family.config.in_dim, files.height or family.latent[1], files.width or family.latent[2]
     _, patch_rows, patch_columns = family.config.patch_size
     if rows % patch_rows or columns % patch_columns:
         raise AdapterError(f"latents of {rows} x {columns} are not whole patches of {patch_rows} x {patch_columns}")
     return dataclasses.replace(family, frames=files.frames or family.frames, latent=(channels, rows, columns))
+
+
+@functools.cache
+def found_weights(given: pathlib.Path) -> pathlib.Path:
+    """Weights that were given as a path or by a repository, which is asked once."""
+    return locate_weights(given)
 
 
 def _found_settings(checkpoint: pathlib.Path, given: dict[str, object]) -> dict[str, object]:
@@ -210,7 +219,9 @@ def family_rollout(name: str, videos: int, seed: int, files: ModelFiles, *, driv
         prompts = family_prompts(family, files, videos, seed)
         batches = _batches(family, prompts, videos, seed, files.batch or 1)
     dtype = None if files.dtype is None else parse_dtype(files.dtype)
-    model = load_causal_wan(files.checkpoint, family, lora=files.lora, lora_alpha=files.lora_alpha, dtype=dtype)
+    lora = None if files.lora is None else found_weights(files.lora)
+    weights = found_weights(files.checkpoint)
+    model = load_causal_wan(weights, family, lora=lora, lora_alpha=files.lora_alpha, dtype=dtype)
     model = model.to(parse_device(files.device))
     rollout = SelfForcingRollout(model, batches, family.sampler, any_size=not files.fixed_size)
     try:

@@ -18,7 +18,15 @@ from fxq.calibration.calibrate import Batch
 from fxq.calibration.record import Recording
 from fxq.calibration.rollout import Rollout
 from fxq.cli.options.common import expanding
-from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout, parse_device, parse_dtype, parse_settings
+from fxq.cli.options.models import (
+    AdapterError,
+    ModelFiles,
+    found_weights,
+    make_rollout,
+    parse_device,
+    parse_dtype,
+    parse_settings,
+)
 from fxq.core.config import Recipe
 from fxq.environment import environment
 from fxq.job import uses_data
@@ -37,7 +45,11 @@ from fxq.runtime.streams import stderr_console
 
 def _model_files(
     checkpoint: Annotated[
-        pathlib.Path | None, typer.Option(help="Weights of a published model: .pt, .safetensors or a folder.")
+        pathlib.Path | None,
+        typer.Option(
+            help="Weights of a published model: .pt, .safetensors, a folder, or org/name[@revision][:pattern] of the "
+            "hub."
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -47,7 +59,9 @@ def _model_files(
         pathlib.Path | None,
         typer.Option(help="Folder of the text encoder, or of a Wan pipeline, for prompts in words."),
     ] = None,
-    lora: Annotated[pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights.")] = None,
+    lora: Annotated[
+        pathlib.Path | None, typer.Option(help="LoRA file to merge into the weights, or of the hub as --checkpoint.")
+    ] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the LoRA, if its file does not say.")] = None,
     config: Annotated[pathlib.Path | None, typer.Option(help="JSON file of settings, such as config.json.")] = None,
     settings: Annotated[
@@ -156,11 +170,14 @@ def diffusers_source(files: ModelFiles, calls: pathlib.Path | None, recipe: Reci
     plugins.find(plugins.MODELS, "diffusers", SHIPPED_MODELS)
     folder, dtype, device = files.checkpoint, files.dtype, files.device
     if folder is None or calls is None:
-        missing = "a folder of save_pretrained (--checkpoint)" if folder is None else "recorded calls (--calls)"
+        calls_wanted = "recorded calls" if uses_data(recipe) else "one recorded call, to capture the graph"
+        missing = "a folder of save_pretrained (--checkpoint)" if folder is None else f"{calls_wanted} (--calls)"
         raise AdapterError(f"model 'diffusers' needs {missing}; see docs/diffusers.md")
     if dataclasses.replace(files, checkpoint=None, dtype=None, device=None) != ModelFiles():
         raise AdapterError("model 'diffusers' takes --checkpoint, --calls, --dtype and --device, and no other file")
-    model = load_folder(folder, None if dtype is None else parse_dtype(dtype)).to(parse_device(device))
+    place = found_weights(folder)
+    place = place.parent if place != folder and place.is_file() else place
+    model = load_folder(place, None if dtype is None else parse_dtype(dtype)).to(parse_device(device))
     recording = Recording.load(calls).to(parse_device(device))
     first = tuple(itertools.islice(recording, 2))
     return Source(model, recording if uses_data(recipe) else None, first[0], None, first)

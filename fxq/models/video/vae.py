@@ -59,7 +59,7 @@ def _from_original(tensors: Mapping[str, Tensor], path: pathlib.Path, dtype: tor
         from diffusers import AutoencoderKLWan
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
     except ImportError as error:
-        raise CheckpointError(f"{path} needs diffusers ({error}): pip install diffusers") from None
+        raise CheckpointError(f"{path} needs diffusers ({error}): pip install 'fxq[wan]'") from None
     state = convert_wan_vae_to_diffusers(dict(tensors))
     width, deep, latents = (tensors[name].shape[0] for name in _SIZES)
     with torch.device("meta"):

@@ -31,7 +31,7 @@ function hear(message) {
   if (message.kind === "welcome") greet(message);
   else if (message.kind === "refused") { asking = false; refuse(message.why); if (!history.length) say("ready"); }
   else if (message.kind === "started") begun(message);
-  else if (message.kind === "asked") { refuse(""); say(`another prompt from chunk ${message.chunk} on`); }
+  else if (message.kind === "asked") { refuse(""); say(`another prompt from chunk ${message.chunk + 1} on`); }
   else head = message;
 }
 
@@ -129,7 +129,7 @@ function draw(id, value) {
   };
   const most = Math.max(...values);
   svg.replaceChildren(...parts, label(most.toPrecision(3), left - 6, y(most) + 4, "end"), label("0", left - 6, y(0) + 4, "end"),
-    label("chunk 0", left, height - 3, "start"), label(String(history.length - 1), width - 8, height - 3, "end"));
+    label("chunk 1", left, height - 3, "start"), label(String(history.length), width - 8, height - 3, "end"));
 }
 
 function paint(now) {
@@ -151,7 +151,7 @@ function paint(now) {
   shown += 1;
   document.body.dataset.shown = shown;
   if (ended && !queue.length) { say(`${history.length} chunks, ${shown} frames`); byId("pause").disabled = byId("ask").disabled = true; }
-  else say(`chunk ${history.length - 1}`);
+  else say(`chunk ${history.length}`);
   want();
 }
 

@@ -71,6 +71,21 @@ def test_results_and_pictures_stand_in_it(bundle, tmp_path):
         make_card(bundle, dataclasses.replace(card, results=tmp_path / "none.md"))
 
 
+def test_headings_of_results_stand_below_that_of_the_card(bundle, tmp_path):
+    (tmp_path / "table.md").write_text("# two bundles\n\n```sh\n# not a heading\n```\n\n## more\n")
+    text = make_card(bundle, Card(results=tmp_path / "table.md"))
+    assert "\n### two bundles\n" in text and "\n#### more\n" in text and "\n# not a heading\n" in text
+
+
+def test_parts_of_a_card_are_told_apart(bundle, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    card = Card(base_model="org/base", pictures=(tmp_path / "a.png", tmp_path / "b.png"))
+    body = parts(make_card(bundle, card))[1]
+    for start in ("Quantized from", "![a]", "![b]", "- "):
+        assert f"\n\n{start}" in body
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(fxq.BundleError, match="neither a bundle of fxq"):
         make_card(tmp_path, Card())

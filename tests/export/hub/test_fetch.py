@@ -125,7 +125,7 @@ def test_tensors_larger_than_the_manifest_says_are_not_fetched(served, tmp_path)
     served.sizes["model.safetensors"] = 1 << 40
     with pytest.raises(HubError, match="has 1099511627776 bytes, its manifest states tensors of"):
         fxq.load("org/toy")
-    assert cached(tmp_path) == ["manifest.json"]
+    assert cached(tmp_path) == []
 
 
 def test_altered_content_is_refused_as_in_a_folder(served):
@@ -135,10 +135,11 @@ def test_altered_content_is_refused_as_in_a_folder(served):
         fxq.load("org/toy")
 
 
-def test_a_link_in_the_repository_is_text_and_refused(served):
+def test_a_link_in_the_repository_is_text_and_refused(served, tmp_path):
     served.repositories["org/toy"]["model.safetensors"] = b"../../../etc/passwd"
     with pytest.raises(HubError, match="its manifest states tensors of"):
         fxq.load("org/toy")
+    assert cached(tmp_path) == []
 
 
 def test_paths_are_paths(served, tmp_path, monkeypatch):
