@@ -77,6 +77,10 @@ class Absorb:
                 f"than {sink} sink frames: set warmup to at least {least}"
             )
 
+    def most_layers(self, layers: int) -> int:
+        """Of so many layers, how many are converted at most."""
+        return int(self.ratio * layers + 1e-9)
+
     def groups(self, heads: int) -> int:
         """Blocks of channels with a map of their own."""
         return heads if self.form == "per_head" else 1
@@ -239,7 +243,7 @@ class Absorption:
         scores = [((s[0] / s[1]).mean().item(), (s[0] / s[2]).mean().item()) for s in self.sums]
         maps = self._solved()
         fit = [i for i, (left, _) in enumerate(scores) if left < self.settings.most and bool(maps[i].isfinite().all())]
-        chosen = set(sorted(fit, key=lambda i: scores[i][1])[: int(self.settings.ratio * len(scores) + 1e-9)])
+        chosen = set(sorted(fit, key=lambda i: scores[i][1])[: self.settings.most_layers(len(scores))])
         verdicts = tuple(Verdict(left, part, i in chosen) for i, (left, part) in enumerate(scores))
         installed = tuple(maps[i] if i in chosen else old for i, old in enumerate(self.maps))
         return dataclasses.replace(self, maps=installed, statistics=(), trial=(), sums=(), verdicts=verdicts)

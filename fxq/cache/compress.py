@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxq.cache.codecs.prq import kmeans
+from fxq.kernels.cluster.kmeans import nearest
 
 ITERATIONS = 20
 """Of k-means."""
@@ -56,7 +57,7 @@ def _video(keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor, Te
     ratio = 0.5 * keys.std() / values.std().clamp_min(torch.finfo(torch.float32).tiny)
     tokens = torch.cat((keys, values * ratio), dim=-1).transpose(0, 1).contiguous()  # [heads, L, 2 * head_dim]
     first = torch.arange(count, device=tokens.device) * tokens.shape[1] // count
-    _, names = kmeans(tokens, tokens[:, first], ITERATIONS)
+    names = nearest(tokens, kmeans(tokens, tokens[:, first], ITERATIONS).bfloat16().float())
     both = torch.cat((keys, values), dim=-1).transpose(0, 1)
     sums = both.new_zeros(len(both), count, both.shape[2])
     sums.scatter_add_(1, names.unsqueeze(-1).expand_as(both), both)

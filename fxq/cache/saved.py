@@ -27,15 +27,7 @@ class SavedCacheError(ValueError):
 
 
 def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out.
-
-    Raises:
-        SavedCacheError: when its policy absorbs layers: what was seen of the video has no form in a file.
-    """
-    if cache.policy.absorb is not None:
-        raise SavedCacheError(
-            "a rollout that absorbs layers cannot be saved between chunks: set absorb=None, or run on"
-        )
+    """All that a cache holds, tensors by name and JSON facts; memory that waits for tokens is left out."""
     tensors: dict[str, Tensor] = {}
     for kind, lines in (("keys", cache.keys), ("values", cache.values)):
         for layer, line in enumerate(lines):
@@ -50,7 +42,7 @@ def cache_to_tensors(cache: Cache) -> tuple[dict[str, Tensor], dict[str, object]
     tensors |= {f"origins.{layer}": tensor for layer, tensor in enumerate(cache.origins)}
     facts: dict[str, object] = {name: getattr(cache, name) for name in _COUNTS}
     facts |= {"policy": policy_to_json(cache.policy), "layout": dataclasses.asdict(cache.layout)}
-    facts["layers"] = len(cache.keys)
+    facts |= {"layers": len(cache.keys), "closed": list(cache.closed)}
     return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, facts
 
 
@@ -81,6 +73,7 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
         like, rotary=rotary, frames=frames, first=first, first_packed=first_packed, packed=packed
     )
     exact = max(0, frames - max(first, first_packed + packed)) * layout.tokens
+    closed = _closed(facts, like)
     taken: set[str] = set()
 
     def take(name: str, want: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -94,13 +87,14 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
     def line(kind: Kind, layer: int, empty: Line) -> Line:
         place, old = f"{kind}.{layer}", empty.exact.tensor
         batch, _, heads, width = old.shape
+        gone = layer in closed
         if empty.codec is None:
-            whole = (sink + max(0, frames - first)) * layout.tokens
-            return Line(None, Tokens.of(take(f"{place}.exact", (batch, whole, heads, width), old.dtype)))
-        held = Tokens.of(take(f"{place}.exact", (batch, exact, heads, width), old.dtype))
+            whole = (sink + (0 if gone else max(0, frames - first))) * layout.tokens
+            return Line(None, Tokens.of(take(f"{place}.exact", (batch, whole, heads, width), old.dtype)), closed=gone)
+        held = Tokens.of(take(f"{place}.exact", (batch, 0 if gone else exact, heads, width), old.dtype))
         kept = Tokens.of(take(f"{place}.sink", (batch, sink * layout.tokens, heads, width), old.dtype))
         shape = Shape(heads, width, span * layout.tokens)
-        spans = _spans(empty.codec, kind, shape, packed // span, batch, place, take)
+        spans = _spans(empty.codec, kind, shape, 0 if gone else packed // span, batch, place, take)
         memory = {
             name.removeprefix(f"{place}.memory."): tensors[name]
             for name in tensors
@@ -115,7 +109,7 @@ def cache_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], 
             raise SavedCacheError(
                 f"{place}: the saved cache was made with other tables than this rollout's: go on with its bundle"
             )
-        return Line(empty.codec, held, kept, spans, memory | once)
+        return Line(empty.codec, held, kept, spans, memory | once, gone)
 
     keys = tuple(line("keys", i, empty) for i, empty in enumerate(like.keys))
     values = tuple(line("values", i, empty) for i, empty in enumerate(like.values))
@@ -162,3 +156,12 @@ def _frames(facts: Mapping[str, Any], like: Cache) -> Frames:
     if held.packed % span or held.first < like.policy.sink or last > max(held.frames, held.first):
         raise SavedCacheError(f"the saved cache's frames {counts} do not follow each other")
     return held
+
+
+def _closed(facts: Mapping[str, Any], like: Cache) -> tuple[int, ...]:
+    """Layers that keep their sink alone, for a cache like an empty one of the same policy."""
+    closed, layers = facts.get("closed", []), len(like.keys)
+    fits = isinstance(closed, list) and all(type(i) is int and 0 <= i < layers for i in closed)
+    if not fits or sorted(set(closed)) != closed or (closed and like.policy.absorb is None):
+        raise SavedCacheError(f"the saved cache has no history of layers {closed!r}: expected some of {layers} layers")
+    return tuple(closed)

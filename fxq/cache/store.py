@@ -231,6 +231,11 @@ class Cache:
             packed=self.packed + span,
         )
 
+    @property
+    def closed(self) -> tuple[int, ...]:
+        """Layers that keep their sink alone."""
+        return tuple(i for i, line in enumerate(self.keys) if line.closed)
+
     def closing(self, layers: Collection[int]) -> Cache:
         """Without the history of some layers, of which the sink alone stays and nothing new is kept."""
 

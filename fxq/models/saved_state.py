@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fxq.cache.saved import SavedCacheError, cache_from_tensors, cache_to_tensors
+from fxq.cache.saved_absorption import PREFIX, absorption_from_tensors, absorption_to_tensors
 from fxq.models.self_forcing import SelfForcingRollout, SelfForcingState
 from fxq.runtime.reading import ReadError, parse_json, read_header, regular_file
 from fxq.runtime.writable import whole_file
@@ -30,6 +31,9 @@ def save_state(state: SelfForcingState, path: str | os.PathLike[str]) -> None:
     for name in _CROSS:
         tensors |= {f"{name}.{i}": t.contiguous() for i, t in enumerate(getattr(state, name))}
     told = {"cache": facts, "next_unit": state.next_unit, "calls": state.calls, "video": _video(state)}
+    if state.absorption is not None:
+        seen, told["absorption"] = absorption_to_tensors(state.absorption)
+        tensors |= seen
     with whole_file(path) as part:
         save_file(tensors, part, metadata={"fxq_state": json.dumps(told)})
 
@@ -71,11 +75,17 @@ def load_state(rollout: SelfForcingRollout, path: str | os.PathLike[str], batch:
         name: tuple(_taken(tensors, f"{name}.{i}", begun.cross_k[i], text) for i in range(own.num_layers))
         for name in _CROSS
     }
+    own_tensors = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
     cache = cache_from_tensors(tensors, told["cache"], begun.cache, begun.cache.rotary)
     if cache.frames != unit * rollout.sampler.frames_per_chunk:
         raise SavedCacheError(f"{path}: {cache.frames} frames in the cache and {unit} finished chunks")
+    absorption = begun.absorption
+    if absorption is not None:
+        absorption = absorption_from_tensors(own_tensors, told.get("absorption"), absorption, unit, cache.closed)
+    if own_tensors:
+        raise SavedCacheError(f"{path} holds {min(own_tensors)!r}, which no setting of its policy stores")
     return SelfForcingState(
-        begun.condition, begun.draws, unit, latents, cache, cross["cross_k"], cross["cross_v"], calls
+        begun.condition, begun.draws, unit, latents, cache, cross["cross_k"], cross["cross_v"], calls, absorption
     )
 
 

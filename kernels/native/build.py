@@ -37,7 +37,16 @@ class InstructionSet:
     attention: tuple[str, ...] = ()
 
 
-_SOURCES = ("linear.cpp", "rows.cpp", "pack.cpp", "unpack.cpp", "attention.cpp", "attention_int8.cpp")
+_SOURCES = (
+    "linear.cpp",
+    "rows.cpp",
+    "pack.cpp",
+    "codes.cpp",
+    "cluster.cpp",
+    "unpack.cpp",
+    "attention.cpp",
+    "attention_int8.cpp",
+)
 AVX512 = InstructionSet(
     "native",
     ("avx512_vnni", "avx512_bf16", "avx512_vbmi2"),

@@ -141,4 +141,28 @@ struct Packing {
   int32_t threads;
 };
 
+// Groups of tokens, each with centroids of its own.
+struct Clusters {
+  const float* x;          // [groups, tokens, width] with unit stride along width
+  const float* centroids;  // [groups, count, width]
+  int64_t* names;          // [groups, tokens]: the first of the centroids at the least distance
+  float* rest;             // [groups, tokens, width], or null: x less that centroid
+  float* means;            // [groups, count, width]: of the tokens of each name; the centroid where there is none
+  long groups, tokens, count, width;
+  long x_group, x_token;  // strides in elements
+  int32_t threads;
+};
+
+// Rows of numbers in blocks of `channels`, as fxq/cache/codecs/scalar.py rounds them.
+struct Codes {
+  const float* x;      // [rows, size]
+  float* low;          // [rows, size / channels]; written where codes is null: least and largest number of each block
+  float* high;
+  const float* scale;  // as low
+  const float* zero;   // as low, or null: codes are symmetric
+  uint8_t* codes;      // [rows, bytes], the first code in the lowest bits; written
+  long rows, size, channels;
+  int32_t bits, threads;
+};
+
 }  // extern "C"

@@ -26,7 +26,8 @@ inline void store_bytes(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__
 
 inline Floats floats(float x) { return _mm256_set1_ps(x); }
 inline Ints ints(int32_t x) { return _mm256_set1_epi32(x); }
-inline Ints counted(Lanes lanes) { return _mm256_cmpgt_epi32(ints(lanes.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
+inline Ints places() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline Ints counted(Lanes lanes) { return _mm256_cmpgt_epi32(ints(lanes.count), places()); }
 
 inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats greatest(Floats a, Floats b) { return _mm256_max_ps(a, b); }  // b where one is NaN
@@ -58,6 +59,13 @@ inline Floats choose(Floats a, Floats b, Lanes first) {  // a in the lanes of `f
 // a where the number is below zero, b elsewhere.
 inline Floats below_zero(Floats number, Floats a, Floats b) {
   return _mm256_blendv_ps(b, a, _mm256_cmp_ps(number, floats(0), _CMP_LT_OQ));
+}
+
+// v and its place where it is greater than the best so far.
+inline void take_greater(Floats v, Ints place, Floats& best, Ints& found) {
+  const __m256 more = _mm256_cmp_ps(v, best, _CMP_GT_OQ);
+  best = _mm256_blendv_ps(best, v, more);
+  found = _mm256_blendv_epi8(found, place, _mm256_castps_si256(more));
 }
 
 inline Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
@@ -106,6 +114,7 @@ inline Floats load(const T* p, Lanes mask) {
   return load(part);
 }
 
+inline void store(int32_t* p, Ints v) { store_bytes(p, v); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline void store(int8_t* p, Bytes v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v); }
 

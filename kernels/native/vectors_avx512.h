@@ -21,6 +21,7 @@ inline uint32_t bits(Lanes lanes) { return lanes; }
 
 inline Floats floats(float x) { return _mm512_set1_ps(x); }
 inline Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints places() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 inline Floats fmadd(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats greatest(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // b where one is NaN
@@ -37,6 +38,13 @@ inline Floats choose(Floats a, Floats b, Lanes first) { return _mm512_mask_mov_p
 // a where the number is below zero, b elsewhere.
 inline Floats below_zero(Floats number, Floats a, Floats b) {
   return _mm512_mask_mov_ps(b, _mm512_cmp_ps_mask(number, _mm512_setzero_ps(), _CMP_LT_OQ), a);
+}
+
+// v and its place where it is greater than the best so far.
+inline void take_greater(Floats v, Ints place, Floats& best, Ints& found) {
+  const __mmask16 more = _mm512_cmp_ps_mask(v, best, _CMP_GT_OQ);
+  best = _mm512_mask_mov_ps(best, more, v);
+  found = _mm512_mask_mov_epi32(found, more, place);
 }
 
 inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
@@ -66,6 +74,8 @@ inline Floats load(const float* p, Lanes mask) { return mask == ALL ? load(p) : 
 inline Floats load(const bfloat16* p, Lanes mask) {
   return mask == ALL ? load(p) : widen(_mm256_maskz_loadu_epi16(mask, p));
 }
+
+inline void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 
 inline void store(float* p, Floats v, Lanes mask = ALL) {
   if (mask == ALL) return _mm512_storeu_ps(p, v);

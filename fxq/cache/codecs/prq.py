@@ -15,7 +15,7 @@ from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.rtn import block_fields, dequantize_blocks, quantize_blocks, seeded_codes
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
 from fxq.kernels.attention.forms import Blocks
-from fxq.kernels.cluster.kmeans import means, nearest
+from fxq.kernels.cluster.kmeans import means, named, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Prq(Codec):
 
     Every head of a span is clustered alone, in each of ``stages`` what the stage before left. Centroids are bfloat16;
     the next span's k-means starts from them (section 4.3 of the paper), which ``warm_iterations`` then suffice for.
+    In the first half of the iterations they move by ``sample`` tokens of the span for each centroid, drawn by a
+    generator of the codec's own (0: by all tokens), then by all; every token takes the nearest in the end.
     """
 
     stages: int = 1
@@ -34,6 +36,7 @@ class Prq(Codec):
     scale_dtype: ScaleDtype = "float8_e4m3fn"
     iterations: int = 20
     warm_iterations: int = 6
+    sample: int = 32
 
     name: ClassVar[str] = "prq"
 
@@ -44,6 +47,8 @@ class Prq(Codec):
                 f"stages = {self.stages}, centroids = {self.centroids}, iterations = {self.iterations}, "
                 f"{self.warm_iterations}: expected 1 or more, 2 to 256 (a byte names one), 1 or more"
             )
+        if self.sample < 0:
+            raise ValueError(f"sample = {self.sample}: expected a number of tokens for each centroid, or 0 for all")
 
     @property
     def grid(self) -> Grid:
@@ -80,20 +85,25 @@ class Prq(Codec):
         return record, {"centroids": tensors["centroids"][:, 0]}
 
     def _video(self, x: Tensor, memory: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-        rest = x.transpose(0, 1).contiguous()  # [heads, T, head_dim]
+        rest = x.transpose(0, 1)  # [heads, T, head_dim]
+        chosen = _chosen(len(x), self.sample * self.centroids, seed)
         found, ids = [], []
         for stage in range(self.stages):
+            some = rest if chosen is None else rest[:, chosen.to(x.device)]
             if memory:
                 start, iterations = memory["centroids"][stage].float(), self.warm_iterations
             else:
                 start, iterations = _tokens_of(rest, self.centroids, seed * self.stages + stage), self.iterations
-            centroids, names = kmeans(rest, start, iterations)
-            rest = rest - _named(centroids, names)
-            found.append(centroids.to(torch.bfloat16))
+            half = iterations // 2
+            centroids = kmeans(rest, kmeans(some, start, half), iterations - half).to(torch.bfloat16)
+            names, rest = named(rest, centroids.float())
+            found.append(centroids)
             ids.append(names)
         names = torch.stack(ids, dim=-1).transpose(0, 1).flatten(1)  # [T, heads * stages]
-        packed = {"ids": pack(names, self.id_bits), "centroids": torch.stack(found)}
-        return quantize_blocks(rest.transpose(0, 1), self.grid, self.block) | packed
+        blocks = {
+            name: t.transpose(0, 1).contiguous() for name, t in quantize_blocks(rest, self.grid, self.block).items()
+        }
+        return blocks | {"ids": pack(names, self.id_bits), "centroids": torch.stack(found)}
 
     def seeded(self, shape: Shape, kind: Kind, batch: int, spans: int, noise: Noise) -> dict[str, Tensor]:
         """As of every codec, with codes that the grid has and names of centroids that there are."""
@@ -118,28 +128,31 @@ class Prq(Codec):
         return blocks._replace(stages=self.stages, centroids=self.centroids, id_bits=self.id_bits)
 
 
-def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
+def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
     """Lloyd's iterations, each head alone; a cluster without tokens keeps its centroid.
 
-    Sums run over sorted tokens, so that no order of threads changes them.
+    Sums run over tokens in their order, so that no order of threads changes them.
 
     Args:
         x: float32 [heads, T, head_dim].
         centroids: float32 [heads, C, head_dim] to start from.
         iterations: how many.
-
-    Returns:
-        Centroids rounded to bfloat16, as float32, and int64 [heads, T], the nearest of them.
     """
     for _ in range(iterations):
         centroids = means(x, nearest(x, centroids), centroids)
-    centroids = centroids.to(torch.bfloat16).float()
-    return centroids, nearest(x, centroids)
+    return centroids
 
 
 def _named(centroids: Tensor, names: Tensor) -> Tensor:
     """[..., T, head_dim]: the centroid [..., C, head_dim] of every name [..., T]."""
     return centroids.gather(-2, names.unsqueeze(-1).expand(*names.shape, centroids.shape[-1]))
+
+
+def _chosen(tokens: int, count: int, seed: int) -> Tensor | None:
+    """``count`` of so many tokens, in order; None where there are no more, or ``count`` is 0."""
+    if not 0 < count < tokens:
+        return None
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def _tokens_of(x: Tensor, count: int, seed: int) -> Tensor:

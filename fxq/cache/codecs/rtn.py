@@ -12,9 +12,11 @@ from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.packing import pack, packed_size, unpack
 from fxq.cache.codecs.record import Field, Record, Shape
 from fxq.cache.codecs.scalar import Grid, ScaleDtype
+from fxq.kernels import native
 from fxq.kernels.attention.forms import Blocks
 from fxq.kernels.attention.triton_pack import pack_blocks
 from fxq.kernels.jit import HAS_TRITON
+from fxq.kernels.native import encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +128,11 @@ class PerChannel(Codec):
         return Blocks(self.bits, self.grid.offset, 1, self._group(shape))
 
 
-def packs_in_triton(device: str) -> bool:
-    """Whether codes of blocks are rounded and packed by the Triton kernel on a device type."""
-    return HAS_TRITON and device == "cuda"
+def packs_in(device: str) -> str:
+    """What rounds and packs codes of blocks on a device type: "triton", "native" or "torch"."""
+    if device == "cpu" and native.ready():
+        return "native"
+    return "triton" if HAS_TRITON and device == "cuda" else "torch"
 
 
 def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
@@ -147,12 +151,15 @@ def block_fields(grid: Grid, block: int, shape: Shape) -> tuple[Field, ...]:
 
 
 def quantize_blocks(x: Tensor, grid: Grid, block: int) -> dict[str, Tensor]:
-    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]; on a GPU codes take one kernel."""
-    blocks = x.unflatten(-1, (-1, block))
-    if packs_in_triton(x.device.type):
+    """The tensors of :func:`block_fields` for float32 [B, T, heads, head_dim]; kernels round and pack in one pass."""
+    blocks, chosen = x.unflatten(-1, (-1, block)), packs_in(x.device.type)
+    if chosen == "triton":
         scale, zero = grid.measured(blocks)
         with torch.cuda.device(x.device):
             packed = pack_blocks(x, scale, zero, grid.bits)
+    elif chosen == "native":
+        scale, zero = grid.of_ranges(*encode.block_ranges(x, block))
+        packed = encode.block_codes(x, scale, zero, grid.bits)
     else:
         codes, scale, zero = grid.quantize(blocks)
         packed = pack(codes.flatten(-2), grid.bits)

@@ -69,9 +69,16 @@ class Grid:
         Raises:
             ValueError: when they do not fit float8_e4m3fn.
         """
+        return self.of_ranges(*x.aminmax(dim=-1))
+
+    def of_ranges(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of blocks whose least and largest numbers these are.
+
+        Raises:
+            ValueError: when they do not fit float8_e4m3fn.
+        """
         if not self.asymmetric:
-            return self._stored(x.abs().amax(dim=-1) / self.offset), None
-        low, high = x.aminmax(dim=-1)
+            return self._stored(torch.maximum(high, -low) / self.offset), None
         scale = self._stored((high - low) / (2**self.bits - 1))
         return scale, low.to(torch.bfloat16) if self.scale_dtype == "bfloat16" else self._rounded(low)
 

@@ -236,12 +236,40 @@ def test_on_a_gpu_the_kernel_packs_what_was_measured(codec, monkeypatch):
         codes = (codes / scale.float().unsqueeze(-1)).round().clamp(low, high) + most
         return packing.pack(codes.flatten(-2), bits)
 
-    monkeypatch.setattr(rtn, "packs_in_triton", lambda device: True)
+    monkeypatch.setattr(rtn, "packs_in", lambda device: "triton")
     monkeypatch.setattr(rtn, "pack_blocks", pack_blocks)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     got, _ = codec.encode(spans(1), "values", {})
     assert taken == [codec.bits]
     assert all(torch.equal(got.tensors[n].view(torch.uint8), t.view(torch.uint8)) for n, t in want.tensors.items())
+
+
+@pytest.mark.parametrize("codec", [PerToken(2, 16), PerToken(4, 4, True), PerToken(8, 32), QuaRot(2)], ids=repr)
+def test_torch_packs_what_native_kernels_pack(codec, monkeypatch):
+    demand("native")
+    x = spans()
+    x[0, 3, 1], x[0, 4, 1, 1:] = 0, 0
+    assert rtn.packs_in("cpu") == "native"
+    found = [codec.encode(x, "keys", {})[0]]
+    monkeypatch.setattr(rtn.native, "ready", lambda: False)
+    assert rtn.packs_in("cpu") == "torch"
+    found.append(codec.encode(x, "keys", {})[0])
+    for name, tensor in found[0].tensors.items():
+        assert torch.equal(tensor.view(torch.uint8), found[1].tensors[name].view(torch.uint8)), name
+
+
+def test_centroids_move_by_some_tokens_at_first_and_serve_all():
+    x = spans()
+    codec = Prq(2, 4, block=32, iterations=6, sample=5)
+    every = codec.decode(dataclasses.replace(codec, sample=0).encode(x, "keys", {})[0], "keys")
+    record, memory = codec.encode(x, "keys", {})
+    assert abs(decibels(x, codec.decode(record, "keys")) - decibels(x, every)) < 1
+    again, _ = codec.encode(x, "keys", {})
+    assert torch.equal(again.tensors["ids"], record.tensors["ids"])
+    enough, whole = (dataclasses.replace(codec, sample=n).encode(x, "keys", memory)[0] for n in (16, 0))
+    assert torch.equal(enough.tensors["ids"], whole.tensors["ids"])
+    with pytest.raises(ValueError, match="sample = -1"):
+        dataclasses.replace(codec, sample=-1)
 
 
 @pytest.mark.gpu

@@ -6,8 +6,21 @@ import pytest
 import torch
 
 from fxq.kernels.cluster import kmeans
+from tests.features import demand, needs
 
 GROUPS, TOKENS, COUNT, WIDTH = 3, 50, 6, 20
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def implementation(request, monkeypatch):
+    """The two of a CPU; torch compares tokens in several blocks."""
+    if request.param == "native":
+        demand("native")
+    else:
+        monkeypatch.setattr(kmeans.native, "ready", lambda: False)
+        monkeypatch.setattr(kmeans, "BLOCK", 16)
+    assert kmeans.used("cpu") == request.param
+    return request.param
 
 
 def normal(*shape, seed):
@@ -22,6 +35,41 @@ def problem():
 def test_the_nearest_centroid_is_at_the_least_distance(problem):
     x, centroids = problem
     assert torch.equal(kmeans.nearest(x, centroids), torch.cdist(x, centroids).argmin(-1))
+
+
+@pytest.mark.parametrize(("count", "width"), [(1, 1), (33, 7), (70, 128), (256, 20)])
+def test_any_number_of_centroids_and_channels(count, width):
+    x, centroids = normal(2, 113, width, seed=1), normal(2, count, width, seed=2)
+    assert torch.equal(kmeans.nearest(x, centroids), torch.cdist(x.double(), centroids.double()).argmin(-1))
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(kmeans.nearest(strided, centroids), kmeans.nearest(x, centroids))
+
+
+def test_the_first_of_two_that_are_as_near_is_taken(problem):
+    x, centroids = problem
+    twice = torch.cat((centroids, centroids, centroids, centroids, centroids, centroids, centroids), 1)
+    assert int(kmeans.nearest(x, twice).max()) < COUNT
+
+
+def test_what_the_nearest_centroid_leaves_is_exact(problem):
+    x, centroids = problem
+    names, rest = kmeans.named(x, centroids)
+    assert torch.equal(names, kmeans.nearest(x, centroids))
+    assert all(torch.equal(rest[g], x[g] - centroids[g, names[g]]) for g in range(GROUPS))
+
+
+@needs("native")
+def test_threads_do_not_change_the_result():
+    x, centroids, before = normal(3, 900, 64, seed=1), normal(3, 40, 64, seed=2), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            names = kmeans.nearest(x, centroids)
+            found.append((names, kmeans.means(x, names, centroids)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_means_are_those_of_the_tokens_and_an_empty_cluster_keeps_its_centroid(problem):
@@ -68,11 +116,12 @@ def test_names_of_another_shape_are_refused(problem):
 def test_a_gpu_takes_the_kernels(problem, monkeypatch):
     x, centroids = problem
     names = kmeans.nearest(x, centroids)
-    assert kmeans.used("cpu") == "torch"
     monkeypatch.setattr(kmeans, "used", lambda device: "triton")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(kmeans.cluster_triton, "nearest", lambda *given: ("nearest", *given))
     monkeypatch.setattr(kmeans.cluster_triton, "means", lambda *given: ("means", *given))
     assert kmeans.nearest(x, centroids) == ("nearest", x, centroids)
+    monkeypatch.setattr(kmeans.cluster_triton, "nearest", lambda *given: names)
+    assert torch.equal(kmeans.named(x, centroids)[0], names)
     what, _, order, sizes, _ = kmeans.means(x, names, centroids)
     assert what == "means" and int(sizes.sum()) == len(order) == GROUPS * TOKENS
