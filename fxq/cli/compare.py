@@ -27,6 +27,7 @@ from fxq.comparison.tables import reliability_table, sentences, terminal_table, 
 from fxq.models.families import FAMILIES
 from fxq.models.self_forcing import SelfForcingRollout
 from fxq.runtime.streams import stdout_console
+from fxq.runtime.tables import Uncut
 from fxq.runtime.writable import writable_file
 
 _WHOLE, _QUICK = Extent(videos=64, calibration_videos=16), Extent(videos=12, calibration_videos=4)
@@ -154,7 +155,7 @@ def compare(
         emit_json(to_json(results))
         return
     console = stdout_console()
-    console.print(terminal_table(results))
+    console.print(Uncut(terminal_table(results)))
     console.print(reliability_table(results))
     for width, text in sentences(results).items():
         console.print(f"{width}: {text}", markup=False, highlight=False, soft_wrap=True)

@@ -28,6 +28,7 @@ from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.models.video.text_encoder import is_words, read_texts
 from fxq.report.video import VideoError, check_format
 from fxq.runtime.streams import stdout_console
+from fxq.runtime.tables import Uncut
 from fxq.runtime.writable import writable_file
 
 _VIDEOS = 4
@@ -87,7 +88,7 @@ def show(showing: Showing, out: pathlib.Path, command: str, as_json: bool, quiet
         emit_json(to_json(results))
         return
     console = stdout_console()
-    console.print(terminal_table(results))
+    console.print(Uncut(terminal_table(results)))
     for name, text in sentences(results).items():
         console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
     if absent := lacking(results):

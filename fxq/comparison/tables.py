@@ -159,7 +159,7 @@ def terminal_table(results: Results) -> Table:
     table.add_column("bits", no_wrap=True)
     shown = short_columns(results)
     for column in shown:
-        table.add_column(escape(f"{column.heading}\n{column.unit}"), justify="right", no_wrap=column.inline)
+        table.add_column(escape(f"{column.heading}\n{column.unit}"), justify="right")
     if results.full_precision:
         table.add_row("full precision", "", *full_precision_cells(shown), end_section=True)
     marks = [best(results, column) for column in shown]

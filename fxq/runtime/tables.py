@@ -15,6 +15,8 @@ Justify = Literal["left", "right"]
 
 NOTE_WIDTH = 24
 """Least columns that a note is wrapped to beside the cells."""
+NAME_WIDTH = 12
+"""Least columns that a name is broken to."""
 NAMED = 3
 """Rows that are named where several share a note."""
 
@@ -58,6 +60,26 @@ class Sheet:
         for cells, text, style in self.rows:
             table.add_row(*map(Text, (*cells, text) if note != 0 else cells), style=style)
         return table
+
+
+class Uncut:
+    """A table of rich whose first column, of names, is broken over lines where the terminal is narrow, then all are."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        names, *numbers = self.table.columns
+        for column in numbers:
+            column.no_wrap = True
+        if _width(self.table, console, options) > options.max_width:
+            names.no_wrap, names.overflow = False, "fold"
+            names.width = NAME_WIDTH
+            if _width(self.table, console, options) > options.max_width:
+                for column in numbers:
+                    column.no_wrap, column.overflow = False, "fold"
+            names.width, names.min_width = None, NAME_WIDTH
+        yield self.table
 
 
 def grouped(told: Iterable[tuple[str, str]]) -> str:

@@ -1,4 +1,4 @@
-// Quantization of rows for AVX512 VBMI2; see quantizer.h.
+// Quantization of rows for AVX512; see quantizer.h.
 #pragma once
 
 #include <immintrin.h>
@@ -160,9 +160,16 @@ class Quantizer {
   // The chosen bytes to the front of `out`; returns where the next ones go.
   static int8_t* keep(uint64_t mask, __m512i bytes, int8_t* out) {
     const int count = __builtin_popcountll(mask);
+#ifndef __AVX512VBMI2__
+    alignas(64) int8_t all[64];
+    _mm512_store_si512(all, bytes);
+    for (int8_t* to = out; mask; mask &= mask - 1) *to++ = all[__builtin_ctzll(mask)];
+    return out + count;
+#else
     const __mmask64 front = count == 64 ? ~0ull : (1ull << count) - 1;
     _mm512_mask_storeu_epi8(out, front, _mm512_maskz_compress_epi8(mask, bytes));
     return out + count;
+#endif
   }
 
   const Quantization& q_;

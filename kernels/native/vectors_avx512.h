@@ -1,4 +1,4 @@
-// Vectors of 16 lanes for AVX512 with BF16; see vectors.h.
+// Vectors of 16 lanes for AVX512; see vectors.h.
 #pragma once
 
 #include <immintrin.h>
@@ -82,7 +82,18 @@ inline void store(float* p, Floats v, Lanes mask = ALL) {
   _mm512_mask_storeu_ps(p, mask, v);
 }
 
+#ifdef __AVX512BF16__
 inline __m256i to_bfloat16(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+// To the nearest, half to even: half of the last place, less where it is even, carries into the upper half or not.
+inline __m256i to_bfloat16(Floats v) {
+  const Ints word = word_of(v), last = _mm512_and_si512(_mm512_srli_epi32(word, 16), ints(1));
+  const Ints rounded = plus(word, plus(last, ints(0x7FFF)));
+  const Ints quiet = _mm512_or_si512(word, ints(0x400000));
+  const Ints found = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(found, 16));
+}
+#endif
 
 inline void store(bfloat16* p, Floats v, Lanes mask = ALL) {
   if (mask == ALL) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));

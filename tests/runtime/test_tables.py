@@ -2,8 +2,9 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
-from fxq.runtime.tables import Sheet, grouped
+from fxq.runtime.tables import Sheet, Uncut, grouped
 
 LAYERS = [f"blocks.{i}.{part}" for i in range(3) for part in ("self_attn.q", "self_attn.k", "ffn.0")]
 REASON = "see [notes] in [/home/x]: no scale fits, and it stays as it is"
@@ -30,6 +31,21 @@ def test_nothing_is_cut_and_brackets_stay(width):
     if width >= 60:  # below, cells are broken over lines
         joined = re.sub(r"[\s│┃]", "", text)
         assert all(word in joined for word in ("41.250", "49.250", REASON.replace(" ", ""), "[bold]"))
+
+
+@pytest.mark.parametrize("width", [60, 90, 120, 200])
+def test_numbers_are_not_cut_for_long_names(width):
+    table = Table()
+    for name in ("method", *(f"number {i}\nof four" for i in range(4))):
+        table.add_column(name)
+    name = "least_error:max_rows=16384,all_rows=true,weighting=gradient"
+    table.add_row(name, "0.000157", "1.58 (1.50 to 1.67)", "0.00318", "41.4")
+    text = shown(width, Uncut(table))
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    if width > 60:
+        assert all(number in text for number in ("0.000157", "1.58 (1.50 to 1.67)", "0.00318", "41.4"))
+    first = "".join(line[1:].split("│")[0].strip() for line in text.splitlines() if line.startswith("│"))
+    assert first == name
 
 
 @pytest.mark.parametrize(("width", "beside"), [(60, False), (80, False), (140, True)])
