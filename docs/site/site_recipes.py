@@ -51,7 +51,8 @@ def recipe_page() -> dict[str, str]:
 
 def meanings(page: str, heading: str) -> dict[str, str]:
     """Key -> its meaning in the table below a heading of the page on recipes."""
-    below = page.split(f"\n## {heading}\n", 1)[-1].split("\n## ", 1)[0].replace("](#", "](../recipes.md#")
+    below = page.split(f"\n## {heading}\n", 1)[-1].split("\n## ", 1)[0]
+    below = re.sub(r"\]\((?=\w+\.md)", "](../", below).replace("](#", "](../recipes.md#")
     return dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|$", below, re.MULTILINE))
 
 
