@@ -17,15 +17,16 @@ NEVER_COMPILED = ("sse4a", "fma4", "avx10_1", "avx10_2")
 
 def compiled_for() -> list[str]:
     """Instructions that code compiled here may use; a compiler takes the others only where it is told to."""
-    names = cpu.features(limited=bool(march_setting()))
+    names = cpu.features(limited=cpu.limit() not in cpu.MARCH or bool(march_setting()))
     return sorted(name for name in names if name.startswith(COMPILED) and name not in NEVER_COMPILED)
 
 
 def march_setting() -> dict[str, object]:
-    """Inductor's setting that keeps its compiler to ``FXQ_CPU``; nothing where this torch has none."""
+    """Inductor's setting that keeps its compiler to ``FXQ_CPU``; nothing where that needs none or torch has none."""
     from torch import _inductor
 
-    return {"cpp.march": cpu.MARCH} if cpu.limit() and hasattr(_inductor.config.cpp, "march") else {}
+    march = cpu.MARCH.get(cpu.limit())
+    return {"cpp.march": march} if march and hasattr(_inductor.config.cpp, "march") else {}
 
 
 def refuse_other_cpu(file: pathlib.Path, facts: Mapping[str, object]) -> None:

@@ -1,8 +1,9 @@
 """What instructions this CPU has, or is to be taken to have: the one place that is asked.
 
-``FXQ_CPU=avx2`` makes a larger CPU behave as one with AVX2 only, ``FXQ_CPU=portable`` as one that fxq has no kernels
-for. Both reach torch, oneDNN, MKL and inductor, to limit them to AVX2, through their own environment variables, which
-they read once: so it has to be set before torch computes anything.
+``FXQ_CPU=avx512`` makes a larger CPU behave as one without AMX, ``FXQ_CPU=avx2`` as one with AVX2 only,
+``FXQ_CPU=portable`` as one that fxq has no kernels for. The first reaches oneDNN and MKL, the others torch and inductor
+too, to limit them to AVX2, through their own environment variables, which they read once: so it has to be set before
+torch computes anything.
 """
 
 from __future__ import annotations
@@ -19,24 +20,29 @@ LIMIT = "FXQ_CPU"
 """Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
 ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
 """How the names of instructions begin that a CPU with AVX2 only does not have."""
-LIMITS = {"avx2": ABOVE_AVX2, "portable": ("avx", "amx", "fma", "f16c")}
+LIMITS = {"avx512": ("amx",), "avx2": ABOVE_AVX2, "portable": ("avx", "amx", "fma", "f16c")}
 """What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
-MARCH = "x86-64-v3"
-"""AVX2 in the words of compilers."""
-LIBRARIES = {
+MARCH = {"avx2": "x86-64-v3", "portable": "x86-64-v3"}
+"""The limit in the words of compilers, which use AMX only where they are told to."""
+_AT_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "TORCHINDUCTOR_CPP_MARCH": MARCH,
+    "TORCHINDUCTOR_CPP_MARCH": MARCH["avx2"],
 }
-"""Environment variables that limit torch's libraries to AVX2."""
+LIBRARIES = {
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"},
+    "avx2": _AT_AVX2,
+    "portable": _AT_AVX2,
+}
+"""Environment variables that limit torch's libraries, by what ``FXQ_CPU`` says."""
 _OF_OLDER_TORCH = {
     "_is_avx2_supported": ("avx2", "fma3"),
     "_is_avx512_supported": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd"),
     "_is_avx512_bf16_supported": ("avx512_bf16",),
     "_is_vnni_supported": ("avx512_vnni",),
-    "_is_amx_tile_supported": ("amx_tile",),
+    "_is_amx_tile_supported": ("amx_tile", "amx_int8"),
 }
 """What a torch without ``torch.cpu.get_capabilities`` can say, by the function that says it."""
 
@@ -56,18 +62,17 @@ def limit() -> str:
 def limit_libraries() -> None:
     """Hand the limit on to torch's libraries; those who chose one themselves keep it.
 
-    Warns where torch had started before, and goes on with what this CPU has.
+    Warns where torch had started before, as far as it tells, and goes on with what this CPU has.
     """
-    if not limit():
-        return
-    for name, value in LIBRARIES.items():
+    variables = LIBRARIES.get(limit(), {})
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
-    if "torch" in sys.modules:
+    if "ATEN_CPU_CAPABILITY" in variables and "torch" in sys.modules:
         import torch
 
         used = torch.backends.cpu.get_cpu_capability()
         if used.startswith("AVX512"):
-            settings = " ".join(f"{name}={value}" for name, value in LIBRARIES.items())
+            settings = " ".join(f"{name}={value}" for name, value in variables.items())
             warnings.warn(
                 f"{LIMIT}={limit()} came after torch had started: fxq keeps to it, torch goes on with {used}. "
                 f"Set it before Python starts, or import fxq before anything is computed; torch takes {settings}",

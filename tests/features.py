@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ import torch
 from fxq import cpu
 from fxq.bench.floats import no_bfloat16
 from fxq.kernels import native
+from fxq.kernels.native import build
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -48,6 +50,13 @@ def demand(name: str) -> None:
     """As :func:`needs`, inside a test of which some cases need the feature."""
     if reason := FEATURES[name].why_not():
         pytest.skip(f"needs {name}: {reason}")
+
+
+def library_for(target: build.InstructionSet) -> ctypes.CDLL:
+    """The native kernels for an instruction set, whether or not they are those this CPU gets; skips where it cannot."""
+    if reason := native.why_not() or ", ".join(cpu.missing(target.needs)) or build.FAILED.get(target.kernel, ""):
+        pytest.skip(f"needs {target.kernel}: {reason}")
+    return build.load(target)
 
 
 def not_tested(skips: Iterable[str]) -> list[str]:

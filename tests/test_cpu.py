@@ -14,10 +14,11 @@ from tests import features
 
 def fresh(code, **environment):
     """JSON that a new process prints, with no switch but those given."""
-    clean = {k: v for k, v in os.environ.items() if k not in (cpu.LIMIT, *cpu.LIBRARIES)}
+    settings = {cpu.LIMIT} | {name for variables in cpu.LIBRARIES.values() for name in variables}
+    clean = {k: v for k, v in os.environ.items() if k not in settings}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr
 
 
 ALL = """
@@ -36,6 +37,15 @@ print(json.dumps({
     "product": int(gemm.cpu_matmul(a, a)[0, 0]), "quantize": kernels.used("quantize_act", "cpu"),
 }))
 """
+
+
+def test_the_switch_takes_amx_from_every_library():
+    found, verbose = fresh(ALL, FXQ_CPU="avx512", ONEDNN_VERBOSE="1")
+    there = torch.cpu.get_capabilities()
+    assert set(found["features"]) == {k for k, v in there.items() if v is True and not k.startswith("amx")}
+    assert found["limited"] == "avx512" and found["product"] == 64 * 127 * 127
+    assert found["panels"] != "native amx" and found["panels"] == found["quantize"].replace("eager", found["linear"])
+    assert "isa:" in verbose and "Advanced Matrix Extensions" not in verbose and "AMX" not in verbose
 
 
 def test_the_switch_takes_everything_above_avx2_from_every_library():
@@ -83,16 +93,16 @@ def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
     assert all("came after torch had started" in text and "ONEDNN_MAX_CPU_ISA=AVX2" in text for text in found)
 
 
-@pytest.mark.parametrize("value", ["avx3", "sse", "avx512"])
+@pytest.mark.parametrize("value", ["avx3", "sse", "amx"])
 def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     with pytest.raises(
-        ValueError, match=rf"FXQ_CPU='{value}': expected avx2, portable, or unset for what this CPU has"
+        ValueError, match=rf"FXQ_CPU='{value}': expected avx512, avx2, portable, or unset for what this CPU has"
     ):
         cpu.features()
 
 
-@pytest.mark.parametrize("value", ["", " ", "avx2", "AVX2 ", "Portable"])
+@pytest.mark.parametrize("value", ["", " ", "avx512", "avx2", "AVX2 ", "Portable"])
 def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     assert cpu.limit() == value.strip().lower()
@@ -100,12 +110,13 @@ def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
 
 def test_a_library_that_was_limited_by_hand_keeps_its_limit(monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, "avx2")
-    for name in cpu.LIBRARIES:
+    variables = cpu.LIBRARIES["avx2"]
+    for name in variables:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "SSE41")
     monkeypatch.delitem(sys.modules, "torch")
     cpu.limit_libraries()
-    assert {name: os.environ[name] for name in cpu.LIBRARIES} == cpu.LIBRARIES | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert {name: os.environ[name] for name in variables} == variables | {"ONEDNN_MAX_CPU_ISA": "SSE41"}
 
 
 def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch):
@@ -114,11 +125,12 @@ def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # one that is older still
     found = cpu._features.__wrapped__("")
-    assert {"avx2", "fma3", "avx512_vnni"} <= found and "avx512_f" not in found
+    assert {"avx2", "fma3", "avx512_vnni", "amx_tile", "amx_int8"} <= found and "avx512_f" not in found
     assert "avx512_vnni" not in cpu._features.__wrapped__("avx2")
+    assert found - cpu._features.__wrapped__("avx512") == {"amx_tile", "amx_int8"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_an_environment_of_the_wheel_quantizes_and_verifies(installed, tmp_path)
     run(fxq, "quantize", "--recipe", "w8a8-dynamic", "--out", "b", "--quiet", cwd=tmp_path)
     assert json.loads(run(fxq, "verify", "b", "--json", cwd=tmp_path))["ok"]
     found = json.loads(run(fxq, "doctor", "--json", cwd=tmp_path))
-    assert found["ok"] and any(check["kernel"] == "native" for check in found["operators"])
+    assert found["ok"] and any(check["kernel"].startswith("native") for check in found["operators"])
 
 
 def test_importing_it_loads_no_extra(installed, tmp_path):

@@ -78,7 +78,7 @@ class Environment:
 
 def read_environment() -> Environment:
     """Look at this machine."""
-    used = tuple(name for found in reversed(SETS) for name in found.needs)
+    used = tuple(dict.fromkeys(name for found in reversed(SETS) for name in found.needs))
     lacking = cpu.missing(used)
     return Environment(
         python=platform.python_version(),

@@ -46,7 +46,8 @@ def arch_name(capability: tuple[int, int]) -> str:
 def cpu_gain() -> str:
     """What quantizing brings on this CPU, or none and why."""
     if native.ready():
-        return f"some: int8 kernels run ({native.name()}); `fxq bench` measures how much"
+        slower = f"; {why}" if (why := native.why_slower()) else ""
+        return f"some: int8 kernels run ({native.name()}{slower}); `fxq bench` measures how much"
     if ON_CPU == "int_mm":
         return f"little: only the products are integer, because {native.why_not()}; `fxq bench` measures it"
     return f"none, because {in_float_note()}"

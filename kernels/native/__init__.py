@@ -29,7 +29,7 @@ from fxq.kernels.arguments import (
     QuantizePerToken,
     RmsNormRope,
 )
-from fxq.kernels.native.build import instruction_set, library
+from fxq.kernels.native.build import instruction_set, library, why_slower
 
 __all__ = [
     "activation_code",
@@ -49,6 +49,7 @@ __all__ = [
     "ready",
     "rms_norm_rope",
     "why_not",
+    "why_slower",
 ]
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int32, ctypes.c_float
@@ -74,15 +75,18 @@ def activation_code(name: str) -> int:
 
 
 def name() -> str:
-    """How reports call the native kernels of this CPU: "native" or, with AVX2 only, "native avx2"."""
+    """How reports call the native kernels of this CPU: "native amx", "native" or, with AVX2 only, "native avx2"."""
+    library()  # which may find that the fastest cannot be used
     found = instruction_set()
     return "native" if found is None else found.kernel
 
 
 def attends(dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether attention in a dtype is among the native kernels of this CPU."""
+    if not ready():
+        return False
     found = instruction_set()
-    return ready() and found is not None and str(dtype).removeprefix("torch.") in found.attention
+    return found is not None and str(dtype).removeprefix("torch.") in found.attention
 
 
 def or_else(other: str, there: Callable[[], bool] | None = None) -> Callable[[], str]:

@@ -12,10 +12,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from dataclasses import dataclass
 
 from fxq import cpu
 from fxq.kernels.native.cache import cache_folder, is_own_file, why_shared
+from fxq.kernels.native.permission import tiles_refused
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,15 @@ AVX512 = InstructionSet(
     _SOURCES,
     attention=("bfloat16",),
 )
+AMX = InstructionSet(
+    "native amx",
+    (*AVX512.needs, "amx_tile", "amx_int8"),
+    (*AVX512.flags, "amx-tile", "amx-int8"),
+    _SOURCES,
+    attention=AVX512.attention,
+)
 AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), _SOURCES, attention=("float32", "bfloat16"))
-SETS = (AVX512, AVX2)
+SETS = (AMX, AVX512, AVX2)
 """From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
 FOLDER = pathlib.Path(__file__).parent
@@ -79,8 +88,17 @@ def missing() -> str:
 
 
 def instruction_set() -> InstructionSet | None:
-    """The fastest that this CPU has, or None."""
-    return next((found for found in SETS if not cpu.missing(found.needs)), None)
+    """The fastest that this CPU has and that :func:`library` did not fail to load, or None."""
+    return next((found for found in SETS if not cpu.missing(found.needs) and found.kernel not in FAILED), None)
+
+
+FAILED: dict[str, str] = {}
+"""Why kernels that the CPU has the instructions for are not used, by their name."""
+
+
+def why_slower() -> str:
+    """Why the kernels in use are not the fastest that the CPU has the instructions for, or ""."""
+    return "; ".join(f"no {kernel} kernels: {reason}" for kernel, reason in FAILED.items())
 
 
 def compiler() -> str | None:
@@ -139,14 +157,37 @@ def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
         ) from error
 
 
+def load(target: InstructionSet) -> ctypes.CDLL:
+    """The library for an instruction set that the CPU has, compiled where it was not before.
+
+    Raises:
+        RuntimeError: as :func:`build`, or where the system does not hand out the registers.
+        OSError: where the file cannot be written or loaded.
+    """
+    cxx = compiler()
+    assert cxx is not None
+    if "amx_tile" in target.needs and (refused := tiles_refused()):
+        raise RuntimeError(refused)
+    return ctypes.CDLL(str(build(cxx, cache_folder(), target)))
+
+
 @functools.cache
 def library() -> tuple[ctypes.CDLL | None, str]:
-    """The loaded library, or None and why there is none. Compiles at the first call, a few seconds."""
+    """The loaded library, or None and why there is none. Compiles at the first call, a few seconds.
+
+    Where the fastest instruction set's cannot be built or used it is the next one's, and a warning says why.
+    """
     if reason := missing():
         return None, reason
-    cxx, target = compiler(), instruction_set()
-    assert cxx is not None and target is not None
-    try:
-        return ctypes.CDLL(str(build(cxx, cache_folder(), target))), ""
-    except (OSError, RuntimeError) as error:
-        return None, f"native kernels could not be built: {error}"
+    while (target := instruction_set()) is not None:
+        try:
+            loaded = load(target)
+        except (OSError, RuntimeError) as error:
+            FAILED[target.kernel] = str(error)
+            continue
+        if slower := why_slower():
+            warnings.warn(f"{slower}; the {target.kernel} kernels are used", RuntimeWarning, stacklevel=2)
+        return loaded, ""
+    reasons = list(FAILED.values())
+    FAILED.clear()
+    return None, f"native kernels could not be built: {reasons[-1]}"

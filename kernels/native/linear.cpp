@@ -164,9 +164,9 @@ void run(const Linear& p) {
   const Segments s(p);
   const long panels = ceil_div(p.outputs, TILE_COLUMNS), most = Product::most_rows(s);
   long chunks = ceil_div(p.rows, most);
-  if (chunks < threads) chunks = std::min(threads, ceil_div(p.rows, 4 * TILE_ROWS));
-  chunks = chunks > 1 ? std::min(round_up(chunks, threads), ceil_div(p.rows, TILE_ROWS)) : chunks;
-  const long chunk = round_up(ceil_div(p.rows, chunks), TILE_ROWS);
+  if (chunks < threads) chunks = std::min(threads, ceil_div(p.rows, 4 * Product::ROWS));
+  chunks = chunks > 1 ? std::min(round_up(chunks, threads), ceil_div(p.rows, Product::ROWS)) : chunks;
+  const long chunk = round_up(ceil_div(p.rows, chunks), Product::ROWS);
   const long slices = std::min(panels, std::max(1L, threads / std::max(1L, chunks)));
   const long slice = ceil_div(panels, slices);
   const Group first(p.out_scale ? p.out_scale[0] : 1.0f, p.out_zero_point ? p.out_zero_point[0] : 0, p.out_bits);

@@ -2,6 +2,7 @@
 // as its inner loop reads them:
 //
 //   static constexpr double LEAST_WORK;        // multiply-adds that are worth a thread
+//   static constexpr long ROWS;                // a Product has a multiple of them, but the last
 //   static long most_rows(const Segments&);    // of one Product
 //   Product(const Linear&, const Segments&, long begin, long end);
 //   template <typename Done> void multiply(const int8_t* panel, Done done);
@@ -30,7 +31,9 @@ struct Segments {
 
 }  // namespace fxq
 
-#ifdef __AVX512VNNI__
+#if defined(__AMX_INT8__)
+#include "product_amx.h"
+#elif defined(__AVX512VNNI__)
 #include "product_avx512.h"
 #else
 #include "product_avx2.h"

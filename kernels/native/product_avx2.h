@@ -94,6 +94,7 @@ inline bool begins_narrow(const int8_t* panel, long steps) {
 class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 22;
+  static constexpr long ROWS = TILE_ROWS;
 
   // Their bytes stay in the second-level cache, or close to it, and so do their sums.
   static long most_rows(const Segments& s) { return std::max(192L, std::min(768L, (800L << 10) / std::max(1L, 4 * s.steps()))); }

@@ -11,6 +11,7 @@ namespace fxq {
 class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 23;
+  static constexpr long ROWS = TILE_ROWS;
 
   static long most_rows(const Segments&) { return 384; }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from fxq.kernels.attention.merge import attention_lse
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.kernels.native import build
 from fxq.kernels.native.cache import cache_folder
-from tests.features import needs
+from tests.features import library_for, needs
 
 pytestmark = needs("native")
 
@@ -31,9 +32,7 @@ def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
 @pytest.fixture(params=build.SETS, ids=lambda found: found.kernel)
 def kernels(request, monkeypatch):
     """The native kernels for one instruction set, whether or not they are the ones that this CPU gets."""
-    if cpu.missing(request.param.needs):
-        pytest.skip(f"needs {', '.join(cpu.missing(request.param.needs))}")
-    library = ctypes.CDLL(str(build.build(build.compiler(), cache_folder(), request.param)))
+    library = library_for(request.param)
     use(monkeypatch, request.param, library)
     return request.param
 
@@ -96,6 +95,44 @@ def test_sums_equal_those_of_int64(rows, width, outputs, split, kernels, threads
     weights = [within((outputs, width), -(2**b), 2**b - 1, seed=b) for b in range(3, 8)]
     for w in (*weights, with_few_pairs(outputs, width)):
         assert torch.equal(product(q, w, split), expected(q, w, split))
+
+
+@pytest.mark.parametrize("split", [1, 75, 131])
+def test_sums_of_every_number_of_rows_equal_those_of_int64(split, kernels, threads):
+    q, w = within((70, 131), -128, 127), within((70, 131), -128, 127, seed=1)
+    panels, want = pack_panels(w, split), expected(q, w, split)
+    groups = 1 if split == 131 else 2
+    for rows in range(1, 71):
+        ones = torch.ones(groups, 70), torch.ones(groups), torch.zeros(70)
+        assert torch.equal(dual_scale_linear(q[:rows], panels, *ones, split, 8, torch.float32), want[:rows]), rows
+
+
+def before_a_wall(tensor):
+    """A copy whose last byte is the last of a page, with one behind it that nobody may read."""
+    length = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, length + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory, length))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=length - tensor.nbytes)
+    return copy.reshape(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize(("rows", "width", "split"), [(1, 1, 1), (40, 5, 4), (33, 70, 66), (17, 129, 129), (3, 64, 64)])
+def test_nothing_behind_rows_and_panels_is_read(rows, width, split, kernels):
+    q, w = within((rows, width), -128, 127), within((64, width), -128, 127, seed=1)
+    groups = 1 if split == width else 2
+    ones = torch.ones(groups, 64), torch.ones(groups), torch.zeros(64)
+    rest = (before_a_wall(pack_panels(w, split)), *ones, split, 8, torch.float32)
+    assert torch.equal(dual_scale_linear(before_a_wall(q), *rest), expected(q, w, split))
+
+
+def test_products_of_torch_and_these_leave_each_other_alone(kernels, threads):
+    x, weight = torch.randn(40, 96).bfloat16(), torch.randn(33, 96).bfloat16()
+    q, w = within((40, 96), -128, 127), within((33, 96), -128, 127)
+    want = F.linear(x, weight)
+    for _ in range(3):
+        assert torch.equal(product(q, w, 90), expected(q, w, 90))
+        assert torch.equal(F.linear(x, weight), want)
 
 
 PAIRS = [(-128, -128), (127, 127), (-128, 127), (-128, 0), (64, 64), (64, 65), (65, 64), (-64, -64), (-64, -65)]
@@ -172,9 +209,15 @@ def test_rows_are_quantized_alike_by_every_instruction_set(kernels):
         assert torch.equal(quantize_act(*arguments, 250, 8), quantize_act.reference(*arguments, 250, 8))
 
 
+attending = pytest.mark.parametrize(
+    "kernels", [build.AVX512, build.AVX2], indirect=True, ids=lambda found: found.kernel
+)
+"""The sets that have attention of their own: that for AMX is compiled from the same lines as that for AVX512."""
+
 LENGTHS = [(1,), (3, 0, 254), (255, 2), (600, 77, 1)]
 
 
+@attending
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 1), (191, 2, 66), (97, 3, 16), (200, 1, 131)])
 def test_attention_equals_that_of_float64_as_far_as_its_dtype_allows(rows, heads, size, lengths, kernels, threads):
@@ -195,6 +238,7 @@ def test_attention_equals_that_of_float64_as_far_as_its_dtype_allows(rows, heads
         )
 
 
+@attending
 def test_attention_of_every_instruction_set_shows_what_is_not_finite(kernels):
     for dtype in (getattr(torch, name) for name in kernels.attention):
         q, k, v = (
@@ -214,12 +258,27 @@ def test_attention_of_every_instruction_set_shows_what_is_not_finite(kernels):
 ABOVE_AVX2 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])|vpdpbusd|vpdpwssd"
 
 
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+def code_of(target):
+    file = build.build(build.compiler(), cache_folder(), target)
+    return subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True).stdout
+
+
+needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
+
+
+@needs_objdump
+def test_tiles_are_asked_for_given_back_and_nowhere_but_in_the_library_for_amx():
+    library_for(build.AMX)
+    tiles = re.findall(r"\b(tdpbusd|ldtilecfg|tilerelease)\b", code_of(build.AMX))
+    assert set(tiles) == {"tdpbusd", "ldtilecfg", "tilerelease"}
+    assert not re.findall(r"\btile|\btdp|%tmm", code_of(build.AVX512))
+
+
+@needs_objdump
 def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
     if cpu.missing(build.AVX2.needs):
         pytest.skip("needs avx2")
-    file = build.build(build.compiler(), cache_folder(), build.AVX2)
-    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(file)], capture_output=True, text=True).stdout
+    code = code_of(build.AVX2)
     assert "vpmaddubsw" in code and "vfmadd" in code
     assert not re.findall(ABOVE_AVX2, code)
     loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column|float|word_tile)\w*>:\n(.*?)\n\n", code, re.S)

@@ -13,7 +13,7 @@ from fxq import cpu
 from fxq.kernels import attention_int8, native
 from fxq.kernels.attention import int8
 from fxq.kernels.native import build
-from fxq.kernels.native.cache import cache_folder
+from tests.features import library_for
 
 
 def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
@@ -21,17 +21,13 @@ def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
     monkeypatch.setattr(native, "instruction_set", lambda: found)
 
 
-@pytest.fixture(params=["reference", *build.SETS], ids=lambda p: p if isinstance(p, str) else p.kernel)
+@pytest.fixture(params=["reference", build.AVX512, build.AVX2], ids=lambda p: p if isinstance(p, str) else p.kernel)
 def kernel(request, monkeypatch):
     """The reference, and the native kernels of every instruction set that this CPU has."""
     if request.param == "reference":
         monkeypatch.setattr(native, "library", lambda: (None, "not asked for"))
-    elif reason := native.why_not():
-        pytest.skip(f"needs native: {reason}")
-    elif missing := cpu.missing(request.param.needs):
-        pytest.skip(f"needs {', '.join(missing)}")
     else:
-        use(monkeypatch, request.param, ctypes.CDLL(str(build.build(build.compiler(), cache_folder(), request.param))))
+        use(monkeypatch, request.param, library_for(request.param))
     return request.param
 
 

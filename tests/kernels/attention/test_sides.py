@@ -1,13 +1,11 @@
 """Native kernels decode what codecs store, integers to the bit, for attention; on every instruction set."""
 
-import ctypes
 import functools
 
 import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes
-from fxq import cpu
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, LowRank, PerChannel, PerToken, Prq, QuaRot
 from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
@@ -17,8 +15,7 @@ from fxq.kernels.attention.packed import attention_packed_cpu
 from fxq.kernels.attention.sides import Reader
 from fxq.kernels.attention.spans import coefficients, decoded, parts, rotated
 from fxq.kernels.native import build, unpack
-from fxq.kernels.native.cache import cache_folder
-from tests.features import needs
+from tests.features import library_for, needs
 
 pytestmark = needs("native")
 
@@ -43,12 +40,10 @@ PLANES = [
 ]
 
 
-@pytest.fixture(params=build.SETS, ids=lambda found: found.kernel)
+@pytest.fixture(params=[build.AVX512, build.AVX2], ids=lambda found: found.kernel)
 def kernels(request, monkeypatch):
     """The native kernels for one instruction set, whether or not they are the ones that this CPU gets."""
-    if cpu.missing(request.param.needs):
-        pytest.skip(f"needs {', '.join(cpu.missing(request.param.needs))}")
-    library = ctypes.CDLL(str(build.build(build.compiler(), cache_folder(), request.param)))
+    library = library_for(request.param)
     monkeypatch.setattr(native, "library", lambda: (library, ""))
     monkeypatch.setattr(native, "instruction_set", lambda: request.param)
     return request.param
