@@ -16,6 +16,7 @@ namespace fxq {
 enum Kind { ROWS, CODES, PLANES };
 
 constexpr long UNPACK_TOKENS = 32;  // at a time: their numbers stay in the first-level cache
+constexpr long CACHE_LINE = 64;
 
 inline float from_bfloat16(bfloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x) << 16;
@@ -85,11 +86,19 @@ class Unpacker {
     for (long d = 0; d < s_.size; d++) to[d] = s_.table[codes[d]] * scale;
   }
 
+  // Asks for the row and scales that come UNPACK_TOKENS later: rows of one head lie too far apart for the CPU to foresee.
+  void ask_ahead(long token, long row) const {
+    const uint8_t* codes = bytes(token + UNPACK_TOKENS);
+    for (long i = 0; i < row; i += CACHE_LINE) __builtin_prefetch(codes + i);
+    if (s_.scale_tokens == 1) __builtin_prefetch(s_.scale + scale_place(token + UNPACK_TOKENS));
+  }
+
   template <int BITS>
   void blocks(long token, long count) {
     const bool rest = s_.size % LANES != 0;
     for (long i = 0; i < count; i++) {
       const uint8_t* codes = bytes(token + i);
+      ask_ahead(token + i, ceil_div(s_.size * BITS, 8));
       if (rest) {
         std::memcpy(row_, codes, ceil_div(s_.size * BITS, 8));
         codes = row_;
@@ -108,12 +117,13 @@ class Unpacker {
   template <int BITS, bool ZERO>
   void scaled(const uint8_t* codes, const float* scale, const float* zero, float* to) const {
     const Ints offset = ints(s_.offset);
+    const auto numbers = [&](long d, Floats factor, Floats least) {
+      Floats v = to_floats(minus(codes_at<BITS>(codes + d * BITS / 8), offset)) * factor;
+      if (ZERO) v = v + least;
+      store(to + d, v);
+    };
     const auto each = [&](auto factor, auto least) {
-      for (long d = 0; d < s_.size; d += LANES) {
-        Floats v = to_floats(minus(codes_at<BITS>(codes + d * BITS / 8), offset)) * factor(d);
-        if (ZERO) v = v + least(d);
-        store(to + d, v);
-      }
+      for (long d = 0; d < s_.size; d += LANES) numbers(d, factor(d), ZERO ? least(d) : floats(0));
     };
     if (spread_ != nullptr) {
       for (long d = 0; d < s_.size; d++) spread_[d] = scale[d / s_.channels];
@@ -123,7 +133,10 @@ class Unpacker {
       each([&](long d) { return load(scale + d, lanes(s_.size - d)); },
            [&](long d) { return load(zero + d, lanes(s_.size - d)); });
     } else {
-      each([&](long d) { return floats(scale[d / s_.channels]); }, [&](long d) { return floats(zero[d / s_.channels]); });
+      for (long block = 0, d = 0; d < s_.size; block++) {
+        const Floats factor = floats(scale[block]), least = floats(ZERO ? zero[block] : 0);
+        for (const long end = d + s_.channels; d < end; d += LANES) numbers(d, factor, least);
+      }
     }
   }
 
@@ -218,11 +231,7 @@ template <typename T>
 inline void finish(float* row, long size, const float* cos, const float* sin, T* to) {
   for (long d = 0; d < size; d += LANES) {
     Floats v = load(row + d);
-    if (cos != nullptr) {
-      T rounded[LANES];
-      store(rounded, v);
-      v = rotate(load(rounded), load_twice(cos + d / 2, size - d), load_twice(sin + d / 2, size - d));
-    }
+    if (cos != nullptr) v = rotate(rounded<T>(v), load_twice(cos + d / 2, size - d), load_twice(sin + d / 2, size - d));
     store(to + d, v, lanes(size - d));
   }
 }
