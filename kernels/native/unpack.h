@@ -16,7 +16,7 @@ namespace fxq {
 enum Kind { ROWS, CODES, PLANES };
 
 constexpr long UNPACK_TOKENS = 32;  // at a time: their numbers stay in the first-level cache
-constexpr long CACHE_LINE = 64;
+constexpr long CACHE_LINE = 64, AHEAD = 8;
 
 inline float from_bfloat16(bfloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x) << 16;
@@ -86,11 +86,11 @@ class Unpacker {
     for (long d = 0; d < s_.size; d++) to[d] = s_.table[codes[d]] * scale;
   }
 
-  // Asks for the row and scales that come UNPACK_TOKENS later: rows of one head lie too far apart for the CPU to foresee.
+  // Asks for the row and scales that come AHEAD tokens later: rows of one head lie too far apart for the CPU to foresee.
   void ask_ahead(long token, long row) const {
-    const uint8_t* codes = bytes(token + UNPACK_TOKENS);
+    const uint8_t* codes = bytes(token + AHEAD);
     for (long i = 0; i < row; i += CACHE_LINE) __builtin_prefetch(codes + i);
-    if (s_.scale_tokens == 1) __builtin_prefetch(s_.scale + scale_place(token + UNPACK_TOKENS));
+    if (s_.scale_tokens == 1) __builtin_prefetch(s_.scale + scale_place(token + AHEAD));
   }
 
   template <int BITS>
@@ -147,9 +147,9 @@ class Unpacker {
       const long id = std::min<long>((ids[bit / 8] >> (bit % 8)) & ((1 << s_.id_bits) - 1), s_.count - 1);
       const bfloat16* from =
           s_.centroids + batch_ * s_.centroids_batch + ((stage * s_.heads + head_) * s_.count + id) * s_.size;
-      for (long d = 0; d < s_.size; d += LANES) {
-        store(to + d, load(to + d) + load(from + d, lanes(s_.size - d)));
-      }
+      long d = 0;
+      for (; d + LANES <= s_.size; d += LANES) store(to + d, load(to + d) + load(from + d));
+      if (d < s_.size) store(to + d, load(to + d) + load(from + d, lanes(s_.size - d)));
     }
   }
 
@@ -226,14 +226,20 @@ class Unpacker {
   uint8_t* row_;
 };
 
-// float32 rows as T; keys are rounded before their rotation as in a dense cache. `row` may be changed.
+// The next `left` numbers of a row, LANES at most, as T.
 template <typename T>
-inline void finish(float* row, long size, const float* cos, const float* sin, T* to) {
-  for (long d = 0; d < size; d += LANES) {
-    Floats v = load(row + d);
-    if (cos != nullptr) v = rotate(rounded<T>(v), load_twice(cos + d / 2, size - d), load_twice(sin + d / 2, size - d));
-    store(to + d, v, lanes(size - d));
-  }
+inline void finish(Floats v, long left, const float* cos, const float* sin, T* to) {
+  if (cos != nullptr) v = rotate(rounded<T>(v), load_twice(cos, left), load_twice(sin, left));
+  store(to, v, lanes(left));
+}
+
+// float32 rows as T; keys are rounded before their rotation as in a dense cache.
+template <typename T>
+inline void finish(const float* row, long size, const float* cos, const float* sin, T* to) {
+  long d = 0;
+  const auto at = [&](const float* table) { return table == nullptr ? nullptr : table + d / 2; };
+  for (; d + LANES <= size; d += LANES) finish(load(row + d), LANES, at(cos), at(sin), to + d);
+  if (d < size) finish(load(row + d), size - d, at(cos), at(sin), to + d);
 }
 
 // `count` tokens of one head as T, `row` elements apart; the tables of the first token, or null.
