@@ -178,7 +178,8 @@ def attention_packed_cpu(a: AttentionPacked) -> Tensor:
         keys, values = readers
         if inside:
             tokens, tables = part.last - part.first, keys.tables(part)
-            out, lse = unpack.attention_lse(a.q, keys.side(part), values.side(part), tokens, tables)
+            others = found.pop() if found and not values.short else None
+            out, lse = unpack.attention_lse(a.q, keys.side(part), values.side(part), tokens, tables, others)
         else:
             out, lse = attention_lse(a.q, keys.dense(part), values.dense(part))
         found[:] = [functools.reduce(merge, [*found, (values.back(out), lse)])]

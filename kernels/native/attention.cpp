@@ -68,18 +68,27 @@ void copy_row(const T* from, long size, Number* to) {
   }
 }
 
-// Keys to BLOCK_KEYS / 64 panels of the head's steps.
+// Keys to BLOCK_KEYS / 64 panels of the head's steps. LANES keys are rows of words that are turned around, LANES steps at
+// a time.
 template <typename T>
 void pack_keys(const Attention& p, const Shape& s, long batch, long head, long block, Number* to) {
   static thread_local Scratch scratch;
   const Source<T> source{p, batch, head};
-  Number* numbers = scratch.get<Number>(s.depth());
-  std::memset(numbers, 0, s.depth() * sizeof(Number));
-  for (long key = 0; key < std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS); key++) {
-    copy_row(source.k(block * BLOCK_KEYS + key), p.size, numbers);
+  const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS), row = round_up(s.steps, LANES) * Operands::EACH;
+  Number* numbers = scratch.get<Number>(LANES * row);
+  std::memset(numbers, 0, LANES * row * sizeof(Number));
+  for (long key = 0; key < count; key += LANES) {
+    for (long i = 0; i < std::min<long>(LANES, count - key); i++) {
+      copy_row(source.k(block * BLOCK_KEYS + key + i), p.size, numbers + i * row);
+    }
     Number* panel = to + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
-    for (long k = 0; k < s.steps; k++) {
-      std::memcpy(panel + Operands::place(s.steps, k, key % TILE_COLUMNS), numbers + k * Operands::EACH, 4);
+    for (long k = 0; k < s.steps; k += LANES) {
+      Ints words[LANES];
+      for (int i = 0; i < LANES; i++) words[i] = load_ints(reinterpret_cast<const int32_t*>(numbers + i * row + k * Operands::EACH));
+      turn(words);
+      for (int i = 0; i < std::min<long>(LANES, s.steps - k); i++) {
+        store(reinterpret_cast<int32_t*>(panel + Operands::place(s.steps, k + i, key % TILE_COLUMNS)), words[i]);
+      }
     }
   }
 }
@@ -191,12 +200,15 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
                 weights.get<Number>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * width),
                 maximum.get<float>(QUERY_ROWS), total.get<float>(QUERY_ROWS)};
   const long padded = round_up(rows, TILE_ROWS);
+  const bool merges = p.span != nullptr && p.span->merges;
   std::memset(b.q, 0, padded * s.depth() * sizeof(Number));
   std::memset(b.out, 0, padded * width * sizeof(float));
   for (long i = 0; i < rows; i++) {
     copy_row(static_cast<const T*>(p.q) + batch * p.q_batch + (begin + i) * p.q_row + head * p.q_head, p.size, b.q + i * s.depth());
-    b.maximum[i] = LOWEST;
-    b.total[i] = 0;
+    const long place = (batch * p.rows + begin + i) * p.heads + head;
+    if (merges) std::memcpy(b.out + i * width, p.part + place * size, size * sizeof(float));
+    b.maximum[i] = merges ? p.lse[place] : LOWEST;
+    b.total[i] = merges ? 1 : 0;
   }
   attend(p, s, b, rows, keys, values);
   for (long i = 0; i < rows; i++) {

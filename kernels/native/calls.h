@@ -120,6 +120,7 @@ struct Span {
   Side keys, values;
   const float* cos;  // [tokens, size / 2], or null where keys are rotated
   const float* sin;
+  int32_t merges;  // part and lse hold the result for other keys, which that for these is joined with
 };
 
 struct Unpacking {

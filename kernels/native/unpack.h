@@ -16,6 +16,7 @@ namespace fxq {
 enum Kind { ROWS, CODES, PLANES };
 
 constexpr long UNPACK_TOKENS = 32;  // at a time: their numbers stay in the first-level cache
+constexpr long CACHE_LINE = 64, AHEAD = 8;
 
 inline float from_bfloat16(bfloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x) << 16;
@@ -85,11 +86,19 @@ class Unpacker {
     for (long d = 0; d < s_.size; d++) to[d] = s_.table[codes[d]] * scale;
   }
 
+  // Asks for the row and scales that come AHEAD tokens later: rows of one head lie too far apart for the CPU to foresee.
+  void ask_ahead(long token, long row) const {
+    const uint8_t* codes = bytes(token + AHEAD);
+    for (long i = 0; i < row; i += CACHE_LINE) __builtin_prefetch(codes + i);
+    if (s_.scale_tokens == 1) __builtin_prefetch(s_.scale + scale_place(token + AHEAD));
+  }
+
   template <int BITS>
   void blocks(long token, long count) {
     const bool rest = s_.size % LANES != 0;
     for (long i = 0; i < count; i++) {
       const uint8_t* codes = bytes(token + i);
+      ask_ahead(token + i, ceil_div(s_.size * BITS, 8));
       if (rest) {
         std::memcpy(row_, codes, ceil_div(s_.size * BITS, 8));
         codes = row_;
@@ -108,12 +117,13 @@ class Unpacker {
   template <int BITS, bool ZERO>
   void scaled(const uint8_t* codes, const float* scale, const float* zero, float* to) const {
     const Ints offset = ints(s_.offset);
+    const auto numbers = [&](long d, Floats factor, Floats least) {
+      Floats v = to_floats(minus(codes_at<BITS>(codes + d * BITS / 8), offset)) * factor;
+      if (ZERO) v = v + least;
+      store(to + d, v);
+    };
     const auto each = [&](auto factor, auto least) {
-      for (long d = 0; d < s_.size; d += LANES) {
-        Floats v = to_floats(minus(codes_at<BITS>(codes + d * BITS / 8), offset)) * factor(d);
-        if (ZERO) v = v + least(d);
-        store(to + d, v);
-      }
+      for (long d = 0; d < s_.size; d += LANES) numbers(d, factor(d), ZERO ? least(d) : floats(0));
     };
     if (spread_ != nullptr) {
       for (long d = 0; d < s_.size; d++) spread_[d] = scale[d / s_.channels];
@@ -123,7 +133,10 @@ class Unpacker {
       each([&](long d) { return load(scale + d, lanes(s_.size - d)); },
            [&](long d) { return load(zero + d, lanes(s_.size - d)); });
     } else {
-      each([&](long d) { return floats(scale[d / s_.channels]); }, [&](long d) { return floats(zero[d / s_.channels]); });
+      for (long block = 0, d = 0; d < s_.size; block++) {
+        const Floats factor = floats(scale[block]), least = floats(ZERO ? zero[block] : 0);
+        for (const long end = d + s_.channels; d < end; d += LANES) numbers(d, factor, least);
+      }
     }
   }
 
@@ -134,9 +147,9 @@ class Unpacker {
       const long id = std::min<long>((ids[bit / 8] >> (bit % 8)) & ((1 << s_.id_bits) - 1), s_.count - 1);
       const bfloat16* from =
           s_.centroids + batch_ * s_.centroids_batch + ((stage * s_.heads + head_) * s_.count + id) * s_.size;
-      for (long d = 0; d < s_.size; d += LANES) {
-        store(to + d, load(to + d) + load(from + d, lanes(s_.size - d)));
-      }
+      long d = 0;
+      for (; d + LANES <= s_.size; d += LANES) store(to + d, load(to + d) + load(from + d));
+      if (d < s_.size) store(to + d, load(to + d) + load(from + d, lanes(s_.size - d)));
     }
   }
 
@@ -213,18 +226,20 @@ class Unpacker {
   uint8_t* row_;
 };
 
-// float32 rows as T; keys are rounded before their rotation as in a dense cache. `row` may be changed.
+// The next `left` numbers of a row, LANES at most, as T.
 template <typename T>
-inline void finish(float* row, long size, const float* cos, const float* sin, T* to) {
-  for (long d = 0; d < size; d += LANES) {
-    Floats v = load(row + d);
-    if (cos != nullptr) {
-      T rounded[LANES];
-      store(rounded, v);
-      v = rotate(load(rounded), load_twice(cos + d / 2, size - d), load_twice(sin + d / 2, size - d));
-    }
-    store(to + d, v, lanes(size - d));
-  }
+inline void finish(Floats v, long left, const float* cos, const float* sin, T* to) {
+  if (cos != nullptr) v = rotate(rounded<T>(v), load_twice(cos, left), load_twice(sin, left));
+  store(to, v, lanes(left));
+}
+
+// float32 rows as T; keys are rounded before their rotation as in a dense cache.
+template <typename T>
+inline void finish(const float* row, long size, const float* cos, const float* sin, T* to) {
+  long d = 0;
+  const auto at = [&](const float* table) { return table == nullptr ? nullptr : table + d / 2; };
+  for (; d + LANES <= size; d += LANES) finish(load(row + d), LANES, at(cos), at(sin), to + d);
+  if (d < size) finish(load(row + d), size - d, at(cos), at(sin), to + d);
 }
 
 // `count` tokens of one head as T, `row` elements apart; the tables of the first token, or null.

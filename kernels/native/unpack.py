@@ -34,7 +34,11 @@ class _Side(ctypes.Structure):
 
 
 class _Span(ctypes.Structure):
-    _fields_: ClassVar[Any] = [("keys", _Side), ("values", _Side), ("cos", _POINTER), ("sin", _POINTER)]
+    _fields_: ClassVar[Any] = [
+        *((name, _Side) for name in ("keys", "values")),
+        *((name, _POINTER) for name in ("cos", "sin")),
+        ("merges", _INT),
+    ]
 
 
 class _Unpacking(ctypes.Structure):
@@ -102,17 +106,35 @@ def unpack(x: Side, batch: int, tokens: int, dtype: torch.dtype, tables: Tables 
     return out
 
 
-def attention_lse(q: Tensor, keys: Side, values: Side, tokens: int, tables: Tables) -> tuple[Tensor, Tensor]:
+def attention_lse(
+    q: Tensor,
+    keys: Side,
+    values: Side,
+    tokens: int,
+    tables: Tables,
+    others: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention to ``tokens`` tokens of a span, of which no more than one head is dense at a time.
 
     ``q`` is of a dtype that :func:`fxq.kernels.native.attends`.
 
+    Args:
+        q: queries.
+        keys: of the span.
+        values: of the span.
+        tokens: of the span.
+        tables: see :data:`Tables`.
+        others: the result for other keys, contiguous; that for these is merged into its tensors.
+
     Returns:
         float32 [B, S, heads, size of values] and [B, S, heads, 1]; see :mod:`fxq.kernels.attention.merge`.
     """
-    part = torch.empty((*q.shape[:3], values.size), dtype=torch.float32)
-    lse = torch.empty((*q.shape[:3], 1), dtype=torch.float32)
-    span = _Span(keys.fields, values.fields, *_addresses(tables))
+    if others is None:
+        part = torch.empty((*q.shape[:3], values.size), dtype=torch.float32)
+        lse = torch.empty((*q.shape[:3], 1), dtype=torch.float32)
+    else:
+        part, lse = others
+    span = _Span(keys.fields, values.fields, *_addresses(tables), others is not None)
     piece = _Piece(length=tokens)
     q = q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
     call = _Attention(

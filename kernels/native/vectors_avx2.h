@@ -118,14 +118,44 @@ inline void store(int32_t* p, Ints v) { store_bytes(p, v); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline void store(int8_t* p, Bytes v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v); }
 
-// Nearest, half to even; NaN stays NaN.
-inline void store(bfloat16* p, Floats v) {
+// Nearest, half to even; NaN stays NaN. Each number's in the upper half of its lane.
+inline Ints to_bfloat16_word(Floats v) {
   const __m256i word = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), ints(1));
   const __m256i rounded = _mm256_add_epi32(word, _mm256_add_epi32(odd, ints(0x7FFF)));
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, ints(0x7FC00000), nan), 16);
+  return _mm256_blendv_epi8(rounded, ints(0x7FC00000), nan);
+}
+
+template <typename T>
+inline Floats rounded(Floats v) {  // to T
+  if (sizeof(T) == 4) return v;
+  return _mm256_castsi256_ps(_mm256_and_si256(to_bfloat16_word(v), ints(static_cast<int32_t>(0xFFFF0000u))));
+}
+
+inline void store(bfloat16* p, Floats v) {
+  const __m256i high = _mm256_srli_epi32(to_bfloat16_word(v), 16);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+
+// As rows of a square, turned around.
+inline void turn(Ints rows[LANES]) {
+  Ints half[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    half[i] = _mm256_unpacklo_epi32(rows[i], rows[i + 1]);
+    half[i + 1] = _mm256_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {
+    for (int j = 0; j < 2; j++) {
+      rows[i + 2 * j] = _mm256_unpacklo_epi64(half[i + j], half[i + 2 + j]);
+      rows[i + 2 * j + 1] = _mm256_unpackhi_epi64(half[i + j], half[i + 2 + j]);
+    }
+  }
+  for (int j = 0; j < 4; j++) {
+    half[j] = _mm256_permute2x128_si256(rows[j], rows[4 + j], 0x20);
+    half[4 + j] = _mm256_permute2x128_si256(rows[j], rows[4 + j], 0x31);
+  }
+  for (int i = 0; i < LANES; i++) rows[i] = half[i];
 }
 
 template <typename T, typename V>

@@ -77,6 +77,31 @@ inline Floats load(const bfloat16* p, Lanes mask) {
 
 inline void store(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
 
+// As rows of a square, turned around.
+inline void turn(Ints rows[LANES]) {
+  Ints half[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    half[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    half[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {
+    for (int j = 0; j < 2; j++) {
+      rows[i + 2 * j] = _mm512_unpacklo_epi64(half[i + j], half[i + 2 + j]);
+      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(half[i + j], half[i + 2 + j]);
+    }
+  }
+  for (int i = 0; i < LANES; i += 8) {
+    for (int j = 0; j < 4; j++) {
+      half[i + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + 4 + j], 0x88);
+      half[i + 4 + j] = _mm512_shuffle_i32x4(rows[i + j], rows[i + 4 + j], 0xDD);
+    }
+  }
+  for (int j = 0; j < 8; j++) {
+    rows[j] = _mm512_shuffle_i32x4(half[j], half[8 + j], 0x88);
+    rows[8 + j] = _mm512_shuffle_i32x4(half[j], half[8 + j], 0xDD);
+  }
+}
+
 inline void store(float* p, Floats v, Lanes mask = ALL) {
   if (mask == ALL) return _mm512_storeu_ps(p, v);
   _mm512_mask_storeu_ps(p, mask, v);
@@ -95,6 +120,11 @@ inline __m256i to_bfloat16(Floats v) {
 }
 #endif
 
+template <typename T>
+inline Floats rounded(Floats v) {  // to T
+  return sizeof(T) == 2 ? widen(to_bfloat16(v)) : v;
+}
+
 inline void store(bfloat16* p, Floats v, Lanes mask = ALL) {
   if (mask == ALL) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16(v));
   _mm256_mask_storeu_epi16(p, mask, to_bfloat16(v));
@@ -108,7 +138,8 @@ inline void store(int8_t* p, Bytes v, Lanes mask = ALL) {
 // p[0], p[0], p[1], p[1], ... for the lanes of a vector of `left` elements.
 inline Floats load_twice(const float* p, long left) {
   const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  return _mm512_permutexvar_ps(twice, load(p, lanes(left / 2) & 0xFF));
+  const Floats half = left >= LANES ? _mm512_castps256_ps512(_mm256_loadu_ps(p)) : load(p, lanes(left / 2) & 0xFF);
+  return _mm512_permutexvar_ps(twice, half);
 }
 
 // Neighbouring pairs (even, odd) -> (even c - odd s, even s + odd c).
