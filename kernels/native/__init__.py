@@ -75,7 +75,7 @@ def activation_code(name: str) -> int:
 
 
 def name() -> str:
-    """How reports call the native kernels of this CPU: "native amx", "native" or, with AVX2 only, "native avx2"."""
+    """How reports call the native kernels of this CPU: the ``kernel`` of one of :data:`.build.SETS`."""
     library()  # which may find that the fastest cannot be used
     found = instruction_set()
     return "native" if found is None else found.kernel

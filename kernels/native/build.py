@@ -63,8 +63,14 @@ AMX = InstructionSet(
     _SOURCES,
     attention=AVX512.attention,
 )
+VNNI = InstructionSet(
+    "native vnni",
+    ("avx512_vnni",),
+    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "fma"),
+    _SOURCES,
+)
 AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), _SOURCES, attention=("float32", "bfloat16"))
-SETS = (AMX, AVX512, AVX2)
+SETS = (AMX, AVX512, VNNI, AVX2)
 """From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
 FOLDER = pathlib.Path(__file__).parent

@@ -209,6 +209,20 @@ def test_rows_are_quantized_alike_by_every_instruction_set(kernels):
         assert torch.equal(quantize_act(*arguments, 250, 8), quantize_act.reference(*arguments, 250, 8))
 
 
+def test_results_in_bfloat16_are_rounded_as_by_torch(kernels):
+    q, w = within((9, 96), -128, 127), within((70, 96), -128, 127, seed=1)
+    rest = torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38, 3.4e38, torch.inf, -torch.inf, torch.nan, 1e-30])
+    offset = torch.cat((rest, torch.randn(60, generator=torch.Generator().manual_seed(2)) * 1e4))
+    q[0] = 0  # the result is the offset
+    panels = pack_panels(w, 96)
+    one, other = (
+        dual_scale_linear(q, panels, torch.full((1, 70), 0.37), torch.ones(1), offset, 96, 8, dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert torch.equal(one.bfloat16().isnan(), other.isnan()) and other[0, 8].isnan()
+    assert torch.equal(one.bfloat16().nan_to_num(0.5, 2.0, -2.0), other.nan_to_num(0.5, 2.0, -2.0))
+
+
 attending = pytest.mark.parametrize(
     "kernels", [build.AVX512, build.AVX2], indirect=True, ids=lambda found: found.kernel
 )

@@ -21,7 +21,9 @@ def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
     monkeypatch.setattr(native, "instruction_set", lambda: found)
 
 
-@pytest.fixture(params=["reference", build.AVX512, build.AVX2], ids=lambda p: p if isinstance(p, str) else p.kernel)
+@pytest.fixture(
+    params=["reference", build.AVX512, build.VNNI, build.AVX2], ids=lambda p: p if isinstance(p, str) else p.kernel
+)
 def kernel(request, monkeypatch):
     """The reference, and the native kernels of every instruction set that this CPU has."""
     if request.param == "reference":
