@@ -24,7 +24,7 @@ class Prq(Codec):
 
     Every head of a span is clustered alone, in each of ``stages`` what the stage before left. Centroids are bfloat16;
     the next span's k-means starts from them (section 4.3 of the paper), which ``warm_iterations`` then suffice for.
-    In the first half of the iterations they move by ``sample`` tokens of the span for each centroid, drawn by a
+    In the first two thirds of the iterations they move by ``sample`` tokens of the span for each centroid, drawn by a
     generator of the codec's own (0: by all tokens), then by all; every token takes the nearest in the end.
     """
 
@@ -94,8 +94,8 @@ class Prq(Codec):
                 start, iterations = memory["centroids"][stage].float(), self.warm_iterations
             else:
                 start, iterations = _tokens_of(rest, self.centroids, seed * self.stages + stage), self.iterations
-            half = iterations // 2
-            centroids = kmeans(rest, kmeans(some, start, half), iterations - half).to(torch.bfloat16)
+            whole = -(-iterations // 3)
+            centroids = kmeans(rest, kmeans(some, start, iterations - whole), whole).to(torch.bfloat16)
             names, rest = named(rest, centroids.float())
             found.append(centroids)
             ids.append(names)
