@@ -1,5 +1,5 @@
 // The product for AMX: two tiles of 16 rows times two tiles of 16 columns, whose sums stay in tile registers over all
-// channels of a segment. Four steps of a panel's rows are a tile of weights as they lie.
+// channels of a segment. Sixteen steps of a panel, 64 channels, are four tiles of weights as they lie.
 #pragma once
 
 #include <immintrin.h>
@@ -108,7 +108,7 @@ class Product {
       }
       if (width == 0) return;
       const __mmask64 mask = (1ull << width) - 1;
-      _mm512_store_si512(to, _mm512_maskz_xor_epi32(-1, _mm512_maskz_mov_epi8(mask, flip), _mm512_maskz_loadu_epi8(mask, from)));
+      _mm512_store_si512(to, _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, from), _mm512_maskz_mov_epi8(mask, flip)));
     };
     for (long row = begin_; row < end_; row++) {
       const long at = row - begin_;
