@@ -9,6 +9,7 @@ PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist l
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
 STAMP := $(VENV)/.fxq-installed
+DEMO_STAMP := $(VENV)/.fxq-demo-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed
 RUNTIMES := $(VENV)/runtimes
 # A tool started from here must not pick up another environment or another copy of the package.
@@ -34,7 +35,15 @@ $(STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: $(STAMP) ## quantize the shipped video model and write a report to out/demo
+# The pins hold here too, without the tools of developers; where those are installed they are kept up to date.
+$(DEMO_STAMP): requirements.txt pyproject.toml | $(BIN)/python
+	@if [ -e $(STAMP) ]; then $(MAKE) --no-print-directory install; else \
+	echo "installing fxq and what it needs into $(VENV); the first time this takes a minute" && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.txt setuptools wheel && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.txt --no-build-isolation -e .; fi
+	@touch $@
+
+demo: $(DEMO_STAMP) ## quantize the shipped video model and write a report to out/demo
 	$(BIN)/fxq demo --out $(OUT)
 
 lint: $(STAMP) ## formatting, lint rules and types

@@ -15,11 +15,13 @@ from fxq.core.config import Recipe
 from fxq.core.graph import linear_sites
 from fxq.core.ir import QuantGraph
 from fxq.core.summary import summary
+from fxq.demo.running import measure_running
 from fxq.demo.store import Finished
 from fxq.environment import environment
 from fxq.lab import Candidate, Lab, ablation_recipes, compare, evaluate, frames_of, latents_of, tiny_rollout
 from fxq.metrics import sprites
 from fxq.models.tiny import CHUNK, load_tiny, tiny_facts
+from fxq.optimize import optimize
 from fxq.passes import detect_outliers
 from fxq.presets import PRESETS, minmax, with_iterations
 from fxq.report.data import Clip, LayerView, Report, SensitivityView, Variant
@@ -151,6 +153,13 @@ def run_demo(
             with bar.step(f"{name} sensitivity, unseen") as on_progress:
                 measured = chunk_sensitivity(rollout, lab.initialised(name), None, on_progress)
             views.append(sensitivity_view(name, measured))
+        one, _ = tiny_rollout(model, 1, seed=settings.seed + 1, unseen=True)
+        with bar.step("speed") as on_progress:
+            running = [measure_running("Full precision", one)]
+            for done, name in enumerate(settings.bits):
+                on_progress(done + 1, len(settings.bits) + 1)
+                fast = optimize(modules[f"{PRESET} {name}"])
+                running.append(measure_running(f"{PRESET} {name.upper()}", one, fast))
     comparisons = []
     for plain, q_arvd, best in zip(variants[::3], variants[1::3], variants[2::3], strict=True):
         comparisons += [*compare(best, q_arvd), *compare(q_arvd, plain)]
@@ -181,5 +190,6 @@ def run_demo(
         clips=tuple(make_clips(conditions, reference, shown, variants, settings.clips)),
         frames_per_chunk=CHUNK,
         seconds={"total": time.perf_counter() - start},
+        running=tuple(running),
     )
     return report, {bits: modules[f"{PRESET} {bits}"] for bits in settings.bits}

@@ -102,6 +102,16 @@ class Clip:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Running:
+    """What a model costs where it was measured: median seconds of a chunk, bytes of its weights and of its cache."""
+
+    name: str
+    seconds: float
+    weight_bytes: int
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything one run of ``fxq demo`` measured.
 
@@ -125,3 +135,4 @@ class Report:
     clips: tuple[Clip, ...]
     frames_per_chunk: int
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    running: tuple[Running, ...] = ()

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fxq.report import charts
-from fxq.report.data import Clip, Comparison, LayerView, Report, Variant
+from fxq.report.data import Clip, Comparison, LayerView, Report, Running, Variant
 from fxq.report.tables import best_marks, mean_interval, plain, score_names, significant
-from fxq.report.verdict import ablation_sentence, bit_widths, interval_text, metric_name, outcome, verdict
+from fxq.report.verdict import ablation_sentence, bit_widths, headline, interval_text, metric_name, outcome, verdict
 from fxq.runtime.writable import whole_file
 
 _SHEET_WIDTH = 8192
@@ -119,8 +119,21 @@ def _variant_table(report: Report, variants: Sequence[Variant], reference: bool)
     columns = [("size", "of bf16"), ("latent MSE", unit("latent_mse")), ("PSNR", "dB")]
     columns += [("teacher-forced", unit("teacher_forced"))]
     columns += [(n.replace("_", " "), "score") for n in scores]
-    columns += [("linears", "quant. / kept"), ("time", "s")]
+    columns += [("linears", "quant. / kept"), ("made in", "s")]
     return {"columns": columns, "rows": rows}
+
+
+def _running_rows(running: Sequence[Running]) -> list[list[str]]:
+    """Cells of each model: milliseconds of a chunk, times as fast as the first, bytes of weights and cache."""
+    return [
+        [
+            r.name,
+            f"{1000 * r.seconds:.0f}",
+            f"{running[0].seconds / r.seconds:.2f}",
+            *map(_bytes, (r.weight_bytes, r.cache_bytes)),
+        ]
+        for r in running
+    ]
 
 
 def _comparisons(comparisons: Sequence[Comparison]) -> list[dict[str, str]]:
@@ -228,6 +241,8 @@ def _context(report: Report) -> dict[str, object]:
     return {
         "report": report,
         "verdict": verdict(report),
+        "headline": headline(report),
+        "running": _running_rows(report.running),
         "written": written,
         "videos": videos,
         "settings": flat_facts(report.settings),

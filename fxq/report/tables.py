@@ -65,16 +65,15 @@ def best_marks(variants: Sequence[Variant]) -> set[tuple[int, str]]:
 
 
 def _table(report: Report, variants: Sequence[Variant], title: str, reference: bool) -> Table:
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", header_style="bold")
-    table.add_column("model", no_wrap=True)
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, title_justify="left", header_style="bold", padding=0)
+    table.add_column("model", overflow="fold")
     scores = score_names(report)
-    for name in ("size", "latent MSE", "PSNR dB", "teacher-forced", *(n.replace("_", " ") for n in scores)):
+    for name in ("size", "latent\nMSE", "PSNR\ndB", "forced\nerror", *(n.replace("_", "\n") for n in scores)):
         table.add_column(escape(name), justify="right", no_wrap=True)
-    table.add_column("linears", justify="right")
-    table.add_column("s", justify="right")
+    table.add_column("made\nin s", justify="right", no_wrap=True)
     if reference:
         shares = (f"{report.full_precision[n]:.3f}" if n in report.full_precision else "-" for n in scores)
-        table.add_row("Full precision", "1.00x", "-", "-", "-", *shares, "-", "-", end_section=True)
+        table.add_row("Full precision", "1.00x", "-", "-", "-", *shares, "-", end_section=True)
     marks = best_marks(variants)
 
     def cell(i: int, name: str, text: str) -> str:
@@ -85,11 +84,10 @@ def _table(report: Report, variants: Sequence[Variant], title: str, reference: b
         table.add_row(
             escape(f"{v.method} {v.bits}"),
             f"{v.size_ratio:.2f}x",
-            cell(i, "latent_mse", f"{v.latent_mse.mean():.3e}"),
-            cell(i, "psnr", f"{v.psnr.mean():.2f}"),
-            cell(i, "teacher_forced", f"{v.teacher_forced.mean():.3e}"),
+            cell(i, "latent_mse", f"{v.latent_mse.mean():.2e}"),
+            cell(i, "psnr", f"{v.psnr.mean():.1f}"),
+            cell(i, "teacher_forced", f"{v.teacher_forced.mean():.2e}"),
             *shares,
-            f"{v.quantized}/{v.kept}",
             f"{v.seconds:.1f}",
             end_section=i + 1 < len(variants) and variants[i + 1].bits != v.bits,
         )
@@ -97,7 +95,7 @@ def _table(report: Report, variants: Sequence[Variant], title: str, reference: b
 
 
 def main_table(report: Report) -> Table:
-    """Full precision, then every variant; the better mean at each bit width is bold."""
+    """Full precision, then every variant; the better mean at each bit width is bold. 80 columns hold every number."""
     videos = len(report.variants[0].psnr) if report.variants else 0
     return _table(report, report.variants, f"{report.title}: {videos} videos", reference=True)
 

@@ -218,6 +218,26 @@ def _comparison_lead(report: Report) -> str:
     return " ".join(sentences)
 
 
+def headline(report: Report) -> str:
+    """What the smallest model is worth, in words that need no glossary; empty where nothing was measured."""
+    groups = bit_widths(report.variants)
+    if not groups:
+        return ""
+    best = min((candidate_of(report, bits) for bits in groups), key=lambda v: (v.size_ratio, -v.psnr.mean()))
+    kinds = {gap.outcome for gap in score_gaps(report, best)}
+    seen = {
+        "lower": "an independent scorer sees what it lost",
+        "higher": "an independent scorer sees no loss",
+        "unresolved": "an independent scorer sees no loss",
+    }
+    kind = next((k for k in ("lower", "higher", "unresolved") if k in kinds), None)
+    scored = f", and {seen[kind]}" if kind else ""
+    return (
+        f"With {best.bits.partition('A')[0].removeprefix('W')}-bit weights the model has {best.size_ratio:.2f} of its "
+        f"size in bfloat16{scored}."
+    )
+
+
 def verdict(report: Report) -> Verdict:
     """The verdict on a report."""
     groups = bit_widths(report.variants)

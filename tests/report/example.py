@@ -7,7 +7,7 @@ import torch
 
 from fxq.metrics import sprites
 from fxq.metrics.latents import paired_ratio
-from fxq.report.data import Clip, Comparison, LayerView, Report, SensitivityView, Variant
+from fxq.report.data import Clip, Comparison, LayerView, Report, Running, SensitivityView, Variant
 
 BITS = {"W8A8": 0.02, "W4A8": 0.2, "W4A6": 0.35}
 CHUNKS = 7
@@ -139,6 +139,8 @@ def example_report(videos: int = 64, clip_count: int = 6) -> Report:
     ablation = [variant(name, "W4A8", 0.2 * share**0.5, videos, generator) for name, share in PARTS.items()]
     by_name = {v.method: v for v in ablation}
     alpha = np.array([0.46, 0.2, 0.14, 0.09, 0.06, 0.035, 0.015])
+    running = [Running(name="Full precision", seconds=0.08, weight_bytes=2_770_000, cache_bytes=1_610_000)]
+    running.append(Running(name="Q-ARVD W8A8", seconds=0.05, weight_bytes=1_150_000, cache_bytes=1_610_000))
     return Report(
         title="Tiny autoregressive video model, quantized",
         command="fxq demo --out runs/demo --videos 64 --seed 1",
@@ -172,4 +174,5 @@ def example_report(videos: int = 64, clip_count: int = 6) -> Report:
         clips=tuple(clips(variants, clip_count, generator)),
         frames_per_chunk=3,
         seconds={"total": 812.0},
+        running=tuple(running),
     )

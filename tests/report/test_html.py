@@ -47,6 +47,19 @@ def test_every_layer_and_variant_is_on_the_page(page, report):
         assert layer.quantized or layer.reason in page
 
 
+def test_videos_come_first_and_words_are_explained(page, report):
+    places = [page.index(f'<section id="{name}">') for name in ("videos", "results", "running", "comparisons", "words")]
+    assert places == sorted(places) and page.index('class="lead"') < places[0]
+    for word in ("W8A8", "Q-ARVD", "scorer", "teacher-forced"):
+        assert word in page[places[-1] :]
+
+
+def test_speed_and_memory_are_beside_full_precisions(page, report):
+    _, quantized = report.running
+    cells = re.findall(rf">{quantized.name}</th>((?:<td class=\"number\">[^<]*</td>)+)", page)
+    assert re.findall(r">([^<]+)</td>", cells[0]) == ["50", "1.60", "1.15 MB", "1.61 MB"]
+
+
 def test_references_inside_the_page_resolve(page):
     ids = set(re.findall(r'\bid="([^"]+)"', page))
     assert {target for target in re.findall(r'href="#([^"]+)"', page)} <= ids

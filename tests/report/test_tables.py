@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from fxq.report.tables import ablation_table, comparison_lines, main_table, report_to_json, significant
-from fxq.report.verdict import ablation_sentence, comparison_sentence, ratio_text, verdict
+from fxq.report.verdict import ablation_sentence, comparison_sentence, headline, ratio_text, verdict
 from tests.report.example import compare, example_report
 
 
@@ -16,8 +16,8 @@ def report():
     return example_report(videos=24, clip_count=1)
 
 
-def text_of(table):
-    console = Console(width=180, record=True, file=io.StringIO())
+def text_of(table, width=180):
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
 
@@ -98,6 +98,24 @@ def test_tables_name_every_variant(report):
         assert v.method in ablation
     text_of(ablation_table(dataclasses.replace(report, ablation=())))
     text_of(main_table(dataclasses.replace(report, variants=())))
+
+
+def test_80_columns_hold_every_number(report):
+    for table, variants in ((main_table(report), report.variants), (ablation_table(report), report.ablation)):
+        text = text_of(table, 80)
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+        for v in variants:
+            for number in (f"{v.size_ratio:.2f}x", f"{v.latent_mse.mean():.2e}", f"{v.psnr.mean():.1f}"):
+                assert number in text
+
+
+def test_the_headline_needs_no_glossary(report):
+    assert headline(with_scores(report, **report.full_precision)) == (
+        "With 4-bit weights the model has 0.31 of its size in bfloat16, and an independent scorer sees no loss."
+    )
+    assert headline(with_scores(report, motion=0.2)).endswith("an independent scorer sees what it lost.")
+    assert headline(dataclasses.replace(report, full_precision={})).endswith("of its size in bfloat16.")
+    assert headline(dataclasses.replace(report, variants=())) == ""
 
 
 def test_markup_in_names_is_printed(report):
