@@ -31,7 +31,7 @@ $(BIN)/python:
 # One resolution installs everything, so that torch's own dependencies meet the pins.
 $(STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing the pinned requirements into $(VENV); the first time this takes a minute or more"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile -r requirements.txt
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -45,7 +45,8 @@ def test_the_switch_takes_amx_from_every_library():
     assert set(found["features"]) == {k for k, v in there.items() if v is True and not k.startswith("amx")}
     assert found["limited"] == "avx512" and found["product"] == 64 * 127 * 127
     assert found["panels"] != "native amx" and found["panels"] == found["quantize"].replace("eager", found["linear"])
-    assert "isa:" in verbose and "Advanced Matrix Extensions" not in verbose and "AMX" not in verbose
+    assert "isa:" in verbose or not there.get("avx512_vnni"), "oneDNN was to multiply, and to say how"
+    assert "Advanced Matrix Extensions" not in verbose and "AMX" not in verbose
 
 
 def test_the_switch_takes_everything_above_avx2_from_every_library():

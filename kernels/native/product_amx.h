@@ -137,7 +137,7 @@ class Product {
       for (long k = w.blocks; k > 0; k--, rows += ROWS * CHANNELS, b += BLOCK) {
         if (k == 1) b = w.last + 4 * column;
         ahead.fetch();
-    _tile_loadd(4, rows, 64);
+        _tile_loadd(4, rows, 64);
         _tile_loadd(6, b, 256);
         _tile_loadd(7, b + 64, 256);
         _tile_loadd(5, rows + 1024, 64);
