@@ -64,7 +64,6 @@ AMX = InstructionSet(
     (*AVX512.flags, "amx-tile", "amx-int8"),
     _SOURCES,
     attention=AVX512.attention,
-    left_to_torch=("bfloat16",),
 )
 VNNI = InstructionSet(
     "native vnni",

@@ -84,8 +84,8 @@ def test_videos_of_different_length_are_refused(graphs):
 def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least():
     """In nearly every video and twofold in the median; the mean over videos hangs on a few of them (`make demo`)."""
     model = load_tiny()
-    calibration, _ = tiny_rollout(model, 2, seed=1, unseen=False)
-    unseen, _ = tiny_rollout(model, 12, seed=2, unseen=True)
+    calibration, _ = tiny_rollout(model, 4, seed=1, unseen=False)
+    unseen, _ = tiny_rollout(model, 16, seed=2, unseen=True)
     lab = Lab(calibration, fxq.PRESETS["w4a8"], Progress(False))
     measured = chunk_sensitivity(unseen, lab.initialised("w4a8"))
     median = measured.mse.median(0).values

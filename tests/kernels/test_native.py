@@ -361,10 +361,10 @@ def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path
 
 @needs_native
 @pytest.mark.parametrize("target", build.SETS, ids=lambda found: found.kernel)
-def test_only_with_amx_attention_in_bfloat16_is_left_to_torch(target, monkeypatch):
+def test_every_set_leads_the_attention_that_it_has(target, monkeypatch):
     monkeypatch.setattr(native, "instruction_set", lambda: target)
     assert native.attends(torch.bfloat16) == (target is not build.VNNI)
-    assert native.leads_attention(torch.bfloat16) == (target not in (build.AMX, build.VNNI))
+    assert native.leads_attention(torch.bfloat16) == native.attends(torch.bfloat16)
     assert native.leads_attention(torch.float32) == native.attends(torch.float32) == (target is build.AVX2)
 
 
