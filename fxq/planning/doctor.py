@@ -205,8 +205,6 @@ def why_slow(op: Op, device: str) -> str:
         return "a CPU has no FP8 arithmetic: no faster than float"
     if kernel == "reference":
         return "no CPU kernel is written for it"
-    if kernel == "sdpa" and native.attends():
-        return f"faster on this CPU than that of the {native.name()} kernels"
     return native.why_not() or f"the {native.name()} kernels have none for it"
 
 

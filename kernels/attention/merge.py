@@ -40,19 +40,6 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -
     return out, lse
 
 
-def flash_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`attention_lse`, by torch's flash attention for CPUs, which uses AMX; it rounds the result to the dtype.
-
-    Args:
-        q: float [B, S, heads, head_dim].
-        k: [B, L, heads, head_dim] of the same dtype, L at least 1.
-        v: as k.
-    """
-    rows = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows)
-    return out.transpose(1, 2).float(), lse.transpose(1, 2).unsqueeze(-1).float()
-
-
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention to the keys of two parts, from the results of :func:`attention_lse` for each, in the same form."""
     (a, lse_a), (b, lse_b) = first, second

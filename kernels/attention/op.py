@@ -92,9 +92,9 @@ def _show_lost(out: Tensor, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return out
 
 
-@attention.on("cpu", native.or_else("sdpa", native.leads_attention))
+@attention.on("cpu", native.or_else("sdpa", native.attends))
 def attention_cpu(a: Attention) -> Tensor:
-    """Native kernel for the dtypes in which this CPU has one that leads, else scaled_dot_product_attention."""
-    if native.leads_attention(a.q.dtype):
+    """Native kernel for the dtypes that it is written for on this CPU, else scaled_dot_product_attention."""
+    if native.attends(a.q.dtype):
         return native.attention(a, _fake(a))
     return attention.compute(a)

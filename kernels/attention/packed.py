@@ -15,7 +15,7 @@ from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
 from fxq.kernels.attention import triton as packed_triton
 from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, channels, codecs_of
-from fxq.kernels.attention.merge import attention_lse, flash_lse, merge
+from fxq.kernels.attention.merge import attention_lse, merge
 from fxq.kernels.attention.sides import Reader
 from fxq.kernels.attention.spans import Part, coefficients, count_spans, decoded, parts, rotated, tokens_held
 from fxq.kernels.jit import HAS_TRITON
@@ -155,28 +155,25 @@ def _attend(a: AttentionPacked, part: Part) -> tuple[Tensor, Tensor]:
 
 def _on_cpu() -> str:
     unpacks = f"{native.name()} unpack" if native.ready() else "reference"
-    return native.name() if native.leads_attention() else unpacks
+    return native.name() if native.attends() else unpacks
 
 
 @attention_packed.on("cpu", _on_cpu)
 def attention_packed_cpu(a: AttentionPacked) -> Tensor:
-    """Native kernels decode spans inside attention, a head at a time, or before it where torch attends faster.
+    """Native kernels decode spans inside attention, a head at a time, or before it in other dtypes; else the reference.
 
-    Without them all is torch's.
     Codecs without a form are decoded by torch, span by span.
     """
     if not native.ready() or not a.q.numel():
         return attention_packed.compute(a)
-    inside = native.leads_attention(a.q.dtype)
-    flash = native.attends(a.q.dtype) and not inside
-    attend = flash_lse if flash else attention_lse
+    inside = native.attends(a.q.dtype)
     found = []
     if inside and any(k.shape[1] for k in a.k):
         found.append(native.attention_lse(Attention(a.q, a.k, a.v)))
     elif not inside:
-        found += [attend(a.q, k, v) for k, v in zip(a.k, a.v, strict=True) if k.shape[1]]
+        found += [attention_lse(a.q, k, v) for k, v in zip(a.k, a.v, strict=True)]
     each = list(parts(a))
-    readers = [Reader(a, "keys"), Reader(a, "values", short=not flash)] if each else []
+    readers = [Reader(a, "keys"), Reader(a, "values", short=True)] if each else []
     for part in each:
         keys, values = readers
         if inside:
@@ -184,7 +181,7 @@ def attention_packed_cpu(a: AttentionPacked) -> Tensor:
             others = found.pop() if found and not values.short else None
             out, lse = unpack.attention_lse(a.q, keys.side(part), values.side(part), tokens, tables, others)
         else:
-            out, lse = attend(a.q, keys.dense(part), values.dense(part))
+            out, lse = attention_lse(a.q, keys.dense(part), values.dense(part))
         found[:] = [functools.reduce(merge, [*found, (values.back(out), lse)])]
     out, _ = functools.reduce(merge, found) if found else attention_lse(a.q, a.k[0], a.v[0])
     return out.to(a.q.dtype).flatten(2).contiguous()

@@ -37,7 +37,6 @@ __all__ = [
     "attention",
     "attention_int8",
     "attention_lse",
-    "leads_attention",
     "linear",
     "linear_add",
     "linear_per_token",
@@ -88,12 +87,6 @@ def attends(dtype: torch.dtype = torch.bfloat16) -> bool:
         return False
     found = instruction_set()
     return found is not None and str(dtype).removeprefix("torch.") in found.attention
-
-
-def leads_attention(dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether it is, and torch has no faster one: with AMX it has, for keys and values that are tensors."""
-    found = instruction_set()
-    return attends(dtype) and found is not None and str(dtype).removeprefix("torch.") not in found.left_to_torch
 
 
 def or_else(other: str, there: Callable[[], bool] | None = None) -> Callable[[], str]:

@@ -30,7 +30,6 @@ class InstructionSet:
         flags: the same in the words of compilers.
         sources: C++ files; they choose headers by what the compiler may use.
         attention: dtypes whose attention is among them, by name; attention in 8 bits takes float32 and bfloat16.
-        left_to_torch: those of them in which torch's attention to tensors is faster.
     """
 
     kernel: str
@@ -38,7 +37,6 @@ class InstructionSet:
     flags: tuple[str, ...]
     sources: tuple[str, ...]
     attention: tuple[str, ...] = ()
-    left_to_torch: tuple[str, ...] = ()
 
 
 _SOURCES = (

@@ -18,7 +18,6 @@ from fxq.kernels import (
     dual_scale_linear_add,
     dual_scale_linear_per_token,
     dual_scale_linear_quantize,
-    native,
     norm_quantize,
     quantize_act,
     quantize_per_token,
@@ -357,15 +356,6 @@ def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DOTHER"])
     assert build.build(*here) != first
     assert len(list(tmp_path.iterdir())) == 2
-
-
-@needs_native
-@pytest.mark.parametrize("target", build.SETS, ids=lambda found: found.kernel)
-def test_every_set_leads_the_attention_that_it_has(target, monkeypatch):
-    monkeypatch.setattr(native, "instruction_set", lambda: target)
-    assert native.attends(torch.bfloat16) == (target is not build.VNNI)
-    assert native.leads_attention(torch.bfloat16) == native.attends(torch.bfloat16)
-    assert native.leads_attention(torch.float32) == native.attends(torch.float32) == (target is build.AVX2)
 
 
 EVERYTHING = frozenset((*build.AMX.needs, *build.AVX2.needs))

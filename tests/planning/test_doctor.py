@@ -172,10 +172,3 @@ def test_every_operator_is_right_on_a_gpu():
         pytest.skip("no CUDA device")
     found = diagnose()
     assert found.ok and any(check.device == "cuda:0" and check.kernel == "triton" for check in found.checks)
-
-
-def test_attention_that_is_left_to_torch_is_said_to_be_faster(monkeypatch):
-    monkeypatch.setattr(doctor.kernels, "used", lambda *_: "sdpa")
-    monkeypatch.setattr(native, "attends", lambda *_: True)
-    said = doctor.why_slow(doctor.kernels.attention, "cpu")
-    assert said == f"faster on this CPU than that of the {native.name()} kernels"

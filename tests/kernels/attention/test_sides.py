@@ -203,23 +203,9 @@ def test_nothing_of_a_span_is_dense_in_bfloat16(codec, kernels):
     assert sizes.largest < 2 * B * 500 * HEADS * 32 / 2
 
 
-@needs("native")
-@pytest.mark.parametrize("codec", [Klt(1.0), Prq(1, 16, block=16), PerToken(8, 16)], ids=str)
-@pytest.mark.parametrize("rows", [0, 4])
-def test_where_torch_attends_faster_one_span_is_dense_at_a_time(codec, rows, monkeypatch):
-    monkeypatch.setattr(native, "attends", lambda dtype=torch.bfloat16: dtype == torch.bfloat16)
-    monkeypatch.setattr(native, "leads_attention", lambda dtype=torch.bfloat16: False)
-    a = call(codec, codec, 32, 500, 0, torch.bfloat16, rows)
-    want = attention_packed.reference(*a)
-    with LiveBytes() as sizes, torch.inference_mode():
-        found = attention_packed(*a)
-    assert torch.allclose(found.float(), want.float(), atol=2**-6)
-    assert sizes.largest <= 2 * B * 500 * HEADS * 32 * 2
-
-
 def test_reports_name_what_decodes(monkeypatch):
-    assert attention_packed.used("cpu") == (native.name() if native.leads_attention() else f"{native.name()} unpack")
-    monkeypatch.setattr(native, "leads_attention", lambda: False)
+    assert attention_packed.used("cpu") == (native.name() if native.attends() else f"{native.name()} unpack")
+    monkeypatch.setattr(native, "attends", lambda: False)
     assert attention_packed.used("cpu") == f"{native.name()} unpack"
     monkeypatch.setattr(native, "ready", lambda: False)
     assert attention_packed.used("cpu") == "reference"
