@@ -13,8 +13,9 @@ from fxq.core.pipeline import run_passes
 from fxq.job import Job
 from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
-from fxq.passes.methods import LayerProblem
+from fxq.passes.methods import LayerProblem, Units
 from fxq.passes.methods.adaround import AdaRound
+from fxq.passes.methods.quadratic import Quadratic, steps
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.presets import wan_recipe
 from fxq.runtime.progress import Progress
@@ -106,6 +107,11 @@ def problem(outputs=13, width=96, count=200, outliers=0, seed=3, bits=4, input_b
         split=width - outliers,
         seed=0,
     )
+
+
+def form_loss(p, update):
+    """Quadratic form of a problem's integers and scales, for each output."""
+    return Quadratic.of(p, update).loss(update.weight * steps(p, update.weight_scale / Units.of(p).weights))
 
 
 def rewritten(model, transforms, data, **scheme):

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.adaround import inverse_rectified_sigmoid, rectified_sigmoid
-from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution, steps
+from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution, steps
 
 
 @dataclasses.dataclass(frozen=True)
-class GramAdaRound(QuadraticMethod):
+class GramAdaRound(IteratedMethod):
     """Rounding up or down of each weight, learned as in :class:`~fxq.passes.methods.adaround.AdaRound`.
 
     An iteration takes the exact error of all calibration rows, ``tr((W' - T) G (W' - T)^T)``, and its gradient from one
@@ -28,16 +27,6 @@ class GramAdaRound(QuadraticMethod):
     rate: float = 1e-2
     regulariser: float = 0.1
     warmup: float = 0.2
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise RecipeError(f"GramAdaRound: iterations = {self.iterations}, expected at least 1")
-        if not 0 < self.rate <= 1:
-            raise RecipeError(f"GramAdaRound: rate = {self.rate}, expected a number in 0..1")
-
-    def solving(self, width: int, outputs: int) -> float:
-        """A product with the form's matrix an iteration."""
-        return 2.0 * outputs * width**2 * (1 + self.iterations)
 
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Round every weight to the side on which its choice ends."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.method import LayerUpdate
+from fxq.core.method import LayerUpdate, RecipeError
 from fxq.passes.methods import LayerProblem, Units, simulated_input, simulated_rows
 from fxq.passes.methods.moments import SampleMoments, strips
 from fxq.passes.methods.units import TINY
@@ -302,6 +302,24 @@ class QuadraticMethod(ABC):
     @abstractmethod
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Integers and scales of less error than ``start``, if the method finds some."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IteratedMethod(QuadraticMethod):
+    """Base of those that go down the form's gradient: so many ``iterations``, the first step of length ``rate``."""
+
+    iterations: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise RecipeError(f"{type(self).__name__}: iterations = {self.iterations}, expected at least 1")
+        if not 0 < self.rate <= 1:
+            raise RecipeError(f"{type(self).__name__}: rate = {self.rate}, expected a number in 0..1")
+
+    def solving(self, width: int, outputs: int) -> float:
+        """A product with the form's matrix an iteration."""
+        return 2.0 * outputs * width**2 * (1 + self.iterations)
 
 
 def _loss(problem: LayerProblem, form: Quadratic, solution: Solution) -> Tensor:

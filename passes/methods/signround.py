@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import Quadratic, QuadraticMethod, Solution, steps
+from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution, steps
 
 _CLIPPING = (0.5, 1.25)  # of the scale at the start
 
 
 @dataclasses.dataclass(frozen=True)
-class SignRound(QuadraticMethod):
+class SignRound(IteratedMethod):
     """Integers ``round(W / (c s) + V)``: V in -0.5..0.5 for each weight, c for each output and group.
 
     Every iteration moves each of them by the rate in the direction that lowers the error, straight through the
@@ -28,16 +27,6 @@ class SignRound(QuadraticMethod):
 
     iterations: int = 200
     rate: float = 0.005
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise RecipeError(f"SignRound: iterations = {self.iterations}, expected at least 1")
-        if not 0 < self.rate <= 1:
-            raise RecipeError(f"SignRound: rate = {self.rate}, expected a number in 0..1")
-
-    def solving(self, width: int, outputs: int) -> float:
-        """A product with the form's matrix an iteration."""
-        return 2.0 * outputs * width**2 * (1 + self.iterations)
 
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """The best iteration of each output."""

@@ -2,7 +2,6 @@ import contextlib
 import io
 import json
 import threading
-import time
 import urllib.error
 import urllib.request
 
@@ -110,15 +109,6 @@ def test_a_page_gets_the_chunks_it_asks_for(served, stage, bundle):
             for got, want in zip(parts, expected.next_chunk(), strict=True):
                 assert np.array_equal(got, want.frames)
         assert "at its end" in tell(socket, do="next")["why"]
-
-
-def test_the_first_chunk_is_there_as_soon_as_it_is_made(served, bundle):
-    with served.page() as (socket, welcome):
-        began = time.perf_counter()
-        start(socket, welcome["models"])
-        head, _ = chunk(socket)
-        waited = time.perf_counter() - began
-        assert waited < sum(panel["seconds"] for panel in head["panels"]) + 0.5
 
 
 def test_nothing_is_made_that_nobody_asked_for(served):

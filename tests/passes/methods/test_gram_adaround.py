@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from fxq.core.config import RecipeError
-from fxq.passes.methods import Units, output_sqnr
+from fxq.passes.methods import output_sqnr
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gram_adaround import GramAdaRound
-from fxq.passes.methods.quadratic import Quadratic, steps
 from fxq.passes.methods.ranges import RangeSearch
+from tests.toys import form_loss as loss
 from tests.toys import problem
-
-
-def loss(p, update):
-    return Quadratic.of(p, update).loss(update.weight * steps(p, update.weight_scale / Units.of(p).weights))
 
 
 @pytest.mark.parametrize(("bits", "outliers"), [(4, 0), (4, 32), (8, 32)])

@@ -2,15 +2,11 @@ import pytest
 import torch
 
 from fxq.core.config import RecipeError
-from fxq.passes.methods import Units, output_sqnr
-from fxq.passes.methods.quadratic import Quadratic, steps
+from fxq.passes.methods import output_sqnr
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.signround import SignRound
+from tests.toys import form_loss as loss
 from tests.toys import problem
-
-
-def loss(p, update):
-    return Quadratic.of(p, update).loss(update.weight * steps(p, update.weight_scale / Units.of(p).weights))
 
 
 @pytest.mark.parametrize(("bits", "outliers"), [(4, 0), (4, 32), (8, 32)])
