@@ -222,6 +222,6 @@ def statistics_hash(statistics: Mapping[str, LayerStatistics]) -> str:
                 digest.update(part.float().contiguous().numpy().data)
                 residency.give_back(part)
         for tensor in () if s.sums is None else s.sums.state().values():
-            digest.update(tensor.cpu().numpy().data)
+            digest.update(tensor.numpy().data)
             residency.give_back(tensor)
     return digest.hexdigest()

@@ -135,9 +135,9 @@ class RowSums:
         self.squares += state["squares"].to(self.squares.device)
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`merge` needs of it."""
+        """What :meth:`merge` needs of it, on the CPU."""
         totals = torch.tensor([self.count, self.gradient, self.gradient_square], dtype=torch.float64, device="cpu")
-        return {"totals": totals, "sums": self.sums, "squares": self.squares}
+        return {"totals": totals, "sums": self.sums.cpu(), "squares": self.squares.cpu()}
 
     def moments(self, gradients: bool) -> Moments:
         """Mean and covariance, rows weighed by their squared gradients, see :data:`LEAST_GRADIENT`, or all alike."""
