@@ -42,7 +42,7 @@ _OF_OLDER_TORCH = {
     "_is_avx512_supported": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd"),
     "_is_avx512_bf16_supported": ("avx512_bf16",),
     "_is_vnni_supported": ("avx512_vnni",),
-    "_is_amx_tile_supported": ("amx_tile", "amx_int8"),
+    "_is_amx_tile_supported": ("amx_tile", "amx_int8", "amx_bf16"),
 }
 """What a torch without ``torch.cpu.get_capabilities`` can say, by the function that says it."""
 

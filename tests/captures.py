@@ -1,21 +1,26 @@
 """Captures of the models of ``fxq.models`` and ``tests.toys``, made once a process: most tests quantize the same few.
 
-``tests/capture`` and whatever calls :func:`fxq.capture.trace.trace` itself capture anew.
+``tests/capture`` captures anew, and whatever calls :func:`fxq.capture.trace.trace` itself takes no more than what
+``torch.export`` made of a model of the same structure, with its own tensors.
 """
 
 import collections
+import copy
 import functools
 import hashlib
+import os
 
 import torch
 from torch.utils import _pytree as pytree
 
+import fxq.capture.trace
 import fxq.cli.quantize
 import fxq.lab
 import fxq.quantize
+from fxq.capture.comparisons import _RECORDER, compared_sizes
 from fxq.capture.trace import plain_model, trace
 
-_KEPT = 10
+_KEPT, _KEPT_PROGRAMS = 10, 200
 _OF_KNOWN_CODE = ("fxq.models.", "tests.toys")
 _SIMPLE = (bool, int, float, str, tuple, type(None), torch.dtype)
 
@@ -38,10 +43,48 @@ def share():
 
     for module in (fxq.quantize, fxq.lab, fxq.cli.quantize):
         module.trace = shared
+    fxq.capture.trace._export = _export_once(fxq.capture.trace._export)
 
 
-def _key(model, args, kwargs, *others):
-    """Everything a capture depends on, or None where that is not known of the model."""
+def _export_once(export):
+    """The function that calls ``torch.export``, called once for all models of one known structure."""
+    known = collections.OrderedDict()
+
+    @functools.wraps(export)
+    def once(model, args, kwargs, dynamic_shapes, strict):
+        key = None
+        if not os.environ.get("PYTEST_CURRENT_TEST", "").startswith("tests/capture/"):
+            key = _key(model, args, kwargs, dynamic_shapes, strict, torch.is_grad_enabled(), values=False)
+        if key is None:
+            return export(model, args, kwargs, dynamic_shapes, strict)
+        recorder = _RECORDER.get()
+        if key not in known:
+            with compared_sizes() as compared:
+                program = export(model, args, kwargs, dynamic_shapes, strict)
+            known[key] = _with_tensors(program, {}, {}, None), compared
+            while len(known) > _KEPT_PROGRAMS:
+                known.popitem(last=False)
+        program, compared = known[key]
+        known.move_to_end(key)
+        if recorder is not None:
+            recorder |= compared
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        constants = {name: buffers.get(name, value) for name, value in program.constants.items()}
+        return _with_tensors(program, model.state_dict(keep_vars=True), constants, (args, kwargs))
+
+    return once
+
+
+def _with_tensors(program, state, constants, inputs):
+    """The same program with other tensors."""
+    found = copy.copy(program)
+    found._state_dict, found._example_inputs = state, inputs
+    found._constants = {**program.constants, **constants}
+    return found
+
+
+def _key(model, args, kwargs, *others, values=True):
+    """Everything a capture depends on, but for ``values`` of tensors, or None where that is not known of the model."""
     if not isinstance(model, torch.nn.Module) or not type(model).__module__.startswith(_OF_KNOWN_CODE):
         return None
     digest = hashlib.sha256()
@@ -55,7 +98,8 @@ def _key(model, args, kwargs, *others):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if values:
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     leaves, form = pytree.tree_flatten((args, kwargs, others))
     told = [
         f"{t.dtype} {tuple(t.shape)} {t.stride()} {t.requires_grad}" if isinstance(t, torch.Tensor) else repr(t)

@@ -1,5 +1,5 @@
-// Flash attention with float32 sums for caches of any length in any number of pieces: products of bfloat16 with AVX512
-// BF16, of float32 with AVX2.
+// Flash attention with float32 sums for caches of any length in any number of pieces: products of bfloat16 with AMX or
+// AVX512 BF16, of float32 with AVX2.
 //
 // Per batch and head the keys and values are packed once into the panels that the tile reads; blocks of queries then run
 // over blocks of keys: scores, one pass for maximum and exp, and a second product that accumulates.
@@ -31,6 +31,9 @@ struct Shape {
   long key_block() const { return BLOCK_KEYS * depth(); }  // elements of a block of packed keys
   long value_block() const { return BLOCK_KEYS * columns * TILE_COLUMNS; }
 };
+
+// Steps of the second product over some keys of a block; what is behind the last key counts as 0.
+long value_steps(long keys) { return round_up(ceil_div(keys, Operands::EACH), Operands::STEPS); }
 
 // Channels of a value: of encoded ones coefficients, where these are read.
 long value_size(const Attention& p) { return p.span == nullptr ? p.size : p.span->values.size; }
@@ -100,7 +103,7 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, long
   const Source<T> source{p, batch, head};
   constexpr int EACH = Operands::EACH;
   const long width = s.columns * TILE_COLUMNS, count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
-  const long steps = ceil_div(count, EACH);
+  const long steps = value_steps(count);
   Number* rows = scratch.get<Number>(EACH * width);
   std::memset(rows, 0, EACH * width * sizeof(Number));
   for (long k = 0; k < steps; k++) {
@@ -138,10 +141,11 @@ void soften(const Block& b, long row, long keys, long width, float scale) {
   Floats total = floats(0);
   Number* weights = b.weights + row * BLOCK_KEYS;
   for (long k = 0; k < keys; k += LANES) {
-    const Floats weight = keep(exp(fmadd(load(scores + k), factor, center)), lanes(keys - k));
+    const Floats weight = keep(Operands::exp(fmadd(load(scores + k), factor, center)), lanes(keys - k));
     total = total + weight;
     store(weights + k, weight);
   }
+  for (long k = round_up(keys, LANES); k < Operands::EACH * value_steps(keys); k += LANES) store(weights + k, floats(0));
   if (now != before) {
     const Floats shrink = exp(floats(before - now));
     float factors[LANES];
@@ -161,7 +165,7 @@ void attend(const Attention& p, const Shape& s, const Block& b, long rows, const
     const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
     const Number *k = keys + block * s.key_block(), *v = values + block * s.value_block();
     for (long panel = 0; panel < ceil_div(count, TILE_COLUMNS); panel++) {
-      for (long row = 0; row < rows; row += TILE_ROWS) {
+      for (long row = 0; row < rows; row += Operands::ROWS) {
         Operands::multiply(b.q + row * depth, depth, k + panel * depth * TILE_COLUMNS, s.steps,
                            b.scores + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
       }
@@ -169,8 +173,8 @@ void attend(const Attention& p, const Shape& s, const Block& b, long rows, const
     for (long row = 0; row < rows; row++) soften(b, row, count, width, scale);
     for (long panel = 0; panel < s.columns; panel++) {
       const Number* from = v + panel * BLOCK_KEYS * TILE_COLUMNS;
-      for (long row = 0; row < rows; row += TILE_ROWS) {
-        Operands::add_multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, ceil_div(count, Operands::EACH),
+      for (long row = 0; row < rows; row += Operands::ROWS) {
+        Operands::add_multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, value_steps(count),
                                b.out + row * width + panel * TILE_COLUMNS, width);
       }
     }
@@ -199,7 +203,7 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
   const Block b{q.get<Number>(QUERY_ROWS * s.depth()), scores.get<float>(QUERY_ROWS * BLOCK_KEYS),
                 weights.get<Number>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * width),
                 maximum.get<float>(QUERY_ROWS), total.get<float>(QUERY_ROWS)};
-  const long padded = round_up(rows, TILE_ROWS);
+  const long padded = round_up(rows, Operands::ROWS);
   const bool merges = p.span != nullptr && p.span->merges;
   std::memset(b.q, 0, padded * s.depth() * sizeof(Number));
   std::memset(b.out, 0, padded * width * sizeof(float));
@@ -228,7 +232,7 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
 
 template <typename T>
 void run(const Attention& p) {
-  Shape s{ceil_div(p.size, Operands::EACH), ceil_div(value_size(p), TILE_COLUMNS), 0, 0};
+  Shape s{round_up(ceil_div(p.size, Operands::EACH), Operands::STEPS), ceil_div(value_size(p), TILE_COLUMNS), 0, 0};
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
   const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
@@ -239,6 +243,7 @@ void run(const Attention& p) {
     const long batch = pair / p.heads, head = pair % p.heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      [[maybe_unused]] const Operands::Session session;
 #pragma omp for schedule(static)
       for (long block = 0; block < s.blocks; block++) {
         pack<T>(p, s, batch, head, block, keys + block * s.key_block(), values + block * s.value_block());

@@ -25,6 +25,8 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr float MOST_WEIGHT = 32767.0f, MOST_CODE = 127.0f;
 constexpr float LEAST_MAGNITUDE = 0x1p-126f * 127;  // of fxq.numerics
 
+constexpr long WEIGHT_ROW = Weights::PARTS * BLOCK_KEYS;
+
 struct Shape {
   long steps;    // along the head
   long columns;  // panels of 64 channels of the head
@@ -32,6 +34,9 @@ struct Shape {
   long depth() const { return steps * Codes::EACH; }
   long width() const { return columns * TILE_COLUMNS; }
 };
+
+// Steps of the second product over some keys of a block; behind the last key codes are 0, whatever the weights are.
+long value_steps(long keys) { return round_up(ceil_div(keys, Weights::EACH), Weights::STEPS); }
 
 // Up to BLOCK_KEYS tokens of a piece, and what they become.
 struct Tokens {
@@ -126,7 +131,7 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, cons
   const Piece& from = p.pieces[t.piece];
   const auto row = [&](long key) { return at<T>(from.v, batch, t.first + key, head, from.v_batch, from.v_row, from.v_head); };
   constexpr int EACH = Weights::EACH;
-  const long steps = ceil_div(t.count, EACH);
+  const long steps = value_steps(t.count);
   for (long d = 0; d < s.width(); d += LANES) {
     const Lanes some = lanes(p.size - d);
     Ints top = ints(0);
@@ -150,7 +155,7 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, cons
 struct Block {      // scratch of one block of queries
   Codes::Row* q;    // [QUERY_ROWS, depth]
   int32_t* dots;    // [QUERY_ROWS, BLOCK_KEYS]; scores in their place, float32
-  Weights::Row* weights;  // [QUERY_ROWS, BLOCK_KEYS]
+  Weights::Row* weights;  // [QUERY_ROWS, PARTS, BLOCK_KEYS]
   float* out;       // [QUERY_ROWS, width]
   float* factor;    // [QUERY_ROWS], the scale of a query times that of the softmax
   float* bias;      // [QUERY_ROWS], what a piece's mean adds to the scores
@@ -180,7 +185,7 @@ void soften(const Block& b, long row, const Tokens& t) {
   for (long k = 0; k < t.count; k += LANES) {
     const Ints weight = to_ints(exp(load(scores + k) - center) * floats(MOST_WEIGHT));
     sum_of = plus(sum_of, weight);
-    Weights::put_weights(b.weights + row * BLOCK_KEYS + k, weight);
+    Weights::put_weights(b.weights + row * WEIGHT_ROW + k, BLOCK_KEYS, weight);
   }
   const float found = highest_score + b.bias[row], before = b.maximum[row];
   const bool above = found > before;
@@ -209,13 +214,13 @@ void add_mean(const Attention& p, const Block& b, long batch, long head, long be
 template <typename T>
 void attend(const Attention& p, const Shape& s, const Block& b, long batch, long head, long begin, long rows,
             const std::vector<Tokens>& blocks) {
-  alignas(64) int32_t sums[TILE_ROWS * TILE_COLUMNS];
+  alignas(64) int32_t sums[Weights::ROWS * TILE_COLUMNS];
   long piece = -1;
   for (const Tokens& t : blocks) {
     if (t.piece != piece) add_mean<T>(p, b, batch, head, begin, rows, t.piece);
     piece = t.piece;
     for (long panel = 0; panel < ceil_div(t.count, TILE_COLUMNS); panel++) {
-      for (long row = 0; row < rows; row += TILE_ROWS) {
+      for (long row = 0; row < rows; row += Codes::ROWS) {
         Codes::multiply(b.q + row * s.depth(), s.depth(), t.keys + panel * s.depth() * TILE_COLUMNS, s.steps,
                            b.dots + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
       }
@@ -223,9 +228,9 @@ void attend(const Attention& p, const Shape& s, const Block& b, long batch, long
     for (long row = 0; row < rows; row++) soften(b, row, t);
     for (long panel = 0; panel < s.columns; panel++) {
       const Weights::Number* from = t.values + panel * BLOCK_KEYS * TILE_COLUMNS;
-      for (long row = 0; row < rows; row += TILE_ROWS) {
-        Weights::multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, ceil_div(t.count, Weights::EACH), sums, TILE_COLUMNS);
-        for (long i = 0; i < std::min<long>(TILE_ROWS, rows - row); i++) {
+      for (long row = 0; row < rows; row += Weights::ROWS) {
+        Weights::multiply(b.weights + row * WEIGHT_ROW, WEIGHT_ROW, from, value_steps(t.count), sums, TILE_COLUMNS);
+        for (long i = 0; i < std::min<long>(Weights::ROWS, rows - row); i++) {
           float* out = b.out + (row + i) * s.width() + panel * TILE_COLUMNS;
           const Floats shrink = floats(b.shrink[row + i]), grow = floats(b.grow[row + i]);
           for (long d = 0; d < TILE_COLUMNS; d += LANES) {
@@ -241,11 +246,11 @@ void attend(const Attention& p, const Shape& s, const Block& b, long batch, long
 template <typename T>
 void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const std::vector<Tokens>& blocks) {
   static thread_local Scratch q, dots, weights, out, numbers;
-  const long rows = std::min(QUERY_ROWS, p.rows - begin), padded = round_up(rows, TILE_ROWS);
+  const long rows = std::min(QUERY_ROWS, p.rows - begin), padded = round_up(rows, Codes::ROWS);
   float* each = numbers.get<float>(6 * QUERY_ROWS);
   const auto row_numbers = [&] { return (each += QUERY_ROWS) - QUERY_ROWS; };
   Block b{q.get<Codes::Row>(QUERY_ROWS * s.depth()), dots.get<int32_t>(QUERY_ROWS * BLOCK_KEYS),
-          weights.get<Weights::Row>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * s.width())};
+          weights.get<Weights::Row>(QUERY_ROWS * WEIGHT_ROW), out.get<float>(QUERY_ROWS * s.width())};
   for (float** one : {&b.factor, &b.bias, &b.maximum, &b.total, &b.shrink, &b.grow}) *one = row_numbers();
   std::memset(b.q, 0, padded * s.depth() * sizeof(Codes::Row));
   std::memset(b.out, 0, padded * s.width() * sizeof(float));
@@ -297,7 +302,7 @@ std::vector<Tokens> blocks_of(const Attention& p, const Shape& s) {
 
 template <typename T>
 void run(const Attention& p) {
-  const Shape s{ceil_div(p.size, Codes::EACH), ceil_div(p.size, TILE_COLUMNS)};
+  const Shape s{round_up(ceil_div(p.size, Codes::EACH), Codes::STEPS), ceil_div(p.size, TILE_COLUMNS)};
   const std::vector<Tokens> blocks = blocks_of(p, s);
   double keys = 0;
   for (const Tokens& t : blocks) keys += t.count;
@@ -306,6 +311,7 @@ void run(const Attention& p) {
     const long batch = pair / p.heads, head = pair % p.heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      [[maybe_unused]] const Codes::Session session;
 #pragma omp for schedule(static)
       for (size_t i = 0; i < blocks.size(); i++) {
         pack_keys<T>(p, s, batch, head, blocks[i]);

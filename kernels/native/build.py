@@ -58,8 +58,8 @@ AVX512 = InstructionSet(
 )
 AMX = InstructionSet(
     "native amx",
-    (*AVX512.needs, "amx_tile", "amx_int8"),
-    (*AVX512.flags, "amx-tile", "amx-int8"),
+    (*AVX512.needs, "amx_tile", "amx_int8", "amx_bf16"),
+    (*AVX512.flags, "amx-tile", "amx-int8", "amx-bf16"),
     _SOURCES,
     attention=AVX512.attention,
 )

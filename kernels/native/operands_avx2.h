@@ -55,6 +55,10 @@ struct FloatOperands {
   using Row = float;
   using Sum = float;
   static constexpr int EACH = 1;
+  static constexpr long ROWS = TILE_ROWS, STEPS = 1;
+  struct Session {};
+
+  static Floats exp(Floats x) { return fxq::exp(x); }
 
   static long place(long steps, long step, long column) { return 16 * (column / 16 * steps + step) + column % 16; }
   static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
@@ -80,6 +84,8 @@ struct CodeOperands {
   using Sum = int32_t;
   static constexpr int EACH = 2;
   static constexpr int OFFSET = 0;
+  static constexpr long ROWS = TILE_ROWS, STEPS = 1, PARTS = 1;
+  struct Session {};
 
   static long place(long steps, long step, long column) {
     return EACH * (16 * (column / 16 * steps + step) + column % 16);
@@ -92,7 +98,7 @@ struct CodeOperands {
   static void interleave(const Ints codes[EACH], Number* to) {
     store_bytes(to, _mm256_or_si256(_mm256_and_si256(codes[0], ints(0xFFFF)), _mm256_slli_epi32(codes[1], 16)));
   }
-  static void put_weights(Row* to, Ints weights) {
+  static void put_weights(Row* to, long, Ints weights) {
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(weights), _mm256_extracti128_si256(weights, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), words);
   }

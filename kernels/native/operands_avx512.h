@@ -9,11 +9,15 @@ namespace fxq {
 
 constexpr long QUERY_ROWS = 192;  // of a block
 
+namespace avx512 {
+
 struct FloatOperands {
   using Number = bfloat16;
   using Row = bfloat16;
   using Sum = float;
   static constexpr int EACH = 2;
+  static constexpr long ROWS = TILE_ROWS, STEPS = 1;
+  struct Session {};
 
   static long place(long, long step, long column) { return EACH * (step * TILE_COLUMNS + column); }
   static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
@@ -21,6 +25,15 @@ struct FloatOperands {
   }
   static void add_multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
     add_multiply_bfloat16(a, 2 * stride, b, steps, c, 4 * c_stride);
+  }
+  // To 5e-5 relative: what is rounded to bfloat16 keeps 2e-3. NaN stays.
+  static Floats exp(Floats x) {
+    const Floats power = greatest(floats(-100.0f), x) * floats(1.44269504088896f);
+    const Floats n = _mm512_roundscale_ps(power, 0x08), r = power - n;
+    Floats p = fmadd(floats(9.6181291e-3f), r, floats(5.5504109e-2f));
+    p = fmadd(p, r, floats(0.240226507f));
+    p = fmadd(p, r, floats(0.693147181f));
+    return _mm512_scalef_ps(fmadd(p, r, floats(1.0f)), n);
   }
   static void interleave(const Row* rows, long stride, Number* to) {
     const auto wide = [](const Row* row) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row))); };
@@ -35,6 +48,8 @@ struct CodeOperands {
   using Sum = int32_t;
   static constexpr int EACH = 4;
   static constexpr int OFFSET = 128;
+  static constexpr long ROWS = TILE_ROWS, STEPS = 1;
+  struct Session {};
 
   static long place(long, long step, long column) { return EACH * (step * TILE_COLUMNS + column); }
   static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
@@ -47,6 +62,7 @@ struct WeightOperands {
   using Row = int16_t;
   using Sum = int32_t;
   static constexpr int EACH = 2;
+  static constexpr long ROWS = TILE_ROWS, STEPS = 1, PARTS = 1;
 
   static long place(long, long step, long column) { return EACH * (step * TILE_COLUMNS + column); }
   static void multiply(const Row* a, long stride, const Number* b, long steps, Sum* c, long c_stride) {
@@ -55,9 +71,10 @@ struct WeightOperands {
   static void interleave(const Ints codes[EACH], Number* to) {
     _mm512_storeu_si512(to, _mm512_or_si512(_mm512_and_si512(codes[0], ints(0xFFFF)), _mm512_slli_epi32(codes[1], 16)));
   }
-  static void put_weights(Row* to, Ints weights) {
+  static void put_weights(Row* to, long, Ints weights) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(weights));
   }
 };
 
+}  // namespace avx512
 }  // namespace fxq

@@ -5,16 +5,9 @@
 #include <immintrin.h>
 
 #include "product.h"
+#include "tile_amx.h"
 
 namespace fxq {
-
-// What every tile register holds: 16 rows of 64 bytes.
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-inline constexpr TileShapes TILE_SHAPES;
 
 class Product {
  public:
@@ -33,9 +26,7 @@ class Product {
     rows_ = row_scratch.get<uint8_t>(ceil_div(end - begin, ROWS) * group_);
     rest_ = rest_scratch.get<int8_t>(2 * BLOCK);
     pack(p);
-    _tile_loadconfig(&TILE_SHAPES);
   }
-  ~Product() { _tile_release(); }
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 
@@ -179,6 +170,7 @@ class Product {
     _tile_stored(3, sums + 48, 256);
   }
 
+  const TileSession session_;
   Part normal_, outlier_;
   long panel_steps_, begin_, end_, group_;
   uint8_t* rows_;

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fxq import cpu
-from fxq.kernels import attention, dual_scale_linear, native, quantize_act
+from fxq.kernels import attention, attention_int8, dual_scale_linear, native, quantize_act
 from fxq.kernels.arguments import Attention
 from fxq.kernels.attention.merge import attention_lse
 from fxq.kernels.gemm.panels import pack_panels
@@ -224,9 +224,9 @@ def test_results_in_bfloat16_are_rounded_as_by_torch(kernels):
 
 
 attending = pytest.mark.parametrize(
-    "kernels", [build.AVX512, build.AVX2], indirect=True, ids=lambda found: found.kernel
+    "kernels", [found for found in build.SETS if found.attention], indirect=True, ids=lambda found: found.kernel
 )
-"""The sets that have attention of their own: that for AMX is compiled from the same lines as that for AVX512."""
+"""The sets that have attention of their own."""
 
 LENGTHS = [(1,), (3, 0, 254), (255, 2), (600, 77, 1)]
 
@@ -269,6 +269,20 @@ def test_attention_of_every_instruction_set_shows_what_is_not_finite(kernels):
         torch.testing.assert_close(far, v[:, -1:].expand(1, 9, 2, 16).flatten(2), atol=1e-2, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "heads", "size"), [(1, 1, 1), (191, 2, 66), (33, 3, 128), (17, 1, 131)])
+def test_attention_in_8_bits_by_tiles_is_bit_for_bit_that_without(rows, heads, size, dtype, monkeypatch, threads):
+    random = torch.Generator().manual_seed(rows + size)
+    q = torch.randn(2, rows, heads, size, generator=random).to(dtype)
+    k, v = ([torch.randn(2, n, heads, size, generator=random).to(dtype) for n in (3, 1, 333)] for _ in range(2))
+    v[2][:, :70] = 9.0
+    found = []
+    for one in (build.AMX, build.AVX512):
+        use(monkeypatch, one, library_for(one))
+        found.append(attention_int8(q, k, v))
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
 ABOVE_AVX2 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])|vpdpbusd|vpdpwssd"
 
 
@@ -283,8 +297,8 @@ needs_objdump = pytest.mark.skipif(shutil.which("objdump") is None, reason="objd
 @needs_objdump
 def test_tiles_are_asked_for_given_back_and_nowhere_but_in_the_library_for_amx():
     library_for(build.AMX)
-    tiles = re.findall(r"\b(tdpbusd|ldtilecfg|tilerelease)\b", code_of(build.AMX))
-    assert set(tiles) == {"tdpbusd", "ldtilecfg", "tilerelease"}
+    tiles = re.findall(r"\b(tdp\w+|ldtilecfg|tilerelease)\b", code_of(build.AMX))
+    assert set(tiles) == {"tdpbusd", "tdpbf16ps", "ldtilecfg", "tilerelease"}
     assert not re.findall(r"\btile|\btdp|%tmm", code_of(build.AVX512))
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 _MAPS, _PAGES, _STATUS = (pathlib.Path("/proc/self") / name for name in ("maps", "pagemap", "status"))
+_LEAST_PAGES = 4  # fewer are not worth the look at the address space
 _ENTRY = 8  # bytes of /proc/self/pagemap per page
 _PRESENT, _OF_FILE = 1 << 63, 1 << 61  # of such an entry; a modified copy of a file's page is not of the file
 
@@ -175,7 +176,7 @@ def _whole_pages(tensor: Tensor) -> tuple[int, int] | None:
     start = tensor.data_ptr()
     end = start + (last + 1) * tensor.element_size()
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    return (start, end) if start < end else None
+    return (start, end) if end - start >= _LEAST_PAGES * mmap.PAGESIZE else None
 
 
 def _drop(pagemap: int, start: int, end: int) -> int:
