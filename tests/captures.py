@@ -6,6 +6,7 @@
 
 import collections
 import copy
+import dataclasses
 import functools
 import hashlib
 import os
@@ -17,7 +18,9 @@ import fxq.capture.trace
 import fxq.cli.quantize
 import fxq.lab
 import fxq.quantize
+from fxq.calls.conditions import ConditionError
 from fxq.capture.comparisons import _RECORDER, compared_sizes
+from fxq.capture.guards import assumptions_of
 from fxq.capture.trace import plain_model, trace
 
 _KEPT, _KEPT_PROGRAMS = 10, 200
@@ -44,6 +47,20 @@ def share():
     for module in (fxq.quantize, fxq.lab, fxq.cli.quantize):
         module.trace = shared
     fxq.capture.trace._export = _export_once(fxq.capture.trace._export)
+    fxq.capture.trace.assumptions_of = _of_first_use(fxq.capture.trace.assumptions_of)
+
+
+def _of_first_use(assumptions_of):
+    """What a program assumed when it was made: whoever computes with its sizes later adds to it."""
+
+    @functools.wraps(assumptions_of)
+    def once(program, compared, given):
+        assumed = getattr(program, "_assumed", None)
+        if assumed is None:
+            return assumptions_of(program, compared, given)
+        return dataclasses.replace(assumed, **{name: copy.copy(value) for name, value in vars(assumed).items()})
+
+    return once
 
 
 def _export_once(export):
@@ -61,13 +78,18 @@ def _export_once(export):
         if key not in known:
             with compared_sizes() as compared:
                 program = export(model, args, kwargs, dynamic_shapes, strict)
-            known[key] = _with_tensors(program, {}, {}, None), compared
+            kept = _with_tensors(program, {}, {}, None)
+            try:
+                kept._assumed = assumptions_of(program, None if strict else compared, given=False)
+            except ConditionError:
+                if recorder is not None:
+                    recorder |= compared
+                return program
+            known[key] = kept
             while len(known) > _KEPT_PROGRAMS:
                 known.popitem(last=False)
-        program, compared = known[key]
+        program = known[key]
         known.move_to_end(key)
-        if recorder is not None:
-            recorder |= compared
         buffers = dict(model.named_buffers(remove_duplicate=False))
         constants = {name: buffers.get(name, value) for name, value in program.constants.items()}
         return _with_tensors(program, model.state_dict(keep_vars=True), constants, (args, kwargs))

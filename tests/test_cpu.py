@@ -129,9 +129,9 @@ def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")  # one that is older still
     found = cpu._features.__wrapped__("")
-    assert {"avx2", "fma3", "avx512_vnni", "amx_tile", "amx_int8"} <= found and "avx512_f" not in found
+    assert {"avx2", "fma3", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"} <= found and "avx512_f" not in found
     assert "avx512_vnni" not in cpu._features.__wrapped__("avx2")
-    assert found - cpu._features.__wrapped__("avx512") == {"amx_tile", "amx_int8"}
+    assert found - cpu._features.__wrapped__("avx512") == {"amx_tile", "amx_int8", "amx_bf16"}
 
 
 @pytest.mark.parametrize(

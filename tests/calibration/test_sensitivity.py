@@ -80,7 +80,7 @@ def test_videos_of_different_length_are_refused(graphs):
         chunk_sensitivity(longer, quantized, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_first_chunk_is_the_most_sensitive_and_the_last_the_least():
     """In nearly every video and twofold in the median; the mean over videos hangs on a few of them (`make demo`)."""
     model = load_tiny()

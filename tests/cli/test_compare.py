@@ -100,16 +100,16 @@ def test_what_cannot_be_is_refused_before_anything_runs(words, error, message, t
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_table(published, tmp_path):
-    words = ["minmax", "nearest", "--bits", "w8a8,w4a8", "--seeds", "1,2", *published, "--json", "--out"]
+    words = ["minmax", "nearest", "--bits", "w8a8", "--seeds", "1,2", *published, "--json", "--out"]
     killed = subprocess.Popen(
         [sys.executable, "-m", "fxq", "compare", *words, str(tmp_path / "killed")], stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
-    while len(list(tmp_path.glob("killed/rows/seed-*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("killed/rows/seed-*.json"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    assert 2 <= len(list(tmp_path.glob("killed/rows/seed-*.json"))) < 8
+    assert 1 <= len(list(tmp_path.glob("killed/rows/seed-*.json"))) < 4
     resumed, whole = (json.loads(compare(*words, tmp_path / name)) for name in ("killed", "whole"))
 
     def measures(told):

@@ -58,7 +58,7 @@ def test_ablation_adds_one_part_at_a_time():
     assert {r.weighting for r in weighting_recipes(fxq.PRESETS["q_arvd-w4a8"]).values()} == set(Weighting)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_run_that_was_killed_goes_on_with_the_same_report(demo, unfinished, monkeypatch):
     monkeypatch.setattr("fxq.lab.Lab.quantized", lambda *given: pytest.fail("quantized again"))
     again, modules = run_demo(SETTINGS, "fxq demo", progress=False, finished=unfinished)

@@ -16,10 +16,8 @@ QUICK = (
 
 SLOW = (
     "FluxTransformer2DModel (guidance)",
-    "CogView4Transformer2DModel",
     "SkyReelsV2Transformer3DModel",
     "SanaTransformer2DModel",
-    "HunyuanVideoTransformer3DModel",
 )
 """Names of cases that `make test` takes as well: other attention, modulation and captures; `make test-all` has all."""
 

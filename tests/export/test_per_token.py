@@ -116,6 +116,7 @@ def test_onnx_runtime_multiplies_integers_and_agrees(quantized, bits, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.sweep)], indirect=True)
 def test_a_compiled_program_multiplies_integers_and_agrees(quantized, bits, tmp_path):
     path = export_program(quantized, tmp_path / "p", aoti=True)
     facts = json.loads((path / "program.json").read_text())

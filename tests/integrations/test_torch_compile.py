@@ -501,7 +501,7 @@ def test_with_inductor_a_windowed_rollout_is_compiled_in_its_first_window_only(p
     assert graphs[-1] == graphs[window - 1] <= 8, graphs
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_with_inductor_blocks_of_the_tiny_model_compile_once():
     rollout, _ = tiny_rollout(load_tiny(), 1, seed=1, unseen=False)
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=6))

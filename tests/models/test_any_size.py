@@ -80,8 +80,8 @@ def test_a_size_that_is_no_whole_patch_and_another_number_of_frames_are_refused(
         module(torch.zeros(2, 3, 3, 4, 6), *args[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("free", [(8, False), pytest.param((4, False), marks=pytest.mark.sweep)], indirect=True)
+@pytest.mark.sweep
+@pytest.mark.parametrize("free", [(8, False), (4, False)], indirect=True)
 def test_onnx_keeps_the_freedom(free, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     module, _ = free

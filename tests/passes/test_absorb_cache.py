@@ -93,8 +93,8 @@ def without_maps(monkeypatch):
 POSITIONS = {"absolute": PLAIN, "relative": CachePolicy(sink=3, window=21, positions="relative")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("positions", ["absolute", pytest.param("relative", marks=pytest.mark.sweep)])
+@pytest.mark.sweep
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
 def test_half_the_layers_forget_with_little_loss(tiny, absorbing, positions, without_maps):
     plain = POSITIONS[positions]
     policy = dataclasses.replace(plain, absorb=Absorb())

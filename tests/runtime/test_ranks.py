@@ -118,7 +118,10 @@ def test_an_error_of_one_rank_is_told_to_the_other():
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
 @pytest.mark.parametrize(
     ("what", "reason"),
-    [("stopped", f"has given no sign of life for {SECONDS} s"), ("killed", "has ended without a word")],
+    [
+        pytest.param("stopped", f"has given no sign of life for {SECONDS} s", marks=pytest.mark.sweep),
+        ("killed", "has ended without a word"),
+    ],
 )
 def test_a_stopped_or_killed_rank_ends_the_other_with_an_error_that_names_it(what, reason):
     if what == "killed" and not pathlib.Path("/proc/self/stat").exists():
