@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PYTEST = env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
+# What pip does one file after the other; some packages hold files that are no Python.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 STAMP := $(VENV)/.fxq-installed
 DEMO_STAMP := $(VENV)/.fxq-demo-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed
@@ -31,8 +33,9 @@ $(BIN)/python:
 # One resolution installs everything, so that torch's own dependencies meet the pins.
 $(STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing the pinned requirements into $(VENV); the first time this takes a minute or more"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(COMPILE)
 	@touch $@
 
 # The pins hold here too, without the tools of developers; where those are installed they are kept up to date.

@@ -97,7 +97,7 @@ def test_without_a_gradient_a_model_may_be_called_under_autograd(forms, form):
     assert head.weight.grad is not None and head.weight.grad.isfinite().all()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_model_compiled_by_the_backend_of_fxq_shows_both():
     torch.manual_seed(0)
     model, x = Block().eval(), torch.randn(2, 40, 48)

@@ -44,7 +44,7 @@ def returning(name, value=ONES, **more):
 @pytest.mark.parametrize(
     "sections",
     [
-        pytest.param(("checks", "bandwidth"), marks=pytest.mark.slow),
+        pytest.param(("checks", "bandwidth"), marks=pytest.mark.sweep),
         pytest.param(gpu.SECTIONS, marks=pytest.mark.sweep, id="all"),
     ],
 )

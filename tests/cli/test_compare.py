@@ -37,6 +37,7 @@ def compare(*words):
     return done.stdout
 
 
+@pytest.mark.sweep
 def test_a_published_model_is_compared_in_every_form(published, tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text(recipe_to_toml(PRESETS["w8a8-dynamic"]))

@@ -40,7 +40,10 @@ def test_full_precision_is_measured_with_the_limits_of_its_own_latents(bench):
     assert torch.equal(bench.latents, latents_of(rollouts(3, UNSEEN + 1, True)[0]))
 
 
-@pytest.mark.parametrize("method", ["q_arvd", "smoothquant", "rotation", "svdquant"])
+@pytest.mark.parametrize(
+    "method",
+    ["q_arvd", *(pytest.param(name, marks=pytest.mark.sweep) for name in ("smoothquant", "rotation", "svdquant"))],
+)
 def test_a_row_is_what_fxq_quantize_makes_on_the_same_calibration_videos(bench, method):
     ((variant, seconds),) = measured(bench, method)
     (entry,) = entries([method], ["w4a8"], iterations=3)

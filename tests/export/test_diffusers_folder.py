@@ -81,8 +81,16 @@ def configuration(folder):
     [{}, {"per_token": True}, {"per_token": True, "asymmetric": True}],
     ids=["static", "per token", "asymmetric"],
 )
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [
+        (8, torch.float32),
+        (4, torch.bfloat16),
+        pytest.param(8, torch.bfloat16, marks=pytest.mark.sweep),
+        pytest.param(4, torch.float32, marks=pytest.mark.sweep),
+    ],
+    ids=str,
+)
 def test_from_pretrained_computes_what_the_quantized_graph_does(bits, dtype, scheme, tmp_path):
     make_model().save_pretrained(tmp_path / "original")
     model = load_folder(tmp_path / "original", dtype)

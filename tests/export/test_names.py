@@ -104,7 +104,7 @@ def test_a_bundle_and_a_program_keep_values_of_one_name_apart(tmp_path):
     assert torch.equal(load_program(export_program(module, tmp_path / "program"))(X), module(X))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_keeps_values_of_one_name_apart(tmp_path):
     module = quantized(Alike(["weight_zero_point"]))
     assert_same(load_program(export_program(module, tmp_path / "program", aoti=True))(X), module(X))

@@ -415,7 +415,7 @@ def test_runtime_facts_say_what_a_runtime_needs(rollout):
     np.testing.assert_allclose(facts["chunk"]["sigmas"], np.array(facts["chunk"]["timesteps"]) / 1000, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_benchmark_reports_kernels_and_ratios(tmp_path):
     script = pathlib.Path(__file__).parents[2] / "benchmarks" / "onnx_runtime.py"
     options = ["--rows", "6", "--rounds", "3", "--cases", "768,64", "--out", str(tmp_path / "out.json")]

@@ -49,7 +49,7 @@ def test_the_reader_takes_every_setting_from_the_file(dumped):
     assert {"call.N.x", "call.N.t", "call.N.flow", "call.N.xN", "cache.N.N.k", "cross.N.v", "out.latents"} <= names
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_folder_named_by_fxq_golden_gives_one_test_per_file(tmp_path):
     names = ("window_sink", "framewise", "initial", "bfloat16")
     for name in names:

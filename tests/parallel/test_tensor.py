@@ -80,8 +80,8 @@ def test_the_ranks_together_make_the_video_of_one_process(variant, two_ranks, tm
                 assert distance(one, other) < allowed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.sweep), "bfloat16"])
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_transformer_of_diffusers_is_split_as_well(dtype, two_ranks, tmp_path):
     pytest.importorskip("diffusers")
     model = diffusers_wan(dtype)

@@ -22,7 +22,7 @@ def assert_same(results, want):
 @pytest.mark.parametrize(
     "options",
     [
-        {"bits": 8},
+        pytest.param({"bits": 8}, marks=pytest.mark.sweep),
         pytest.param({"bits": 4}, marks=pytest.mark.sweep),
         pytest.param({"bits": 8, "per_token": True}, marks=pytest.mark.sweep),
         {"bits": 4, "per_token": True, "asymmetric": True},

@@ -209,7 +209,7 @@ def test_the_saved_recipe_gives_the_same_tensors_without_a_search(weighting, tmp
     assert plain_recipe(again) == plain
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_saved_recipe_of_a_rollout_gives_the_same_tensors():
     chosen = with_budget(recipe(4, weighting="gradient"), bits_per_weight=6)
     rollout = wan_rollout()
@@ -302,7 +302,7 @@ def test_the_pass_stands_in_the_place_of_the_methods():
     assert Weighting(job.recipe.weighting) is job.methods().weighting
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_sensitivities_weigh_the_rows_of_a_budget_too():
     rollout = wan_rollout()
     chosen = with_budget(recipe(4, weighting="sensitivity"), bits_per_weight=6)

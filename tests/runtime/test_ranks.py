@@ -163,7 +163,7 @@ def test_a_rank_that_never_starts_is_named_in_time(size, named):
     assert time.monotonic() - start < 3 * SECONDS + 20
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_ranks_with_other_numbers_of_threads_are_warned_of():
     done = results("threads")
     assert [code for code, _, _ in done] == [0, 0]

@@ -165,7 +165,7 @@ print("equal")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_ranks_choose_the_widths_of_one(tmp_path):
     (tmp_path / "choose.py").write_text(CHOOSE)
     assert run(torchrun(str(tmp_path / "choose.py"))).count("equal") == 2

@@ -97,7 +97,7 @@ def test_a_bundle_keeps_what_was_asked_for_and_generates_on_it(tmp_path):
     assert done.exit_code == 0 and json.loads(done.stdout)["scores"]["shape"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_bundle_with_a_calibrated_codec_needs_no_other_option(tmp_path):
     out, page = tmp_path / "b", tmp_path / "cache.html"
     words = ["quantize", "--out", str(out), "-r", "w8a8-dynamic", "-n", "2", "-q", "--json", "--kv", "klt1-model"]

@@ -284,6 +284,7 @@ def calls_of(work):
     return count
 
 
+@pytest.mark.sweep
 def test_work_grows_with_the_number_of_blocks_and_not_with_its_square():
     graphs = {blocks: many_blocks(blocks) for blocks in (2, 6)}
     few, many = (calls_of(lambda g=graph: [*free_groups(axis_groups(g.module))]) for graph in graphs.values())
