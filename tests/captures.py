@@ -116,10 +116,12 @@ def _key(model, args, kwargs, *others, values=True):
         settings = {k: v for k, v in vars(module).items() if isinstance(v, _SIMPLE)}
         config = getattr(module, "config", None)
         digest.update(f"{name} {type(module)} {settings} {config!r}".encode())
+    first = {}
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
             return None
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
+        tied = first.setdefault(id(tensor), name)
+        digest.update(f"{name} {tied} {tensor.dtype} {tuple(tensor.shape)} {tensor.requires_grad}".encode())
         if values:
             digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     leaves, form = pytree.tree_flatten((args, kwargs, others))
