@@ -92,7 +92,7 @@ dist: $(STAMP) ## build wheel and source distribution into dist
 
 release-check: $(STAMP) ## whether this commit can be released: version, changelog, pins, tests, dist, docs
 	$(BIN)/python .ci/release_check.py
-	$(MAKE) --no-print-directory test dist docs
+	$(MAKE) --no-print-directory test-avx2 test-all dist docs
 
 format: $(STAMP) ## rewrite the sources in the house format
 	$(BIN)/ruff format .
