@@ -55,7 +55,7 @@ class Residency:
         return dropped
 
     def mapped_bytes(self, *tensors: Tensor) -> int:
-        """Bytes of the tensors' whole pages that are mapped from files, whether they are in memory or not."""
+        """Bytes of pages that :meth:`give_back` looks at and that are mapped from files, in memory or not."""
         spans = [span for tensor in tensors if (span := _whole_pages(tensor)) is not None]
         return sum(end - start for span in spans for start, end in self._mapped(*span))
 
@@ -85,8 +85,8 @@ def give_back(*tensors: Tensor) -> int:
     """Drop the clean pages of file-mapped tensors from this process's memory; their values stay.
 
     Pages of a private mapping that were written to are kept, and so is every page that a tensor shares with its
-    neighbours. Nothing happens to ordinary memory, other devices, and on systems without ``/proc/self/pagemap``. No
-    thread may write to the tensors meanwhile.
+    neighbours; fewer than four whole pages are not looked at. Nothing happens to ordinary memory, other devices, and on
+    systems without ``/proc/self/pagemap``. No thread may write to the tensors meanwhile.
 
     Args:
         tensors: any; for many calls on the same ones make a :class:`Residency`.
