@@ -3,6 +3,7 @@
 //
 // Per batch and head the keys and values are packed once into the panels that the tile reads; blocks of queries then run
 // over blocks of keys: scores, one pass for maximum and exp, and a second product that accumulates.
+#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -21,6 +22,7 @@ using Number = Operands::Number;
 constexpr long BLOCK_KEYS = 256;
 constexpr double HEAD_WORK = 1 << 22;  // multiply-adds of one product a thread
 constexpr float LOWEST = -3.0e38f;
+constexpr long GROUP = 4;  // blocks of queries that go over the keys together
 
 struct Shape {
   long steps;    // along the head
@@ -38,29 +40,6 @@ long value_steps(long keys) { return round_up(ceil_div(keys, Operands::EACH), Op
 // Channels of a value: of encoded ones coefficients, where these are read.
 long value_size(const Attention& p) { return p.span == nullptr ? p.size : p.span->values.size; }
 
-// One row of keys or values of a piece, or null past the end.
-template <typename T>
-struct Source {
-  const Attention& p;
-  long batch, head;
-  mutable long piece = 0, start = 0;
-
-  const Piece* find(long key) const {  // keys are asked for in ascending order
-    while (piece < p.piece_count && key >= start + p.pieces[piece].length) start += p.pieces[piece++].length;
-    return piece < p.piece_count ? p.pieces + piece : nullptr;
-  }
-  const T* k(long key) const {
-    const Piece* found = find(key);
-    if (found == nullptr) return nullptr;
-    return static_cast<const T*>(found->k) + batch * found->k_batch + (key - start) * found->k_row + head * found->k_head;
-  }
-  const T* v(long key) const {
-    const Piece* found = find(key);
-    if (found == nullptr) return nullptr;
-    return static_cast<const T*>(found->v) + batch * found->v_batch + (key - start) * found->v_row + head * found->v_head;
-  }
-};
-
 // A row as the numbers that are multiplied.
 template <typename T>
 void copy_row(const T* from, long size, Number* to) {
@@ -71,18 +50,37 @@ void copy_row(const T* from, long size, Number* to) {
   }
 }
 
+// Keys or values of one head in the pieces where they lie; asked for in ascending order.
+template <typename T, bool KEYS>
+class Pieces {
+ public:
+  Pieces(const Attention& call, long batch, long head) : p_(call), batch_(batch), head_(head) {}
+
+  void get(long key, Number* to) {
+    while (key >= start_ + p_.pieces[piece_].length) start_ += p_.pieces[piece_++].length;
+    const Piece& from = p_.pieces[piece_];
+    key -= start_;
+    const long place = KEYS ? batch_ * from.k_batch + key * from.k_row + head_ * from.k_head
+                            : batch_ * from.v_batch + key * from.v_row + head_ * from.v_head;
+    copy_row(static_cast<const T*>(KEYS ? from.k : from.v) + place, p_.size, to);
+  }
+
+ private:
+  const Attention& p_;
+  long batch_, head_, piece_ = 0, start_ = 0;
+};
+
 // Keys to BLOCK_KEYS / 64 panels of the head's steps. LANES keys are rows of words that are turned around, LANES steps at
 // a time.
-template <typename T>
-void pack_keys(const Attention& p, const Shape& s, long batch, long head, long block, Number* to) {
+template <typename Source>
+void pack_keys(Source source, const Shape& s, long block, Number* to) {
   static thread_local Scratch scratch;
-  const Source<T> source{p, batch, head};
   const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS), row = round_up(s.steps, LANES) * Operands::EACH;
   Number* numbers = scratch.get<Number>(LANES * row);
   std::memset(numbers, 0, LANES * row * sizeof(Number));
   for (long key = 0; key < count; key += LANES) {
     for (long i = 0; i < std::min<long>(LANES, count - key); i++) {
-      copy_row(source.k(block * BLOCK_KEYS + key + i), p.size, numbers + i * row);
+      source.get(block * BLOCK_KEYS + key + i, numbers + i * row);
     }
     Number* panel = to + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
     for (long k = 0; k < s.steps; k += LANES) {
@@ -97,10 +95,9 @@ void pack_keys(const Attention& p, const Shape& s, long batch, long head, long b
 }
 
 // Values to [columns] panels of a step for every EACH keys; what is behind the last key is 0.
-template <typename T>
-void pack_values(const Attention& p, const Shape& s, long batch, long head, long block, Number* to) {
+template <typename Source>
+void pack_values(Source source, const Shape& s, long block, Number* to) {
   static thread_local Scratch scratch;
-  const Source<T> source{p, batch, head};
   constexpr int EACH = Operands::EACH;
   const long width = s.columns * TILE_COLUMNS, count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
   const long steps = value_steps(count);
@@ -109,7 +106,7 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, long
   for (long k = 0; k < steps; k++) {
     for (int i = 0; i < EACH; i++) {
       if (EACH * k + i < count) {
-        copy_row(source.v(block * BLOCK_KEYS + EACH * k + i), p.size, rows + i * width);
+        source.get(block * BLOCK_KEYS + EACH * k + i, rows + i * width);
       } else {
         std::memset(rows + i * width, 0, width * sizeof(Number));
       }
@@ -121,13 +118,17 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, long
   }
 }
 
-struct Block {  // scratch of one block of queries
+struct Block {      // scratch of one block of queries; scores and weights are those of all of a group
   Number* q;        // [QUERY_ROWS, depth]
   float* scores;    // [QUERY_ROWS, BLOCK_KEYS]
   Number* weights;  // [QUERY_ROWS, BLOCK_KEYS]
   float* out;       // [QUERY_ROWS, 64 * columns]
   float* maximum;   // [QUERY_ROWS], of scores times the softmax scale
   float* total;     // [QUERY_ROWS]
+
+  Block at(const Shape& s, long row) const {
+    return {q + row * s.depth(), scores, weights, out + row * s.columns * TILE_COLUMNS, maximum + row, total + row};
+  }
 };
 
 // Scores of one row to weights; rescales what the row has summed up so far.
@@ -158,25 +159,22 @@ void soften(const Block& b, long row, long keys, long width, float scale) {
   b.total[row] += sum(total);
 }
 
-void attend(const Attention& p, const Shape& s, const Block& b, long rows, const Number* keys, const Number* values) {
+// Some queries and one block of keys.
+void attend(const Attention& p, const Shape& s, const Block& b, long rows, long count, const Number* k, const Number* v) {
   const long width = s.columns * TILE_COLUMNS, depth = s.depth();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(p.size));
-  for (long block = 0; block < s.blocks; block++) {
-    const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
-    const Number *k = keys + block * s.key_block(), *v = values + block * s.value_block();
-    for (long panel = 0; panel < ceil_div(count, TILE_COLUMNS); panel++) {
-      for (long row = 0; row < rows; row += Operands::ROWS) {
-        Operands::multiply(b.q + row * depth, depth, k + panel * depth * TILE_COLUMNS, s.steps,
-                           b.scores + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
-      }
+  for (long panel = 0; panel < ceil_div(count, TILE_COLUMNS); panel++) {
+    for (long row = 0; row < rows; row += Operands::ROWS) {
+      Operands::multiply(b.q + row * depth, depth, k + panel * depth * TILE_COLUMNS, s.steps,
+                         b.scores + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
     }
-    for (long row = 0; row < rows; row++) soften(b, row, count, width, scale);
-    for (long panel = 0; panel < s.columns; panel++) {
-      const Number* from = v + panel * BLOCK_KEYS * TILE_COLUMNS;
-      for (long row = 0; row < rows; row += Operands::ROWS) {
-        Operands::add_multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, value_steps(count),
-                               b.out + row * width + panel * TILE_COLUMNS, width);
-      }
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(p.size));
+  for (long row = 0; row < rows; row++) soften(b, row, count, width, scale);
+  for (long panel = 0; panel < s.columns; panel++) {
+    const Number* from = v + panel * BLOCK_KEYS * TILE_COLUMNS;
+    for (long row = 0; row < rows; row += Operands::ROWS) {
+      Operands::add_multiply(b.weights + row * BLOCK_KEYS, BLOCK_KEYS, from, value_steps(count),
+                             b.out + row * width + panel * TILE_COLUMNS, width);
     }
   }
 }
@@ -184,25 +182,25 @@ void attend(const Attention& p, const Shape& s, const Block& b, long rows, const
 template <typename T>
 void pack(const Attention& p, const Shape& s, long batch, long head, long block, Number* keys, Number* values) {
   if (p.span == nullptr) {
-    pack_keys<T>(p, s, batch, head, block, keys);
-    pack_values<T>(p, s, batch, head, block, values);
+    pack_keys(Pieces<T, true>(p, batch, head), s, block, keys);
+    pack_values(Pieces<T, false>(p, batch, head), s, block, values);
     return;
   }
-  Shape one = s;
-  one.keys = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
-  const Tile<Number> tile(*p.span, batch, head, block * BLOCK_KEYS, one.keys);
-  pack_keys<Number>(tile.call(p.size), one, 0, 0, 0, keys);
-  pack_values<Number>(tile.call(value_size(p)), one, 0, 0, 0, values);
+  const Span& from = *p.span;
+  const long end = std::min((block + 1) * BLOCK_KEYS, s.keys);
+  pack_keys(Decoded<Number>(from.keys, from.cos, from.sin, batch, head, end), s, block, keys);
+  pack_values(Decoded<Number>(from.values, nullptr, nullptr, batch, head, end), s, block, values);
 }
 
+// Queries that go over the keys together: what is packed of these stays in the second-level cache meanwhile.
 template <typename T>
-void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const Number* keys,
+void query_group(const Attention& p, const Shape& s, long batch, long head, long begin, long most, const Number* keys,
                  const Number* values) {
   static thread_local Scratch q, scores, weights, out, maximum, total;
-  const long width = s.columns * TILE_COLUMNS, rows = std::min(QUERY_ROWS, p.rows - begin), size = value_size(p);
-  const Block b{q.get<Number>(QUERY_ROWS * s.depth()), scores.get<float>(QUERY_ROWS * BLOCK_KEYS),
-                weights.get<Number>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(QUERY_ROWS * width),
-                maximum.get<float>(QUERY_ROWS), total.get<float>(QUERY_ROWS)};
+  const long width = s.columns * TILE_COLUMNS, rows = std::min(most, p.rows - begin), size = value_size(p);
+  const Block b{q.get<Number>(most * s.depth()), scores.get<float>(QUERY_ROWS * BLOCK_KEYS),
+                weights.get<Number>(QUERY_ROWS * BLOCK_KEYS), out.get<float>(most * width),
+                maximum.get<float>(most), total.get<float>(most)};
   const long padded = round_up(rows, Operands::ROWS);
   const bool merges = p.span != nullptr && p.span->merges;
   std::memset(b.q, 0, padded * s.depth() * sizeof(Number));
@@ -214,7 +212,13 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
     b.maximum[i] = merges ? p.lse[place] : LOWEST;
     b.total[i] = merges ? 1 : 0;
   }
-  attend(p, s, b, rows, keys, values);
+  for (long block = 0; block < s.blocks; block++) {
+    const long count = std::min(BLOCK_KEYS, s.keys - block * BLOCK_KEYS);
+    for (long row = 0; row < rows; row += QUERY_ROWS) {
+      attend(p, s, b.at(s, row), std::min(QUERY_ROWS, rows - row), count, keys + block * s.key_block(),
+             values + block * s.value_block());
+    }
+  }
   for (long i = 0; i < rows; i++) {
     const long place = (batch * p.rows + begin + i) * p.heads + head;
     const Floats inverse = floats(1.0f / b.total[i]);
@@ -236,6 +240,7 @@ void run(const Attention& p) {
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
   const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
+  const long group = QUERY_ROWS * std::clamp(p.rows / (QUERY_ROWS * threads), 1L, GROUP);
   static thread_local Scratch key_scratch, value_scratch;
   Number* keys = key_scratch.get<Number>(s.blocks * s.key_block());
   Number* values = value_scratch.get<Number>(s.blocks * s.value_block());
@@ -249,7 +254,7 @@ void run(const Attention& p) {
         pack<T>(p, s, batch, head, block, keys + block * s.key_block(), values + block * s.value_block());
       }
 #pragma omp for schedule(dynamic)
-      for (long begin = 0; begin < p.rows; begin += QUERY_ROWS) query_block<T>(p, s, batch, head, begin, keys, values);
+      for (long begin = 0; begin < p.rows; begin += group) query_group<T>(p, s, batch, head, begin, group, keys, values);
     }
   }
 }

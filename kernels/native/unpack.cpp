@@ -14,11 +14,10 @@ void run(const Unpacking& p) {
   const int threads = busy_threads(p.threads, static_cast<double>(p.batch) * p.tokens * p.heads * size, UNPACK_WORK);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long item = 0; item < p.batch * blocks * p.heads; item++) {
-    const long head = item % p.heads, token = item / p.heads % blocks * BLOCK, batch = item / p.heads / blocks;
-    const long count = std::min(BLOCK, p.tokens - token), at = token * (size / 2);
-    T* to = static_cast<T*>(p.out) + ((batch * p.tokens + token) * p.heads + head) * size;
-    unpack(p.side, batch, head, token, count, p.cos ? p.cos + at : nullptr, p.sin ? p.sin + at : nullptr, to,
-           p.heads * size);
+    const long head = item % p.heads, token = item / p.heads % blocks * BLOCK, batch = item / p.heads / blocks,
+               end = std::min(token + BLOCK, p.tokens);
+    Decoded<T> tokens(p.side, p.cos, p.sin, batch, head, end);
+    for (long i = token; i < end; i++) tokens.get(i, static_cast<T*>(p.out) + ((batch * p.tokens + i) * p.heads + head) * size);
   }
 }
 

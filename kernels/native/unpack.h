@@ -16,7 +16,7 @@ namespace fxq {
 enum Kind { ROWS, CODES, PLANES };
 
 constexpr long UNPACK_TOKENS = 32;  // at a time: their numbers stay in the first-level cache
-constexpr long CACHE_LINE = 64, AHEAD = 8;
+constexpr long CACHE_LINE = 64, AHEAD = 16;
 
 inline float from_bfloat16(bfloat16 x) {
   const uint32_t word = static_cast<uint32_t>(x) << 16;
@@ -242,50 +242,28 @@ inline void finish(const float* row, long size, const float* cos, const float* s
   if (d < size) finish(load(row + d), size - d, at(cos), at(sin), to + d);
 }
 
-// `count` tokens of one head as T, `row` elements apart; the tables of the first token, or null.
+// Tokens of one head as T, asked for in ascending order, one after the other; the tables of the side's first, or null. On a thread
+// no more than one lives at a time.
 template <typename T>
-inline void unpack(const Side& side, long batch, long head, long token, long count, const float* cos, const float* sin,
-                   T* to, long row) {
-  Unpacker unpacker(side, batch, head);
-  const long half = side.size / 2;
-  for (long done = 0; done < count; done += UNPACK_TOKENS) {
-    const long some = std::min(UNPACK_TOKENS, count - done);
-    float* numbers = unpacker.read(token + done, some);
-    for (long i = 0; i < some; i++) {
-      const long at = (done + i) * half;
-      finish(numbers + i * unpacker.stride(), side.size, cos ? cos + at : nullptr,
-             sin ? sin + at : nullptr, to + (done + i) * row);
-    }
-  }
-}
-
-// Encoded keys and values of a block of one head as one piece of rows of T.
-template <typename T>
-class Tile {
+class Decoded {
  public:
-  Tile(const Span& span, long batch, long head, long token, long count) {
-    static thread_local Scratch keys, values;
-    const long size = span.keys.size, half = size / 2;
-    T* k = keys.get<T>(count * size);
-    T* v = values.get<T>(count * span.values.size);
-    const float* cos = span.cos ? span.cos + token * half : nullptr;
-    const float* sin = span.sin ? span.sin + token * half : nullptr;
-    unpack(span.keys, batch, head, token, count, cos, sin, k, size);
-    unpack<T>(span.values, batch, head, token, count, nullptr, nullptr, v, span.values.size);
-    piece_ = {k, v, count, 0, size, 0, 0, span.values.size, 0};
-  }
+  Decoded(const Side& side, const float* cos, const float* sin, long batch, long head, long end)
+      : unpacker_(side, batch, head), size_(side.size), end_(end), cos_(cos), sin_(sin) {}
 
-  // A call that reads this piece, with rows of `size` numbers.
-  Attention call(long size) const {
-    Attention found{};
-    found.pieces = &piece_;
-    found.piece_count = 1;
-    found.size = size;
-    return found;
+  void get(long token, T* to) {
+    if (token >= first_ + count_) {
+      first_ = token;
+      count_ = std::min(UNPACK_TOKENS, end_ - token);
+      numbers_ = unpacker_.read(token, count_);
+    }
+    const long at = token * (size_ / 2);
+    finish(numbers_ + (token - first_) * unpacker_.stride(), size_, cos_ ? cos_ + at : nullptr, sin_ ? sin_ + at : nullptr, to);
   }
 
  private:
-  Piece piece_;
+  Unpacker unpacker_;
+  long size_, end_, first_ = 0, count_ = 0;
+  const float *cos_, *sin_, *numbers_ = nullptr;
 };
 
 }  // namespace fxq

@@ -68,7 +68,14 @@ def test_openvino_computes_the_problem_in_integers(problem, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["fp32 compiled", "bf16 compiled", "torchao dynamic int8", "torchao static int8", "PT2E x86 inductor"]
+    "name",
+    [
+        pytest.param("fp32 compiled", marks=pytest.mark.sweep),
+        "bf16 compiled",
+        "torchao dynamic int8",
+        pytest.param("torchao static int8", marks=pytest.mark.sweep),
+        "PT2E x86 inductor",
+    ],
 )
 def test_compiled_rivals_compute_the_problem(problem, name):
     assert accuracy(problem, name)[0] >= LEAST_SQNR["linear"][BY_NAME[name].arithmetic]

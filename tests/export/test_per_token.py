@@ -115,8 +115,8 @@ def test_onnx_runtime_multiplies_integers_and_agrees(quantized, bits, tmp_path):
     assert float(error.max()) < 1e-5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.sweep)], indirect=True)
+@pytest.mark.sweep
+@pytest.mark.parametrize("bits", [4, 8], indirect=True)
 def test_a_compiled_program_multiplies_integers_and_agrees(quantized, bits, tmp_path):
     path = export_program(quantized, tmp_path / "p", aoti=True)
     facts = json.loads((path / "program.json").read_text())

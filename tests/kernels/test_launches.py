@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 BOUND = [op for op in OPS if op.used("cuda") == "triton" and op not in FLOAT8]
+ARCHITECTURES = [90, *(pytest.param(other, marks=pytest.mark.sweep) for other in (80, 120))]
 ON_CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
@@ -123,7 +124,7 @@ def test_an_activation_without_a_triton_function_lies_between_two_launches(launc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launched", [80, 90, 120], indirect=True)
+@pytest.mark.parametrize("launched", ARCHITECTURES, indirect=True)
 @pytest.mark.parametrize(
     ("op", "sample"),
     [pytest.param(op, sample, id=f"{op.name}-{i}") for op in BOUND for i, sample in enumerate(op.samples())],

@@ -66,8 +66,6 @@ def test_the_graph_takes_what_the_recipe_keeps(quantized):
 def test_weights_cache_and_maps_are_loaded_elsewhere_with_the_same_bytes(quantized, tmp_path):
     folder = fxq.save(quantized, tmp_path / "bundle")
     rollout = rollout_of(POLICY)
-    with rollout.using(quantized):
-        want = rollout.rollout(*rollout.batches[0])
     root = pathlib.Path(__file__).parents[2]
     command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "video.pt")]
     threads = torch.get_num_threads()
