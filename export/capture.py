@@ -17,9 +17,8 @@ from fxq import kernels
 from fxq.core.facts import Facts
 from fxq.core.ir import QuantGraph, example_value, forget_origin, stored_names
 from fxq.core.pipeline import run_passes
-from fxq.core.signature import input_sizes
+from fxq.core.signature import hint_of, input_sizes
 from fxq.core.verify import RuleError, check
-from fxq.export.inputs import hint_of
 from fxq.kernels.op import NAMESPACE
 from fxq.passes.match.cache_inputs import TABLES
 from fxq.passes.qdq.qdq_layers import LOWERED_TENSORS

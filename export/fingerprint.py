@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from fxq.core.ir import example_value, planned
+from fxq.core.signature import hint_of
 from fxq.dtypes import dtype_name
 from fxq.export.graph.encoded import packs, seeded_cache
 from fxq.export.graph.rehearsal import Brake, RehearsalError, rehearse
 from fxq.export.graph.strict import DtypeName, Finite, Shape, Text
-from fxq.export.inputs import InputEntry, call_flat, hint_of, noise, pieces, seeded_inputs, without_data
+from fxq.export.inputs import InputEntry, call_flat, noise, pieces, seeded_inputs, without_data
 from fxq.runtime.messages import first_line
 from fxq.runtime.reading import MAX_TENSORS
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fxq.calls.captured import put_off
 from fxq.core.ir import example_value, get_tensor, inherit_meta
-from fxq.core.signature import Sizes
+from fxq.core.signature import Sizes, hint_of
 from fxq.dtypes import DTYPES, dtype_name
 from fxq.export.files import BundleError
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Size, Value
@@ -99,19 +99,6 @@ def without_data(entries: Sequence[InputEntry]) -> list[object]:
         entry.value if entry.dtype is None else torch.empty(entry.example, dtype=_dtype(entry), device="meta")
         for entry in entries
     ]
-
-
-def hint_of(size: int | torch.SymInt) -> int:
-    """The number a size had when the graph was captured.
-
-    Raises:
-        ValueError: when the size depends on data.
-    """
-    if isinstance(size, int):
-        return size
-    if not size.node.has_hint():
-        raise ValueError(f"size {size} depends on data")
-    return int(size.node.hint)
 
 
 def input_entries(module: fx.GraphModule) -> tuple[InputEntry, ...] | None:

@@ -19,6 +19,7 @@ from fxq.core.pipeline import Analysis
 from fxq.core.rows import Weighting
 from fxq.numerics import PACK_BLOCK
 from fxq.passes.apply_methods import ApplyMethods
+from fxq.passes.kernel_times import GroupTimes
 from fxq.passes.knapsack import Choice, KnapsackError, choose, hull
 from fxq.passes.methods import output_errors
 
@@ -77,7 +78,8 @@ class ChooseWidths(Analysis):
     the groups. Writes the scheme of each layer, the reason for its width, its update, and what was found of the whole
     into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much less error, or
     bytes where these are minimised, another choice could have at most; 0: proved), and ``frontier``, pairs of bytes and
-    error, each the least error at its bytes. Errors by gradients are told per row of the layer that sees most rows,
+    error, each the least error at its bytes; where kernels were measured, also their ``time`` as the budget counts it.
+    Errors by gradients are told per row of the layer that sees most rows,
     which more data do not change.
 
     Layers whose inputs do not fit the packing of int4 stay at the widest integers.
@@ -100,6 +102,8 @@ class ChooseWidths(Analysis):
         if unseen := [layer for layer in plans if not len(getattr(graph.statistics.get(layer), "rows", ()))]:
             raise ValueError(f"a budget needs calibration rows of every layer, and {unseen[0]} has none")
         table = _Table.of(graph, [self._candidates(plans, group) for group in groups])
+        if self.budget.time is not None:
+            table = dataclasses.replace(table, times=GroupTimes.of(graph, groups, table.candidates))
         table.limit(self.budget)  # refuses at once what shapes alone rule out
         errors, solved, owners = self._solve(graph, groups, table.candidates, plans)
         choice = table.choose(self.budget, errors)
@@ -162,6 +166,7 @@ class _Table:
     stored: list[list[int]]
     kept: int
     in_bf16: int
+    times: GroupTimes | None = None
 
     @classmethod
     def of(cls, graph: QuantGraph, candidates: list[list[_Plans]]) -> _Table:
@@ -176,8 +181,8 @@ class _Table:
         """Weights of the layers that the recipe quantizes."""
         return sum(p.in_features * p.out_features for group in self.candidates for p in group[0].values())
 
-    def limit(self, budget: Budget) -> tuple[list[list[int]], float]:
-        """Bytes of the candidates as the budget counts them, and how many it allows: infinite for ``max_error``.
+    def limit(self, budget: Budget) -> tuple[Sequence[Sequence[float]], float]:
+        """Bytes or seconds of the candidates as the budget counts them, and how many it allows; no limit: infinite.
 
         Raises:
             RecipeError: when the narrowest candidates need more.
@@ -185,6 +190,8 @@ class _Table:
         name, value = budget.limit
         if name == "max_error":
             return self.stored, math.inf
+        if self.times is not None:
+            return self.times.seconds, self._most_seconds(value)
         by_ratio = name == "ratio"
         counted, unit = (self.stored, self.in_bf16) if by_ratio else (self.weights, Fraction(self.numbers, 8))
         fixed = self.kept if by_ratio else 0
@@ -199,6 +206,16 @@ class _Table:
                 f"layer at its narrowest ({least} bytes)"
             )
         return counted, most - fixed
+
+    def _most_seconds(self, value: float) -> float:
+        assert self.times is not None
+        least, unit = math.fsum(map(min, self.times.seconds)), self.times.in_floats
+        if least > value * unit:
+            raise RecipeError(
+                f"budget: time = {value:g} cannot be met, the least possible is {least / unit:.4g}, as measured now: "
+                "that is every layer at its fastest"
+            )
+        return value * unit
 
     def choose(self, budget: Budget, errors: list[list[float]]) -> Choice:
         """The best choice under the budget.
@@ -219,10 +236,15 @@ class _Table:
             ) from None
 
     def told(self, number: int, errors: list[float], group: _Group) -> str:
-        """Error and bytes of each candidate of a group."""
+        """Error and bytes of each candidate of a group, and the time where it was measured."""
+        times = [""] * len(errors)
+        if self.times is not None:
+            times = [f", {1e3 * seconds:.3g} ms" for seconds in self.times.seconds[number]]
         texts = [
-            f"{error:.3g} at {_width(plans[group[0].layer])} bits ({size} bytes)"
-            for plans, error, size in zip(self.candidates[number], errors, self.stored[number], strict=True)
+            f"{error:.3g} at {_width(plans[group[0].layer])} bits ({size} bytes{time})"
+            for plans, error, size, time in zip(
+                self.candidates[number], errors, self.stored[number], times, strict=True
+            )
         ]
         members = f", of {' + '.join(site.layer for site in group)}" if len(group) > 1 else ""
         return f"predicted error {', '.join(texts)}{members}"
@@ -234,6 +256,10 @@ class _Table:
         size = sum(group[i] for i, group in zip(choice.options, self.stored, strict=True)) + self.kept
         integers = sum(group[i] for i, group in zip(choice.options, self.weights, strict=True))
         corners = hull(_options(self.stored, errors))
+        measured = {}
+        if self.times is not None:
+            taken = math.fsum(group[i] for i, group in zip(choice.options, self.times.seconds, strict=True))
+            measured["time"] = taken / self.times.in_floats
         return {
             "bytes": size,
             "ratio": size / self.in_bf16 if self.in_bf16 else 1.0,
@@ -243,6 +269,7 @@ class _Table:
             "gap": choice.gap,
             "layers": bits,
             "frontier": [[int(corner.weight) + self.kept, corner.cost] for corner in corners],
+            **measured,
         }
 
 

@@ -18,9 +18,9 @@ from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.problems import DRY, WAN
 from benchmarks.gpu.rollout import run_rollout
 from benchmarks.gpu.session import Session
-from fxq.bench import measure
 from fxq.bench.report import versions
 from fxq.environment import environment
+from fxq.runtime import timing
 
 SECTIONS = {
     "checks": run_checks,
@@ -76,7 +76,7 @@ def main() -> None:
     if "environment" not in journal.facts:
         journal.write("facts", **machine(device))
     session = Session(device, args.dry, 2 if args.dry else 7, journal, args.began, args.budget, deadlines(args.budget))
-    with measure.settings(1 if args.dry else torch.get_num_threads()), inductor.patch(freezing=False):
+    with timing.settings(1 if args.dry else torch.get_num_threads()), inductor.patch(freezing=False):
         for name, run in SECTIONS.items():
             if name in args.sections:
                 run(session, sizes)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fxq.bench.measure import Clock, Ratio, interleave, ratio, repeats
 from fxq.numerics import decibels, energy
 from fxq.runtime.messages import kind_and_line
+from fxq.runtime.timing import Clock, Ratio, interleave, ratio, repeats
 
 FP32, BF16 = "fp32 eager", "bf16 eager"
 BASELINES = (FP32, BF16)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from fxq.bench import cases, measure
+from fxq.bench import cases
 from fxq.bench.contest import Case, run_case
 from fxq.bench.layers import model_cases
 from fxq.bench.levels import block_case, linear_case, only
@@ -26,6 +26,7 @@ from fxq.bench.rollout import rollout_case
 from fxq.cli.options.models import make_rollout
 from fxq.export import load
 from fxq.quantize import quantize
+from fxq.runtime import timing
 from fxq.runtime.memory.allocator import keep_memory
 from fxq.runtime.streams import emit, stderr_console, stdout_console
 from fxq.runtime.writable import writable_file
@@ -99,7 +100,7 @@ def run_level(
     on_step: Callable[[str], None],
 ) -> Report:
     """Measure cases one after the other with the threads, device and rounds of ``settings``."""
-    clock, rounds = measure.clock_for(settings["threads"], settings["device"])[1], settings["rounds"]
+    clock, rounds = timing.clock_for(settings["threads"], settings["device"])[1], settings["rounds"]
     results = []
     for case in found:
         try:
@@ -153,10 +154,10 @@ def bench(
         "threads": threads,
         "rounds": rounds,
         "device": device,
-        "clock": measure.clock_for(threads, device)[0],
+        "clock": timing.clock_for(threads, device)[0],
         "allocator": allocator.value,
     }
-    with measure.settings(threads), stderr_console(quiet).status("") as status:
+    with timing.settings(threads), stderr_console(quiet).status("") as status:
         found: Iterable[Case]
         if level is Level.model:
             found = make_model_cases(model, bundle, quick, device, case)

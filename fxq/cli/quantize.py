@@ -64,6 +64,13 @@ IterationsOption = Annotated[
 ]
 
 
+CheckpointOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(help="One file per finished layer: a killed run resumes there, and memory stays small."),
+]
+CallsOption = Annotated[
+    pathlib.Path | None, typer.Option(help="Recorded calls to calibrate on, for --model diffusers.")
+]
 WeightBitsOption = Annotated[
     float | None,
     typer.Option(min=0, help="Mixed precision: mean bits per quantized weight, as 5, with the least predicted error."),
@@ -71,6 +78,14 @@ WeightBitsOption = Annotated[
 BudgetOption = Annotated[
     float | None,
     typer.Option("--budget", min=0, help="Mixed precision: bytes of all linears, as a part of their bytes in bf16."),
+]
+TimeOption = Annotated[
+    float | None,
+    typer.Option(
+        "--time",
+        min=0,
+        help="Mixed precision: measured time of the linears' kernels here, as a part of that in the model's dtype.",
+    ),
 ]
 MaxErrorOption = Annotated[
     float | None, typer.Option(min=0, help="Mixed precision: the least bytes with at most this predicted error.")
@@ -126,15 +141,11 @@ def quantize(
     videos: VideosOption = 16,
     seed: SeedOption = 1,
     iterations: IterationsOption = None,
-    checkpoint_dir: Annotated[
-        pathlib.Path | None,
-        typer.Option(help="One file per finished layer: a killed run resumes there, and memory stays small."),
-    ] = None,
-    calls: Annotated[
-        pathlib.Path | None, typer.Option(help="Recorded calls to calibrate on, for --model diffusers.")
-    ] = None,
+    checkpoint_dir: CheckpointOption = None,
+    calls: CallsOption = None,
     bits_per_weight: WeightBitsOption = None,
     budget: BudgetOption = None,
+    time: TimeOption = None,
     max_error: MaxErrorOption = None,
     attention: AttentionOption = None,
     save_recipe: SaveRecipeOption = None,
@@ -146,12 +157,13 @@ def quantize(
 
     --model diffusers takes a folder of save_pretrained as --checkpoint and what fxq.record saw as --calls.
     Recipes that scale inputs per token need no data: without --prompts the model is not run for calibration.
-    --bits-per-weight, --budget or --max-error choose the bits of each layer; what is chosen from is among the facts of
-    --json. --kv, --absorb and what goes with them replace the recipe's [cache]: the bundle's graph then takes keys and
-    values as they are stored. --report then makes the first batch of prompts twice, by the bundle and in full precision
-    on exact caches, and compares chunk by chunk.
+    --bits-per-weight, --budget, --time or --max-error choose the bits of each layer; what is chosen from is among the
+    facts of --json. --kv, --absorb and what goes with them replace the recipe's [cache]: the bundle's graph then takes
+    keys and values as they are stored. --report then makes the first batch of prompts twice, by the bundle and in full
+    precision on exact caches, and compares chunk by chunk.
     """
-    chosen = _recipe(recipe, iterations, attention, bits_per_weight=bits_per_weight, ratio=budget, max_error=max_error)
+    limits = {"bits_per_weight": bits_per_weight, "ratio": budget, "time": time, "max_error": max_error}
+    chosen = _recipe(recipe, iterations, attention, **limits)
     if kept.given and model == "diffusers":
         raise AdapterError(f"{kept.given}: models of diffusers keep no fxq cache, leave out these options")
     if save_recipe is not None and save_recipe.suffix.lower() != ".toml":
@@ -204,9 +216,10 @@ def _show_widths(found: Any) -> None:
     if found is not None:
         size, bits = f"{found['bytes']:,} bytes ({found['ratio']:.4f}x of bf16)", f"{found['bits_per_weight']:.3f}"
         narrow, wide = found["frontier"][0], found["frontier"][-1]
+        time = f", {found['time']:.3f}x of the time in model dtype" if "time" in found else ""
         stdout_console().print(
-            f"{bits} bits per weight, {size}, predicted error {found['error']:.4g}; narrowest {narrow[0]:,} bytes with "
-            f"{narrow[1]:.4g}, least error {wide[1]:.4g} with {wide[0]:,} bytes",
+            f"{bits} bits per weight, {size}{time}, predicted error {found['error']:.4g}; narrowest {narrow[0]:,} "
+            f"bytes with {narrow[1]:.4g}, least error {wide[1]:.4g} with {wide[0]:,} bytes",
             highlight=False,
         )
 

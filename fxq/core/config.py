@@ -105,14 +105,17 @@ def _has_number(parts: Sequence[str]) -> bool:
 class Budget:
     """How many bits the weights of each layer get is chosen: the least sum of predicted errors that a limit allows.
 
-    One of three limits: ``bits_per_weight`` is the mean over the weights of the layers that rules quantize (scales not
+    One of four limits: ``bits_per_weight`` is the mean over the weights of the layers that rules quantize (scales not
     counted), ``ratio`` the bytes of all linears, as they are stored and with those that are kept, over their bytes in
-    bf16; with ``max_error`` the bytes are the least whose predicted error is no greater. ``widths`` are what a layer
+    bf16; ``time`` what the kernels of the layers that rules quantize take on the device of the calibration over what
+    the same layers take in model dtype, as measured (:mod:`fxq.passes.kernel_times`: the choice may differ from run to
+    run); with ``max_error`` the bytes are the least whose predicted error is no greater. ``widths`` are what a layer
     may get: 4, 8, or 16, which keeps it in model dtype. See :class:`~fxq.passes.choose_widths.ChooseWidths`.
     """
 
     bits_per_weight: float | None = None
     ratio: float | None = None
+    time: float | None = None
     max_error: float | None = None
     widths: tuple[int, ...] = (4, 8)
 
@@ -139,7 +142,7 @@ class Budget:
         return max(width for width in self.widths if width < 16)
 
 
-BUDGET_LIMITS = ("bits_per_weight", "ratio", "max_error")
+BUDGET_LIMITS = ("bits_per_weight", "ratio", "time", "max_error")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +298,7 @@ def with_budget(
     *,
     bits_per_weight: float | None = None,
     ratio: float | None = None,
+    time: float | None = None,
     max_error: float | None = None,
 ) -> Recipe:
     """The recipe with one limit of :class:`Budget`; widths are its own budget's, where it has one.
@@ -302,6 +306,6 @@ def with_budget(
     Raises:
         RecipeError: when there is not one limit.
     """
-    budget = Budget(bits_per_weight=bits_per_weight, ratio=ratio, max_error=max_error)
+    budget = Budget(bits_per_weight=bits_per_weight, ratio=ratio, time=time, max_error=max_error)
     widths = budget.widths if recipe.budget is None else recipe.budget.widths
     return dataclasses.replace(recipe, budget=dataclasses.replace(budget, widths=widths))

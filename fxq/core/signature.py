@@ -28,6 +28,19 @@ def flatten_call(module: fx.GraphModule, args: Sequence[object], kwargs: Mapping
     return flatten(*bind(names, spec, args, kwargs), spec)
 
 
+def hint_of(size: int | torch.SymInt) -> int:
+    """The number a size had when the graph was captured.
+
+    Raises:
+        ValueError: when the size depends on data.
+    """
+    if isinstance(size, int):
+        return size
+    if not size.node.has_hint():
+        raise ValueError(f"size {size} depends on data")
+    return int(size.node.hint)
+
+
 def input_sizes(module: fx.GraphModule) -> Sizes:
     """Sizes of the graph's inputs, from the values recorded when it was traced."""
     sizes: Sizes = []

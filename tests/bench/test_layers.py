@@ -8,9 +8,9 @@ import fxq
 from fxq import numerics
 from fxq.bench.contest import BF16, FP32, CaseResult, Result, run_case
 from fxq.bench.layers import Advice, Site, advise, layer_case, model_cases, rules_text, sites_of
-from fxq.bench.measure import settings
 from fxq.core.ir import planned
 from fxq.recipes import recipe_from_json
+from fxq.runtime.timing import settings
 from tests.toys import recipe, wan_rollout
 
 

@@ -12,9 +12,9 @@ from fxq.bench import rivals
 from fxq.bench.cases import LEAST_SQNR, QUICK_BLOCKS, BlockShape, LinearShape
 from fxq.bench.contest import BASELINES, Case, run_case, sqnr
 from fxq.bench.floats import OneDnnLinear
-from fxq.bench.measure import settings
 from fxq.bench.problems import block_problem, linear_problem
 from fxq.models.causal_wan import CausalWanConfig
+from fxq.runtime.timing import settings
 from tests.features import needs
 
 LINEAR, FFN = LinearShape(33, 96, 70), LinearShape(17, 64, 48, 130)

@@ -138,6 +138,62 @@ def test_what_shapes_rule_out_is_refused_before_anything_is_solved():
     assert "early" not in CALLS
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """Kernels of 4, 8 and 16 bits that take 1, 2 and 4 units of time a weight; what was measured."""
+    calls = []
+
+    def seconds(size, schemes):
+        calls.append((size, schemes))
+        units = [4 if scheme is None else scheme.weight_bits / 4 for scheme in schemes]
+        return [1e-9 * size.inputs * size.outputs * unit for unit in units]
+
+    monkeypatch.setattr("fxq.passes.kernel_times.kernel_seconds", seconds)
+    return calls
+
+
+@pytest.mark.parametrize(("widths", "time"), [((4, 8), 0.4), ((4, 8, 16), 0.6), ((4, 8), 0.25), ((8, 16), 1)])
+def test_the_kernels_time_is_within_the_budget_and_no_better_choice_is(widths, time, measured):
+    q = quantized(time=time, widths=widths, model=toy())
+    told, plans = found(q), {name: plan for name, (plan, _) in planned(q).items()}
+    of = {name: plans[name].in_features * plans[name].out_features for name in told["layers"]}
+    names, unit = list(of), {4: 1, 8: 2, 16: 4}
+
+    def share(bits):
+        return sum(of[name] * unit[bits[name]] for name in names) / (4 * sum(of.values()))
+
+    assert told["time"] == pytest.approx(share(told["layers"]), rel=1e-9) and told["time"] <= time * (1 + 1e-9)
+    everything = quantized(time=1, widths=widths, model=toy())
+    errors = {width: {} for width in widths}
+    for row in (row for row in fxq.summary(everything).rows if row.layer in of):
+        for part in row.reason.removeprefix("predicted error ").split(", "):
+            if " bits (" in part:
+                error, _, rest = part.partition(" at ")
+                errors[int(rest.split(" ")[0])][row.layer] = float(error)
+    assert all(len(errors[width]) == len(names) for width in widths), errors
+    best = min(
+        sum(errors[width][name] for name, width in zip(names, chosen, strict=True))
+        for chosen in itertools.product(widths, repeat=len(names))
+        if share(dict(zip(names, chosen, strict=True))) <= time * (1 + 1e-9)
+    )
+    assert told["error"] == pytest.approx(best, rel=0.01), "reasons have three digits"
+    assert " ms), " in fxq.summary(q).rows[0].reason
+
+
+def test_each_size_of_layer_is_measured_once_with_the_rows_of_a_call(measured):
+    quantized(time=1)
+    sizes = [size for size, _ in measured]
+    assert len({(size, tuple(schemes)) for size, schemes in measured}) == len(measured) < 6
+    assert {size.rows for size in sizes} == {40} and {size.dtype for size in sizes} == {torch.float32}
+    assert all(schemes[-1] is None and len(schemes) == 3 for _, schemes in measured)
+
+
+def test_a_time_below_that_of_the_fastest_kernels_is_refused_before_anything_is_solved(measured):
+    with pytest.raises(RecipeError, match=r"time = 0\.2 cannot be met, the least possible is 0\.25, as measured"):
+        quantized(time=0.2, methods=(Noted("slow"),))
+    assert "slow" not in CALLS
+
+
 def test_the_least_that_is_told_can_be_had():
     with pytest.raises(RecipeError) as refused:
         quantized(ratio=0.1)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fxq.bench.measure import Ratio, clock_for, interleave, ratio, repeats, settings
+from fxq.runtime.timing import Ratio, clock_for, interleave, ratio, repeats, settings
 
 
 class FakeClock:

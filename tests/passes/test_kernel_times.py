@@ -1,0 +1,47 @@
+import math
+
+import pytest
+import torch
+
+from fxq.core.config import Scheme
+from fxq.kernels import native
+from fxq.passes import kernel_times
+from fxq.passes.kernel_times import LinearSize, kernel_seconds
+
+
+def size(split=96, dtype=torch.float32):
+    return LinearSize(33, 128, 40, split, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("split", [96, 128])
+def test_every_scheme_is_timed_beside_floats(split, dtype):
+    schemes = [
+        Scheme(weight_bits=4),
+        Scheme(),
+        Scheme(per_token=True),
+        Scheme(per_token=True, asymmetric=True),
+        None,
+    ]
+    found = kernel_seconds(size(split, dtype), schemes)
+    assert len(found) == 5 and all(0 < seconds < math.inf for seconds in found)
+
+
+def test_weights_lie_as_for_the_optimized_module(monkeypatch):
+    asked = []
+    real = kernel_times.sample_operands
+    monkeypatch.setattr(kernel_times, "sample_operands", lambda *given: asked.append(given[-1]) or real(*given))
+    for dtype in (torch.float32, torch.float16):
+        kernel_seconds(size(dtype=dtype), [Scheme()])
+    assert asked == [not native.why_not(), False]
+
+
+def test_times_of_rounds_are_medians_of_turns(monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(kernel_times, "clock_for", lambda threads, device: ("fake", lambda: float(next(ticks))))
+    assert kernel_seconds(size(), [Scheme(), None]) == [1.0, 1.0]
+
+
+def test_float8_has_no_time():
+    with pytest.raises(ValueError, match="only the times of integers are measured"):
+        kernel_seconds(size(), [Scheme(format="float8_e4m3fn")])
