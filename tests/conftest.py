@@ -80,6 +80,8 @@ ANY_CPU = (
     "export/test_inputs.py",
     "export/test_interop_targets.py",
     "export/test_names.py",
+    "export/test_onnx.py",
+    "export/test_program.py",
     "export/test_receipt.py",
     "extension",
     "integrations/test_apply_held.py",

@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import functools
 import graphlib
 import importlib
 import os
@@ -38,8 +39,13 @@ FLOORS = (
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 
+@functools.cache
 def sources():
     """(dotted module, file) of every library source, each file once."""
+    return tuple(_sources())
+
+
+def _sources():
     for folder in ("fxq", *ROOMS):
         for path in sorted((ROOT / folder).rglob("*.py")):
             relative = path.relative_to(ROOT)
@@ -88,8 +94,13 @@ def test_importing_a_room_from_the_root_says_how_to_import_it(room, monkeypatch)
     assert room not in sys.modules
 
 
+@functools.cache
 def imports(path):
     """(module of fxq, line) for every import in a file; names of a package's __init__ count as the package."""
+    return tuple(_imports(path))
+
+
+def _imports(path):
     modules = {module for module, _ in sources()}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -174,6 +174,8 @@ BOUNDS = {
 }
 
 
+# Compiles the kernels again for each: those of AVX2, which every CPU here runs.
+@pytest.mark.any_cpu
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_a_bound_that_is_one_wider_is_found_out(bound, tmp_path, monkeypatch):
     """The test above has teeth: it fails for a copy of the sources with one bound widened."""

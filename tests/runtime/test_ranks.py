@@ -135,11 +135,9 @@ def test_a_stopped_or_killed_rank_ends_the_other_with_an_error_that_names_it(wha
     assert out.startswith("WorkerError rank 0 of 2 lost another rank: rank 1 of 2 ") and reason in out
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
-@pytest.mark.parametrize(
-    "where", ["in the job", pytest.param("before torch has made its group", marks=pytest.mark.sweep)]
-)
+@pytest.mark.parametrize("where", ["in the job", "before torch has made its group"])
 def test_the_rank_at_which_all_meet_may_be_the_stopped_one(where):
     script = JOB.replace('["RANK"] == "1"', '["RANK"] == "0"')
     if where != "in the job":
