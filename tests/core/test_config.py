@@ -247,7 +247,7 @@ def test_the_published_presets_measure_sensitivities():
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({}, "budget: expected one of bits_per_weight, ratio, max_error, got none"),
+        ({}, "budget: expected one of bits_per_weight, ratio, time, max_error, got none"),
         ({"ratio": 0.3, "bits_per_weight": 5}, "got bits_per_weight, ratio"),
         ({"ratio": -0.1}, r"ratio = -0\.1: expected a finite number, not negative"),
         ({"max_error": float("nan")}, "max_error = nan: expected a finite number"),
