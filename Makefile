@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 PYTEST = env OMP_NUM_THREADS=1 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
-# What pip does one file after the other; some packages hold files that are no Python.
-COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+# What pip does one file after the other; some packages hold files that are no Python. Most models of transformers are
+# never imported.
+COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models)/' $(VENV)/lib || true
 STAMP := $(VENV)/.fxq-installed
 DEMO_STAMP := $(VENV)/.fxq-demo-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed

@@ -91,7 +91,9 @@ def job(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["load", "quantize", "optimize", "save"])
+@pytest.mark.parametrize(
+    "what", ["load", "quantize", *(pytest.param(w, marks=pytest.mark.sweep) for w in ("optimize", "save"))]
+)
 def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, job, frozen, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # other processes come and go in the common one
     job[what]()

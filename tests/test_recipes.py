@@ -120,7 +120,10 @@ def test_a_budget_is_a_table_of_a_recipe(limit, tmp_path):
     [
         ({"bits_per_wieght": 5}, "budget: unknown key 'bits_per_wieght'; did you mean 'bits_per_weight'"),
         ({"ratio": "small"}, "budget.ratio: Input should be a valid number"),
-        ({"ratio": 0.3, "max_error": 1}, "expected one of bits_per_weight, ratio, time, max_error, got ratio, max_error"),
+        (
+            {"ratio": 0.3, "max_error": 1},
+            "expected one of bits_per_weight, ratio, time, max_error, got ratio, max_error",
+        ),
         ({}, "expected one of bits_per_weight, ratio, time, max_error, got none"),
         ({"ratio": 0.3, "widths": [8, 4]}, r"widths = \[8, 4\]: expected two or more of 4, 8, 16, ascending"),
         ([1], "budget: expected a table"),

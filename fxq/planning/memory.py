@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,6 +104,7 @@ def _call_on_meta(model: CausalWan, frames: int, latent: tuple[int, int]) -> Non
     model(x, t, context, text, text, prefix, prefix, angles, angles)
 
 
+@functools.cache
 def weight_bits(recipe: Recipe | None, layer: str, width: int) -> int:
     """Bits of a linear's weight under a recipe, 16 where it keeps the model's dtype (or there is no recipe)."""
     rule = None if recipe is None else recipe.rule_for(layer)

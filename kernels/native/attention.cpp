@@ -3,7 +3,6 @@
 //
 // Per batch and head the keys and values are packed once into the panels that the tile reads; blocks of queries then run
 // over blocks of keys: scores, one pass for maximum and exp, and a second product that accumulates.
-#include <algorithm>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -22,7 +21,6 @@ using Number = Operands::Number;
 constexpr long BLOCK_KEYS = 256;
 constexpr double HEAD_WORK = 1 << 22;  // multiply-adds of one product a thread
 constexpr float LOWEST = -3.0e38f;
-constexpr long GROUP = 4;  // blocks of queries that go over the keys together
 
 struct Shape {
   long steps;    // along the head
@@ -240,7 +238,7 @@ void run(const Attention& p) {
   for (long i = 0; i < p.piece_count; i++) s.keys += p.pieces[i].length;
   s.blocks = ceil_div(s.keys, BLOCK_KEYS);
   const int threads = busy_threads(p.threads, static_cast<double>(p.rows) * s.keys * p.size, HEAD_WORK);
-  const long group = QUERY_ROWS * std::clamp(p.rows / (QUERY_ROWS * threads), 1L, GROUP);
+  const long group = query_rows_of_a_group(p.rows, threads);
   static thread_local Scratch key_scratch, value_scratch;
   Number* keys = key_scratch.get<Number>(s.blocks * s.key_block());
   Number* values = value_scratch.get<Number>(s.blocks * s.value_block());

@@ -152,7 +152,7 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, cons
   }
 }
 
-struct Block {      // scratch of one block of queries
+struct Block {      // scratch of one block of queries; dots, weights, shrink and grow are those of all of a group
   Codes::Row* q;    // [QUERY_ROWS, depth]
   int32_t* dots;    // [QUERY_ROWS, BLOCK_KEYS]; scores in their place, float32
   Weights::Row* weights;  // [QUERY_ROWS, PARTS, BLOCK_KEYS]
@@ -163,6 +163,11 @@ struct Block {      // scratch of one block of queries
   float* total;     // [QUERY_ROWS], of weights
   float* shrink;    // [QUERY_ROWS], of what the blocks before gave
   float* grow;      // [QUERY_ROWS], of what this one gives
+
+  Block at(const Shape& s, long row) const {
+    return {q + row * s.depth(), dots,       weights, out + row * s.width(), factor + row, bias + row, maximum + row,
+            total + row,         shrink,     grow};
+  }
 };
 
 // Sums of one row to weights, relative to the largest score of the block.
@@ -211,46 +216,42 @@ void add_mean(const Attention& p, const Block& b, long batch, long head, long be
   }
 }
 
-template <typename T>
-void attend(const Attention& p, const Shape& s, const Block& b, long batch, long head, long begin, long rows,
-            const std::vector<Tokens>& blocks) {
+// Some queries and one block of keys.
+void attend(const Shape& s, const Block& b, long rows, const Tokens& t) {
   alignas(64) int32_t sums[Weights::ROWS * TILE_COLUMNS];
-  long piece = -1;
-  for (const Tokens& t : blocks) {
-    if (t.piece != piece) add_mean<T>(p, b, batch, head, begin, rows, t.piece);
-    piece = t.piece;
-    for (long panel = 0; panel < ceil_div(t.count, TILE_COLUMNS); panel++) {
-      for (long row = 0; row < rows; row += Codes::ROWS) {
-        Codes::multiply(b.q + row * s.depth(), s.depth(), t.keys + panel * s.depth() * TILE_COLUMNS, s.steps,
-                           b.dots + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
-      }
+  for (long panel = 0; panel < ceil_div(t.count, TILE_COLUMNS); panel++) {
+    for (long row = 0; row < rows; row += Codes::ROWS) {
+      Codes::multiply(b.q + row * s.depth(), s.depth(), t.keys + panel * s.depth() * TILE_COLUMNS, s.steps,
+                      b.dots + row * BLOCK_KEYS + panel * TILE_COLUMNS, BLOCK_KEYS);
     }
-    for (long row = 0; row < rows; row++) soften(b, row, t);
-    for (long panel = 0; panel < s.columns; panel++) {
-      const Weights::Number* from = t.values + panel * BLOCK_KEYS * TILE_COLUMNS;
-      for (long row = 0; row < rows; row += Weights::ROWS) {
-        Weights::multiply(b.weights + row * WEIGHT_ROW, WEIGHT_ROW, from, value_steps(t.count), sums, TILE_COLUMNS);
-        for (long i = 0; i < std::min<long>(Weights::ROWS, rows - row); i++) {
-          float* out = b.out + (row + i) * s.width() + panel * TILE_COLUMNS;
-          const Floats shrink = floats(b.shrink[row + i]), grow = floats(b.grow[row + i]);
-          for (long d = 0; d < TILE_COLUMNS; d += LANES) {
-            const Floats scale = load(t.value_scale + panel * TILE_COLUMNS + d) * grow;
-            store(out + d, fmadd(to_floats(load_ints(sums + i * TILE_COLUMNS + d)), scale, load(out + d) * shrink));
-          }
+  }
+  for (long row = 0; row < rows; row++) soften(b, row, t);
+  for (long panel = 0; panel < s.columns; panel++) {
+    const Weights::Number* from = t.values + panel * BLOCK_KEYS * TILE_COLUMNS;
+    for (long row = 0; row < rows; row += Weights::ROWS) {
+      Weights::multiply(b.weights + row * WEIGHT_ROW, WEIGHT_ROW, from, value_steps(t.count), sums, TILE_COLUMNS);
+      for (long i = 0; i < std::min<long>(Weights::ROWS, rows - row); i++) {
+        float* out = b.out + (row + i) * s.width() + panel * TILE_COLUMNS;
+        const Floats shrink = floats(b.shrink[row + i]), grow = floats(b.grow[row + i]);
+        for (long d = 0; d < TILE_COLUMNS; d += LANES) {
+          const Floats scale = load(t.value_scale + panel * TILE_COLUMNS + d) * grow;
+          store(out + d, fmadd(to_floats(load_ints(sums + i * TILE_COLUMNS + d)), scale, load(out + d) * shrink));
         }
       }
     }
   }
 }
 
+// Queries that go over the keys together, as in attention.cpp.
 template <typename T>
-void query_block(const Attention& p, const Shape& s, long batch, long head, long begin, const std::vector<Tokens>& blocks) {
+void query_group(const Attention& p, const Shape& s, long batch, long head, long begin, long most,
+                 const std::vector<Tokens>& blocks) {
   static thread_local Scratch q, dots, weights, out, numbers;
-  const long rows = std::min(QUERY_ROWS, p.rows - begin), padded = round_up(rows, Codes::ROWS);
-  float* each = numbers.get<float>(6 * QUERY_ROWS);
-  const auto row_numbers = [&] { return (each += QUERY_ROWS) - QUERY_ROWS; };
-  Block b{q.get<Codes::Row>(QUERY_ROWS * s.depth()), dots.get<int32_t>(QUERY_ROWS * BLOCK_KEYS),
-          weights.get<Weights::Row>(QUERY_ROWS * WEIGHT_ROW), out.get<float>(QUERY_ROWS * s.width())};
+  const long rows = std::min(most, p.rows - begin), padded = round_up(rows, Codes::ROWS);
+  float* each = numbers.get<float>(6 * most);
+  const auto row_numbers = [&] { return (each += most) - most; };
+  Block b{q.get<Codes::Row>(most * s.depth()), dots.get<int32_t>(QUERY_ROWS * BLOCK_KEYS),
+          weights.get<Weights::Row>(QUERY_ROWS * WEIGHT_ROW), out.get<float>(most * s.width())};
   for (float** one : {&b.factor, &b.bias, &b.maximum, &b.total, &b.shrink, &b.grow}) *one = row_numbers();
   std::memset(b.q, 0, padded * s.depth() * sizeof(Codes::Row));
   std::memset(b.out, 0, padded * s.width() * sizeof(float));
@@ -265,7 +266,12 @@ void query_block(const Attention& p, const Shape& s, long batch, long head, long
     b.maximum[i] = NONE;
     b.total[i] = 0 * b.factor[i];
   }
-  attend<T>(p, s, b, batch, head, begin, rows, blocks);
+  long piece = -1;
+  for (const Tokens& t : blocks) {
+    if (t.piece != piece) add_mean<T>(p, b, batch, head, begin, rows, t.piece);
+    piece = t.piece;
+    for (long row = 0; row < rows; row += QUERY_ROWS) attend(s, b.at(s, row), std::min(QUERY_ROWS, rows - row), t);
+  }
   for (long i = 0; i < rows; i++) {
     const Floats inverse = floats(b.total[i] == 0 ? 0.0f : 1.0f / b.total[i]);
     T* to = static_cast<T*>(p.out) + ((batch * p.rows + begin + i) * p.heads + head) * p.size;
@@ -307,6 +313,7 @@ void run(const Attention& p) {
   double keys = 0;
   for (const Tokens& t : blocks) keys += t.count;
   const int threads = busy_threads(p.threads, p.rows * keys * p.size, HEAD_WORK);
+  const long group = query_rows_of_a_group(p.rows, threads);
   for (long pair = 0; pair < p.batch * p.heads; pair++) {
     const long batch = pair / p.heads, head = pair % p.heads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -318,7 +325,7 @@ void run(const Attention& p) {
         pack_values<T>(p, s, batch, head, blocks[i]);
       }
 #pragma omp for schedule(dynamic)
-      for (long begin = 0; begin < p.rows; begin += QUERY_ROWS) query_block<T>(p, s, batch, head, begin, blocks);
+      for (long begin = 0; begin < p.rows; begin += group) query_group<T>(p, s, batch, head, begin, group, blocks);
     }
   }
 }

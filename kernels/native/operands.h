@@ -21,6 +21,8 @@
 //   static void put_weights(Row* to, long part, Ints weights);         // LANES of them, `part` numbers from part to part
 #pragma once
 
+#include <algorithm>
+
 #include "product.h"
 #include "vectors.h"
 
@@ -37,3 +39,14 @@ using avx512::FloatOperands, avx512::CodeOperands, avx512::WeightOperands;
 #else
 #include "operands_avx2.h"
 #endif
+
+namespace fxq {
+
+constexpr long GROUP = 4;  // blocks of queries that go over the keys together
+
+// Rows of a group, such that every thread has one.
+inline long query_rows_of_a_group(long rows, int threads) {
+  return QUERY_ROWS * std::clamp(rows / (QUERY_ROWS * threads), 1L, GROUP);
+}
+
+}  // namespace fxq

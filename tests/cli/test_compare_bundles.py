@@ -64,7 +64,7 @@ def test_a_wan_pipeline_is_compared_on_video_from_prompts_in_words(made, tmp_pat
     assert all(f'src="{clip}"' in page for clip in told["clips"])
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_shipped_model_is_compared_on_its_own_words_and_length(tmp_path):
     done = CliRunner().invoke(app, ["quantize", "--recipe", "w8a8-dynamic", "--quiet", "--out", str(tmp_path / "w8")])
     assert done.exit_code == 0, done.output

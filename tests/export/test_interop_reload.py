@@ -156,7 +156,7 @@ def test_compressed_tensors_decompresses_the_export(eight, tmp_path):
     assert len(json.loads(out.splitlines()[-1])) == 16
 
 
-@pytest.mark.parametrize("original", [True, False])
+@pytest.mark.parametrize("original", [True, pytest.param(False, marks=pytest.mark.sweep)])
 def test_comfy_kitchen_reads_and_multiplies_the_export(bundle, original, tmp_path):
     needs("comfy_kitchen")
     given = original_weights() if original else None

@@ -127,7 +127,11 @@ def test_an_activation_without_a_triton_function_lies_between_two_launches(launc
 @pytest.mark.parametrize("launched", ARCHITECTURES, indirect=True)
 @pytest.mark.parametrize(
     ("op", "sample"),
-    [pytest.param(op, sample, id=f"{op.name}-{i}") for op in BOUND for i, sample in enumerate(op.samples())],
+    [
+        pytest.param(op, sample, id=f"{op.name}-{i}", marks=pytest.mark.sweep if i % 2 else ())
+        for op in BOUND
+        for i, sample in enumerate(op.samples())
+    ],
 )
 def test_every_launch_binds_and_compiles(op, sample, launched):
     check(op, sample, launched)

@@ -327,16 +327,19 @@ def run(code: str, **environment: str) -> str:
 SAY = "from fxq.kernels import native, used; print(native.ready(), native.why_not(), used('quantize_act', 'cpu'))"
 
 
+@pytest.mark.any_cpu
 def test_native_kernels_can_be_switched_off():
     assert run(SAY, FXQ_NATIVE="0").strip() == "False native kernels are switched off by FXQ_NATIVE=0 eager"
 
 
 @needs_native
+@pytest.mark.any_cpu
 def test_without_a_compiler_the_reason_says_what_to_install():
     assert "install g++ or set CXX" in run(SAY, CXX="no-such-compiler")
 
 
 @needs_native
+@pytest.mark.any_cpu
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing_behind(tmp_path):
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'fatal error: no headers' >&2\nexit 1\n")
@@ -347,6 +350,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing_behind(tmp_path):
 
 
 @needs_native
+@pytest.mark.any_cpu
 def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path, monkeypatch):
     one_file = dataclasses.replace(build.instruction_set(), sources=("pack.cpp",))
     here = build.compiler(), tmp_path, one_file

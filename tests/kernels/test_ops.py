@@ -396,6 +396,7 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.any_cpu
 def test_the_package_loads_twice_in_one_process():
     code = """
 import gc, importlib, sys, torch, fxq.kernels as first
@@ -409,6 +410,7 @@ print("twice", second.used("quantize_act", "cpu"))
     assert run(code).strip() == f"twice {used('quantize_act', 'cpu')}"
 
 
+@pytest.mark.any_cpu
 def test_the_library_works_without_triton():
     code = """
 import sys; sys.modules["triton"] = None
@@ -419,6 +421,7 @@ print(k.used("dual_scale_linear", "cuda"))
     assert run(code).strip() == "reference"
 
 
+@pytest.mark.any_cpu
 def test_the_folder_is_imported_as_part_of_fxq():
     assert "ImportError: import fxq.kernels" in run("import kernels")
 

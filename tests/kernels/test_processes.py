@@ -74,6 +74,7 @@ def test_a_forked_process_computes_the_same_in_two_threads_and_its_own_forks_too
 
 
 @needs_native
+@pytest.mark.any_cpu
 def test_workers_of_a_data_loader_call_the_kernels():
     code = """
 want = work()

@@ -104,7 +104,7 @@ def test_a_rank_has_its_heads_its_part_of_norms_and_half_of_the_split_weights(fo
     assert state["blocks.0.cross_attn.o.weight"].shape == (96, 32)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.sweep), 1])
 def test_a_bundle_and_a_module_in_memory_give_the_same_rank(folder, w4, rank):
     loaded = load_shard(folder, CAUSAL_WAN, rank, 2)
     graph = QuantGraph(w4, Stage.FROZEN).fork()

@@ -18,13 +18,13 @@ def assert_same(results, want):
         torch.testing.assert_close(got, want[name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"bits": 8}, marks=pytest.mark.sweep),
-        pytest.param({"bits": 4}, marks=pytest.mark.sweep),
-        pytest.param({"bits": 8, "per_token": True}, marks=pytest.mark.sweep),
+        {"bits": 8},
+        {"bits": 4},
+        {"bits": 8, "per_token": True},
         {"bits": 4, "per_token": True, "asymmetric": True},
     ],
     ids=str,

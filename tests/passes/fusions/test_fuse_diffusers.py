@@ -57,7 +57,7 @@ def quantized(dtype, per_token):
 @pytest.mark.parametrize(
     ("dtype", "per_token"),
     [
-        pytest.param(torch.float32, False, id="float32-timestep"),
+        pytest.param(torch.float32, False, id="float32-timestep", marks=_SWEEP),
         pytest.param(torch.bfloat16, True, id="bfloat16-timestep per token"),
         pytest.param(torch.float32, True, id="float32-timestep per token", marks=_SWEEP),
         pytest.param(torch.bfloat16, False, id="bfloat16-timestep", marks=_SWEEP),
