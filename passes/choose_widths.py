@@ -79,8 +79,7 @@ class ChooseWidths(Analysis):
     into ``graph.found["widths"]``: ``bytes`` of all linears as stored, ``error``, ``gap`` (how much less error, or
     bytes where these are minimised, another choice could have at most; 0: proved), and ``frontier``, pairs of bytes and
     error, each the least error at its bytes; where kernels were measured, also their ``time`` as the budget counts it.
-    Errors by gradients are told per row of the layer that sees most rows,
-    which more data do not change.
+    Errors by gradients are told per row of the layer that sees most rows, which more data do not change.
 
     Layers whose inputs do not fit the packing of int4 stay at the widest integers.
     """
@@ -259,7 +258,7 @@ class _Table:
         measured = {}
         if self.times is not None:
             taken = math.fsum(group[i] for i, group in zip(choice.options, self.times.seconds, strict=True))
-            measured["time"] = taken / self.times.in_floats
+            measured["time"] = taken / self.times.in_floats if self.times.in_floats else 1.0
         return {
             "bytes": size,
             "ratio": size / self.in_bf16 if self.in_bf16 else 1.0,

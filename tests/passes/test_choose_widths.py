@@ -188,6 +188,11 @@ def test_each_size_of_layer_is_measured_once_with_the_rows_of_a_call(measured):
     assert all(schemes[-1] is None and len(schemes) == 3 for _, schemes in measured)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_where_rules_keep_every_layer_nothing_is_measured(measured):
+    assert found(quantized(time=1, rules=(Rule("*", None, "kept by the test"),)))["time"] == 1 and not measured
+
+
 def test_a_time_below_that_of_the_fastest_kernels_is_refused_before_anything_is_solved(measured):
     with pytest.raises(RecipeError, match=r"time = 0\.2 cannot be met, the least possible is 0\.25, as measured"):
         quantized(time=0.2, methods=(Noted("slow"),))
