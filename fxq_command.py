@@ -111,10 +111,16 @@ for _name, (_, _help) in COMMANDS.items():
 
 def main() -> None:
     """Run the command that was asked for; lists, the version and mistakes need no library."""
-    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
-        importlib.import_module("fxq.cli").main()
-    else:
+    if not (sys.argv[1:2] and sys.argv[1] in COMMANDS):
         app()
+        return
+    try:
+        cli = importlib.import_module("fxq.cli")
+    except ValueError as error:
+        if not str(error).startswith("FXQ_"):  # an environment variable that the package does not take
+            raise
+        sys.exit(f"refused: {error}")
+    cli.main()
 
 
 if __name__ == "__main__":

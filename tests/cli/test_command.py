@@ -40,6 +40,15 @@ def test_version_is_printed_without_loading_the_package():
     assert (text.strip(), code, loaded) == (f"fxq {fxq.__version__}", 0, [])
 
 
+def test_a_wrong_environment_variable_is_refused_in_a_line(monkeypatch):
+    monkeypatch.setenv("FXQ_CPU", "avx1024")
+    done = subprocess.run(
+        [sys.executable, "-c", "import fxq_command; fxq_command.main()", "doctor"], capture_output=True, text=True
+    )
+    expected = "refused: FXQ_CPU='avx1024': expected avx512, avx2, portable, or unset for what this CPU has"
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", expected)
+
+
 def test_a_mistyped_command_is_answered_without_loading_the_package():
     text, code, loaded = run("quantise")
     assert (code, loaded) == (2, [])
