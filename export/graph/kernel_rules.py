@@ -27,6 +27,12 @@ _AXES = frozenset(
     | {"select_scatter", "slice_scatter", "diagonal_scatter"}
 )
 """Operators that take any axis of a tensor without data."""
+_PARTS = {
+    "slice_scatter": torch.ops.aten.slice.Tensor,
+    "select_scatter": torch.ops.aten.select.int,
+    "diagonal_scatter": torch.ops.aten.diagonal.default,
+}
+"""What makes the part of a tensor that an operator puts its source into."""
 
 
 def tensors_in(value: object) -> list[Tensor]:
@@ -44,6 +50,8 @@ def misfit(func: Any, args: Sequence[object], kwargs: Mapping[str, object]) -> s
     if not read:
         return ""
     if kind in _AXES and (reason := _axis_out_of_range(func, args, kwargs, read[0])):
+        return reason
+    if kind in _PARTS and (reason := _source_of_another_size(func, args, kwargs, _PARTS[kind])):
         return reason
     dtypes = [tensor.dtype for tensor in read]
     first = dtypes[0]
@@ -72,6 +80,19 @@ def _axis_out_of_range(func: Any, args: Sequence[object], kwargs: Mapping[str, o
         size = first.shape[axes["dim"]] if first.ndim else 1
         if isinstance(size, int) and not -size <= index < size:
             return f"{func}: index = {index}, expected one of {size}"
+    return ""
+
+
+def _source_of_another_size(func: Any, args: Sequence[object], kwargs: Mapping[str, object], part_of: Any) -> str:
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    into, source = given.pop("self"), given.pop("src")
+    if not isinstance(into, Tensor) or not isinstance(source, Tensor):
+        return ""
+    part = part_of(into, **given)
+    known = all(isinstance(size, int) for size in (*part.shape, *source.shape))
+    if part.ndim != source.ndim or (known and part.shape != source.shape):
+        return f"{func}: a source of size {list(source.shape)}, expected {list(part.shape)}"
     return ""
 
 

@@ -32,6 +32,24 @@ def test_an_axis_or_index_that_is_not_there_is_refused_as_the_kernel_does(func, 
 @pytest.mark.parametrize(
     ("func", "args"),
     [
+        (ATEN.slice_scatter.default, (X, X, 1, 0, 1)),
+        (ATEN.slice_scatter.default, (X, X[0], 0, 0, 1)),
+        (ATEN.select_scatter.default, (X, X, 0, 0)),
+        (ATEN.select_scatter.default, (X, torch.randn(X.shape[1] + 1), 0, 0)),
+        (ATEN.diagonal_scatter.default, (X, torch.randn(1))),
+    ],
+)
+def test_a_source_of_another_size_is_refused_as_the_kernel_does(func, args):
+    with pytest.raises(RuntimeError):
+        func(*args)
+    assert f"{func}: a source of size" in misfit(func, args, {})
+
+
+@pytest.mark.parametrize(
+    ("func", "args"),
+    [
+        (ATEN.slice_scatter.default, (X, X[:, :1], 1, 0, 1)),
+        (ATEN.diagonal_scatter.default, (X, X.diagonal().clone())),
         (ATEN._softmax.default, (X, -2, False)),
         (ATEN.softmax.int, (torch.tensor(1.0), 0)),
         (ATEN.sort.default, (X,)),
