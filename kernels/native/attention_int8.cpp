@@ -165,8 +165,8 @@ struct Block {      // scratch of one block of queries; dots, weights, shrink an
   float* grow;      // [QUERY_ROWS], of what this one gives
 
   Block at(const Shape& s, long row) const {
-    return {q + row * s.depth(), dots,       weights, out + row * s.width(), factor + row, bias + row, maximum + row,
-            total + row,         shrink,     grow};
+    return {q + row * s.depth(), dots, weights, out + row * s.width(), factor + row, bias + row,
+            maximum + row, total + row, shrink, grow};
   }
 };
 

@@ -242,8 +242,8 @@ inline void finish(const float* row, long size, const float* cos, const float* s
   if (d < size) finish(load(row + d), size - d, at(cos), at(sin), to + d);
 }
 
-// Tokens of one head as T, asked for in ascending order, one after the other; the tables of the side's first, or null. On a thread
-// no more than one lives at a time.
+// Tokens of one head as T, asked for one after the other in ascending order, with the tables of the side's first token or
+// null. On a thread no more than one lives at a time.
 template <typename T>
 class Decoded {
  public:
