@@ -9,9 +9,6 @@ BIN := $(VENV)/bin
 PYTEST = env OMP_NUM_THREADS=1 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Those that run a quantized product, fxq's kernels, another library's integers, or machine code.
 DEPEND_ON_CPU = -m "not slow and not sweep and not gpu and not any_cpu"
-# What pip does one file after the other; some packages hold files that are no Python. Most models of transformers are
-# never imported.
-COMPILE = $(BIN)/python -m compileall -qq -j 0 -x '/(tests?|transformers/models)/' $(VENV)/lib || true
 STAMP := $(VENV)/.fxq-installed
 DEMO_STAMP := $(VENV)/.fxq-demo-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed
@@ -33,12 +30,12 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"error: fxq needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}; run: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# One resolution installs everything, so that torch's own dependencies meet the pins.
+# One resolution installs everything, so that torch's own dependencies meet the pins. Compiled is what gets imported,
+# when it is.
 $(STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing the pinned requirements into $(VENV); the first time this takes a minute or more"
 	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@$(COMPILE)
 	@touch $@
 
 # The pins hold here too, without the tools of developers; where those are installed they are kept up to date.
@@ -55,7 +52,7 @@ demo: $(DEMO_STAMP) ## quantize the shipped video model and write a report to ou
 lint: $(STAMP) ## formatting, lint rules and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 
 check: lint ## lint and the fast tests
 	$(PYTEST)
@@ -66,7 +63,8 @@ $(RUNTIMES)/.installed: tests/export/runtimes.txt $(STAMP)
 	@touch $@
 
 # Last comes the whole suite as the machine is, so that its counts close the run.
-test: lint $(RUNTIMES)/.installed ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
+test: $(STAMP) ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
+	@$(MAKE) --no-print-directory -j 2 lint $(RUNTIMES)/.installed
 	@if $(BIN)/python -c 'from fxq import cpu; raise SystemExit(not cpu.above_avx2())'; then $(MAKE) --no-print-directory test-avx2; fi
 	$(PYTEST) -m "not gpu and not sweep"
 

@@ -81,6 +81,7 @@ def test_the_source_distribution_builds_without_links(dist):
     assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md"} <= names
 
 
+@pytest.mark.sweep
 def test_an_environment_of_the_wheel_quantizes_and_verifies(installed, tmp_path):
     python, packages = installed
     fxq = python.with_name("fxq")

@@ -23,6 +23,7 @@ def test_with_a_checkout_on_the_path_transformers_and_diffusers_can_be_imported(
     assert done.stdout.split() == ["False", "WanTransformer3DModel"], done.stderr
 
 
+@pytest.mark.sweep
 def test_without_transformers_nothing_is_imported():
     code = "import sys; sys.modules['transformers'] = None\n" + CODE.partition("from transformers")[0]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

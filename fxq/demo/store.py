@@ -47,7 +47,7 @@ class Finished:
             save(module, place)
             with whole_file(note) as part:
                 part.write_text(json.dumps(seconds), encoding="utf-8")
-            return load(place), seconds
+            return module, seconds
 
     def clear(self) -> None:
         """Remove them all."""

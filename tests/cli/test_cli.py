@@ -67,6 +67,7 @@ def test_inspect_shows_a_bundle(bundle):
     }
 
 
+@pytest.mark.sweep
 def test_a_budget_chooses_bits_and_the_saved_recipe_gives_the_same_bundle(small, tmp_path):
     (tmp_path / "quick.json").write_text(json.dumps({"extends": "w4a8", "methods": [{"method": "RangeSearch"}]}))
     common = [*small, "--videos", "2", "--quiet"]

@@ -99,7 +99,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(words, error, message, t
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_table(published, tmp_path):
     words = ["minmax", "nearest", "--bits", "w8a8", "--seeds", "1,2", *published, "--json", "--out"]
     killed = subprocess.Popen(

@@ -38,6 +38,7 @@ def brightness(pairs):
     return float(np.mean([pair.frames.mean() for pair in pairs]))
 
 
+@pytest.mark.sweep
 def test_a_wan_pipeline_is_compared_on_video_from_prompts_in_words(made, tmp_path):
     pipe, bundle = made
     shutil.copytree(bundle, tmp_path / "again")

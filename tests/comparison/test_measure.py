@@ -78,6 +78,7 @@ def test_the_shipped_model_and_its_rows_are_scored():
     assert bench.reference.scores["colour"] == variant.scores["colour"] == 1
 
 
+@pytest.mark.sweep
 def test_rows_do_not_depend_on_what_was_measured_before(bench):
     words = ("q_arvd:share_inputs=false", "minmax")
     late = measured(bench, *words)

@@ -17,13 +17,8 @@ SETTINGS = DemoSettings(calibration_videos=2, evaluation_videos=2, iterations=6,
 
 
 @pytest.fixture(scope="module")
-def unfinished(tmp_path_factory):
-    return Finished(tmp_path_factory.mktemp("demo"), {})
-
-
-@pytest.fixture(scope="module")
-def demo(unfinished):
-    return run_demo(SETTINGS, "fxq demo", progress=False, finished=unfinished)
+def demo():
+    return run_demo(SETTINGS, "fxq demo", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +54,17 @@ def test_ablation_adds_one_part_at_a_time():
 
 
 @pytest.mark.sweep
-def test_a_run_that_was_killed_goes_on_with_the_same_report(demo, unfinished, monkeypatch):
+def test_a_run_that_was_killed_goes_on_with_the_same_report(demo, tmp_path, monkeypatch):
+    finished = Finished(tmp_path, {})
+    killed, modules = run_demo(SETTINGS, "fxq demo", progress=False, finished=finished)
     monkeypatch.setattr("fxq.lab.Lab.quantized", lambda *given: pytest.fail("quantized again"))
-    again, modules = run_demo(SETTINGS, "fxq demo", progress=False, finished=unfinished)
-    first, second = (report_to_json(report) for report in (demo[0], again))
-    assert first.pop("seconds") and second.pop("seconds")
-    for told in (first, second):
+    again, modules_again = run_demo(SETTINGS, "fxq demo", progress=False, finished=finished)
+    first, *others = (report_to_json(report) for report in (demo[0], killed, again))
+    for told in (first, *others):
+        assert told.pop("seconds")
         assert all(row.pop("seconds") > 0 for row in told["running"])
-    assert first == second
-    assert {*modules} == {*demo[1]}
+    assert others == [first, first]
+    assert {*modules} == {*modules_again} == {*demo[1]}
 
 
 @pytest.mark.slow

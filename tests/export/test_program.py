@@ -78,7 +78,10 @@ torch.save(module(torch.load(sys.argv[2])).detach(), sys.argv[3])
 """
 
 
-@pytest.mark.parametrize("code", [LOAD, PLAIN], ids=["load_program", "torch.export.load"])
+@pytest.mark.parametrize(
+    "code",
+    [pytest.param(LOAD, id="load_program", marks=pytest.mark.sweep), pytest.param(PLAIN, id="torch.export.load")],
+)
 def test_a_fresh_process_reads_the_weight_free_program(original, quantized, tmp_path, code):
     torch.save(X, tmp_path / "x")
     in_fresh_process(code, original, tmp_path / "x", tmp_path / "y", cwd=pathlib.Path(fxq.__file__).parents[1])

@@ -161,7 +161,7 @@ def test_a_saved_module_gives_the_same_bytes_in_another_process(tiny, packed, tm
     assert done.stdout.split()[-1] == want
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_bundle_from_before_gains_codecs_and_optimizing_commutes(tiny, quantized, packed, tmp_path):
     fxq.save(quantized, tmp_path / "bundle", fingerprint=False)
     later = pack_cache(fxq.load(tmp_path / "bundle"), POLICY)
@@ -255,7 +255,7 @@ def test_what_cannot_be_packed_is_named(tiny, quantized, packed, traced):
         pack_cache(torch.fx.symbolic_trace(torch.nn.Linear(4, 4)), POLICY)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_graphs_for_frames_of_any_size_are_refused(tiny):
     rollout, _ = tiny_rollout(tiny, 2, seed=1, unseen=False)
     rollout.any_size = True

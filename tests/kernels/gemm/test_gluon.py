@@ -56,7 +56,7 @@ def test_no_rows_give_an_empty_result():
     assert launch_gluon(operands(0, 8, 96, 64), torch.bfloat16).shape == (0, 8)
 
 
-@pytest.mark.parametrize("missing", ["triton", "triton.experimental.gluon"])
+@pytest.mark.parametrize("missing", ["triton", pytest.param("triton.experimental.gluon", marks=pytest.mark.sweep)])
 def test_the_module_imports_without_gluon_and_says_so(missing):
     code = f"""
 import sys; sys.modules["{missing}"] = None

@@ -42,7 +42,10 @@ def sqnr(got, want):
     return float(10 * torch.log10(want.square().sum() / (got - want).square().sum().clamp(min=1e-30)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="float32", marks=pytest.mark.sweep), pytest.param(torch.bfloat16, id="bfloat16")],
+)
 def test_every_node_of_a_block_is_fused(dtype):
     _, _, graph = quantized(dtype, False, BLOCKS)
     found = {name: count(graph, f"fxq.{name}") for name in ("norm_quantize", "rms_norm_rope", "attention")}
