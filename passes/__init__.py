@@ -11,6 +11,7 @@ from fxq.passes.absorb_cache import AbsorbCache, ObserveAttention, absorb_cache
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.choose_widths import ChooseWidths
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
+from fxq.passes.float_where_faster import FloatWhereFaster
 from fxq.passes.freeze import Freeze
 from fxq.passes.fusions.fold_permutations import FoldPermutations
 from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
@@ -52,6 +53,7 @@ __all__ = [
     "Balance",
     "ChooseWidths",
     "DetectOutliers",
+    "FloatWhereFaster",
     "FoldPermutations",
     "Freeze",
     "FuseActivationQuantize",

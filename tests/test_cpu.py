@@ -87,6 +87,7 @@ print(json.dumps([str(w.message) for w in found if "FXQ_CPU" in str(w.message)])
 """
 
 
+@pytest.mark.sweep
 def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
     found, _ = fresh(LATE)
     late = torch.cpu.get_capabilities().get("avx512_f", False)
@@ -161,6 +162,7 @@ def test_no_other_module_asks_the_cpu_itself():
 SUMMARY = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k", "extreme or instructions"]
 
 
+@pytest.mark.sweep
 def test_the_closing_summary_says_which_kernels_were_not_tested():
     environment = os.environ | {cpu.LIMIT: "portable"}
     command = [sys.executable, "-m", "pytest", *SUMMARY]

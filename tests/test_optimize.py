@@ -223,6 +223,7 @@ q(*call(torch.float32)); fxq.optimize(q)(*call(torch.float32))
 """
 
 
+@pytest.mark.sweep
 def test_no_reference_primitive_of_onednn_multiplies_integers():
     """Signed activations in oneDNN's int8 linear fall back to a loop a thousand times slower than float."""
     environment = {**os.environ, "ONEDNN_VERBOSE": "1"}

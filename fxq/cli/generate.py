@@ -70,6 +70,10 @@ def generate(
     bundle: Annotated[
         pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
     ] = None,
+    floats_where_faster: Annotated[
+        bool,
+        typer.Option("--floats-where-faster", help="Measure the bundle's layers; floats where integers are slower."),
+    ] = False,
     seed: SeedOption = 0,
     scale: Annotated[
         int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
@@ -103,6 +107,10 @@ def generate(
     if decoder is not None and decoder.channels != (wanted := rollout.model.config.out_dim):
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
     module, told = _running(rollout, bundle, kept, model), dict[str, object]()
+    if bundle is not None and module is not None:
+        module = optimize(module, floats_where_faster=floats_where_faster)
+    elif floats_where_faster:
+        raise AdapterError("--floats-where-faster measures the layers of a bundle: give --bundle, or leave it out")
     if report is None:
         chunks_made = _shown(rollout, module)
     else:
@@ -209,7 +217,7 @@ def _running(
     elif kept.given:
         raise AdapterError(f"{bundle} has a cache of its own, by its recipe: leave out {kept.given}")
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
-    return module if bundle is None or module is None else optimize(module)
+    return module
 
 
 def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:

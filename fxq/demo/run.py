@@ -33,7 +33,10 @@ PRESET = "Least error"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Size of the job: videos to calibrate and evaluate on, reconstruction iterations, seed and bit widths."""
+    """Size of the job: videos to calibrate and evaluate on, reconstruction iterations, seed and bit widths.
+
+    ``ablation_bits`` is the width at which Q-ARVD's parts are measured alone; "": they are not.
+    """
 
     calibration_videos: int = 16
     evaluation_videos: int = 64
@@ -107,10 +110,11 @@ def _quantized(
     for bits in settings.bits:
         preset, published = PRESETS[bits], with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)
         wanted += [("MinMax", bits, minmax(preset)), ("Q-ARVD", bits, published), (PRESET, bits, preset)]
-    whole, bits = len(wanted), settings.ablation_bits
-    for name, part in ablation_recipes(with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)).items():
-        if not name.endswith("(Q-ARVD)"):
-            wanted.append((name, bits, dataclasses.replace(part, name=f"{bits} {name}")))
+    whole = len(wanted)
+    if bits := settings.ablation_bits:
+        for name, part in ablation_recipes(with_iterations(PRESETS[f"q_arvd-{bits}"], settings.iterations)).items():
+            if not name.endswith("(Q-ARVD)"):
+                wanted.append((name, bits, dataclasses.replace(part, name=f"{bits} {name}")))
     made = []
     for done, (name, bits, recipe) in enumerate(wanted):
         on_progress(done, len(wanted) + 1)  # measuring is the last
@@ -144,10 +148,12 @@ def run_demo(
             reference = latents_of(rollout)
         candidates, parts = _quantized(settings, lab, finished or Finished(None, {}), overall)
         modules, bits = {f"{c.method} {c.bits}": c.module for c in candidates}, settings.ablation_bits
+        shown_bits = bits or settings.bits[-1]
         rows, videos = evaluate(rollout, conditions, reference, [*candidates, *parts], bar)
         variants, ablation = rows[: len(candidates)], rows[len(candidates) :]
-        whole = next(v for v in variants if v.method == "Q-ARVD" and v.bits == bits.upper())
-        ablation.append(dataclasses.replace(whole, method="+ all three (Q-ARVD)"))
+        if bits:
+            whole = next(v for v in variants if v.method == "Q-ARVD" and v.bits == bits.upper())
+            ablation.append(dataclasses.replace(whole, method="+ all three (Q-ARVD)"))
         views = []
         for name in settings.bits:
             with bar.step(f"{name} sensitivity, unseen") as on_progress:
@@ -183,10 +189,10 @@ def run_demo(
         variants=tuple(variants),
         ablation=tuple(ablation),
         comparisons=tuple(comparisons),
-        ablation_comparisons=tuple(c for a, b in pairs for c in compare(by_name[a], by_name[b])),
+        ablation_comparisons=tuple(c for a, b in pairs if bits for c in compare(by_name[a], by_name[b])),
         sensitivity=tuple(views),
-        layers_of=f"{PRESET} {bits.upper()}",
-        layers=tuple(layer_views(modules[f"{PRESET} {bits}"], lab.traced)),
+        layers_of=f"{PRESET} {shown_bits.upper()}",
+        layers=tuple(layer_views(modules[f"{PRESET} {shown_bits}"], lab.traced)),
         clips=tuple(make_clips(conditions, reference, shown, variants, settings.clips)),
         frames_per_chunk=CHUNK,
         seconds={"total": time.perf_counter() - start},

@@ -174,6 +174,7 @@ def test_block_rivals_are_those_that_take_any_module():
     assert QUICK_BLOCKS[0].rows < QUICK_BLOCKS[0].keys
 
 
+@pytest.mark.sweep
 def test_the_benchmark_imports_no_rival_until_it_builds_one():
     code = (
         "import sys, fxq.cli.bench\n"

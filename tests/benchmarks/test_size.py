@@ -78,6 +78,7 @@ def test_a_disk_without_room_gets_no_file(tmp_path, family, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("bits", [8, 4])
 def test_sizes_are_those_of_the_summary(tmp_path, family, bits):
     model = load_causal_wan(synthetic.write_checkpoint("small", tmp_path), family)

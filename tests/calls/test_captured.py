@@ -197,7 +197,7 @@ def test_a_compiled_module_has_no_graph_break(module):
     assert explained.graph_break_count == 0
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_inductor_compiles_a_quantized_module(module):
     torch._dynamo.reset()
     compiled = torch.compile(module)
@@ -235,6 +235,7 @@ print(tuple(module(torch.ones(3, 96)).shape), type(module).__mro__[1].__name__)
 """
 
 
+@pytest.mark.sweep
 def test_a_pickle_needs_no_import_of_fxq_before_it_is_read(tmp_path):
     q = fxq.quantize(toy(), [rows(9, 96)], recipe(8), progress=False)
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(q))

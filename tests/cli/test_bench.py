@@ -84,8 +84,8 @@ def test_the_model_level_measures_only_the_cases_asked_for(toy_model):
     assert [case["facts"]["layers"] for case in data["cases"]] == [["blocks.0.ffn.0"]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("level", ["linear", *(pytest.param(n, marks=pytest.mark.sweep) for n in ("block", "rollout"))])
+@pytest.mark.sweep
+@pytest.mark.parametrize("level", ["linear", "block", "rollout"])
 def test_every_contestant_of_a_level_is_right_or_not_for_this_machine(level):
     data = json.loads(run("--level", level, *QUICK, "--json", "-").stdout)
     for case in data["cases"]:

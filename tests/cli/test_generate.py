@@ -101,6 +101,7 @@ def test_embeddings_do_and_latents_need_no_decoder(tmp_path):
         (["--model", "self-forcing", "--vae", "nowhere"], "nowhere is no folder"),
         (["--frames", "9"], "model 'tiny' takes no files"),
         (["--vae", "v"], "model 'tiny' makes frames, not latents"),
+        (["--floats-where-faster"], "measures the layers of a bundle: give --bundle, or leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message, tmp_path):

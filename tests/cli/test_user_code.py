@@ -31,6 +31,7 @@ def test_an_error_of_a_users_function_is_shown_with_its_own_lines(tmp_path):
     assert done.stderr.count("  File ") == 2 and "mine.py" in done.stderr and "typer" not in done.stderr
 
 
+@pytest.mark.sweep
 def test_a_function_of_other_arguments_is_refused_in_a_line(tmp_path):
     done = run(tmp_path, "mine:narrow")
     assert done.returncode == 1 and "Traceback" not in done.stderr

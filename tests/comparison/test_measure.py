@@ -70,7 +70,7 @@ def test_every_row_has_all_measures_of_its_own_module(bench):
     assert by_name["w8a8-dynamic"].whole_ratio > by_name["minmax"].whole_ratio
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_shipped_model_and_its_rows_are_scored():
     bench = Bench(tiny_subject(), Extent(videos=2, calibration_videos=1), 1, Progress(False))
     ((variant, _),) = measured(bench, "minmax", bits="w8a8")

@@ -13,7 +13,9 @@ from fxq.models.tiny import load_tiny
 from fxq.report.html import write_report
 from fxq.report.tables import report_to_json
 
-SETTINGS = DemoSettings(calibration_videos=2, evaluation_videos=2, iterations=6, clips=1, bits=("w4a8",))
+SETTINGS = DemoSettings(
+    calibration_videos=2, evaluation_videos=2, iterations=6, clips=1, bits=("w4a8",), ablation_bits=""
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +78,11 @@ def test_the_preset_beats_q_arvd_which_beats_minmax_at_four_bits_teacher_forced(
 
 
 @pytest.mark.sweep
-def test_eight_bits_are_closer_than_four(wide):
+def test_eight_bits_are_closer_than_four_and_parts_are_measured_alone(wide, tmp_path):
     report, _ = wide
+    assert [v.method for v in report.ablation] == list(ablation_recipes(fxq.PRESETS["q_arvd-w4a8"]))
+    assert {(c.a, c.b) for c in report.ablation_comparisons} >= {("+ dual scale", "round to nearest")}
+    assert 'id="ablation"' in write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     ratios = {(c.bits, c.a): c for c in report.comparisons if c.metric == "teacher_forced"}
     assert ratios["W8A8", "Least error"].ratio < 1.3, "three videos are few to fit weights of 8 bits to"
     for method in ("MinMax", "Q-ARVD", "Least error"):
@@ -99,6 +104,6 @@ def test_sizes_are_real(demo):
 def test_the_report_and_its_json_are_written(demo, tmp_path):
     report, _ = demo
     page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "blocks.3.ffn.2" in page
+    assert "blocks.3.ffn.2" in page and 'id="ablation"' not in page
     data = json.loads(json.dumps(report_to_json(report)))
     assert len(data["variants"]) == 3

@@ -51,7 +51,9 @@ def program(model):
 
 
 @pytest.mark.parametrize(
-    "wrap", [compiled_blocks, program, lambda m: program(m).module()], ids=["blocks", "program", "graph"]
+    "wrap",
+    [compiled_blocks, pytest.param(program, marks=pytest.mark.sweep), lambda m: program(m).module()],
+    ids=["blocks", "program", "graph"],
 )
 def test_compiled_blocks_programs_and_graph_modules_are_models(wrap):
     model = WAN.build()

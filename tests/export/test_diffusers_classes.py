@@ -32,7 +32,7 @@ def tensors(output):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*NAMES[:4], *(pytest.param(name, marks=pytest.mark.sweep) for name in NAMES[4:])])
+@pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.sweep) for name in NAMES[2:])])
 def test_the_class_reads_the_folder_of_its_quantized_form(name, tmp_path):
     from fxq.integrations.diffusers import register
 

@@ -186,7 +186,7 @@ save_file({"out": model(**load_file(sys.argv[2]), return_dict=False)[0]}, sys.ar
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_fresh_process_gets_the_same_output(pair, folder, tmp_path):
     pytest.importorskip("accelerate", reason="diffusers loads quantized models with accelerate only")
     save_file({n: v for n, v in call(4).items() if n != "return_dict"}, tmp_path / "in.safetensors")

@@ -57,6 +57,7 @@ def test_a_bundle_gives_the_same_module_back(quantized, bundle, per_token):
     assert [row.bits for row in fxq.summary(loaded).rows] == [row.bits for row in fxq.summary(quantized).rows]
 
 
+@pytest.mark.sweep
 def test_a_fresh_process_computes_the_same(quantized, bundle, tmp_path, per_token):
     if per_token:
         return  # one process is enough

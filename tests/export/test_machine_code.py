@@ -56,7 +56,7 @@ def test_older_programs_that_may_saturate_are_warned_of(small):
         refuse_other_cpu(FILE, {"integer_products": 0})
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_program_compiled_without_vnni_is_exact_and_one_of_another_cpu_is_refused(tmp_path, monkeypatch):
     x = rows(9, 96)
     q = fxq.quantize(toy(), [x], recipe(8), progress=False)

@@ -283,6 +283,7 @@ def test_outputs_are_named_by_their_place(value, names):
     assert output_names(pytree.tree_structure(value)) == names
 
 
+@pytest.mark.any_cpu
 def test_large_files_keep_their_tensors_beside(toys, tmp_path):
     path = tmp_path / "toy.onnx"
     for bits in (8, 4):
@@ -326,6 +327,7 @@ def test_openvino_reads_the_same_file(toys, files):
         assert sum(kind.endswith("I8") for kind in kinds) == in_integers, kinds
 
 
+@pytest.mark.any_cpu
 def test_a_module_without_recorded_values_needs_an_example(toys, tmp_path):
     loaded = fxq.load(fxq.save(toys[8], tmp_path / "bundle"))
     catch_up(loaded)
@@ -386,7 +388,8 @@ def test_files_that_are_not_exports_are_refused_by_the_check(files, tmp_path):
         check_onnx(tmp_path / "other.onnx")
 
 
-@pytest.mark.parametrize("threshold", [1000, 1 << 31])
+@pytest.mark.any_cpu
+@pytest.mark.parametrize("threshold", [1000, pytest.param(1 << 31, marks=pytest.mark.sweep)])
 def test_a_failed_write_leaves_the_old_files(toys, tmp_path, monkeypatch, threshold):
     path = export_onnx(toys[8], tmp_path / "toy.onnx", external_above=threshold)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -437,7 +440,7 @@ def test_the_example_generates_the_video_of_fxq_without_torch(tmp_path):
     assert float(done.stdout.split()[-1]) < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("window", "sink", "prediction"),
     [(4, 1, "x0"), *(pytest.param(*p, marks=pytest.mark.sweep) for p in ((-1, 0, "flow"), (5, 2, "flow")))],

@@ -98,6 +98,7 @@ def test_the_archive_holds_no_tensor_no_pickle_and_no_path(original):
     assert content.count(b"fxq.dual_scale_linear.default") == 2
 
 
+@pytest.mark.any_cpu
 def test_sizes_vary_in_the_program_as_in_the_module(tmp_path):
     rollout = wan_rollout()
     q = fxq.quantize(rollout.denoiser, rollout, recipe(8), progress=False)

@@ -30,6 +30,7 @@ def test_without_diffusers_it_is_named(monkeypatch):
         fxq.register()
 
 
+@pytest.mark.sweep
 def test_importing_fxq_loads_no_diffusers():
     code = "import fxq, sys; print('diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)

@@ -516,7 +516,7 @@ def test_with_inductor_blocks_of_the_tiny_model_compile_once():
     assert graphs[-1] == graphs[2 * 5 - 1] <= 8, graphs
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_with_inductor_a_block_of_another_kind_follows_dynamic_sizes():
     model = uneven()
     quantized = quantize(model)
@@ -555,7 +555,7 @@ def test_with_inductor_a_transformer_of_diffusers_is_right(parts):
     assert not chosen.unserved()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_an_installed_entry_point_makes_the_backend_known_by_name(tmp_path):
     info = tmp_path / "fxq_installed-1.dist-info"
     info.mkdir()
@@ -593,7 +593,7 @@ def test_linears_on_one_input_share_what_is_measured_of_it(compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("asymmetric", [False, pytest.param(True, marks=pytest.mark.sweep)])
 def test_inductor_compiles_layers_with_scales_per_token(asymmetric):
     model = toy(blocks=2)
     chosen = recipe(4, per_token=True, asymmetric=asymmetric)

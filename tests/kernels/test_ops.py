@@ -396,6 +396,7 @@ def run(code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.sweep
 @pytest.mark.any_cpu
 def test_the_package_loads_twice_in_one_process():
     code = """

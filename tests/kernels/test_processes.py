@@ -73,6 +73,7 @@ def test_a_forked_process_computes_the_same_in_two_threads_and_its_own_forks_too
     assert run(code).split() == ["True", "True", "True"]
 
 
+@pytest.mark.sweep
 @needs_native
 @pytest.mark.any_cpu
 def test_workers_of_a_data_loader_call_the_kernels():

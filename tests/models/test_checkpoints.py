@@ -441,7 +441,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / siz
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_change_of_dtype_needs_little_more_memory_than_its_result(tmp_path):
     config = CausalWanConfig(dim=1024, ffn_dim=8192, num_heads=8, num_layers=2, text_dim=64, freq_dim=64)
     torch.save({"generator_ema": weights(config=config)}, tmp_path / "file.pt")

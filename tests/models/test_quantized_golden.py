@@ -47,16 +47,10 @@ def test_the_quantized_rollout_stays_close_to_the_official_latents(golden_path, 
     check(golden_path, record_property)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "name",
-    [
-        "window_sink",
-        *(
-            pytest.param(n, marks=pytest.mark.sweep)
-            for n in ("image_to_video", "wide", "framewise", "framewise_window", "initial")
-        ),
-        *(pytest.param(n, marks=pytest.mark.sweep) for n in ("float64", "bfloat16")),
-    ],
+    ["window_sink", "image_to_video", "wide", "framewise", "framewise_window", "initial", "float64", "bfloat16"],
 )
 def test_it_does_so_for_other_settings(name, tmp_path, record_property):
     write(tmp_path / f"{name}.safetensors", **SETTINGS[name])

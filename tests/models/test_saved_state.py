@@ -41,7 +41,7 @@ def advanced(rollout, state, chunks):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("at", [0, 1, 5])
+@pytest.mark.parametrize("at", [0, 1, pytest.param(5, marks=pytest.mark.sweep)])
 def test_the_rest_is_bit_for_bit_the_same(model, name, at, tmp_path):
     rollout = rollout_of(model, POLICIES[name])
     state = advanced(rollout, rollout.begin(*rollout.batches[0]), at)

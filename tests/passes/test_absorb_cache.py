@@ -288,7 +288,7 @@ def test_what_maps_are_fitted_to_is_attention_of_both_kinds(tiny, traced, packed
             assert torch.allclose(got, attention(q, *joined), atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_it_is_saved_loaded_and_optimized_as_any_module(tiny, quantized, tmp_path):
     module = absorb_cache(quantized, POLICY)
     names, facts = convention(module)[0], Facts.of(module)

@@ -151,7 +151,7 @@ print(hashlib.sha256(video(load_tiny(), module, POLICY, 4).numpy().tobytes()).he
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_saved_module_gives_the_same_bytes_in_another_process(tiny, packed, tmp_path):
     fxq.save(packed, tmp_path / "bundle")
     command = [sys.executable, "-c", _FRESH, str(tmp_path / "bundle")]

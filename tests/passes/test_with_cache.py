@@ -83,6 +83,7 @@ def test_weights_cache_and_maps_are_loaded_elsewhere_with_the_same_bytes(quantiz
     assert float((want - float_video).pow(2).mean()) < 0.01
 
 
+@pytest.mark.sweep
 def test_a_recipe_without_codecs_changes_no_graph():
     policy = CachePolicy(window=21, sink=3)
     rollout, _ = tiny_rollout(load_tiny(), 1, seed=1, unseen=False)
@@ -196,6 +197,7 @@ def test_codecs_learn_from_rollouts_alone():
         other.cached_tokens(*other.batches[0], LEARNED, 8)
 
 
+@pytest.mark.sweep
 def test_a_killed_run_does_not_look_at_the_videos_again(holding, tmp_path, monkeypatch):
     quantized_with(LEARNED, wan_rollout(frames=10), checkpoint_dir=tmp_path)
     assert "cache-0.safetensors" in {file.name for file in tmp_path.iterdir()}

@@ -234,7 +234,9 @@ def test_methods_that_solve_take_a_part_of_the_time_of_those_that_iterate():
 
 
 @pytest.mark.parametrize(("outputs", "width", "count"), [(2048, 160, 64), (8, 320, 64), (16, 64, 9000)])
-@pytest.mark.parametrize("most", [4096, 0], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "most", [pytest.param(4096, id="float64"), pytest.param(0, id="float32", marks=pytest.mark.sweep)]
+)
 def test_the_memory_of_solving_a_layer_is_counted(outputs, width, count, most, monkeypatch):
     for module in (job, quadratic):
         monkeypatch.setattr(module, "DOUBLE", most)

@@ -124,6 +124,7 @@ def test_the_window_is_the_models_or_that_of_training():
     assert make_plan(wide, find_gpu("H200"), 1.0).window == 27
 
 
+@pytest.mark.sweep
 def test_every_output_says_that_it_is_an_estimate_and_what_it_rests_on():
     plan = plan_of("krea-14b", "B200", 5.0)
     text = text_of(plan)

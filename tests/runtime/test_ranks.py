@@ -107,7 +107,7 @@ def test_ranks_with_another_job_are_an_error_on_all_of_them_that_names_rank_and_
         assert out.startswith("WorkerError the ranks do not do the same job: rank 1 has ") and named in out
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_an_error_of_one_rank_is_told_to_the_other():
     (first, out, _), (second, own, _) = results("error")
     assert (first, second) == (3, 3) and own.startswith("KeyError")
@@ -149,7 +149,7 @@ def test_the_rank_at_which_all_meet_may_be_the_stopped_one(where):
     assert "rank 0" in out and ("has not answered for" in out or "has given no sign of life" in out)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("size", "named"),
     [(2, "rank 1 of 2 did not come within"), pytest.param(3, "rank 1 of 3 did not", marks=pytest.mark.sweep)],

@@ -1,0 +1,151 @@
+"""Rewrite: quantized layers that floats compute faster on this machine become linears in model dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from fxq.core.config import RecipeError, Scheme
+from fxq.core.graph import arguments, drop_unread_attributes, unused_tensors
+from fxq.core.ir import (
+    LayerPlan,
+    QuantGraph,
+    drop_tensor,
+    example_value,
+    get_tensor,
+    inherit_meta,
+    put_tensor,
+    set_plan,
+)
+from fxq.core.layer import LayerTensors, QuantizedLayer, quantized_layers
+from fxq.core.pipeline import Fusion
+from fxq.core.signature import hint_of
+from fxq.passes.fusions.merge_linears import unify_quantizes
+from fxq.passes.kernel_times import LinearSize, kernel_seconds
+from fxq.passes.match.blocks import block_of
+
+_FLOAT8 = "float8 has no kernel to measure beside floats: stays quantized"
+_MANY_WAYS = "it or a layer beside it is called with other neighbours elsewhere: not measured, stays quantized"
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatWhereFaster(Fusion):
+    """Leaves no layer in integers that is slower in them than in floats, on this machine and at the captured sizes.
+
+    Layers of one block that quantize one input alike count as the one product that
+    :class:`~fxq.passes.fusions.merge_linears.MergeLinears` makes of them. Both ways are measured in turns on random
+    numbers (:func:`~fxq.passes.kernel_times.kernel_seconds`, quantize included), once a process for each size, scheme
+    and number of threads. Where floats take less than ``1 - margin`` of the time of integers, the layer gets its
+    dequantized weight [N, K] and bias [N] in model dtype, which take the memory they had before quantization, and its
+    input is no longer rounded: its result differs from the quantized one by that error. The reason of such a layer,
+    and a remark on each that stays, tell both times. What is chosen may differ from run to run.
+    """
+
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.margin < 1:
+            raise RecipeError(f"FloatWhereFaster: margin = {self.margin}, expected at least 0 and less than 1")
+
+    def run(self, graph: QuantGraph) -> int:
+        """Returns the number of layers that are computed in floats."""
+        module = graph.module
+        unify_quantizes(module)
+        reasons = dict[str, str]()
+        for names, calls in _calls(graph).items():
+            layer = calls[0][0]
+            if layer.scheme.is_float8:
+                floats, told = False, _FLOAT8
+            else:
+                floats, told = self._judged([_seconds(graph, call) for call in calls])
+            for name in names:
+                if floats:
+                    reasons[name] = told
+                else:
+                    graph.remark(name, told)
+        tensors = dict[str, torch.Tensor]()
+        for layer in list(quantized_layers(module)):
+            if reason := reasons.get(layer.name):
+                stored = LayerTensors.of(module, layer.plan)
+                if f"{layer.name}.weight" not in tensors:
+                    tensors[f"{layer.name}.weight"] = stored.float_weight().to(layer.dtype)
+                    tensors[f"{layer.name}.bias"] = stored.bias().to(layer.dtype)
+                _replace(module, layer, reason)
+        drop_unread_attributes(module.graph)
+        for name, tensor in tensors.items():
+            put_tensor(module, name, tensor)
+        for name in unused_tensors(module):
+            drop_tensor(module, name)
+        return len(reasons)
+
+    def _judged(self, seconds: Sequence[tuple[float, float]]) -> tuple[bool, str]:
+        """Whether floats win over all calls of a layer, and the two times."""
+        integers, floats = (math.fsum(column) for column in zip(*seconds, strict=True))
+        times = f"{1e3 * floats:.3g} ms in floats, {1e3 * integers:.3g} ms in integers, as measured here"
+        return floats < (1 - self.margin) * integers, times
+
+
+def _calls(graph: QuantGraph) -> Mapping[tuple[str, ...], list[list[QuantizedLayer]]]:
+    """Layers that one product can compute, by their names, at each place where they are called together."""
+    together: dict[object, list[QuantizedLayer]] = {}
+    for layer in quantized_layers(graph.module):
+        if layer.frozen:
+            key = layer.own_quantize, block_of(layer.name), layer.scheme, layer.dtype
+            together.setdefault(key, []).append(layer)
+    found: dict[tuple[str, ...], list[list[QuantizedLayer]]] = {}
+    for layers in together.values():
+        found.setdefault(tuple(layer.name for layer in layers), []).append(layers)
+    ways: dict[str, int] = {}
+    for names in found:
+        for name in names:
+            ways[name] = ways.get(name, 0) + 1
+    several = {names for names in found if any(ways[name] > 1 for name in names)}
+    for name in dict.fromkeys(name for names in found if names in several for name in names):
+        graph.remark(name, _MANY_WAYS)
+    return {names: calls for names, calls in found.items() if names not in several}
+
+
+def _seconds(graph: QuantGraph, layers: Sequence[QuantizedLayer]) -> tuple[float, float]:
+    """Of one call of layers as one product: in integers, in floats."""
+    first = layers[0]
+    source = arguments(first.own_quantize)["x"]
+    value = example_value(source)
+    size = LinearSize(
+        rows=math.prod(hint_of(length) for length in value.shape[:-1]),
+        inputs=first.plan.in_features,
+        outputs=sum(layer.plan.out_features for layer in layers),
+        split=first.split,
+        dtype=first.dtype,
+        device=str(get_tensor(graph.module, str(first.weight.target)).device),
+    )
+    return _measured(size, first.scheme, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(size: LinearSize, scheme: Scheme, threads: int) -> tuple[float, float]:
+    integers, floats = kernel_seconds(size, [scheme, None])
+    return integers, floats
+
+
+def _replace(module: fx.GraphModule, layer: QuantizedLayer, reason: str) -> None:
+    """Put a linear in the place of a layer's product, and take away what it quantized where nothing else reads it."""
+    product, quantize = layer.product, layer.own_quantize
+    with module.graph.inserting_before(product):
+        read = [module.graph.create_node("get_attr", f"{layer.name}.{name}") for name in ("weight", "bias")]
+        linear = module.graph.call_function(torch.ops.aten.linear.default, (arguments(quantize)["x"], *read))
+    for node in read:
+        inherit_meta(node, product, None)
+    inherit_meta(linear, product, example_value(product))
+    kept: LayerPlan = dataclasses.replace(layer.plan, scheme=None, reason=reason, outliers=(), output_sqnr=None)
+    set_plan(linear, kept)
+    product.replace_all_uses_with(linear)
+    parts = dict.fromkeys((*product.all_input_nodes, quantize))  # a pair's integers and scales before the pair
+    module.graph.erase_node(product)
+    for node in parts:
+        if not node.users and node.op == "call_function":
+            module.graph.erase_node(node)

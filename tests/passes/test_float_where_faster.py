@@ -1,0 +1,151 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fxq
+from fxq.core.config import RecipeError
+from fxq.core.facts import Facts
+from fxq.core.ir import Stage, planned
+from fxq.core.layer import LayerTensors
+from fxq.core.pipeline import PassError, run_passes
+from fxq.passes import FUSIONS, FloatWhereFaster, float_where_faster
+from tests.passes.fusions.test_fold_permutations import Mlp
+from tests.passes.fusions.test_merge_linears import frozen
+from tests.toys import recipe, rows, toy, wan_rollout
+
+LINEAR = torch.ops.aten.linear.default
+X = rows(9, 96)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Sizes that were measured; floats take half the time of integers."""
+    asked = []
+
+    def measured(size, scheme, threads):
+        asked.append(size)
+        return 0.002, 0.001
+
+    monkeypatch.setattr(float_where_faster, "_measured", measured)
+    return asked
+
+
+def linears(module):
+    return [node for node in module.graph.nodes if node.target == LINEAR]
+
+
+def dequantized(module, layer):
+    """Weight and bias of a layer, float32."""
+    stored = LayerTensors.of(module, planned(module)[layer][0])
+    return stored.float_weight(), stored.bias().float()
+
+
+@pytest.mark.parametrize(
+    ("bits", "scheme"), [(8, {}), (4, {}), (8, {"per_token": True}), (8, {"per_token": True, "asymmetric": True})]
+)
+def test_a_layer_gets_its_dequantized_weight_and_exact_inputs(bits, scheme, times):
+    torch.manual_seed(1)
+    module = fxq.quantize(torch.nn.Sequential(torch.nn.Linear(96, 40)).eval(), [X], recipe(bits, **scheme))
+    before = module(X)
+    fast = fxq.optimize(module, floats_where_faster=True)
+    assert torch.allclose(fast(X), F.linear(X, *dequantized(module, "0")), atol=1e-5)
+    assert not torch.equal(fast(X), before) and torch.equal(module(X), before)
+    assert {name for name, _ in fast.named_buffers()} == {"0.weight", "0.bias"}
+    (row,) = fxq.summary(fast).rows
+    assert not row.quantized and row.outliers == 0 and row.output_sqnr is None
+    assert row.reason == "1 ms in floats, 2 ms in integers, as measured here"
+
+
+def test_outlier_channels_are_put_back_in_order(times):
+    module = fxq.quantize(Mlp().eval(), [rows(2, 9, 33)], recipe(8), progress=False)
+    assert "blocks.0.down.perm" in dict(module.named_buffers())
+    fast = fxq.optimize(module, floats_where_faster=True)
+    x = rows(3, 9, 33, seed=4)
+    up, gate, down = (dequantized(module, f"blocks.0.{name}") for name in ("up", "gate", "down"))
+    want = F.linear(F.gelu(F.linear(x, *up)) * F.linear(x, *gate), *down)
+    assert torch.allclose(fast(x)[0], want, atol=1e-4)
+    assert [(size.inputs, size.split < size.inputs, size.outputs) for size in times] == [
+        (33, False, 192),
+        (96, True, 17),
+    ]
+
+
+def test_what_integers_compute_faster_stays_as_it_is(times, monkeypatch):
+    module = fxq.quantize(toy(), [X], recipe(8), progress=False)
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.00097, 0.001))
+    plain, measured = fxq.optimize(module), fxq.optimize(module, floats_where_faster=True)
+    assert torch.equal(plain(X), measured(X)) and len(linears(measured)) == len(linears(plain)) == 1, "the head is kept"
+    for row in fxq.summary(measured).quantized:
+        assert row.remarks[0] == "1 ms in floats, 0.97 ms in integers, as measured here"
+    # Within the margin floats are not worth their memory.
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.001, 0.00096))
+    assert len(linears(fxq.optimize(module, floats_where_faster=True))) == 1
+    assert len(linears(fxq.optimize(module, (FloatWhereFaster(margin=0.0), *FUSIONS)))) == 3
+
+
+def test_linears_that_merge_are_measured_as_one_product(times):
+    module, graph, x = frozen()
+    run_passes(graph, (FloatWhereFaster(), FloatWhereFaster()))
+    (size, *_) = times
+    assert (size.rows, size.inputs, size.outputs) == (18, 64, sum(len(module(x)[i][0, 0]) for i in range(3)))
+    assert len(linears(graph.module)) == 3 and len(times) == 1, "what is in floats is not measured again"
+    for got, name in zip(graph.module(x), "qkv", strict=True):
+        assert torch.allclose(got, F.linear(x, *dequantized(module, f"blocks.0.{name}")), atol=1e-4)
+
+
+def test_a_layer_with_other_neighbours_elsewhere_stays(times):
+    _, graph, _ = frozen("twice")
+    run_passes(graph, (FloatWhereFaster(),))
+    assert not times and not linears(graph.module)
+    for name in "qkv":
+        (told,) = graph.remarks[f"blocks.0.{name}"]
+        assert told == float_where_faster._MANY_WAYS
+
+
+def test_float8_stays(times):
+    module = fxq.quantize(toy(), [X], "fp8", progress=False)
+    fast = fxq.optimize(module, floats_where_faster=True)
+    quantized = fxq.summary(fast).quantized
+    assert quantized and not times
+    assert all(float_where_faster._FLOAT8 in row.remarks for row in quantized)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_results_keep_their_dtype(dtype, times):
+    module = fxq.quantize(toy().to(dtype), [X.to(dtype)], recipe(8), progress=False)
+    fast = fxq.optimize(module, floats_where_faster=True)
+    got, want = fast(X.to(dtype)), module(X.to(dtype))
+    assert got.dtype == want.dtype == dtype and linears(fast)
+    assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_a_rollout_is_measured_for_real():
+    float_where_faster._measured.cache_clear()
+    rollout = wan_rollout(seeds=(1,))
+    module = fxq.quantize(rollout.denoiser, rollout, recipe(8), progress=False)
+    fast = fxq.optimize(module, floats_where_faster=True)
+    told = [row.reason if not row.quantized else row.remarks[0] for row in fxq.summary(fast).rows if row.bits != "-"]
+    told += [row.reason for row in fxq.summary(fast).kept if row.reason.endswith("here")]
+    assert told and all("ms in floats" in text and "ms in integers" in text for text in told)
+    known = float_where_faster._measured.cache_info()
+    fxq.optimize(module, floats_where_faster=True)
+    assert float_where_faster._measured.cache_info().misses == known.misses, "each size is measured once a process"
+    args, _ = rollout.example_call()
+    with torch.no_grad():
+        want = rollout.denoiser(*args)[0]
+        assert (fast(*args)[0] - want).norm() < 1.1 * (module(*args)[0] - want).norm()
+
+
+def test_a_part_of_a_rank_is_refused(times):
+    module = fxq.quantize(toy(), [X], recipe(8), progress=False)
+    dataclasses.replace(Facts.of(module), parallel={"rank": 0, "size": 2}).attach(module)
+    with pytest.raises(PassError, match="ranks would choose differently"):
+        fxq.optimize(module, floats_where_faster=True)
+
+
+def test_a_margin_is_a_share():
+    with pytest.raises(RecipeError, match=r"margin = 1\.0, expected at least 0 and less than 1"):
+        FloatWhereFaster(margin=1.0)
+    assert FloatWhereFaster.needs == Stage.FROZEN
