@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 
+from fxq import cpu
 from fxq.shadowed import answer_transformers
 from tests import captures, features
 
@@ -38,10 +39,19 @@ def golden_files() -> list[pathlib.Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def switches():
+    """Variables that say which kernels run, here and in the processes that tests start."""
+    limits = {name for variables in cpu.LIBRARIES.values() for name in variables} | {"OMP_NUM_THREADS"}
+    return {name: value for name, value in os.environ.items() if name in limits or name.startswith("FXQ_")}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def settled():
-    """What a file leaves behind stays (caches, captures): later collections need not look through it again."""
+    """What a file leaves behind stays (caches, captures): later collections need not look through it again. Switches
+    do not stay."""
+    before = switches(), torch.get_num_threads()
     yield
+    assert (switches(), torch.get_num_threads()) == before
     gc.collect()
     gc.freeze()
 
@@ -58,6 +68,7 @@ ANY_CPU = (
     "attacks/test_native_cache.py",
     "attacks/test_other_files.py",
     "attacks/test_packed_cache.py",
+    "attacks/test_programs.py",
     "attacks/test_resources.py",
     "bench",
     "benchmarks",
@@ -84,8 +95,11 @@ ANY_CPU = (
     "extension",
     "integrations/test_apply_held.py",
     "integrations/test_registration.py",
+    "integrations/test_torch_compile.py",
     "kernels/test_aot.py",
     "kernels/gemm/test_gluon.py",
+    "kernels/test_guards.py",
+    "kernels/test_instruction_sets.py",
     "kernels/test_launches.py",
     "kernels/test_schema.py",
     "kernels/gemm/test_tiles.py",
@@ -139,14 +153,23 @@ ANY_CPU = (
 )
 """Tests whose result cannot depend on the CPU (float models, GPU code, texts, plans), and those of captures,
 calibration, methods, comparison, files, command line, ranks and graph matching: they check what stands above kernels
-that other tests run."""
+that other tests run, or run the kernels of every instruction set themselves."""
+
+
+def _any_cpu(path):
+    here = pathlib.Path(__file__).resolve().parent
+    return path.is_relative_to(here) and path.relative_to(here).as_posix().startswith(ANY_CPU)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files whose tests would all be left out are not imported."""
+    return True if "not any_cpu" in config.option.markexpr and _any_cpu(collection_path) else None
 
 
 def pytest_collection_modifyitems(items):
     """Files with slow tests come first, so that no worker ends alone with one; marks :data:`ANY_CPU`."""
-    here = pathlib.Path(__file__).resolve().parent
     for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ANY_CPU):
+        if _any_cpu(item.path):
             item.add_marker(pytest.mark.any_cpu)
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("sweep")}
     items.sort(key=lambda item: item.path not in slow)

@@ -95,6 +95,7 @@ def test_an_environment_of_the_wheel_quantizes_and_verifies(installed, tmp_path)
     assert found["ok"] and any(check["kernel"].startswith("native") for check in found["operators"])
 
 
+@pytest.mark.sweep
 def test_importing_it_loads_no_extra(installed, tmp_path):
     python, _ = installed
     extras = ("onnx", "onnxscript", "onnxruntime", "matplotlib", "PIL", "av", "huggingface_hub", "diffusers")

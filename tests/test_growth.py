@@ -108,6 +108,7 @@ def test_work_that_is_repeated_leaves_no_memory_files_or_threads_behind(what, jo
     assert len(list(tmp_path.iterdir())) == places
 
 
+@pytest.mark.sweep
 def test_the_source_of_a_module_lives_as_long_as_the_module():
     module = fxq.quantize(toy(), [rows(32, 96)], recipe(), progress=False)
     collect()
@@ -120,6 +121,7 @@ def test_the_source_of_a_module_lives_as_long_as_the_module():
     assert own not in generated()
 
 
+@pytest.mark.sweep
 def test_modules_of_others_keep_their_source():
     module = fx.symbolic_trace(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU()))
     own = type(module).forward.__code__.co_filename

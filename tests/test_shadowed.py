@@ -16,6 +16,7 @@ print(diffusers.WanTransformer3DModel.__name__)
 """
 
 
+@pytest.mark.sweep
 def test_with_a_checkout_on_the_path_transformers_and_diffusers_can_be_imported():
     pytest.importorskip("transformers")
     pytest.importorskip("diffusers")

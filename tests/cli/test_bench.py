@@ -44,7 +44,7 @@ def planted(output):
     return rivals.Rival("planted", build, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("level", ["linear", "block", "rollout"])
+@pytest.mark.parametrize("level", ["linear", "block", pytest.param("rollout", marks=pytest.mark.sweep)])
 def test_a_level_runs_and_this_library_is_right(level):
     # Through torch.compile it takes most of a minute: the slow test below has every contestant.
     found = results(run("--level", level, *QUICK, "--only", "fxq dual*", "--json", "-").stdout)

@@ -162,6 +162,7 @@ def test_a_damaged_bundle_is_refused_by_inspect(bundle, tmp_path):
     assert "truncated or altered" in result.stderr
 
 
+@pytest.mark.sweep
 def test_same_seed_same_video(bundle):
     first, second = (
         generated(tiny_rollout(load_tiny(), 1, seed=3, unseen=True)[0], fxq.load(bundle)) for _ in range(2)

@@ -10,6 +10,7 @@ from fxq.demo.store import Finished
 from fxq.lab import ablation_recipes, tiny_rollout, weighting_recipes
 from fxq.metrics import sprites
 from fxq.models.tiny import load_tiny
+from fxq.presets import PRESETS, minmax
 from fxq.report.html import write_report
 from fxq.report.tables import report_to_json
 
@@ -21,6 +22,15 @@ SETTINGS = DemoSettings(
 @pytest.fixture(scope="module")
 def demo():
     return run_demo(SETTINGS, "fxq demo", progress=False)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The run with its three methods in name only, each as fast as MinMax."""
+    quick = minmax(PRESETS["w4a8"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxq.demo.run.PRESETS", {"w4a8": quick, "q_arvd-w4a8": quick})
+        return run_demo(SETTINGS, "fxq demo", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_report(demo, tmp_path, monk
     assert {*modules} == {*modules_again} == {*demo[1]}
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_preset_beats_q_arvd_which_beats_minmax_at_four_bits_teacher_forced(demo):
     report, _ = demo
     ratios = {(c.bits, c.a): c for c in report.comparisons if c.metric == "teacher_forced"}
@@ -91,8 +101,8 @@ def test_eight_bits_are_closer_than_four_and_parts_are_measured_alone(wide, tmp_
 
 
 @pytest.mark.slow
-def test_sizes_are_real(demo):
-    report, modules = demo
+def test_sizes_are_real(plain):
+    report, modules = plain
     for variant in report.variants:
         assert variant.size_ratio <= (0.55 if variant.bits == "W8A8" else 0.30), variant.bits
     for module in modules.values():
@@ -101,8 +111,8 @@ def test_sizes_are_real(demo):
 
 
 @pytest.mark.slow
-def test_the_report_and_its_json_are_written(demo, tmp_path):
-    report, _ = demo
+def test_the_report_and_its_json_are_written(plain, tmp_path):
+    report, _ = plain
     page = write_report(report, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "blocks.3.ffn.2" in page and 'id="ablation"' not in page
     data = json.loads(json.dumps(report_to_json(report)))

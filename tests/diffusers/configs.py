@@ -14,11 +14,7 @@ QUICK = (
 )
 """Names of cases that take little time and have little in common."""
 
-SLOW = (
-    "FluxTransformer2DModel (guidance)",
-    "SkyReelsV2Transformer3DModel",
-    "SanaTransformer2DModel",
-)
+SLOW = ("SkyReelsV2Transformer3DModel",)
 """Names of cases that `make test` takes as well: other attention, modulation and captures; `make test-all` has all."""
 
 SAVED = (

@@ -27,6 +27,7 @@ def bfloat16(batch):
     return {n: t.bfloat16() if torch.is_tensor(t) and t.is_floating_point() else t for n, t in batch.items()}
 
 
+@pytest.mark.sweep
 def test_a_bfloat16_model_stays_one():
     model = WAN.build().bfloat16()
     q = quantize(model, bfloat16(WAN.batch(1)))

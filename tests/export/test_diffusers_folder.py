@@ -84,7 +84,7 @@ def configuration(folder):
 @pytest.mark.parametrize(
     ("bits", "dtype"),
     [
-        (8, torch.float32),
+        pytest.param(8, torch.float32, marks=pytest.mark.sweep),
         (4, torch.bfloat16),
         pytest.param(8, torch.bfloat16, marks=pytest.mark.sweep),
         pytest.param(4, torch.float32, marks=pytest.mark.sweep),

@@ -211,7 +211,7 @@ torch.save(found, sys.argv[3])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_runs_where_only_torch_is_imported(compiled, quantized, tmp_path):
     torch.save(X, tmp_path / "x")
     in_fresh_process(ONLY_TORCH, compiled, tmp_path / "x", tmp_path / "y", cwd=tmp_path)
@@ -220,7 +220,7 @@ def test_a_compiled_program_runs_where_only_torch_is_imported(compiled, quantize
         assert (got - want).norm() < 1e-5 * want.norm()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_multiplies_integers_only(compiled, quantized):
     facts = read_program(compiled)
     assert (facts["integer_products"], facts["imports"], facts["runtime"]) == (3, ["torch"], {"layers": 1})
@@ -233,7 +233,7 @@ def test_a_compiled_program_multiplies_integers_only(compiled, quantized):
         assert relative_error(quantized, load_program(compiled, entry), X) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_refuses_calls_it_was_not_compiled_for(compiled, quantized):
     run = load_program(compiled)
     for bad in (X[:, :48], torch.cat((X, X), 1), X[0], X.double(), X.half(), torch.ones(9, 96, dtype=torch.int64), 3):
@@ -243,7 +243,7 @@ def test_a_compiled_program_refuses_calls_it_was_not_compiled_for(compiled, quan
     assert torch.allclose(run(strided), quantized(strided), atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_compiled_program_of_another_version_or_entry_is_refused(compiled, tmp_path):
     folder = shutil.copytree(compiled, tmp_path / "aoti")
     with pytest.raises(ExportError, match="entry 'step': expected one of denoise, context"):

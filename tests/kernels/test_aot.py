@@ -27,15 +27,10 @@ SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "
 """KiB of shared memory that a program may use."""
 
 FAST = (
-    "linear-w8-store-128x256x64 sm_80",
     "linear-w8-store-128x256x64 sm_90",
     "linear-w4-store-128x128x128 sm_90",
-    "norm-gather-1536 sm_90",
     "gluon-256x128x128 sm_90",
-    "linear-w4-gelu-128x256x64 sm_90",
     "quantize-fp8-gather sm_90",
-    "norm-1536 sm_90",
-    "quantize-asymmetric-1536 sm_90",
     "weight-sums-w8 sm_90",
     "attention-part-prq sm_80",
 )

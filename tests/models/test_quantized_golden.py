@@ -57,6 +57,7 @@ def test_it_does_so_for_other_settings(name, tmp_path, record_property):
     check(tmp_path / f"{name}.safetensors", record_property)
 
 
+@pytest.mark.sweep
 def test_four_bit_weights_fall_below_the_floor(tmp_path):
     write(tmp_path / "wide.safetensors", **SETTINGS["wide"])
     assert quantized_psnr(tmp_path / "wide.safetensors", bits=4).max() < FLOORS[torch.float32]

@@ -37,7 +37,7 @@ def test_a_quantized_video_is_that_of_one_process(options, two_ranks, tmp_path):
     assert_same(two_ranks.run(jobs.by_tokens, folder), want)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_video_in_floats_is_that_of_one_process(two_ranks):
     rollout = wan()
     assert_same(two_ranks.run(jobs.in_floats), jobs.video(rollout, rollout.model))

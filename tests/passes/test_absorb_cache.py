@@ -326,6 +326,7 @@ def test_what_cannot_absorb_is_named(tiny, absorbing, quantized, traced):
         made(tiny, absorbing, PLAIN, 1, 2)
 
 
+@pytest.mark.sweep
 def test_a_prior_helps_where_a_video_says_little(tiny, absorbing):
     """Maps are drawn to the one of other videos; with a ridge that leaves nothing else, layers still are absorbed."""
     policy = dataclasses.replace(PLAIN, absorb=Absorb(alpha=1e6))

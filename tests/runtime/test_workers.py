@@ -240,6 +240,7 @@ with launched() as workers:
 """
 
 
+@pytest.mark.sweep
 def test_a_lost_rank_is_an_error_and_no_hang(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -64,6 +64,7 @@ def loaded_once(monkeypatch):
     monkeypatch.setattr(subject, "contestant_of", once)
 
 
+@pytest.mark.sweep
 @pytest.mark.usefixtures("loaded_once")
 def test_what_was_made_is_not_made_again_unless_something_changed(bundles, tmp_path, monkeypatch):
     first = compare_bundles(stage(), bundles[:1], tmp_path, "fxq compare", progress=False)
