@@ -30,6 +30,7 @@ from fxq.passes.kernel_times import LinearSize, kernel_seconds
 from fxq.passes.match.blocks import block_of
 
 _FLOAT8 = "float8 has no kernel to measure beside floats: stays quantized"
+_FUSED = "is fused already: not measured, stays quantized; this pass comes before the others"
 _MANY_WAYS = "it or a layer beside it is called with other neighbours elsewhere: not measured, stays quantized"
 
 
@@ -97,6 +98,8 @@ def _calls(graph: QuantGraph) -> Mapping[tuple[str, ...], list[list[QuantizedLay
         if layer.frozen:
             key = layer.own_quantize, block_of(layer.name), layer.scheme, layer.dtype
             together.setdefault(key, []).append(layer)
+        else:
+            graph.remark(layer.name, _FUSED)
     found: dict[tuple[str, ...], list[list[QuantizedLayer]]] = {}
     for layers in together.values():
         found.setdefault(tuple(layer.name for layer in layers), []).append(layers)

@@ -33,7 +33,7 @@ def demo(
     calibration_videos: Annotated[int, typer.Option(min=1, help="Videos to calibrate on.")] = 16,
     iterations: Annotated[int, typer.Option(min=1, help="Iterations of Q-ARVD a layer.")] = 500,
     ablation: Annotated[
-        bool, typer.Option(help="Measure the parts of Q-ARVD alone at W4A8 too, nearly half of the work.")
+        bool, typer.Option(help="Quantize with the parts of Q-ARVD alone at W4A8 too: five of fourteen runs.")
     ] = True,
     seed: SeedOption = 1,
     as_json: JsonOption = False,

@@ -46,7 +46,7 @@ def planted(output):
 
 @pytest.mark.parametrize("level", ["linear", "block", pytest.param("rollout", marks=pytest.mark.sweep)])
 def test_a_level_runs_and_this_library_is_right(level):
-    # Through torch.compile it takes most of a minute: the slow test below has every contestant.
+    # Through torch.compile it takes most of a minute: the test of `make test-all` below has every contestant.
     found = results(run("--level", level, *QUICK, "--only", "fxq dual*", "--json", "-").stdout)
     ours = found["fxq dual scale"]
     assert set(BASELINES) < set(found)

@@ -10,7 +10,7 @@ from fxq.core.facts import Facts
 from fxq.core.ir import Stage, planned
 from fxq.core.layer import LayerTensors
 from fxq.core.pipeline import PassError, run_passes
-from fxq.passes import FUSIONS, FloatWhereFaster, float_where_faster
+from fxq.passes import FUSIONS, FloatWhereFaster, MergeLinears, float_where_faster
 from tests.passes.fusions.test_fold_permutations import Mlp
 from tests.passes.fusions.test_merge_linears import frozen
 from tests.toys import recipe, rows, toy, wan_rollout
@@ -102,6 +102,13 @@ def test_a_layer_with_other_neighbours_elsewhere_stays(times):
     for name in "qkv":
         (told,) = graph.remarks[f"blocks.0.{name}"]
         assert told == float_where_faster._MANY_WAYS
+
+
+def test_what_other_passes_have_fused_says_that_it_was_not_measured(times):
+    _, graph, _ = frozen()
+    run_passes(graph, (MergeLinears(), FloatWhereFaster()))
+    assert not times and not linears(graph.module)
+    assert all(graph.remarks[f"blocks.0.{name}"][-1] == float_where_faster._FUSED for name in "qkv")
 
 
 def test_float8_stays(times):
