@@ -26,6 +26,7 @@ from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph.encoded import check_encoded
 from fxq.export.graph.foreign import allowing
 from fxq.export.graph.graph_json import graph_from_json, graph_to_json, tensors_of
+from fxq.export.graph.narrow import NarrowError, packed_tensors, unpacked_tensors
 from fxq.export.graph.rehearsal import rehearse
 from fxq.export.graph.stored import check_stored
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
@@ -110,7 +111,8 @@ def save(
     receipt = make_receipt(__version__, facts, plans.values(), metrics or {})
     with whole_folder(out, (MANIFEST, TENSORS, GRAPH), "a bundle") as folder:
         tensors = tensors_of(module)
-        write_tensors(tensors, folder / TENSORS, receipt.to_header() | {"format": "pt"})
+        packed = _packed(plans.values(), tensors)
+        write_tensors(packed, folder / TENSORS, receipt.to_header() | {"format": "pt"})
         (folder / GRAPH).write_text(json.dumps(graph | {"sealed": True}, separators=(",", ":")), encoding="utf-8")
         inputs = input_entries(module)
         manifest = Manifest(
@@ -118,7 +120,7 @@ def save(
             fxq_version=__version__,
             facts=facts.to_json(),
             layers={layer: _layer_entry(plan, tensors) for layer, plan in plans.items()},
-            tensors={n: TensorEntry(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in tensors.items()},
+            tensors={n: TensorEntry(dtype=dtype_name(t.dtype), shape=tuple(t.shape)) for n, t in packed.items()},
             files={name: sha256(folder / name) for name in (TENSORS, GRAPH)},
             inputs=inputs,
             fingerprint=take_fingerprint(module, inputs) if fingerprint else None,
@@ -160,6 +162,32 @@ def is_sealed(folder: pathlib.Path) -> bool:
         OSError, ReadError: when it cannot be read.
     """
     return read_json(folder / GRAPH, folder).get("sealed") is True
+
+
+def _packed(plans: Iterable[LayerPlan], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return packed_tensors(plans, tensors)
+    except NarrowError as error:
+        raise BundleError(f"cannot save: {error}") from None
+
+
+def narrow_plans(manifest: Manifest) -> list[LayerPlan]:
+    """Plans that a manifest states, those alone whose weights have another form in files than in memory.
+
+    Raises:
+        BundleError: when one is malformed.
+    """
+    plans = []
+    for layer, entry in manifest.layers.items():
+        scheme = entry.plan.get("scheme")
+        if not isinstance(scheme, dict) or not (scheme.get("weight_group") or scheme.get("weight_bits") in (5, 6, 7)):
+            continue
+        try:
+            plans.append(LayerPlan.from_json(entry.plan))
+            check_plan(plans[-1])
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{MANIFEST}: the plan of layer {layer}: {first_line(error)}") from None
+    return plans
 
 
 def _layer_entry(plan: LayerPlan, tensors: Mapping[str, Tensor]) -> LayerEntry:
@@ -265,7 +293,10 @@ def _read_tensors(folder: pathlib.Path, manifest: Manifest, device: torch.device
     check_header(folder / TENSORS, folder, {name: (e.dtype, e.shape) for name, e in manifest.tensors.items()})
     try:
         with safe_open(regular_file(folder / TENSORS, folder), "pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in manifest.tensors}
+            stored = {name: file.get_tensor(name) for name in manifest.tensors}
+        return unpacked_tensors(narrow_plans(manifest), stored)
+    except NarrowError as error:
+        raise BundleError(f"{folder}: {error}; the bundle is damaged") from error
     except (OSError, ReadError, RuntimeError, SafetensorError) as error:
         raise BundleError(f"{folder / TENSORS} cannot be read: {error}") from error
 

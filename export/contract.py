@@ -157,8 +157,8 @@ def _widths(layers: Iterable[QuantizedLayer]) -> Iterator[str]:
     """Integers of another width than planned."""
     for layer in layers:
         scheme = layer.scheme
-        if layer.bits != scheme.weight_bits:
-            yield f"{layer.bits}-bit weights, planned {scheme.weight_bits}"
+        if layer.bits != scheme.code_bits:
+            yield f"{layer.bits}-bit weights, planned {scheme.code_bits}"
         try:
             bits = layer.input_bits
         except LayerError:

@@ -24,6 +24,7 @@ from fxq.export.files import BundleError, whole_folder, write_tensors
 from fxq.export.graph.strict import MAX_FEATURES, Name, SchemaError, Size, Text, check_plan, validated
 from fxq.export.receipt import Receipt, make_receipt
 from fxq.metrics.deviation import MOST_DEVIATION, deviation_in_steps
+from fxq.passes.methods.grid import group_steps
 from fxq.runtime.reading import MAX_TENSORS
 from fxq.version import __version__
 
@@ -47,6 +48,7 @@ class LinearEntry:
     asymmetric: bool = False
     output_sqnr: float | None = None
     format: str = INTEGER
+    weight_group: int = 0
 
     @classmethod
     def of(cls, plan: LayerPlan) -> LinearEntry:
@@ -62,6 +64,7 @@ class LinearEntry:
             asymmetric=scheme.asymmetric,
             output_sqnr=plan.output_sqnr,
             format=scheme.format,
+            weight_group=scheme.weight_group,
         )
 
     def plan(self, layer: str, perm: Tensor | None = None) -> LayerPlan:
@@ -72,6 +75,7 @@ class LinearEntry:
             per_token=self.per_token,
             asymmetric=self.asymmetric,
             format=self.format,
+            weight_group=self.weight_group,
         )
         channels = range(self.in_features) if perm is None else perm.tolist()
         return LayerPlan(
@@ -86,7 +90,7 @@ class LinearEntry:
     def empty_tensors(self) -> dict[str, Tensor]:
         """The layer's tensors by name, of the right dtype and shape, without memory."""
         groups, plan = 1 + bool(self.outliers), self.plan("")
-        width = self.in_features // 2 if self.weight_bits == 4 else self.in_features
+        width = self.in_features // 2 if plan.quantization.code_bits == 4 else self.in_features
         forms = {
             "weight": ((self.out_features, width), plan.quantization.stored_dtype),
             "weight_scale": ((groups, self.out_features), torch.float32),
@@ -237,11 +241,11 @@ def _check_layer(linear: nn.Linear | None, plan: LayerPlan, stored: Mapping[str,
 
 def _deviation(weight: Tensor, plan: LayerPlan, stored: Mapping[str, Tensor]) -> float:
     """Root-mean-square distance of a float weight [N, K] from the integers in steps; clipped ones do not count."""
-    bits = plan.quantization.weight_bits
-    codes, scale = fxq.numerics.unpacked(stored["weight"].cpu(), bits), stored["weight_scale"].cpu()
+    scheme = plan.quantization
+    codes, scale = fxq.numerics.unpacked(stored["weight"].cpu(), scheme.code_bits), stored["weight_scale"].cpu()
     ordered = weight.detach().to("cpu", torch.float32)
     ordered = ordered[:, stored["perm"].cpu()] if "perm" in stored else ordered
-    return deviation_in_steps(ordered, codes, scale, plan.split, bits)
+    return deviation_in_steps(ordered, codes, scale, plan.split, scheme.weight_bits, group_steps(scheme, codes))
 
 
 def _refuse_tied(model: nn.Module) -> None:

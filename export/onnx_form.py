@@ -41,7 +41,7 @@ def integer_form(model: onnx_ir.Model, plans: Mapping[str, LayerPlan], vnni: boo
             value = model.graph.initializers.get(name)
             if value is not None:
                 _store_as_read(ir, value)
-                if plan.quantization.weight_bits == 4 and nibbles:
+                if plan.quantization.code_bits == 4 and nibbles:
                     _store_in_half_bytes(ir, model, value)
                 elif may_saturate(plan.quantization) and not vnni:
                     _store_unsigned(ir, model, value)

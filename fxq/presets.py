@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from fxq.core.config import Recipe, Rule, Scheme
-from fxq.core.method import FLOAT8, LearningMethod, Method, Transform
+from fxq.core.method import FLOAT8, LearningMethod, Method
+from fxq.core.pipeline import Transform
+from fxq.numerics import PACK_BLOCK
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
@@ -91,6 +93,9 @@ PRESETS: dict[str, Recipe] = {
     "w8a8": wan_recipe("w8a8", _WIDTHS["w8a8"], weighting="uniform"),
     "w4a8": wan_recipe("w4a8", _WIDTHS["w4a8"]),
     "w4a6": wan_recipe("w4a6", _WIDTHS["w4a6"]),
+    "w7a8": wan_recipe("w7a8", Scheme(weight_bits=7)),
+    "w6a8": wan_recipe("w6a8", Scheme(weight_bits=6)),
+    "w4a8-g32": wan_recipe("w4a8-g32", Scheme(weight_bits=4, weight_group=PACK_BLOCK)),
     "w8a8-dynamic": _without_data("w8a8-dynamic", 8),
     "w4a8-dynamic": _without_data("w4a8-dynamic", 4),
     "w8a8-token": _token("w8a8-token", 8, 8, "uniform"),
@@ -102,9 +107,10 @@ PRESETS: dict[str, Recipe] = {
     "fp8-dynamic": _float8("fp8-dynamic", per_token=True),
     **{f"q_arvd-{bits}": _q_arvd(bits, scheme) for bits, scheme in _WIDTHS.items()},
 }
-"""Recipes by name. Those called ``dynamic``, ``token`` or ``single`` need no calibration data. ``token`` measure zero
-points too, and like ``single``, for formats of other runtimes, learn from data where there are some. ``fp8`` are
-float8 e4m3, and search scales alone. ``q_arvd`` are the published method."""
+"""Recipes by name. ``g32`` has a multiplier for every 32 channels of a weight. Those called ``dynamic``, ``token`` or
+``single`` need no calibration data. ``token`` measure zero points too, and like ``single``, for formats of other
+runtimes, learn from data where there are some. ``fp8`` are float8 e4m3, and search scales alone. ``q_arvd`` are the
+published method."""
 
 
 def single_scale(recipe: Recipe) -> Recipe:
@@ -116,6 +122,21 @@ def single_scale(recipe: Recipe) -> Recipe:
         for rule in recipe.rules
     )
     return dataclasses.replace(recipe, rules=rules)
+
+
+def with_groups(recipe: Recipe) -> Recipe:
+    """The recipe with a multiplier for every 32 channels of its weights, which have 4 bits.
+
+    Raises:
+        RecipeError: where weights have more.
+    """
+    rules = tuple(
+        rule
+        if rule.scheme is None
+        else dataclasses.replace(rule, scheme=dataclasses.replace(rule.scheme, weight_group=PACK_BLOCK))
+        for rule in recipe.rules
+    )
+    return dataclasses.replace(recipe, name=f"{recipe.name}-g{PACK_BLOCK}", rules=rules)
 
 
 def with_iterations(recipe: Recipe, iterations: int) -> Recipe:

@@ -16,7 +16,8 @@ from fxq.cache.settings import CacheSettingsError, policy_from_json, policy_to_j
 from fxq.core.config import Budget, Recipe, RecipeError, Rule, Scheme
 from fxq.core.facts import Facts
 from fxq.core.ir import planned
-from fxq.core.method import AttentionScheme, Method, Transform
+from fxq.core.method import AttentionScheme, Method
+from fxq.core.pipeline import Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ

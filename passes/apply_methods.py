@@ -300,10 +300,11 @@ def _stacked_bias(problems: list[LayerProblem]) -> Tensor | None:
 def _split(update: LayerUpdate, sizes: list[int]) -> list[LayerUpdate]:
     """The update of each layer of a stacked problem, by its number of outputs."""
     rows, scales = update.weight.split(sizes), update.weight_scale.split(sizes, 1)
-    shifts = [None] * len(sizes) if update.bias_shift is None else update.bias_shift.split(sizes)
+    nothing = [None] * len(sizes)
+    shifts, multipliers = (nothing if t is None else t.split(sizes) for t in (update.bias_shift, update.multiplier))
     return [
-        dataclasses.replace(update, weight=row, weight_scale=scale, bias_shift=shift)
-        for row, scale, shift in zip(rows, scales, shifts, strict=True)
+        dataclasses.replace(update, weight=row, weight_scale=scale, bias_shift=shift, multiplier=multiplier)
+        for row, scale, shift, multiplier in zip(rows, scales, shifts, multipliers, strict=True)
     ]
 
 

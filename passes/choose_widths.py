@@ -302,4 +302,6 @@ def _stored_bytes(plan: LayerPlan) -> int:
     groups = 2 if plan.outliers else 1
     scales = groups * plan.out_features + plan.out_features  # and offsets
     inputs = 0 if plan.scheme.per_token else 2 * groups
-    return _weight_bytes(plan) + 4 * (scales + inputs + (plan.in_features if plan.outliers else 0))
+    return plan.scheme.weight_bytes(plan.out_features, plan.in_features) + 4 * (
+        scales + inputs + (plan.in_features if plan.outliers else 0)
+    )

@@ -30,7 +30,7 @@ class Freeze(Rewrite):
         residency = Residency()
         done = set[str]()
         for layer in quantized_layers(module):
-            loose, final, bits = f"{layer.name}.weight_int", f"{layer.name}.weight", layer.scheme.weight_bits
+            loose, final, bits = f"{layer.name}.weight_int", f"{layer.name}.weight", layer.scheme.code_bits
             if layer.name not in done:
                 stored = get_tensor(module, loose)
                 if bits == 4:

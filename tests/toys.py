@@ -15,7 +15,8 @@ from fxq.models.causal_wan import CausalWan, CausalWanConfig
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes.methods import LayerProblem, Units
 from fxq.passes.methods.adaround import AdaRound
-from fxq.passes.methods.quadratic import Quadratic, steps
+from fxq.passes.methods.grid import Grid
+from fxq.passes.methods.quadratic import Quadratic
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.presets import wan_recipe
 from fxq.runtime.progress import Progress
@@ -107,6 +108,11 @@ def problem(outputs=13, width=96, count=200, outliers=0, seed=3, bits=4, input_b
         split=width - outliers,
         seed=0,
     )
+
+
+def steps(p, scale):
+    """Value of one integer of each weight [N, K] of a problem, of scales [G, N] without multipliers."""
+    return Grid(scale, p.split).steps(p.weight.shape[1])
 
 
 def form_loss(p, update):

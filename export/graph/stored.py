@@ -76,7 +76,7 @@ def _check_reads(layer: QuantizedLayer) -> None:
         ("split", quantize["split"], plan.split),
     ]
     if not layer.scheme.is_float8:
-        constants += [("bits", product["bits"], layer.scheme.weight_bits), ("bits", quantize["bits"], None)]
+        constants += [("bits", product["bits"], layer.scheme.code_bits), ("bits", quantize["bits"], None)]
     for name, given, wanted in constants:
         if type(given) is not int or wanted not in (None, given):
             raise LayerError(f"{name} {given}, the plan says {wanted}")

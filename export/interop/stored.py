@@ -70,8 +70,8 @@ class StoredLayer:
 
     @property
     def bits(self) -> int:
-        """Planned bits of the weight."""
-        return self.plan.quantization.weight_bits
+        """Bits of the weight's integers."""
+        return self.plan.quantization.code_bits
 
     def weight(self) -> Tensor:
         """float32 [N, K]: what the integers stand for, channels in the model's order and as the model has them."""

@@ -148,7 +148,7 @@ def _static(x: Tensor, stored: LayerTensors) -> Built:
 def _bits(stored: LayerTensors) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Bits of inputs and weights as arguments of the operators; those on float8 take none."""
     scheme = stored.plan.quantization
-    return ((), ()) if scheme.is_float8 else ((scheme.input_bits,), (scheme.weight_bits,))
+    return ((), ()) if scheme.is_float8 else ((scheme.input_bits,), (scheme.code_bits,))
 
 
 def _per_token(x: Tensor, stored: LayerTensors) -> Built:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from fxq.core.config import Recipe, RecipeError, Scheme
-from fxq.core.method import Method, Transform
+from fxq.core.method import Method
+from fxq.core.pipeline import Transform
 from fxq.passes.methods.adaround import AdaRound
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.gram_adaround import GramAdaRound
@@ -18,7 +19,7 @@ from fxq.passes.transforms.balance import Balance
 from fxq.passes.transforms.low_rank import LowRank
 from fxq.passes.transforms.rotate import Rotate
 from fxq.passes.transforms.smooth import Smooth
-from fxq.presets import PRESETS, Q_ARVD, minmax, single_scale, wan_recipe, with_iterations
+from fxq.presets import PRESETS, Q_ARVD, minmax, single_scale, wan_recipe, with_groups, with_iterations
 from fxq.recipes import get_recipe, recipe_from_json, recipe_to_json
 from fxq.runtime.messages import did_you_mean
 
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[[Recipe], Recipe]] = {
     "rotation": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(Rotate(),)),
     "svdquant": lambda preset: _plain(preset, RangeSearch(), GPTQ(), transforms=(LowRank(),)),
     "q_arvd": _q_arvd,
+    "groups": with_groups,
     "least_error": lambda preset: preset,
 }
 """By name: the recipe of a method from the preset of a width."""

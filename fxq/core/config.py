@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from fxq.cache.policy import CachePolicy
 from fxq.core import method
-from fxq.core.method import AttentionScheme, Method, RecipeError, Scheme, Transform
+from fxq.core.method import AttentionScheme, Method, RecipeError, Scheme
+from fxq.core.pipeline import Transform, check_transforms
 from fxq.core.rows import Weighting
 from fxq.runtime.messages import close_names
 
@@ -110,7 +111,7 @@ class Budget:
     bf16; ``time`` what the kernels of the layers that rules quantize take on the device of the calibration over what
     the same layers take in model dtype, as measured (:mod:`fxq.passes.kernel_times`: the choice may differ from run to
     run); with ``max_error`` the bytes are the least whose predicted error is no greater. ``widths`` are what a layer
-    may get: 4, 8, or 16, which keeps it in model dtype. See :class:`~fxq.passes.choose_widths.ChooseWidths`.
+    may get: 4 to 8, or 16, which keeps it in model dtype. See :class:`~fxq.passes.choose_widths.ChooseWidths`.
     """
 
     bits_per_weight: float | None = None
@@ -127,9 +128,9 @@ class Budget:
         name, value = next(iter(given.items()))
         if not 0 <= value < math.inf:
             raise RecipeError(f"budget: {name} = {value}: expected a finite number, not negative")
-        known = sorted({4, 8, 16} & set(self.widths))
+        known = sorted({*range(4, 9), 16} & set(self.widths))
         if list(self.widths) != known or len(known) < 2:
-            raise RecipeError(f"budget: widths = {list(self.widths)}: expected two or more of 4, 8, 16, ascending")
+            raise RecipeError(f"budget: widths = {list(self.widths)}: expected two or more of 4..8, 16, ascending")
 
     @property
     def limit(self) -> tuple[str, float]:
@@ -204,7 +205,7 @@ class Recipe:
         if self.attention is not None and self.cache is not None:
             self.attention.check_cache(self.cache.packs or self.cache.absorb is not None)
         method.check_methods(self.methods)
-        method.check_transforms(self.transforms, self.budget)
+        check_transforms(self.transforms, self.budget)
         for rule in self.rules:
             if rule.scheme is not None and not isinstance(rule.scheme, Scheme):
                 raise RecipeError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.calls.captured import CapturedModule, catch_up, inherit_notes, notes_of
-from fxq.core.method import INTEGER, LayerStatistics, LayerUpdate, Scheme
+from fxq.core.method import LayerStatistics, LayerUpdate, Scheme
 from fxq.runtime.exclusive import exclusive
 from fxq.runtime.workers import Workers
 
@@ -79,8 +79,8 @@ class LayerPlan:
             if data[name] in (None, ""):
                 del data[name]
         if self.scheme is not None:
-            for name, plain in (("per_token", False), ("asymmetric", False), ("format", INTEGER)):
-                if getattr(self.scheme, name) == plain:
+            for name in ("per_token", "asymmetric", "format", "weight_group"):
+                if getattr(self.scheme, name) == getattr(Scheme, name):
                     del data["scheme"][name]
         return data
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
-from fxq.core.config import Scheme
 from fxq.core.graph import argument_names, arguments, set_arguments
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, stored_names
+from fxq.core.method import Scheme
 from fxq.kernels.gemm.panels import unpack_panels
 
 _PARTS = (operator.getitem, torch.ops.aten.split_with_sizes.default)
@@ -335,7 +335,7 @@ class LayerTensors:
 
     def codes(self) -> Tensor:
         """The weight int8 or float8 [N, K]."""
-        return numerics.unpacked(self.weight, self.plan.quantization.weight_bits)
+        return numerics.unpacked(self.weight, self.plan.quantization.code_bits)
 
     def bias(self) -> Tensor:
         """The bias float64 [N] that is in the offset, up to the offset's rounding."""

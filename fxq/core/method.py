@@ -18,6 +18,9 @@ from fxq.kernels import float8
 INTEGER, FLOAT8 = "int", "float8_e4m3fn"
 """Formats of the numbers that layers are quantized to."""
 
+GROUPED = "int in groups"
+"""Beside them what methods choose for a ``weight_group``."""
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be read or that does not fit the model."""
@@ -30,7 +33,8 @@ class Scheme:
     ``format`` is what weights and inputs become: ``"int"``, of ``weight_bits`` and ``input_bits``, or
     ``"float8_e4m3fn"`` (:mod:`fxq.kernels.float8`), always of 8 bits and symmetric.
 
-    ``weight_bits`` 4 or 8 (per output channel, symmetric), ``input_bits`` 2..8 (static per tensor, asymmetric),
+    ``weight_bits`` 4..8 (per output channel, symmetric; with ``weight_group`` 32 every 32 input channels multiply it by
+    1..15, arXiv 2405.04532), ``input_bits`` 2..8 (static per tensor, asymmetric),
     ``dual_scale`` lets outlier channels have their own scales; ``tau``, ``alpha`` and ``align`` are the outlier rule
     (arXiv 2605.21072), ``reconstruct`` allows methods that learn from data on this layer. With ``per_token`` the input
     scales are measured per token at run time, symmetric: no input scale, zero point or calibration is needed.
@@ -47,12 +51,16 @@ class Scheme:
     per_token: bool = False
     asymmetric: bool = False
     format: str = INTEGER
+    weight_group: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in (INTEGER, FLOAT8):
             raise RecipeError(f"format = {self.format!r}: expected {INTEGER!r} or {FLOAT8!r}")
-        if self.weight_bits not in (4, 8):
-            raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4 or 8")
+        if self.weight_bits not in range(4, 9):
+            raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4..8")
+        if self.weight_group not in (0, numerics.PACK_BLOCK) or (self.weight_group and self.weight_bits != 4):
+            told = f"weight_group = {self.weight_group} with weight_bits = {self.weight_bits}"
+            raise RecipeError(f"{told}: expected 0, or {numerics.PACK_BLOCK} with weights of 4 bits")
         if not 2 <= self.input_bits <= 8:
             raise RecipeError(f"input_bits = {self.input_bits}: expected 2..8")
         if self.align <= 0 or self.align % 32:
@@ -67,6 +75,11 @@ class Scheme:
 
     def refuse_budget(self, pattern: str) -> None:
         """Raise RecipeError when a budget cannot choose bits of the layers of a rule."""
+        if self.weight_group:
+            raise RecipeError(
+                f"rule {pattern!r}: weight_group with a budget, which chooses among weights of one scale; leave out "
+                "one of the two"
+            )
         if self.is_float8:
             raise RecipeError(
                 f"rule {pattern!r}: format {self.format!r} with a budget, which chooses the bits of integers; leave "
@@ -79,9 +92,29 @@ class Scheme:
         return self.format == FLOAT8
 
     @property
+    def numbers(self) -> str:
+        """What methods choose: the format, or :data:`GROUPED`."""
+        return GROUPED if self.weight_group else self.format
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of the integers that kernels read: 4, packed, or 8, in which lie those of 5 to 8 bits and of groups."""
+        return 4 if self.weight_bits == 4 and not self.weight_group else 8
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether weights have fewer bits than the integers that hold them in memory: files hold their own."""
+        return self.weight_bits < self.code_bits
+
+    def weight_bytes(self, outputs: int, width: int) -> int:
+        """Bytes of a stored weight [outputs, width], with the multipliers of its groups."""
+        row = self.weight_bits * -(-width // 8) if self.is_narrow else width * self.weight_bits // 8
+        return outputs * (row + (-(-width // (2 * self.weight_group)) if self.weight_group else 0))
+
+    @property
     def stored_dtype(self) -> torch.dtype:
         """Of stored weights: packed uint8, int8 or float8."""
-        return float8.E4M3 if self.is_float8 else torch.uint8 if self.weight_bits == 4 else torch.int8
+        return float8.E4M3 if self.is_float8 else torch.uint8 if self.code_bits == 4 else torch.int8
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -90,8 +123,9 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """Short name such as W4A8 or FP8; the same for static and per-token inputs."""
-        return "FP8" if self.is_float8 else f"W{self.weight_bits}A{self.input_bits}"
+        """Short name such as W4A8, W4g32A8 or FP8; the same for static and per-token inputs."""
+        group = f"g{self.weight_group}" if self.weight_group else ""
+        return "FP8" if self.is_float8 else f"W{self.weight_bits}{group}A{self.input_bits}"
 
     @property
     def detail(self) -> str:
@@ -204,7 +238,8 @@ class LayerUpdate:
 
     ``weight`` int8 or float8 [N, K], ``weight_scale`` float32 [G, N], ``input_scale`` float32 [G], ``input_zero_point``
     int32 [G]; both None where the scheme measures input scales per token, the latter of float8 too. ``bias_shift``
-    float32 [N] is added to the layer's bias, None: nothing.
+    float32 [N] is added to the layer's bias, None: nothing. ``multiplier`` int8 [N, K / 32], 1..15: what the integers
+    of a ``weight_group`` were multiplied by in ``weight``; None without groups.
     """
 
     weight: Tensor
@@ -212,6 +247,7 @@ class LayerUpdate:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     bias_shift: Tensor | None = None
+    multiplier: Tensor | None = None
 
 
 @runtime_checkable
@@ -235,8 +271,8 @@ def is_method(value: object) -> TypeGuard[Method]:
 
 
 def chooses(method: Method, scheme: Scheme) -> bool:
-    """Whether a method chooses numbers of a scheme's format."""
-    return scheme.format in getattr(type(method), "formats", (INTEGER,))
+    """Whether a method chooses numbers of a scheme's format, or in its groups."""
+    return scheme.numbers in getattr(type(method), "formats", (INTEGER,))
 
 
 def refuse_format(layer: str, scheme: Scheme, methods: Sequence[Method]) -> None:
@@ -249,10 +285,15 @@ def refuse_format(layer: str, scheme: Scheme, methods: Sequence[Method]) -> None
     """
     others = [type(method).__name__ for method in methods if not chooses(method, scheme)]
     if others and (scheme.reconstruct or len(others) == len(methods)):
+        chosen = f"layer {layer}: {', '.join(others)} choose{'s' * (len(others) == 1)} integers"
+        if scheme.weight_group:
+            raise RecipeError(
+                f"{chosen} of one scale, and its weight_group is {scheme.weight_group}. Name methods that know groups, "
+                "as those of the presets, or set weight_group to 0"
+            )
         raise RecipeError(
-            f"layer {layer}: {', '.join(others)} choose{'s' * (len(others) == 1)} integers, and its format is "
-            f"{scheme.format}. Name RangeSearch or MinMax alone, as the presets fp8 do, or have reconstruct = false in "
-            "its scheme beside one of them"
+            f"{chosen}, and its format is {scheme.format}. Name RangeSearch or MinMax alone, as the presets fp8 do, or "
+            "have reconstruct = false in its scheme beside one of them"
         )
 
 
@@ -267,52 +308,6 @@ def check_methods(methods: Iterable[object]) -> None:
             raise RecipeError(
                 f"method {method!r}: expected an instance of a dataclass with apply(problem, update), as RangeSearch()"
             )
-
-
-@runtime_checkable
-class Transform(Protocol):
-    """Rewrites the float graph into an equivalent one that is quantized better; a dataclass of its options.
-
-    A pass (:class:`~fxq.core.pipeline.Rewrite`) that gives the stage it needs: PLANNED where it needs no data, else
-    CALIBRATED. ``learns`` says whether it follows from calibration data, ``stores`` names the tensors that it may
-    register under a layer.
-    """
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-    needs: ClassVar[Any]
-    learns: ClassVar[bool]
-    stores: ClassVar[tuple[str, ...]]
-
-    def run(self, graph: Any) -> int:
-        """Rewrite the graph; returns the number of layers that it changed."""
-        ...
-
-
-def check_transforms(transforms: Sequence[object], budget: object) -> None:
-    """Refuse what is no transform, two of a kind, and an order in which they do not run.
-
-    Raises:
-        RecipeError: telling what is expected.
-    """
-    seen: list[Transform] = []
-    for value in transforms:
-        if not isinstance(value, Transform) or isinstance(value, type):
-            raise RecipeError(f"transform {value!r}: expected an instance, as Rotate()")
-        name = type(value).__name__
-        if any(type(other) is type(value) for other in seen):
-            raise RecipeError(f"transform {name} is named twice: its tensors would take each other's place")
-        if meets := [type(other).__name__ for other in seen if {*other.stores} & {*value.stores}]:
-            raise RecipeError(
-                f"transforms {meets[0]} and {name}: their tensors would take each other's place; name one"
-            )
-        if seen and value.needs < seen[-1].needs:
-            raise RecipeError(f"transform {name} runs before calibration: name it before {type(seen[-1]).__name__}")
-        seen.append(value)
-    if seen and budget is not None:
-        raise RecipeError(
-            "transforms with a budget: it would not count what they store, nor could it undo them in a layer that it "
-            "keeps in model dtype; give one of the two"
-        )
 
 
 @runtime_checkable

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from fxq.calls.captured import catch_up
 from fxq.core.ir import QuantGraph, Stage
+from fxq.core.method import RecipeError
 from fxq.core.verify import check
 from fxq.runtime.ambient import own_tensors
 from fxq.runtime.exclusive import one_at_a_time
@@ -56,6 +58,52 @@ class Fusion(Rewrite):
     needs: ClassVar[Stage] = Stage.FROZEN
     gives: ClassVar[Stage] = Stage.FUSED
     repeatable: ClassVar[bool] = True
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Rewrites the float graph into an equivalent one that is quantized better; a dataclass of its options.
+
+    A pass (:class:`~fxq.core.pipeline.Rewrite`) that gives the stage it needs: PLANNED where it needs no data, else
+    CALIBRATED. ``learns`` says whether it follows from calibration data, ``stores`` names the tensors that it may
+    register under a layer.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    needs: ClassVar[Any]
+    learns: ClassVar[bool]
+    stores: ClassVar[tuple[str, ...]]
+
+    def run(self, graph: Any) -> int:
+        """Rewrite the graph; returns the number of layers that it changed."""
+        ...
+
+
+def check_transforms(transforms: Sequence[object], budget: object) -> None:
+    """Refuse what is no transform, two of a kind, and an order in which they do not run.
+
+    Raises:
+        RecipeError: telling what is expected.
+    """
+    seen: list[Transform] = []
+    for value in transforms:
+        if not isinstance(value, Transform) or isinstance(value, type):
+            raise RecipeError(f"transform {value!r}: expected an instance, as Rotate()")
+        name = type(value).__name__
+        if any(type(other) is type(value) for other in seen):
+            raise RecipeError(f"transform {name} is named twice: its tensors would take each other's place")
+        if meets := [type(other).__name__ for other in seen if {*other.stores} & {*value.stores}]:
+            raise RecipeError(
+                f"transforms {meets[0]} and {name}: their tensors would take each other's place; name one"
+            )
+        if seen and value.needs < seen[-1].needs:
+            raise RecipeError(f"transform {name} runs before calibration: name it before {type(seen[-1]).__name__}")
+        seen.append(value)
+    if seen and budget is not None:
+        raise RecipeError(
+            "transforms with a budget: it would not count what they store, nor could it undo them in a layer that it "
+            "keeps in model dtype; give one of the two"
+        )
 
 
 def _given(step: Rewrite, stage: Stage) -> bool:

@@ -168,9 +168,15 @@ def _kernel(module: fx.GraphModule, layer: QuantizedLayer) -> str:
 
 
 def _stored_bytes(module: fx.GraphModule, layer: QuantizedLayer) -> int:
-    """Bytes of what the layer reads; of a product that several layers share, the part of its rows."""
+    """Bytes of what the layer reads; of a product that several layers share, the part of its rows.
+
+    A weight of fewer bits than its integers counts as files hold it.
+    """
     operands, rows = layer.operands(module), layer.plan.out_features
-    joint = sum(t.numel() * t.element_size() for t in operands.values()) * rows // max(1, len(operands["offset"]))
+    outputs, narrow = max(1, len(operands["offset"])), layer.scheme.is_narrow
+    read = [t for name, t in operands.items() if not (narrow and name == "weight")]
+    joint = sum(t.numel() * t.element_size() for t in read) * rows // outputs
+    joint += layer.scheme.weight_bytes(rows, layer.plan.in_features) if narrow else 0
     buffers = dict(module.named_buffers(remove_duplicate=False))
     own = [buffers.get(f"{layer.name}.{name}") for name in ("perm", "input_zero_point")]
     own += [buffers[name] for name in _added(buffers, layer.plan)]

@@ -147,7 +147,7 @@ def no_unused_tensor_is_left(graph: QuantGraph) -> Iterator[str]:
 def four_bit_weights_are_packed(graph: QuantGraph) -> Iterator[str]:
     """A 4-bit layer stores half a byte per weight."""
     for layer in quantized_layers(graph.module):
-        if layer.scheme.weight_bits == 4 and layer.bits != 4:
+        if layer.scheme.code_bits == 4 and layer.bits != 4:
             yield f"{layer.name}: 4-bit weights in {layer.bits}-bit storage"
 
 

@@ -222,5 +222,5 @@ def _as_stored(module: nn.Module | None, tensors: dict[str, object], prefix: str
 
 def _empty_layer(layer: str, entry: LinearEntry, linear: nn.Linear) -> QuantizedLinear:
     plan = entry.plan(layer)
-    form, bits = (linear.weight.dtype, linear.bias is not None), (entry.input_bits, entry.weight_bits)
+    form, bits = (linear.weight.dtype, linear.bias is not None), (entry.input_bits, plan.quantization.code_bits)
     return QuantizedLinear(plan, plan.split, *bits, entry.empty_tensors(), dtype=form[0], has_bias=form[1]).eval()

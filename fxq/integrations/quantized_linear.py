@@ -17,6 +17,7 @@ from fxq.integrations.stand_in import FloatStandIn
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
 from fxq.metrics.deviation import deviation_in_steps
+from fxq.passes.methods.grid import group_steps
 
 _GONE = ("weight", "bias")
 _OWN = {name: "integers" if name == "weight" else name for name in LAYER_TENSORS}  # stored name -> buffer
@@ -195,7 +196,9 @@ class QuantizedLinear(nn.Module):
         codes = self.codes()
         ordered = weight.detach().to(codes.device, torch.float32)
         ordered = ordered if self.perm is None else ordered[:, self.perm]
-        return deviation_in_steps(ordered, codes, self.weight_scale, self.split, self.weight_bits)
+        scheme = self.plan.scheme or Scheme(weight_bits=self.weight_bits)
+        steps = group_steps(scheme, codes)
+        return deviation_in_steps(ordered, codes, self.weight_scale, self.split, scheme.weight_bits, steps)
 
     def extra_repr(self) -> str:
         """Sizes and scheme."""

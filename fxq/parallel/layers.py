@@ -148,7 +148,7 @@ class _Weight:
 
     @property
     def packed(self) -> bool:
-        return self.plan.quantization.weight_bits == 4
+        return self.plan.quantization.code_bits == 4
 
     def read(self, low: int, high: int) -> Tensor:
         """int8 [N, high - low]."""

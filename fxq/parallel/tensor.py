@@ -17,7 +17,7 @@ from fxq.core.ir import QuantGraph, get_tensor
 from fxq.core.pipeline import run_passes
 from fxq.core.signature import guard_inputs, input_sizes
 from fxq.dtypes import DTYPES
-from fxq.export.bundle import TENSORS, Manifest, check_files, read_graph, read_manifest
+from fxq.export.bundle import TENSORS, Manifest, check_files, narrow_plans, read_graph, read_manifest
 from fxq.export.files import BundleError, check_header
 from fxq.export.inputs import record_values
 from fxq.parallel.groups import Place, default_name, place_in
@@ -84,6 +84,11 @@ def load_shard(
     check_files(folder, manifest, hash_tensors=verify)
     if manifest.inputs is None:
         raise ParallelError(f"{folder} does not state its inputs (an older bundle): load it and save it again")
+    if narrow := narrow_plans(manifest):
+        raise ParallelError(
+            f"{folder}: the weight of {narrow[0].layer} is {narrow[0].quantization.label}, which a file holds in bit "
+            "planes: load it whole (fxq.load) and split it by tensor_parallel"
+        )
     place = Place(default_name() if group is None else group, rank, size)
     check_header(folder / TENSORS, folder, {name: (e.dtype, e.shape) for name, e in manifest.tensors.items()})
     try:

@@ -108,7 +108,7 @@ def _layers(model: nn.Module, recipe: Recipe) -> Iterator[_Layer]:
         rule = rules[name]
         if rule is None or rule.scheme is None:
             continue
-        if rule.scheme.weight_bits == 8 or module.in_features % PACK_BLOCK == 0:
+        if rule.scheme.weight_bits > 4 or module.in_features % PACK_BLOCK == 0:
             kind = (name.rpartition(".")[0], module.out_features, module.in_features, rule.scheme)
             found.append(kind)
     counts: Counter[Any] = Counter()
@@ -147,7 +147,7 @@ def _ram(
     held = [] if folder else [rows[layer.width] * layer.width * size for layer in layers if layer.leads]
     held += [] if folder else [_sums_bytes(recipe, layer) for layer in layers if layer.leads]
     integers = 0 if folder else sum(layer.weights for layer in layers)
-    packed = sum(layer.weights // 2 for layer in layers if layer.scheme.weight_bits == 4)
+    packed = sum(layer.weights // 2 for layer in layers if layer.scheme.code_bits == 4)
     widest = max((layer.weights for layer in layers), default=0) * size
     base = _PROCESS + _unmapped_bytes(model) + _REMNANTS * widest
     phases = {"tracing": base + 2 * example.call_bytes + widest}

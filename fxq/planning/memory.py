@@ -110,7 +110,7 @@ def weight_bits(recipe: Recipe | None, layer: str, width: int) -> int:
     rule = None if recipe is None else recipe.rule_for(layer)
     if rule is None or rule.scheme is None or (rule.scheme.weight_bits == 4 and width % 32):
         return 16
-    return rule.scheme.weight_bits
+    return rule.scheme.code_bits
 
 
 def quantized_bytes(width: int, outputs: int, bits: int) -> int:

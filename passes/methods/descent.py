@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxq.core.config import RecipeError
 from fxq.passes.methods import LayerProblem
+from fxq.passes.methods.grid import Grid
 from fxq.passes.methods.moments import strips
 from fxq.passes.methods.quadratic import (
     BLOCK,
@@ -17,9 +18,7 @@ from fxq.passes.methods.quadratic import (
     Solution,
     bounds,
     by_channel,
-    channel_steps,
     reordered,
-    steps,
 )
 
 _FEWEST = 16  # rows of a product of matrices; fewer are summed in another order
@@ -50,7 +49,7 @@ class CoordinateDescent(QuadraticMethod):
         order = form.gram.diagonal().argsort(descending=True, stable=True)
         gram, slope = reordered(form.gram, order), torch.empty_like(form.target)
         for at in strips(len(slope)):  # half the derivative by each weight, [N, K]
-            wrong = (start.integers[at] * steps(problem, start.scale[:, at])).sub_(form.target[at])
+            wrong = start.weight(at).sub_(form.target[at])
             slope[at] = wrong[:, order] @ gram
         state = _State.of(problem, form, start, order)
         active = torch.arange(len(slope), device=slope.device)  # outputs that the last sweep changed
@@ -72,16 +71,16 @@ class CoordinateDescent(QuadraticMethod):
 
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """Integers and their limits by channels in the order of the descent, int8 [K, N]; which scale each has, int64 [K].
+    """Integers and their limits by channels in the ``order`` int64 [K] of the descent, int8 [K, N], and their grid.
 
-    ``scale`` is float32 [G, N]. A channel's values lie side by side.
+    A channel's values lie side by side.
     """
 
     integers: Tensor
     low: Tensor
     high: Tensor
-    scale: Tensor
-    group: Tensor
+    grid: Grid
+    order: Tensor
 
     @classmethod
     def of(cls, problem: LayerProblem, form: Quadratic, start: Solution, order: Tensor) -> _State:
@@ -90,14 +89,14 @@ class _State:
         for at in strips(len(order)):
             channels = order[at]
             integers[at] = by_channel(start.integers, channels)
-            step = channel_steps(problem, start.scale, channels)
+            step = start.grid.of_channels(channels)
             low[at], high[at] = bounds(by_channel(form.weight, channels), step, problem.scheme.weight_bits)
-        return cls(integers, low, high, start.scale, (order >= problem.split).long())
+        return cls(integers, low, high, start.grid, order)
 
     def of_outputs(self, index: Tensor) -> _State:
         """A copy of the part of some outputs."""
-        integers, low, high, scale = (t[:, index] for t in (self.integers, self.low, self.high, self.scale))
-        return _State(integers, low, high, scale, self.group)
+        integers, low, high = (t[:, index] for t in (self.integers, self.low, self.high))
+        return _State(integers, low, high, self.grid.of_outputs(index), self.order)
 
 
 def _sweep(state: _State, slope: Tensor, gram: Tensor, *, last: bool) -> Tensor:
@@ -118,7 +117,7 @@ def _sweep(state: _State, slope: Tensor, gram: Tensor, *, last: bool) -> Tensor:
         stop = min(len(gram), begin + BLOCK)
         here = slice(begin, stop)
         before, low, high = (t[here].float() for t in (state.integers, state.low, state.high))
-        step, integers = state.scale[state.group[here]], before.clone()
+        step, integers = state.grid.of_channels(state.order[here]), before.clone()
         inside, near = slope[:, here].T.contiguous(), gram[here, here]
         curvature = diagonal[here, None] * step
         for k in range(stop - begin):

@@ -15,7 +15,6 @@ from fxq.passes.methods.quadratic import (
     Solution,
     bounds,
     by_channel,
-    channel_steps,
     cholesky,
 )
 
@@ -51,7 +50,7 @@ class GPTQ(QuadraticMethod):
         for stop in range(width, 0, -BLOCK):
             begin = max(0, stop - BLOCK)
             channels, block = order[begin:stop], factor[begin:stop, begin:stop].contiguous()
-            target, step = by_channel(form.target, channels), channel_steps(problem, start.scale, channels)
+            target, step = by_channel(form.target, channels), start.grid.of_channels(channels)
             low, high = bounds(by_channel(form.weight, channels), step, problem.scheme.weight_bits)
             # What the errors of the channels behind add to each component of the block.
             behind = (errors[:, stop:] @ factor[stop:, begin:stop]).T.contiguous()

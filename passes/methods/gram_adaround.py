@@ -11,7 +11,7 @@ from torch import Tensor
 from fxq import numerics
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.adaround import inverse_rectified_sigmoid, rectified_sigmoid
-from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution, steps
+from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GramAdaRound(IteratedMethod):
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """Round every weight to the side on which its choice ends."""
         low, high = numerics.integer_range(problem.scheme.weight_bits)
-        step = steps(problem, start.scale)  # [N, K]
+        step = start.grid.steps(len(form.gram))  # [N, K]
         scaled = form.weight / step
         floor = scaled.floor()
         # At the start every weight inside of the range is exactly what it was: the choice is its fraction.

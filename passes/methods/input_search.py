@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fxq import numerics
 from fxq.core.config import RecipeError
-from fxq.core.method import LayerUpdate
+from fxq.core.method import GROUPED, INTEGER, LayerUpdate
 from fxq.passes.methods import LayerProblem, Units, subsample
 from fxq.passes.methods.ranges import affine
 from fxq.passes.methods.units import TINY
@@ -27,6 +28,7 @@ class InputSearch:
     that choose integers. Schemes with scales per token have nothing to search.
     """
 
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, GROUPED)
     ratios: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     rows: int = 2048
 

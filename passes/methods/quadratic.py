@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from fxq import numerics
-from fxq.core.method import LayerUpdate, RecipeError
+from fxq.core.method import GROUPED, INTEGER, LayerUpdate, RecipeError
 from fxq.passes.methods import LayerProblem, Units, simulated_input, simulated_rows
+from fxq.passes.methods.grid import Grid, expanded
 from fxq.passes.methods.moments import SampleMoments, strips
 from fxq.passes.methods.units import TINY
 
@@ -225,17 +226,6 @@ def cholesky(gram: Tensor, damping: float, order: Tensor | None = None) -> Tenso
     return _factor(make).float()
 
 
-def channel_steps(problem: LayerProblem, scale: Tensor, channels: Tensor) -> Tensor:
-    """:func:`steps` of some channels, [len(channels), N]."""
-    return scale[(channels >= problem.split).long()]
-
-
-def steps(problem: LayerProblem, scale: Tensor) -> Tensor:
-    """Value of one integer of each weight, float32 [N, K], of weight scales [G, N]."""
-    parts = [s[:, None].expand(-1, p.stop - p.start) for s, p in zip(scale, problem.groups, strict=True)]
-    return torch.cat(parts, 1)
-
-
 def bounds(weight: Tensor, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The integers less than a step away from each weight [N, K], least and greatest, float32 [N, K].
 
@@ -253,19 +243,29 @@ def bounds(weight: Tensor, step: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Solution:
-    """Integers as float32 [N, K] and weight scales float32 [G, N], in units."""
+    """Integers as float32 [N, K] and their grid, in units."""
 
     integers: Tensor
-    scale: Tensor
+    grid: Grid
+
+    def weight(self, outputs: slice = slice(None)) -> Tensor:
+        """The dequantized weights float32 [N, K] of some outputs."""
+        integers = self.integers[outputs]
+        return integers * self.grid.steps(integers.shape[1], outputs)
+
+    def with_scale(self, scale: Tensor) -> Solution:
+        """The same integers under other scales [G, N]."""
+        return dataclasses.replace(self, grid=dataclasses.replace(self.grid, scale=scale))
 
 
 class QuadraticMethod(ABC):
     """Base of methods that lower a layer's :class:`Quadratic` under input scales chosen before them.
 
-    An output whose error a method would raise keeps its integers and scales. The outputs' means are made right by the
-    update's ``bias_shift``.
+    An output whose error a method would raise keeps its integers and scales; multipliers of groups stay. The outputs'
+    means are made right by the update's ``bias_shift``.
     """
 
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, GROUPED)
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
@@ -280,15 +280,17 @@ class QuadraticMethod(ABC):
         if not problem.scheme.reconstruct or not len(problem.rows):
             return update
         units, form = Units.of(problem), Quadratic.of(problem, update)
-        start = Solution(update.weight.float(), update.weight_scale / units.weights)
+        start = _start(problem, update, units)
         found = self.solve(problem, form, start)
-        found = dataclasses.replace(found, scale=_within_limit(problem, update, found.scale))
-        before, after = _loss(problem, form, start), _loss(problem, form, found)
-        better = (after < before) & (found.scale * units.weights >= TINY).all(0)
-        integers = torch.where(better[:, None], found.integers, start.integers)
-        scale = torch.where(better, found.scale * units.weights, update.weight_scale)
-        shift = form.shift(integers * steps(problem, scale / units.weights)) * units.inputs * units.weights
-        return dataclasses.replace(update, weight=integers.to(torch.int8), weight_scale=scale, bias_shift=shift)
+        found = found.with_scale(_within_limit(problem, update, found.grid.scale))
+        before, after = _loss(form, start), _loss(form, found)
+        better = (after < before) & (found.grid.scale * units.weights >= TINY).all(0)
+        scale = torch.where(better, found.grid.scale * units.weights, update.weight_scale)
+        best = Solution(torch.where(better[:, None], found.integers, start.integers), found.grid)
+        best = best.with_scale(scale / units.weights)
+        shift = form.shift(best.weight()) * units.inputs * units.weights
+        weight = best.grid.multiplied(best.integers).to(torch.int8)
+        return dataclasses.replace(update, weight=weight, weight_scale=scale, bias_shift=shift)
 
     def operations(self, rows: int, width: int, outputs: int) -> float:
         """Floating-point operations of a layer with that many calibration rows, at most: the form, and the solution."""
@@ -322,11 +324,18 @@ class IteratedMethod(QuadraticMethod):
         return 2.0 * outputs * width**2 * (1 + self.iterations)
 
 
-def _loss(problem: LayerProblem, form: Quadratic, solution: Solution) -> Tensor:
+def _start(problem: LayerProblem, update: LayerUpdate, units: Units) -> Solution:
+    """The solution that an update is."""
+    grid = Grid(update.weight_scale / units.weights, problem.split, update.multiplier)
+    weight = update.weight.float()
+    return Solution(weight if update.multiplier is None else weight / expanded(update.multiplier), grid)
+
+
+def _loss(form: Quadratic, solution: Solution) -> Tensor:
     """:meth:`Quadratic.loss` of a solution."""
     found = []
     for at in strips(len(form.weight)):
-        difference = (solution.integers[at] * steps(problem, solution.scale[:, at])).sub_(form.target[at])
+        difference = solution.weight(at).sub_(form.target[at])
         found.append((difference @ form.gram).mul_(difference).sum(1))
     return torch.cat(found)
 

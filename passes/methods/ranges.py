@@ -6,7 +6,8 @@ Integers or float8; the search for scales of the latter is in :mod:`fxq.passes.m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.core.config import RecipeError
-from fxq.core.method import FLOAT8, INTEGER, LayerUpdate, Scheme
+from fxq.core.method import FLOAT8, GROUPED, INTEGER, LayerUpdate, Scheme
 from fxq.kernels import float8
 from fxq.passes.methods import LayerProblem
 from fxq.passes.methods.clipping import SAMPLE_LIMIT, clips, representative
 from fxq.passes.methods.float_ranges import float_scale, search_float_input, search_float_weight
+from fxq.passes.methods.grid import Grid, grouped
 from fxq.passes.methods.units import TINY, unit
 
 _SEARCH_LIMIT = 1 << 21  # weights searched at a time: the temporaries are about 24 bytes for each
@@ -119,37 +121,57 @@ def _search_rows(weight: Tensor, bits: int, percentiles: Sequence[float], ratios
     return torch.where(top > 0, (best_scale * size).clamp(min=TINY), 1.0)
 
 
-def _rounded(problem: LayerProblem, weight_scales: list[Tensor], inputs: list[tuple[float, int]]) -> LayerUpdate:
+def _rounded(problem: LayerProblem, grid: Grid, inputs: list[tuple[float, int]]) -> LayerUpdate:
     """The update of these scales; ``inputs`` is empty where input scales are measured per token."""
-    scale, device = torch.stack(weight_scales), problem.weight.device
+    scale, device = grid.scale, problem.weight.device
     if not inputs:
-        return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale)
+        return LayerUpdate(weight=_round_weight(problem, grid), weight_scale=scale, multiplier=grid.multiplier)
     input_scale = torch.tensor([s for s, _ in inputs], dtype=torch.float32, device=device)
     if problem.scheme.is_float8:
-        return LayerUpdate(weight=_round_weight(problem, scale), weight_scale=scale, input_scale=input_scale)
+        return LayerUpdate(weight=_round_weight(problem, grid), weight_scale=scale, input_scale=input_scale)
     if len(inputs) == 2:
         # Half the limit leaves room for methods that move the input scales afterwards.
         limit = 0.5 * numerics.ratio_limit(problem.weight.shape[1], problem.split)
         least = scale[1].double() * (inputs[1][0] / inputs[0][0] / limit)
         scale[0] = torch.maximum(scale[0], least.clamp(max=_LARGEST).float())
     return LayerUpdate(
-        weight=_round_weight(problem, scale),
+        weight=_round_weight(problem, grid),
         weight_scale=scale,
+        multiplier=grid.multiplier,
         input_scale=input_scale,
         input_zero_point=torch.tensor([z for _, z in inputs], dtype=torch.int32, device=device),
     )
 
 
-def _round_weight(problem: LayerProblem, scale: Tensor) -> Tensor:
+def _round_weight(problem: LayerProblem, grid: Grid) -> Tensor:
     """int8 or float8 [N, K] of nearest numbers, some rows at a time."""
-    step, scheme = max(1, _SEARCH_LIMIT // problem.weight.shape[1]), problem.scheme
+    (outputs, width), scheme = problem.weight.shape, problem.scheme
+    step = max(1, _SEARCH_LIMIT // width)
     nearest = torch.empty_like(problem.weight, dtype=scheme.input_dtype)
-    for out, rows, scales in zip(*(t.split(step) for t in (nearest, problem.weight, scale.T)), strict=True):
+    low, high = numerics.integer_range(scheme.weight_bits)
+    for at in (slice(first, first + step) for first in range(0, outputs, step)):
+        rows, scales = problem.weight[at], grid.scale[:, at]
         if scheme.is_float8:
-            out.copy_(float8.quantize_weight(rows, scales.T, problem.split))
+            nearest[at] = float8.quantize_weight(rows, scales, problem.split)
+        elif grid.multiplier is not None:
+            nearest[at] = grid.multiplied((rows / grid.steps(width, at)).round_().clamp_(low, high), at)
         else:
-            out.copy_(numerics.quantize_weight(rows, scales.T, problem.split, scheme.weight_bits))
+            nearest[at] = numerics.quantize_weight(rows, scales, problem.split, scheme.weight_bits)
     return nearest
+
+
+def _grid(problem: LayerProblem, scales: Callable[[Tensor], Tensor]) -> Grid:
+    """Scales of each output, or of each 32 channels of it where the scheme has a ``weight_group``.
+
+    Args:
+        problem: whose weight is scaled.
+        scales: of each row of a weight [N, K], float32 [N], 1 for rows of zeros.
+    """
+    if not problem.scheme.weight_group:
+        return Grid(torch.stack([scales(problem.weight[:, part]) for part in problem.groups]), problem.split)
+    blocks = problem.weight.reshape(-1, problem.scheme.weight_group)
+    steps = torch.where(blocks.any(1), scales(blocks), 0.0)
+    return grouped(problem, steps.reshape(len(problem.weight), -1))
 
 
 def _largest(scheme: Scheme) -> float:
@@ -169,22 +191,24 @@ class MinMax:
     Schemes with a scale per token have no activation range to choose.
     """
 
-    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8)
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8, GROUPED)
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
-        high, weights, inputs = _largest(problem.scheme), list[Tensor](), list[tuple[float, int]]()
-        for part in problem.groups:
-            weight = problem.weight[:, part]
+        high, inputs = _largest(problem.scheme), list[tuple[float, int]]()
+
+        def scales(weight: Tensor) -> Tensor:
             top = torch.maximum(weight.amax(1), -weight.amin(1))
-            weights.append(torch.where(top > 0, (top / high).clamp(min=TINY), 1.0))
+            return torch.where(top > 0, (top / high).clamp(min=TINY), 1.0)
+
+        for part in problem.groups:
             if not problem.scheme.per_token:
                 low, most = _extremes(problem, part)
                 if problem.scheme.is_float8:
                     inputs.append((float_scale(max(-low, most)), 0))
                 else:
                     inputs.append(affine(low, most, problem.scheme.input_bits))
-        return _rounded(problem, weights, inputs)
+        return _rounded(problem, _grid(problem, scales), inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +223,7 @@ class RangeSearch:
     :func:`~fxq.passes.methods.float_ranges.search_float_weight`.
     """
 
-    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8)
+    formats: ClassVar[tuple[str, ...]] = (INTEGER, FLOAT8, GROUPED)
     percentiles: tuple[float, ...] = (0.999, 0.9999, 0.99999, 1.0)
     ratios: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
@@ -211,16 +235,15 @@ class RangeSearch:
 
     def apply(self, problem: LayerProblem, update: LayerUpdate | None) -> LayerUpdate:
         """Choose scales; replaces ``update``."""
-        weights = [self._weight_scale(problem, part) for part in problem.groups]
+        grid = _grid(problem, functools.partial(self._weight_scale, problem.scheme))
         inputs = [] if problem.scheme.per_token else [self._input_scale(problem, part) for part in problem.groups]
-        return _rounded(problem, weights, inputs)
+        return _rounded(problem, grid, inputs)
 
-    def _weight_scale(self, problem: LayerProblem, part: slice) -> Tensor:
-        """float32 [N] of one group."""
-        weight = problem.weight[:, part]
-        if problem.scheme.is_float8:
+    def _weight_scale(self, scheme: Scheme, weight: Tensor) -> Tensor:
+        """float32 [N] of weights [N, K]."""
+        if scheme.is_float8:
             return search_float_weight(weight, self.percentiles, self.ratios)
-        return search_weight_scale(weight, problem.scheme.weight_bits, self.percentiles, self.ratios)
+        return search_weight_scale(weight, scheme.weight_bits, self.percentiles, self.ratios)
 
     def _input_scale(self, problem: LayerProblem, part: slice) -> tuple[float, int]:
         """Scale and zero point of one group."""

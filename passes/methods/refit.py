@@ -39,7 +39,7 @@ class RefitScales(QuadraticMethod):
         """Scales and integers in turn."""
         found = start
         for _ in range(self.rounds):
-            found = dataclasses.replace(found, scale=fitted_scales(problem, form, found))
+            found = found.with_scale(fitted_scales(problem, form, found))
             found = CoordinateDescent(self.sweeps).solve(problem, form, found)
         return found
 
@@ -51,7 +51,8 @@ def fitted_scales(problem: LayerProblem, form: Quadratic, solution: Solution) ->
 
 def _fitted(problem: LayerProblem, form: Quadratic, solution: Solution, outputs: slice) -> Tensor:
     """:func:`fitted_scales` of some outputs."""
-    integers, known = solution.integers[outputs], solution.scale[:, outputs]
+    integers = solution.grid.multiplied(solution.integers[outputs], outputs)
+    known = solution.grid.scale[:, outputs]
     parts = []
     for part in problem.groups:
         alone = torch.zeros_like(integers)

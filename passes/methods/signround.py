@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.passes.methods import LayerProblem
-from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution, steps
+from fxq.passes.methods.grid import Grid
+from fxq.passes.methods.quadratic import IteratedMethod, Quadratic, Solution
 
 _CLIPPING = (0.5, 1.25)  # of the scale at the start
 
@@ -31,19 +32,19 @@ class SignRound(IteratedMethod):
     def solve(self, problem: LayerProblem, form: Quadratic, start: Solution) -> Solution:
         """The best iteration of each output."""
         low, high = numerics.integer_range(problem.scheme.weight_bits)
-        step = steps(problem, start.scale)  # [N, K]
+        step = start.grid.steps(len(form.gram))  # [N, K]
         scaled = form.weight / step
-        offset, clipping = torch.zeros_like(step), torch.ones_like(start.scale)  # [N, K], [G, N]
+        offset, clipping = torch.zeros_like(step), torch.ones_like(start.grid.scale)  # [N, K], [G, N]
         best = form.loss(start.integers * step)  # [N]
-        integers, scale = start.integers.clone(), start.scale.clone()
+        integers, scale = start.integers.clone(), start.grid.scale.clone()
         for i in range(self.iterations + 1):
-            factor = steps(problem, clipping)
+            factor = Grid(clipping, problem.split).steps(len(form.gram))
             rounded = (scaled / factor + offset).round()
             found = rounded.clamp(low, high)
             slope, loss = _slope(form, found * step * factor)
             better = loss < best
             best = torch.where(better, loss, best)
-            integers[better], scale[:, better] = found[better], (start.scale * clipping)[:, better]
+            integers[better], scale[:, better] = found[better], (start.grid.scale * clipping)[:, better]
             if i == self.iterations:
                 break
             now = self.rate * (1 - i / self.iterations)
@@ -54,7 +55,7 @@ class SignRound(IteratedMethod):
             offset = (offset - now * torch.sign(slope * inside)).clamp_(-0.5, 0.5)
             by_clipping = torch.stack([(slope * kept)[:, part].sum(1) for part in problem.groups])
             clipping = (clipping - now * torch.sign(by_clipping)).clamp_(*_CLIPPING)
-        return dataclasses.replace(start, integers=integers, scale=scale)
+        return dataclasses.replace(start, integers=integers).with_scale(scale)
 
 
 def _slope(form: Quadratic, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,7 @@ def _attention8() -> tuple[nn.Module, fxq.Batch, fxq.Recipe]:
 MAKERS: dict[str, Callable[[], tuple[nn.Module, fxq.Batch, fxq.Recipe]]] = {
     "w8": _toy,
     "w4": lambda: _toy(4),
+    "groups": lambda: _toy(4, weight_group=32),
     "per-token": lambda: _toy(8, per_token=True),
     "asymmetric": lambda: _toy(4, per_token=True, asymmetric=True),
     "fp8": lambda: _toy(format=FLOAT8),

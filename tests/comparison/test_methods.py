@@ -33,6 +33,7 @@ def test_names_mean_what_they_say():
         assert not any(rule.scheme.dual_scale for rule in made[name].rules if rule.scheme)
     for name, preset in (("q_arvd", "q_arvd-w4a8"), ("least_error", "w4a8")):
         assert dataclasses.replace(made[name], name="") == dataclasses.replace(PRESETS[preset], name="")
+    assert width_of(made.pop("groups")) == "w4g32a8"
     assert {width_of(recipe) for recipe in made.values()} == {"w4a8"}
     rivals = {"smoothquant": ("nearest", Smooth()), "rotation": ("gptq", Rotate()), "svdquant": ("gptq", LowRank())}
     for name, (base, transform) in rivals.items():
@@ -78,7 +79,7 @@ def test_a_width_without_preset_has_the_rules_of_the_presets():
         (["zzz"], ["w4a8"], "unknown method 'zzz'; Methods: "),
         (["minmax"], ["w4a88"], r"bits 'w4a88': did you mean 'w4a8'\? Presets: w8a8, "),
         (["minmax"], ["seven"], "bits 'seven': expected bits of weights and inputs"),
-        (["minmax"], ["w5a8"], "bits 'w5a8': weight_bits = 5"),
+        (["minmax"], ["w3a8"], "bits 'w3a8': weight_bits = 3"),
         (["q_arvd:weightin=uniform"], ["w4a8"], r"unknown key 'weightin'; did you mean 'weighting'\?"),
         (["q_arvd:seed=3"], ["w4a8"], "unknown key 'seed'; known: weighting, "),
         (["minmax", "nearest", "minmax"], ["w4a8"], "two rows are called minmax w4a8"),

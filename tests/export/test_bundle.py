@@ -243,8 +243,8 @@ GRAPH_FAULTS = {
     "no args": (lambda d: first("call_function")(d).pop("args") and None, "malformed graph: KeyError"),
     "plan field": (lambda d: d["nodes"][-2]["plan"].update(color=1), "malformed graph: TypeError"),
     "plan bits": (
-        lambda d: next(n for n in d["nodes"] if "dual" in n["target"])["plan"]["scheme"].update(weight_bits=5),
-        "weight_bits = 5: expected 4 or 8",
+        lambda d: next(n for n in d["nodes"] if "dual" in n["target"])["plan"]["scheme"].update(weight_bits=3),
+        "weight_bits = 3: expected 4..8",
     ),
     "split": (
         lambda d: next(n for n in d["nodes"] if "dual" in n["target"])["args"].__setitem__(5, 32),

@@ -273,3 +273,15 @@ def test_the_preset_of_diffusers_names_the_linears_of_a_block():
     layers = {"blocks.3.attn1.to_q": "column", "blocks.3.attn2.to_out.0": "row", "blocks.3.ffn.net.0.proj": "column"}
     layers |= {"blocks.3.ffn.net.2": "row", "condition_embedder.time_proj": "replicate", "proj_out": "replicate"}
     assert {layer: DIFFUSERS_WAN.how(layer) for layer in layers} == layers
+
+
+def test_a_bundle_with_weights_in_bit_planes_is_loaded_whole(tmp_path):
+    q = quantized(6)
+    fxq.save(q, tmp_path / "wan", fingerprint=False)
+    with pytest.raises(ParallelError, match=r"weight of text_embedding\.0 is W6A8.*fxq\.load.*tensor_parallel"):
+        load_shard(tmp_path / "wan", CAUSAL_WAN, 0, 2)
+    place = Place("none", 0, 2)
+    graph = QuantGraph.of(fxq.load(tmp_path / "wan"))
+    run_passes(graph, (ShardGraph(CAUSAL_WAN, place, ModuleSource(graph.module)),))
+    weight = graph.module.get_buffer("blocks.0.ffn.0.weight")
+    assert weight.dtype == torch.int8 and int(weight.abs().max()) <= 32

@@ -5,10 +5,10 @@ from fxq.core.config import RecipeError
 from fxq.passes.methods import Units, descent
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, bounds, steps
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, bounds
 from fxq.passes.methods.ranges import RangeSearch
 from fxq.passes.methods.refit import RefitScales
-from tests.toys import problem
+from tests.toys import problem, steps
 
 
 def loss(p, update):

@@ -4,9 +4,10 @@ import torch
 from fxq.core.config import RecipeError
 from fxq.passes.methods import Units
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import BLOCK, Quadratic, Solution, bounds, steps
+from fxq.passes.methods.grid import Grid
+from fxq.passes.methods.quadratic import BLOCK, Quadratic, Solution, bounds
 from fxq.passes.methods.ranges import RangeSearch
-from tests.toys import problem
+from tests.toys import problem, steps
 
 
 def published(gram, target, step, limits, damping):
@@ -32,9 +33,9 @@ def test_the_integers_are_those_of_the_published_algorithm(width, outliers):
     p = problem(outputs=24, width=width, count=3 * width, outliers=outliers)
     update = RangeSearch().apply(p, None)
     form = Quadratic.of(p, update)
-    start = Solution(update.weight.float(), update.weight_scale / Units.of(p).weights)
+    start = Solution(update.weight.float(), Grid(update.weight_scale / Units.of(p).weights, p.split))
     got = GPTQ(damping=0.01).solve(p, form, start).integers
-    step = steps(p, start.scale)
+    step = steps(p, start.grid.scale)
     want = published(form.gram, form.target, step, bounds(form.weight, step, 4), 0.01)
     # A tie in one channel changes those behind it in that output: almost all outputs have none.
     assert float((got.double() == want).all(1).float().mean()) > 0.9

@@ -9,9 +9,9 @@ from fxq.passes.methods import Units
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
 from fxq.passes.methods.moments import strips
-from fxq.passes.methods.quadratic import Quadratic, steps
+from fxq.passes.methods.quadratic import Quadratic
 from fxq.passes.methods.ranges import RangeSearch
-from tests.toys import problem
+from tests.toys import problem, steps
 
 
 def known(p, x, weights=None):

@@ -9,10 +9,10 @@ from fxq.passes import methods
 from fxq.passes.methods import Units, descent, gptq, moments, output_sqnr, quadratic, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
 from fxq.passes.methods.gptq import GPTQ
-from fxq.passes.methods.quadratic import Quadratic, cholesky, reordered, steps
+from fxq.passes.methods.quadratic import Quadratic, cholesky, reordered
 from fxq.passes.methods.ranges import MinMax, RangeSearch
 from fxq.passes.methods.refit import RefitScales
-from tests.toys import problem, rows
+from tests.toys import problem, rows, steps
 
 METHODS = (GPTQ(), CoordinateDescent(), RefitScales())
 

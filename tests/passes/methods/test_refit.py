@@ -3,10 +3,11 @@ import torch
 
 from fxq.core.config import RecipeError
 from fxq.passes.methods import Units
-from fxq.passes.methods.quadratic import Quadratic, Solution, steps
+from fxq.passes.methods.grid import Grid
+from fxq.passes.methods.quadratic import Quadratic, Solution
 from fxq.passes.methods.ranges import MinMax
 from fxq.passes.methods.refit import RefitScales, fitted_scales
-from tests.toys import problem
+from tests.toys import problem, steps
 
 
 @pytest.mark.parametrize("outliers", [0, 32])
@@ -14,10 +15,10 @@ def test_no_other_scale_fits_the_integers_better(outliers):
     p = problem(outputs=20, count=400, outliers=outliers)
     update = MinMax().apply(p, None)
     form = Quadratic.of(p, update)
-    solution = Solution(update.weight.float(), update.weight_scale / Units.of(p).weights)
+    solution = Solution(update.weight.float(), Grid(update.weight_scale / Units.of(p).weights, p.split))
     scale = fitted_scales(p, form, solution)
     best = form.loss(solution.integers * steps(p, scale))
-    changed = (scale != solution.scale).all(0)
+    changed = (scale != solution.grid.scale).all(0)
     assert float(changed.float().mean()) > 0.5
     for group in range(len(scale)):
         for factor in (0.98, 1.02):
