@@ -171,6 +171,41 @@ def test_two_ranks_choose_the_widths_of_one(tmp_path):
     assert run(torchrun(str(tmp_path / "choose.py"))).count("equal") == 2
 
 
+BY_TIME = """
+import dataclasses
+import fxq
+from fxq.passes import kernel_times
+from fxq.runtime.workers import launched
+from tests.toys import recipe, rows, toy
+
+def seconds(size, schemes):
+    assert workers.rank == 0, "only the first rank measures"
+    return [1e-9 * size.inputs * size.outputs * (16 if s is None else s.weight_bits) for s in schemes]
+
+def bundle(group=None):
+    chosen = dataclasses.replace(recipe(4), budget=fxq.Budget(time=0.4))
+    data = [rows(12, 96, seed=seed) for seed in range(3)]
+    module = fxq.quantize(toy(blocks=3), data, chosen, group=group, progress=False)
+    return fxq.summary(module).facts["widths"], module.state_dict()
+
+kernel_times.kernel_seconds = seconds
+with launched() as workers:
+    widths, both = bundle(workers.group)
+    if workers.rank == 0:
+        alone_widths, alone = bundle()
+        assert widths == alone_widths and set(widths["layers"].values()) == {4, 8} and widths["time"] <= 0.4, widths
+        assert all(both[name].equal(alone[name]) for name in alone) and both.keys() == alone.keys()
+print("widths", sorted(widths["layers"].items()), widths["time"])
+"""
+
+
+@pytest.mark.sweep
+def test_two_ranks_keep_to_the_times_that_the_first_measures(tmp_path):
+    (tmp_path / "choose.py").write_text(BY_TIME)
+    printed = [line for line in run(torchrun(str(tmp_path / "choose.py"))).splitlines() if line.startswith("widths")]
+    assert len(printed) == 2 and len(set(printed)) == 1
+
+
 @pytest.mark.sweep
 def test_two_ranks_rewrite_the_graph_as_one_does(words, tmp_path):
     names = ("Rotate", "Smooth", "LowRank")
