@@ -36,7 +36,8 @@ def _ours(problem: Problem, device: str, bounds: dict[str, float], single: bool)
         contestant("fxq W4A8", "int4", dual_scale=True, weight_bits=4),
     )
     if single:
-        return (contestant("fxq single scale", dual_scale=False), *dual)
+        narrower = contestant("fxq W7A8", dual_scale=True, weight_bits=7)
+        return (contestant("fxq single scale", dual_scale=False), *dual, narrower)
     return (*dual, Contestant("fxq torch.compile", compiled, bounds["int8"], "int8", dtype_name(dtype), ours=True))
 
 
