@@ -37,6 +37,7 @@ __all__ = [
     "attention",
     "attention_int8",
     "attention_lse",
+    "library_name",
     "linear",
     "linear_add",
     "linear_per_token",
@@ -79,6 +80,12 @@ def name() -> str:
     library()  # which may find that the fastest cannot be used
     found = instruction_set()
     return "native" if found is None else found.kernel
+
+
+def library_name() -> str:
+    """Name of the library in use, which stands for its sources, compiler and flags; "" without one."""
+    loaded = library()[0]
+    return "" if loaded is None else os.path.basename(loaded._name)
 
 
 def attends(dtype: torch.dtype = torch.bfloat16) -> bool:
