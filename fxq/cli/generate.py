@@ -114,10 +114,7 @@ def generate(
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
     module, told = _running(rollout, bundle, kept, model), dict[str, object]()
     if bundle is not None and module is not None:
-        if floats_where_faster is None and (latents_only or report is not None):
-            floats_where_faster = False  # they are compared, with those of other machines too
-        module = optimize(module, floats_where_faster=floats_where_faster)
-        _tell_floats(module)
+        module = _fast(module, floats_where_faster, compared=latents_only or report is not None)
     elif floats_where_faster is not None:
         raise AdapterError("--floats-where-faster measures the layers of a bundle: give --bundle, or leave it out")
     if report is None:
@@ -229,11 +226,21 @@ def _running(
     return module
 
 
-def _tell_floats(module: fx.GraphModule) -> None:
-    """Say on standard error what was measured and runs in floats."""
-    for text in summary(module).notes.get(PLACE, ()):
+def _fast(module: fx.GraphModule, floats_where_faster: bool | None, compared: bool) -> fx.GraphModule:
+    """The module optimized; on standard error what runs in floats.
+
+    Args:
+        module: of a bundle.
+        floats_where_faster: as it was asked for.
+        compared: whether results stand beside those of other machines: nothing is measured unasked.
+    """
+    fast = optimize(
+        module, floats_where_faster=False if floats_where_faster is None and compared else floats_where_faster
+    )
+    for text in summary(fast).notes.get(PLACE, ()):
         line = f"{PLACE}, faster so on this CPU: {text} (--no-floats-where-faster)"
         stderr_console().print(line, markup=False, highlight=False, soft_wrap=True)
+    return fast
 
 
 def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:
