@@ -70,8 +70,9 @@ class ExactWhereFaster(Fusion):
                 node.target = kernels.attention.definition
             else:
                 graph.note(place_of(node), told)
-        if reasons:
-            _tell(graph, reasons, len(nodes))
+        if reasons and not _told(graph, reasons, len(nodes)):
+            for number, text in reasons.items():
+                graph.note(place_of(nodes[number]), f"exact attention: {text}")
         note_trouble(graph)
         return len(reasons)
 
@@ -135,15 +136,16 @@ def attention_seconds(size: AttentionSize) -> Times:
     return integers, exact
 
 
-def _tell(graph: QuantGraph, reasons: dict[int, str], count: int) -> None:
-    """Write why attentions are exact to where it is said what became of them: those in 8 bits, in their order."""
+def _told(graph: QuantGraph, reasons: dict[int, str], count: int) -> bool:
+    """Write why attentions are exact among what became of all, in their order; False where the graph has others."""
     facts = dict(Facts.of(graph.module).others) if has_facts(graph.module) else {}
     chosen = ChosenAttentions.of(facts | graph.found)
     if chosen is None or len(chosen.integers) != count:
-        return
+        return False
     numbers = iter(range(count))
     layers = tuple(
         layer if layer.reason else dataclasses.replace(layer, reason=reasons.get(next(numbers), ""))
         for layer in chosen.layers
     )
     graph.found[ATTENTION] = dataclasses.replace(chosen, layers=layers).to_json()
+    return True

@@ -6,6 +6,9 @@ import torch
 
 import fxq
 from fxq.core.facts import ChosenAttentions, Facts
+from fxq.core.ir import QuantGraph
+from fxq.core.pipeline import run_passes
+from fxq.passes import ExactWhereFaster
 from fxq.passes.measured import exact_where_faster, float_where_faster
 from fxq.passes.measured.exact_where_faster import AttentionSize
 from tests.passes.test_quantize_attention import Attend, Two, count, inputs, quantized
@@ -67,6 +70,14 @@ def test_each_of_several_has_its_own_reason(monkeypatch):
     assert count(module, "fxq.attention_int8") == 2
     fast = fxq.optimize(module, floats_where_faster=True)
     assert [bool(layer.reason) for layer in ChosenAttentions.of(Facts.of(fast).others).layers] == [False, True]
+
+
+def test_of_attentions_that_are_not_those_of_the_recipe_a_note_tells(times):
+    graph = QuantGraph.of(quantized(max_error=0.05)).fork()
+    facts = Facts.of(graph.module)
+    dataclasses.replace(facts, others={}).attach(graph.module)
+    run_passes(graph, (ExactWhereFaster(),))
+    assert graph.remarks["near.o"] == [f"exact attention: {SAID}"] and not graph.found
 
 
 @pytest.mark.parametrize(
