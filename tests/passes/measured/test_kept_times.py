@@ -9,6 +9,7 @@ import torch
 
 from fxq import cpu
 from fxq.core.ir import QuantGraph
+from fxq.kernels import native
 from fxq.kernels.native import cache
 from fxq.passes.measured import kept_times
 from fxq.passes.measured.kept_times import KeptTimes, machine, power_of_two
@@ -17,6 +18,7 @@ from fxq.passes.measured.kept_times import KeptTimes, machine, power_of_two
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder of this user's own, which the times are kept in as outside of tests."""
+    native.ready()  # its library lies where it always does
     monkeypatch.setenv("FXQ_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(kept_times, "lasting_folder", cache.lasting_folder)
     return tmp_path / "cache"
