@@ -22,8 +22,11 @@ from torch import Tensor
 
 from benchmarks.record import write
 from fxq import kernels
+from fxq.cache.codecs import Int8Attention
+from fxq.cache.named import codecs_text
 from fxq.core.facts import ChosenAttentions, Facts
 from fxq.core.method import AttentionScheme
+from fxq.kernels.arguments import AttentionPacked
 from fxq.lab import tiny_rollout
 from fxq.metrics.latents import paired_ratio, teacher_forced
 from fxq.models.tiny import load_tiny
@@ -66,8 +69,19 @@ def seconds(contestants: dict[str, Callable[[], Tensor]], rounds: int) -> dict[s
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
+def stored(q: Tensor, k: Tensor, v: Tensor, old: int) -> AttentionPacked:
+    """The call on a cache that holds the integers of the first ``old`` tokens, one span."""
+    codec, packed = Int8Attention(), []
+    for kind, x in (("keys", k), ("values", v)):
+        record, _ = codec.encode(x[:, :old], kind, {})  # type: ignore[arg-type]
+        packed.append([record.tensors[field.name] for field in record.fields])
+    table = torch.zeros(old, q.shape[3] // 2)
+    text = codecs_text(codec, codec, integers=True)
+    return AttentionPacked(q, [k[:, old:]], [v[:, old:]], packed[0], packed[1], table, table, text, old)
+
+
 def speeds(rounds: int) -> list[dict[str, object]]:
-    """Times of every shape: torch in float32, the exact operator and the one in integers in both dtypes."""
+    """Times of every shape: torch in float32, and in both dtypes the exact operator, in integers, on stored ones."""
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
     for heads, queries, keys, size in SHAPES:
@@ -83,6 +97,9 @@ def speeds(rounds: int) -> list[dict[str, object]]:
             args = (some[0], list(some[1].split([old, keys - old], 1)), list(some[2].split([old, keys - old], 1)))
             for op in (kernels.attention, kernels.attention_int8):
                 contestants[f"{op.name} {str(dtype).removeprefix('torch.')}"] = lambda op=op, args=args: op(*args)
+            kept = stored(*some, old)
+            name = f"stored integers {str(dtype).removeprefix('torch.')}"
+            contestants[name] = lambda kept=kept: kernels.attention_packed(*kept)
         found = seconds(contestants, rounds)
         rows.append({"shape": [heads, queries, keys, size], "seconds": found})
         base = found["torch float32"]

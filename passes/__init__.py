@@ -11,7 +11,6 @@ from fxq.passes.absorb_cache import AbsorbCache, ObserveAttention, absorb_cache
 from fxq.passes.apply_methods import ApplyMethods
 from fxq.passes.choose_widths import ChooseWidths
 from fxq.passes.detect_outliers import DetectOutliers, OutlierChannels, detect_outliers
-from fxq.passes.float_where_faster import FloatWhereFaster
 from fxq.passes.freeze import Freeze
 from fxq.passes.fusions.fold_permutations import FoldPermutations
 from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
@@ -23,6 +22,8 @@ from fxq.passes.fusions.lay_out_weights import LayOutWeights
 from fxq.passes.fusions.merge_linears import MergeLinears
 from fxq.passes.fusions.real_rope import RealRope, make_rope_real
 from fxq.passes.lower_linear import LoweringError, LowerLinear
+from fxq.passes.measured.exact_where_faster import ExactWhereFaster
+from fxq.passes.measured.float_where_faster import FloatWhereFaster
 from fxq.passes.pack_cache import PackCache, pack_cache
 from fxq.passes.plan_layers import PlanLayers
 from fxq.passes.qdq.to_qdq import ToQdq
@@ -53,6 +54,7 @@ __all__ = [
     "Balance",
     "ChooseWidths",
     "DetectOutliers",
+    "ExactWhereFaster",
     "FloatWhereFaster",
     "FoldPermutations",
     "Freeze",

@@ -65,8 +65,17 @@ def kernel_seconds(size: LinearSize, schemes: Sequence[Scheme | None]) -> list[f
         ValueError: for a scheme of float8.
     """
     random = torch.Generator().manual_seed(0)
-    calls = {str(i): _call(size, scheme, random) for i, scheme in enumerate(schemes)}
-    _, clock = clock_for(torch.get_num_threads(), size.device)
+    return seconds_in_turns([_call(size, scheme, random) for scheme in schemes], size.device)
+
+
+def seconds_in_turns(ways: Sequence[Callable[[], object]], device: str) -> list[float]:
+    """Seconds of each of several calls: medians of five rounds in which they take turns, without autograd.
+
+    Raises:
+        Exception: what the first of them raises that fails.
+    """
+    calls = {str(i): way for i, way in enumerate(ways)}
+    _, clock = clock_for(torch.get_num_threads(), device)
     with torch.no_grad():
         for call in calls.values():
             call()  # compiles

@@ -22,6 +22,7 @@ from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, Stage, inherit_meta, put_tensor
 from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
+from fxq.kernels.attention.codecs import codecs_of
 from fxq.passes.fusions import fuse_attention
 from fxq.passes.match import edits, patterns
 from fxq.passes.match.cache_inputs import HELD, TABLES
@@ -29,6 +30,7 @@ from fxq.passes.match.inputs import Maker, Part, Size, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, same, shape_of, value_of
 
 _SDPA, _ATTENTION = ATEN.scaled_dot_product_attention.default, kernels.attention.definition
+_INTEGERS = kernels.attention_int8.definition
 
 
 class Layer(NamedTuple):
@@ -94,7 +96,7 @@ class PackCache(Rewrite):
             raise PassError("the graph takes a packed cache already: pack the module that it was made from")
         try:
             layers = list(cached_layers(graph))
-            check_readable(graph, layers)
+            check_readable(graph, layers, self.policy.integers)
             self.policy.check_layers(len(layers))
             return _rewrite(graph, self.policy, layers, self.tables)
         except (Unfit, ValueError) as error:
@@ -126,29 +128,37 @@ def pack_cache(module: fx.GraphModule, policy: CachePolicy, tables: Memories | N
 
 def cached_layers(graph: QuantGraph) -> Iterator[Layer]:
     """Layers with a cache among the inputs, in the order in which the graph computes them."""
-    for node in patterns.calls(graph, _SDPA, _ATTENTION):
-        if node.target == _ATTENTION:
+    for node in patterns.calls(graph, _SDPA, _ATTENTION, _INTEGERS):
+        fused = node.target != _SDPA
+        if fused:
             keys, values = arguments(node)["k"], arguments(node)["v"]
         else:
             keys, values = (_joined(arguments(node)[name]) for name in ("key", "value"))
         for k, v in zip(keys, values, strict=False):
             if all(x.op == "placeholder" and patterns.only_user(x) is not None for x in (k, v)) and len(keys) == 2:
-                rows = shape_of(arguments(node)["q" if node.target == _ATTENTION else "query"])
+                rows = shape_of(arguments(node)["q" if fused else "query"])
                 new = next(x for x in keys if x is not k)
-                if same(shape_of(new)[1:2], rows[1:2] if node.target == _ATTENTION else rows[2:3]):
+                if same(shape_of(new)[1:2], rows[1:2] if fused else rows[2:3]):
                     yield Layer(node, k, v)
 
 
-def check_readable(graph: QuantGraph, layers: Sequence[object]) -> None:
+def check_readable(graph: QuantGraph, layers: Sequence[object], integers: bool = False) -> None:
     """Refuse a graph without layers with a cache, and one whose attentions take no other keys and values.
+
+    Args:
+        graph: that is read.
+        layers: found in it.
+        integers: whether what is stored are the integers that attentions in 8 bits multiply.
 
     Raises:
         Unfit: with what would do.
     """
-    if patterns.calls(graph, kernels.attention_int8.definition):
+    packed = patterns.calls(graph, kernels.attention_packed.definition)
+    coded = [node for node in packed if any(c is not None and c.integers for c in codecs_of(arguments(node)["codec"]))]
+    if (patterns.calls(graph, _INTEGERS) or coded) and not integers:
         raise Unfit(
-            "its attentions multiply 8-bit integers and read keys and values as they are; quantize without attention "
-            "in the recipe"
+            "its attentions multiply 8-bit integers and read keys and values as they are; store both by codec "
+            "int8_attention without absorbed layers, or quantize without attention in the recipe"
         )
     if not layers:
         raise Unfit("no input is joined with new keys and values for attention alone")
@@ -184,7 +194,8 @@ def _rewrite(graph: QuantGraph, policy: CachePolicy, layers: list[Layer], tables
         for kind, old, codec, memories in zip(KINDS, layer[1:], pairs[i], tables or ((), ()), strict=True):
             held = made.held(layer.attention, f"{HELD}.{place(kind, i)}", memories[i] if memories else {})
             replaced[old] = made.prefix(old, codec, kind, number, held)
-        _replace_attention(graph, layer, replaced, rotary, codecs_text(*pairs[i]), made.span)
+        text = codecs_text(*pairs[i], integers=layer.attention.target == _INTEGERS)
+        _replace_attention(graph, layer, replaced, rotary, text, made.span)
     lengths = {
         node: Part(parts.inputs, ((parts.sink, 1), (rotary[0], 0), (parts.recent, 1)))
         for node, parts in replaced.items()
@@ -196,7 +207,7 @@ def _rewrite(graph: QuantGraph, policy: CachePolicy, layers: list[Layer], tables
 def _tokens(layer: Layer) -> int:
     """Tokens of a chunk: those that a call brings."""
     node = layer.attention
-    rows = shape_of(arguments(node)["q"])[1] if node.target == _ATTENTION else shape_of(arguments(node)["query"])[2]
+    rows = shape_of(arguments(node)["query"])[2] if node.target == _SDPA else shape_of(arguments(node)["q"])[1]
     if not isinstance(rows, int):
         raise Unfit("the number of tokens of a call varies: capture the model for frames of one size")
     return rows

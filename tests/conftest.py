@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fxq import cpu
+from fxq.passes.measured import kept_times
 from fxq.shadowed import answer_transformers
 from tests import captures, features
 
@@ -17,6 +18,9 @@ hypothesis.settings.load_profile("fxq")
 gc.set_threshold(100_000, 50, 100)
 
 captures.share()
+
+# Results do not follow times; tests of what does ask for it, with times of their own.
+os.environ.setdefault("FXQ_FLOATS_WHERE_FASTER", "0")
 
 # With the repository's root on the path, before any test imports diffusers.
 answer_transformers()
@@ -54,6 +58,15 @@ def settled():
     assert (switches(), torch.get_num_threads()) == before
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_times(tmp_path_factory):
+    """Times that tests measure beside others are not kept for this machine."""
+    folder = tmp_path_factory.mktemp("times")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_times, "lasting_folder", lambda: (folder, ""))
+        yield
 
 
 @pytest.fixture(autouse=True)

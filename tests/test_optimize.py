@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,12 +12,15 @@ import torch
 
 import fxq
 from fxq import kernels
-from fxq.core.ir import get_tensor
+from fxq.core.facts import Facts
+from fxq.core.ir import QuantGraph, get_tensor
 from fxq.core.pipeline import PassError
 from fxq.core.summary import Summary
 from fxq.kernels import native
 from fxq.models.causal_wan import CausalWanConfig
 from fxq.models.self_forcing import SelfForcingRollout
+from fxq.passes import FUSIONS, FloatWhereFaster
+from fxq.passes.measured import float_where_faster
 from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
@@ -232,3 +236,42 @@ def test_no_reference_primitive_of_onednn_multiplies_integers():
     log = done.stdout.partition("onednn_verbose,begin")[2]
     assert "onednn_verbose" in log, "the log is empty: the test would see nothing"
     assert "ref_int8" not in log and "ref:any" not in log
+
+
+@pytest.fixture
+def floats_win(monkeypatch):
+    """Outside of tests nothing is switched off; each linear is twice as fast in floats."""
+    monkeypatch.delenv("FXQ_FLOATS_WHERE_FASTER")
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.002, 0.001))
+    return fxq.quantize(toy(), [rows(9, 96)], recipe(8), progress=False)
+
+
+def test_what_is_slower_in_integers_is_left_in_floats_by_default(floats_win):
+    fast = fxq.summary(fxq.optimize(floats_win))
+    assert not fast.quantized and any("2 ms in integers" in row.reason for row in fast.kept)
+    assert "layers in floats: 2, which take " in str(fast)
+
+
+@pytest.mark.parametrize("how", ["argument", "environment", "a pass that measures"])
+def test_switched_off_the_result_is_that_of_the_integers(how, floats_win, monkeypatch):
+    wanted = {"argument": {"floats_where_faster": False}, "environment": {}}
+    wanted["a pass that measures"] = {"passes": (FloatWhereFaster(margin=0.6), *FUSIONS)}
+    if how == "environment":
+        monkeypatch.setenv("FXQ_FLOATS_WHERE_FASTER", "0")
+    fast = fxq.optimize(floats_win, **wanted[how])
+    assert len(fxq.summary(fast).quantized) == 2 and not fxq.summary(fast).notes
+    x = rows(9, 96)
+    assert torch.equal(fast(x), fxq.optimize(floats_win, floats_where_faster=False)(x))
+
+
+def test_a_rank_measures_nothing_and_says_so(floats_win):
+    dataclasses.replace(Facts.of(floats_win), parallel={"rank": 0, "size": 2}).attach(floats_win)
+    fast = fxq.summary(fxq.optimize(floats_win))
+    assert len(fast.quantized) == 2
+    (note,) = fast.notes["layers in floats"]
+    assert note.endswith("this module is one rank's part of a model, and ranks would choose differently")
+
+
+def test_elsewhere_than_on_a_cpu_nothing_is_measured_unasked(floats_win, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    assert not sys.modules["fxq.optimize"]._measures(QuantGraph.of(floats_win), Facts.of(floats_win), FUSIONS)

@@ -105,7 +105,8 @@ def optimized(
     model: nn.Module, data: list[object] | Rollout, recipe: Recipe, dynamic_shapes: object = None
 ) -> fx.GraphModule:
     """The model quantized on ``data`` and optimized for its device."""
-    return optimize(quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False))
+    quantized = quantize(model, data, recipe, dynamic_shapes=dynamic_shapes, progress=False)
+    return optimize(quantized, floats_where_faster=False)  # floats are a contestant of their own
 
 
 def build(model: nn.Module, args: tuple[object, ...], recipe: Recipe, device: str) -> Built:

@@ -15,6 +15,9 @@ from fxq.kernels.attention.codecs import Coefficients, register
 from fxq.kernels.attention.forms import Form
 from fxq.runtime.reading import ReadError, parse_json
 
+INTEGERS = "int8"
+"""What texts say of attention that multiplies what codecs store."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -22,6 +25,12 @@ class Bound:
 
     codec: Codec
     kind: Kind
+    integers: bool = False
+
+    @property
+    def rotated(self) -> bool:
+        """The codec's."""
+        return self.codec.rotated
 
     def stored(self, heads: int, head_dim: int, span: int) -> Sequence[Field]:
         """The codec's fields."""
@@ -43,10 +52,18 @@ class Bound:
         return self.codec.form(Shape(heads, head_dim, span), self.kind)
 
 
-def codecs_text(keys: Codec | None, values: Codec | None) -> str:
-    """What operators take for a layer's codecs; the same for equal settings."""
+def codecs_text(keys: Codec | None, values: Codec | None, integers: bool = False) -> str:
+    """What operators take for a layer's codecs; the same for equal settings.
+
+    Args:
+        keys: codec of keys.
+        values: codec of values.
+        integers: whether attention multiplies what both of them store, see :class:`~fxq.cache.codecs.codec.Codec`.
+    """
     found = {"keys": keys, "values": values}
-    settings = {kind: None if codec is None else _plain(codec) for kind, codec in found.items()}
+    settings: dict[str, object] = {kind: None if codec is None else _plain(codec) for kind, codec in found.items()}
+    if integers:
+        settings["attention"] = INTEGERS
     return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
@@ -65,13 +82,25 @@ def codecs_from_text(text: str) -> tuple[Bound | None, Bound | None]:
         settings = parse_json(text)
     except ReadError as error:
         raise CacheSettingsError(f"the settings of the codecs are {error}") from None
-    if not isinstance(settings, dict) or set(settings) != {"keys", "values"}:
+    integers = isinstance(settings, dict) and settings.pop("attention", None)
+    if not isinstance(settings, dict) or set(settings) != {"keys", "values"} or integers not in (None, INTEGERS):
         raise CacheSettingsError('the settings of the codecs: expected {"keys": ..., "values": ...}')
 
     def bound(kind: Kind) -> Bound | None:
-        return None if settings[kind] is None else Bound(codec_from_json(settings[kind], kind), kind)
+        if settings[kind] is None:
+            return None
+        return Bound(codec_from_json(settings[kind], kind), kind, integers is not None)
 
-    return bound("keys"), bound("values")
+    pair = bound("keys"), bound("values")
+    if integers is not None and not all(each is not None and each.codec.integers for each in pair):
+        raise CacheSettingsError("attention in 8 bits multiplies what int8_attention stores of both keys and values")
+    return pair
+
+
+def stored_alike(text: str) -> str:
+    """The text of the same codecs without what attention does with them."""
+    keys, values = codecs_from_text(text)
+    return codecs_text(None if keys is None else keys.codec, None if values is None else values.codec)
 
 
 register(codecs_from_text)

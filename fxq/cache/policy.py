@@ -55,6 +55,11 @@ class CachePolicy:
             )
         if self.positions == "relative" and self.window == -1:
             raise ValueError("positions = 'relative' needs a window: set it to the frames the model was trained on")
+        if self.positions == "relative" and (fixed := [c.name for c in self._codecs if c is not None and c.rotated]):
+            raise ValueError(
+                f"positions = 'relative' moves keys, and codec {fixed[0]} stores them rotated: use absolute "
+                "positions, or codec int8"
+            )
 
     def codec(self, kind: Kind, layer: int) -> Codec | None:
         """How a layer's keys or values are stored; None: as they are."""
@@ -64,6 +69,16 @@ class CachePolicy:
         return chosen[layer] if isinstance(chosen, tuple) else chosen
 
     @property
+    def _codecs(self) -> tuple[Codec | None, ...]:
+        chosen = (self.keys, self.values)
+        return tuple(c for codecs in chosen for c in (codecs if isinstance(codecs, tuple) else (codecs,)))
+
+    @property
+    def integers(self) -> bool:
+        """Whether attention in 8 bits multiplies everything that is encoded as it lies."""
+        return self.packs and all(codec is not None and codec.integers for codec in self._codecs)
+
+    @property
     def packs(self) -> bool:
         """Whether anything is encoded."""
         return self.keys is not None or self.values is not None
@@ -71,10 +86,7 @@ class CachePolicy:
     @property
     def needs_tables(self) -> bool:
         """Whether a codec works with what calibration found."""
-        chosen = [
-            c for codecs in (self.keys, self.values) for c in (codecs if isinstance(codecs, tuple) else (codecs,))
-        ]
-        return any(codec is not None and codec.needs_tables for codec in chosen)
+        return any(codec is not None and codec.needs_tables for codec in self._codecs)
 
     @property
     def exact(self) -> CachePolicy:

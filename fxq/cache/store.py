@@ -216,7 +216,7 @@ class Cache:
             if line.codec is None or line.closed:
                 return line
             x = line.exact.tensor[:, :count]
-            if kind == "keys":
+            if kind == "keys" and not line.codec.rotated:
                 x = self.rotary(x, begin, inverse=True)
             record, memory = line.codec.encode(x, kind, line.memory, seed)
             exact = rest_of(line.exact, count)
@@ -263,7 +263,7 @@ class Cache:
         exact, pieces = line.exact.tensor, [self.sink_of(kind, layer)]
         for i, record in enumerate(line.records):
             x, frame = line.codec.decode(record, kind).to(exact.dtype), self.first_packed + i * self._span
-            pieces.append(self.rotary(x, frame) if kind == "keys" else x)
+            pieces.append(self.rotary(x, frame) if kind == "keys" and not line.codec.rotated else x)
         if pieces[1:] and (gone := self.first - self.first_packed) > 0:
             pieces[1] = pieces[1][:, gone * self.layout.tokens :]
         return joined([*pieces, exact])

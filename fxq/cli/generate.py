@@ -24,6 +24,7 @@ from fxq.cli.options.source import with_model_files
 from fxq.cli.options.videos import VideoFiles, with_video_files
 from fxq.cli.quantize import ModelOption
 from fxq.core.pipeline import run_passes
+from fxq.core.summary import summary
 from fxq.environment import environment
 from fxq.export import load
 from fxq.lab import SHAPE, frames_of, tiny_rollout
@@ -35,11 +36,12 @@ from fxq.models.tiny import TINY_SAMPLER, load_tiny
 from fxq.models.video.decoding import VideoDecoder
 from fxq.models.video.stream import chunks_of
 from fxq.optimize import optimize
+from fxq.passes.measured.float_where_faster import PLACE
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
 from fxq.report.cache import cache_to_json, write_cache_report
 from fxq.report.video import Frames, VideoError, check_format, video_writer
 from fxq.runtime.progress import Progress
-from fxq.runtime.streams import stdout_console
+from fxq.runtime.streams import stderr_console, stdout_console
 from fxq.runtime.writable import whole_file, writable_file
 
 _LATENTS = ".safetensors"
@@ -71,9 +73,13 @@ def generate(
         pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
     ] = None,
     floats_where_faster: Annotated[
-        bool,
-        typer.Option("--floats-where-faster", help="Measure the bundle's layers; floats where integers are slower."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--floats-where-faster/--no-floats-where-faster",
+            help="Measure the bundle's layers on this CPU; floats where integers are slower. By default for videos, "
+            "not for latents and reports.",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     scale: Annotated[
         int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
@@ -108,8 +114,8 @@ def generate(
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
     module, told = _running(rollout, bundle, kept, model), dict[str, object]()
     if bundle is not None and module is not None:
-        module = optimize(module, floats_where_faster=floats_where_faster)
-    elif floats_where_faster:
+        module = _fast(module, floats_where_faster, compared=latents_only or report is not None)
+    elif floats_where_faster is not None:
         raise AdapterError("--floats-where-faster measures the layers of a bundle: give --bundle, or leave it out")
     if report is None:
         chunks_made = _shown(rollout, module)
@@ -218,6 +224,23 @@ def _running(
         raise AdapterError(f"{bundle} has a cache of its own, by its recipe: leave out {kept.given}")
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
     return module
+
+
+def _fast(module: fx.GraphModule, floats_where_faster: bool | None, compared: bool) -> fx.GraphModule:
+    """The module optimized; on standard error what runs in floats.
+
+    Args:
+        module: of a bundle.
+        floats_where_faster: as it was asked for.
+        compared: whether results stand beside those of other machines: nothing is measured unasked.
+    """
+    fast = optimize(
+        module, floats_where_faster=False if floats_where_faster is None and compared else floats_where_faster
+    )
+    for text in summary(fast).notes.get(PLACE, ()):
+        line = f"{PLACE}, faster so on this CPU: {text} (--no-floats-where-faster)"
+        stderr_console().print(line, markup=False, highlight=False, soft_wrap=True)
+    return fast
 
 
 def _captured(rollout: Rollout, policy: CachePolicy) -> fx.GraphModule:

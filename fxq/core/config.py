@@ -203,7 +203,7 @@ class Recipe:
             if (given := getattr(self, name)) is not None and not isinstance(given, kind):
                 raise RecipeError(f"{name} is {type(given).__name__}, expected {kind.__name__} or None")
         if self.attention is not None and self.cache is not None:
-            self.attention.check_cache(self.cache.packs or self.cache.absorb is not None)
+            self.attention.check_cache((self.cache.packs and not self.cache.integers) or self.cache.absorb is not None)
         method.check_methods(self.methods)
         check_transforms(self.transforms, self.budget)
         for rule in self.rules:

@@ -161,7 +161,7 @@ class AttentionScheme:
         return any(fnmatch.fnmatchcase(place, pattern) for pattern in self.keep)
 
     def check_cache(self, encoded: bool) -> None:
-        """Refuse a cache that is encoded or absorbed: its keys and values are not read as they are.
+        """Refuse a cache that is absorbed, or encoded in another form than the integers that attention multiplies.
 
         Raises:
             RecipeError: naming both.
@@ -169,7 +169,8 @@ class AttentionScheme:
         if encoded:
             raise RecipeError(
                 f"attention = {self.scheme!r} with a cache that is encoded or absorbed: attention in integers reads "
-                "keys and values as they are; leave out one of the two, or the codecs of the cache"
+                "keys and values as they are, or as codec int8_attention stores both; leave out one of the two, or the "
+                "codecs of the cache"
             )
 
 

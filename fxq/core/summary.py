@@ -12,10 +12,11 @@ from torch import fx
 
 from fxq import kernels
 from fxq.core.facts import ChosenAttentions, Facts, Texts
-from fxq.core.graph import linear_sites
+from fxq.core.graph import arguments, linear_sites
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, planned
 from fxq.core.layer import QuantizedLayer
 from fxq.core.products import TRANSFORM_TENSORS, OtherProduct, other_products
+from fxq.kernels.attention.codecs import codecs_of
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm import op as gemm
 from fxq.runtime.streams import as_text
@@ -211,8 +212,13 @@ def summary(module: fx.GraphModule) -> Summary:
 
 def _attention_kernel(module: fx.GraphModule) -> str:
     """Name of what runs attentions in integers where the module lies, or ""."""
-    op = kernels.attention_int8
-    if not module.graph.find_nodes(op="call_function", target=op.definition):
-        return ""
     tensors = (*module.parameters(), *module.buffers())
-    return kernels.used(op.name, tensors[0].device.type if tensors else "cpu")
+    device = tensors[0].device.type if tensors else "cpu"
+    for op in (kernels.attention_int8, kernels.attention_packed):
+        nodes = module.graph.find_nodes(op="call_function", target=op.definition)
+        if op is kernels.attention_packed:
+            nodes = [node for node in nodes if any(c and c.integers for c in codecs_of(arguments(node)["codec"]))]
+        if nodes:
+            stored = op is kernels.attention_packed and device != "cpu"
+            return "reference" if stored else kernels.used("attention_int8", device)
+    return ""

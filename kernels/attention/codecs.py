@@ -67,6 +67,14 @@ def channels(x: Tensor, basis: Tensor, mean: Tensor) -> Tensor:
 class SpanCodec(Protocol):
     """What reads a layer's encoded keys, or its values."""
 
+    @property
+    def rotated(self) -> bool:
+        """Whether keys are stored rotated."""
+
+    @property
+    def integers(self) -> bool:
+        """Whether attention multiplies the stored integers as they lie."""
+
     def stored(self, heads: int, head_dim: int, span: int) -> Sequence[StoredTensor]:
         """The tensors of spans of so many tokens.
 
@@ -75,7 +83,7 @@ class SpanCodec(Protocol):
         """
 
     def decode(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Tensor:
-        """float32 [B, T, heads, head_dim] of whole spans; keys come without their rotary embedding."""
+        """float32 [B, T, heads, head_dim] of whole spans; keys are as they are stored, rotated or not."""
 
     def coefficients(self, tensors: Mapping[str, Tensor], heads: int, head_dim: int, span: int) -> Coefficients | None:
         """What :meth:`decode` gives, before it is multiplied by a basis; None where there is no shorter form."""

@@ -8,7 +8,8 @@ piece that does not change has the same integers in every call.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,63 @@ def quantized_values(v: Tensor) -> tuple[Tensor, Tensor]:
     """Codes [B, heads, L, head_dim] and scales [B, heads, 1, head_dim] of a block of values [B, L, heads, head_dim]."""
     codes, scale = numerics.quantize_per_token(v.float().permute(0, 2, 3, 1), v.shape[1], BITS)
     return codes.float().transpose(2, 3), scale.transpose(2, 3)
+
+
+class Block(NamedTuple):
+    """Up to VALUE_BLOCK tokens of a piece in integers; all float32.
+
+    Attributes:
+        key_codes: [B, heads, L, head_dim] of -127..127, of keys less the mean of their piece.
+        key_scale: [B, heads, L, 1].
+        value_codes: as ``key_codes``.
+        value_scale: [B, heads, 1, head_dim].
+    """
+
+    key_codes: Tensor
+    key_scale: Tensor
+    value_codes: Tensor
+    value_scale: Tensor
+
+
+class Piece(NamedTuple):
+    """Keys and values in integers: the mean of the keys float32 [B, heads, head_dim], and blocks."""
+
+    mean: Tensor
+    blocks: Sequence[Block]
+
+
+def quantized(k: Tensor, v: Tensor) -> Piece:
+    """A piece of keys and of values [B, L, heads, head_dim]."""
+    mean, blocks = key_mean(k), []
+    for keys, values in zip(k.split(VALUE_BLOCK, 1), v.split(VALUE_BLOCK, 1), strict=True):
+        if keys.shape[1]:
+            blocks.append(Block(*quantized_rows(keys.float() - mean.unsqueeze(1)), *quantized_values(values)))
+    return Piece(mean, blocks)
+
+
+def attended(query: Tensor, pieces: Iterable[Piece]) -> Tensor:
+    """What :func:`attention_int8` gives of queries [B, S, heads, head_dim] over pieces in integers."""
+    q = query.float()
+    codes, scale = quantized_rows(q)
+    root = q.shape[3] ** 0.5
+    rows = q.transpose(1, 2)
+    most, total = scale.new_full(scale.shape, -torch.inf), scale * 0  # NaN of a query shows
+    out = torch.zeros_like(rows)
+    for piece in pieces:
+        bias = rows @ piece.mean.unsqueeze(-1) / root  # [B, heads, S, 1]
+        for block in piece.blocks:
+            scores = codes @ block.key_codes.transpose(2, 3) * (block.key_scale.transpose(2, 3) * (scale / root))
+            top = scores.amax(-1, keepdim=True)
+            weights = ((scores - top).exp() * MOST_WEIGHT).round()
+            found = top + bias
+            above = torch.maximum(most, found)
+            shrink, grow = (most - above).exp(), (found - above).exp()
+            sums = (weights.double() @ block.value_codes.double()).float()
+            out = out * shrink + sums * (block.value_scale * grow)
+            total = total * shrink + weights.sum(-1, keepdim=True) * grow
+            most = above
+    result = torch.where(total == 0, 0.0, out / total)
+    return result.transpose(1, 2).flatten(2).to(query.dtype).contiguous()
 
 
 def supports(a: Attention) -> str:
@@ -112,32 +170,7 @@ def attention_int8(a: Attention) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    q = a.q.float()
-    codes, scale = quantized_rows(q)
-    root = a.q.shape[3] ** 0.5
-    rows = q.transpose(1, 2)
-    most, total = scale.new_full(scale.shape, -torch.inf), scale * 0  # NaN of a query shows
-    out = torch.zeros_like(rows)
-    for k, v in zip(a.k, a.v, strict=True):
-        mean = key_mean(k)
-        bias = rows @ mean.unsqueeze(-1) / root  # [B, heads, S, 1]
-        for keys, values in zip(k.split(VALUE_BLOCK, 1), v.split(VALUE_BLOCK, 1), strict=True):
-            if not keys.shape[1]:
-                continue
-            key_codes, key_scale = quantized_rows(keys.float() - mean.unsqueeze(1))
-            scores = codes @ key_codes.transpose(2, 3) * (key_scale.transpose(2, 3) * (scale / root))
-            top = scores.amax(-1, keepdim=True)
-            weights = ((scores - top).exp() * MOST_WEIGHT).round()
-            value_codes, value_scale = quantized_values(values)
-            found = top + bias
-            above = torch.maximum(most, found)
-            shrink, grow = (most - above).exp(), (found - above).exp()
-            sums = (weights.double() @ value_codes.double()).float()
-            out = out * shrink + sums * (value_scale * grow)
-            total = total * shrink + weights.sum(-1, keepdim=True) * grow
-            most = above
-    result = torch.where(total == 0, 0.0, out / total)
-    return result.transpose(1, 2).flatten(2).to(a.q.dtype).contiguous()
+    return attended(a.q, [quantized(k, v) for k, v in zip(a.k, a.v, strict=True)])
 
 
 @attention_int8.on("cpu", native.or_else("reference"))

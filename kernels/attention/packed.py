@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,22 @@ from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
 from fxq.kernels.attention import triton as packed_triton
 from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, channels, codecs_of
+from fxq.kernels.attention.int8 import VALUE_BLOCK, Block, Piece, attended, key_mean, quantized
 from fxq.kernels.attention.merge import attention_lse, merge
 from fxq.kernels.attention.sides import Reader
-from fxq.kernels.attention.spans import Part, coefficients, count_spans, decoded, parts, rotated, tokens_held
+from fxq.kernels.attention.spans import (
+    Part,
+    coefficients,
+    count_spans,
+    decoded,
+    of_span,
+    parts,
+    rotated,
+    tokens_held,
+)
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.native import unpack
+from fxq.kernels.native.coded import Coded
 from fxq.kernels.op import declare
 
 MOST_HEAD_DIM, MOST_SPAN = 1024, 2**30
@@ -130,7 +142,8 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     """``softmax(q k^T / sqrt(head_dim)) v`` over the pieces of k and v and the encoded spans, no mask.
 
     At most one span of keys and values is decoded at a time; what was read of it is merged in float32. Values that a
-    codec gives as coefficients are not decoded: what their weights make of them is.
+    codec gives as coefficients are not decoded: what their weights make of them is. Where the settings say that
+    attention multiplies what codecs store, it is ``fxq::attention_int8`` over the pieces and the spans behind them.
 
     Returns:
         [B, S, heads * head_dim] in q's dtype, contiguous.
@@ -138,6 +151,8 @@ def attention_packed(a: AttentionPacked) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape, and on settings that name no codec or do not fit the shapes.
     """
+    if multiplies_integers(a):
+        return _attend_integers(a)
     found = attention_lse(a.q, a.k[0], a.v[0])
     for k, v in zip(a.k[1:], a.v[1:], strict=True):
         found = merge(found, attention_lse(a.q, k, v))
@@ -153,6 +168,75 @@ def _attend(a: AttentionPacked, part: Part) -> tuple[Tensor, Tensor]:
     return channels(out, values.basis, values.mean), lse
 
 
+def multiplies_integers(a: AttentionPacked) -> bool:
+    """Whether a call's products are of the integers that its codecs store."""
+    codec = codecs_of(a.codec)[0]
+    return codec is not None and codec.integers
+
+
+class Stored(NamedTuple):
+    """What the codecs of keys and values store of one span of T tokens.
+
+    Attributes:
+        key_codes: int8 [B, T, heads, head_dim], of keys less ``mean``.
+        key_scale: float32 [B, T, heads].
+        mean: float32 [B, heads, head_dim].
+        value_codes: int8 [B, T, heads, head_dim].
+        value_scale: float32 [B, blocks, heads, head_dim], of VALUE_BLOCK tokens each.
+        skip: first tokens that are evicted.
+    """
+
+    key_codes: Tensor
+    key_scale: Tensor
+    mean: Tensor
+    value_codes: Tensor
+    value_scale: Tensor
+    skip: int
+
+
+def stored_spans(a: AttentionPacked) -> Iterator[Stored]:
+    """The spans of a call, in their order, as views."""
+    keys, values = codecs_of(a.codec)
+    assert keys is not None and values is not None
+    for part in parts(a):
+        k, v = of_span(keys, a.packed_k, a, part.number), of_span(values, a.packed_v, a, part.number)
+        yield Stored(k["codes"], k["scale"], k["mean"][:, 0], v["codes"], v["scale"][:, 0], part.skip)
+
+
+def piece_of(span: Stored) -> Piece:
+    """A span as the definition of attention in 8 bits reads it, without the tokens that are evicted."""
+    blocks = []
+    for number in range(span.value_scale.shape[1]):
+        tokens = slice(max(number * VALUE_BLOCK, span.skip), (number + 1) * VALUE_BLOCK)
+        if tokens.start >= min(tokens.stop, span.key_codes.shape[1]):
+            continue
+        keys, values = (x[:, tokens].transpose(1, 2).float() for x in (span.key_codes, span.value_codes))
+        key_scale = span.key_scale[:, tokens].transpose(1, 2).unsqueeze(3)
+        blocks.append(Block(keys, key_scale, values, span.value_scale[:, number].unsqueeze(2)))
+    return Piece(span.mean, blocks)
+
+
+def _attend_integers(a: AttentionPacked) -> Tensor:
+    """``fxq::attention_int8`` over the pieces of k and v and the spans behind them: the reference.
+
+    Returns:
+        [B, S, heads * head_dim] in q's dtype.
+    """
+    exact = [quantized(k, v) for k, v in zip(a.k, a.v, strict=True)]
+    return attended(a.q, [*exact, *(piece_of(span) for span in stored_spans(a))])
+
+
+def _attend_integers_natively(a: AttentionPacked) -> Tensor:
+    """As :func:`_attend_integers` by the native kernel; in float32 for float16."""
+    dtype = torch.float32 if a.q.dtype == torch.float16 else a.q.dtype
+    spans = list(stored_spans(a))
+    means = torch.stack([*(key_mean(k) for k in a.k), *(span.mean for span in spans)])
+    exact = Attention(a.q.to(dtype), [k.to(dtype) for k in a.k], [v.to(dtype) for v in a.v])
+    out = torch.empty((*a.q.shape[:2], a.q.shape[2] * a.q.shape[3]), dtype=dtype)
+    coded = [Coded(s.key_codes, s.key_scale, s.value_codes, s.value_scale, s.skip) for s in spans]
+    return native.attention_int8(exact, means, out, coded).to(a.q.dtype)
+
+
 def _on_cpu() -> str:
     unpacks = f"{native.name()} unpack" if native.ready() else "reference"
     return native.name() if native.attends() else unpacks
@@ -166,6 +250,8 @@ def attention_packed_cpu(a: AttentionPacked) -> Tensor:
     """
     if not native.ready() or not a.q.numel():
         return attention_packed.compute(a)
+    if multiplies_integers(a):
+        return _attend_integers_natively(a)
     inside = native.attends(a.q.dtype)
     found = []
     if inside and any(k.shape[1] for k in a.k):
@@ -192,6 +278,10 @@ if HAS_TRITON:
     @attention_packed.on("cuda", "triton")
     def attention_packed_cuda(a: AttentionPacked) -> Tensor:
         """Launch on the device that holds q; heads that no tile holds take the reference, with a warning."""
+        if multiplies_integers(a):
+            message = "attention to stored integers runs the reference: there is no GPU kernel for it"
+            warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)
+            return attention_packed.compute(a)
         if a.q.shape[3] > packed_triton.MOST_SIZE:
             message = f"heads of {a.q.shape[3]} channels run the reference: the kernel takes {packed_triton.MOST_SIZE}"
             warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)

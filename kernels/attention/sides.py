@@ -39,7 +39,7 @@ class Reader:
         self.stored = {field.name: t for field, t in zip(self.fields, tensors, strict=codec is not None)}
         self.planes = _Fitted(self.stored, self.form, self.heads) if isinstance(self.form, Planes) else None
         self.short = short and self.planes is not None and self.planes.used <= self.channels
-        self.rotates = kind == "keys" and codec is not None
+        self.rotates = kind == "keys" and codec is not None and not codec.rotated
 
     def side(self, part: Part) -> Side:
         """What is stored of a part; a codec without a form, and numbers of another dtype, are made dense by torch."""

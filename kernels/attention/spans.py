@@ -74,9 +74,9 @@ def of_span(codec: SpanCodec, tensors: Sequence[Tensor], a: AttentionPacked, num
 
 
 def rotated(a: AttentionPacked, part: Part) -> Tensor:
-    """As :func:`decoded` of keys, rotated; keys that no codec stored are rotated already."""
-    x = decoded(a, "keys", part)
-    if codecs_of(a.codec)[0] is None:
+    """As :func:`decoded` of keys, rotated; those that no codec stored are already, and so are those of some codecs."""
+    x, codec = decoded(a, "keys", part), codecs_of(a.codec)[0]
+    if codec is None or codec.rotated:
         return x
     cos, sin = a.cos[part.first : part.last], a.sin[part.first : part.last]
     return rms_norm_rope.compute(RmsNormRope(x.flatten(2), None, 0.0, cos, sin, x.shape[2]))

@@ -199,14 +199,17 @@ def attend(a: AttentionPacked) -> Tensor:
             launch(a.q, stored(plain, {"x": k}, 1), stored(plain, {"x": v}, 1), k.shape[1], state, first, None)
             first = False
     for part in _passes(a):
-        tables = (
-            None if codecs_of(a.codec)[0] is None else (a.cos[part.first : part.last], a.sin[part.first : part.last])
-        )
+        tables = (a.cos[part.first : part.last], a.sin[part.first : part.last]) if _rotates(a) else None
         keys, values = (_side(a, kind, part) for kind in ("keys", "values"))
         launch(a.q, keys, values, part.last - part.first, state, first, tables)
         first = False
     out = torch.zeros_like(state.out) if first else state.out
     return out.to(a.q.dtype).flatten(2)
+
+
+def _rotates(a: AttentionPacked) -> bool:
+    codec = codecs_of(a.codec)[0]
+    return codec is not None and not codec.rotated
 
 
 def _form(a: AttentionPacked, kind: str) -> Form | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fxq.kernels.arguments import (
     RmsNormRope,
 )
 from fxq.kernels.native.build import instruction_set, library, why_slower
+from fxq.kernels.native.coded import Coded
 
 __all__ = [
     "activation_code",
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "attention_int8",
     "attention_lse",
+    "library_name",
     "linear",
     "linear_add",
     "linear_per_token",
@@ -81,6 +83,12 @@ def name() -> str:
     return "native" if found is None else found.kernel
 
 
+def library_name() -> str:
+    """Name of the library in use, which stands for its sources, compiler and flags; "" without one."""
+    loaded = library()[0]
+    return "" if loaded is None else os.path.basename(loaded._name)
+
+
 def attends(dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether attention in a dtype is among the native kernels of this CPU."""
     if not ready():
@@ -112,7 +120,11 @@ _Tokens = _struct("Tokens", "scale:p least:f asymmetric:i")
 _Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
 _Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
 _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
-_Piece = _struct("Piece", "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l")
+_Piece = _struct(
+    "Piece",
+    "k:p v:p length:l k_batch:l k_row:l k_head:l v_batch:l v_row:l v_head:l"
+    " k_scale:p v_scale:p scale_batch:l block_batch:l skip:l",
+)
 _Attention = _struct(
     "Attention",
     "q:p out:p part:p lse:p pieces:p means:p piece_count:l batch:l rows:l heads:l size:l q_batch:l q_row:l q_head:l"
@@ -288,24 +300,33 @@ def attention_lse(a: Attention) -> tuple[Tensor, Tensor]:
     return part, lse
 
 
-def attention_int8(a: Attention, means: Tensor, out: Tensor) -> Tensor:
+def attention_int8(a: Attention, means: Tensor, out: Tensor, coded: Sequence[Coded] = ()) -> Tensor:
     """``out`` float32 or bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.int8.attention_int8`.
 
     Args:
         a: queries, and pieces of keys and values.
-        means: float32 [pieces, B, heads, head_dim], contiguous, of the keys.
+        means: float32 [pieces, B, heads, head_dim], contiguous, of the keys, coded ones behind the others.
         out: of q's dtype.
+        coded: pieces whose integers there are.
     """
-    _attend("fxq_attention_int8", a, out=out.data_ptr(), means=means.data_ptr())
+    _attend("fxq_attention_int8", a, coded, out=out.data_ptr(), means=means.data_ptr())
     return out
 
 
-def _attend(function: str, a: Attention, **pointers: int) -> None:
+def _attend(function: str, a: Attention, coded: Sequence[Coded] = (), **pointers: int) -> None:
     q = _unit_stride(a.q)
     keys, values = [_unit_stride(t) for t in a.k], [_unit_stride(t) for t in a.v]
     pieces = [
         _Piece(one.data_ptr(), two.data_ptr(), one.shape[1], *one.stride()[:3], *two.stride()[:3])
         for one, two in zip(keys, values, strict=True)
+    ]
+    held = [each.rows_as_they_lie() for each in coded]
+    pieces += [
+        _Piece(
+            *(c.k.data_ptr(), c.v.data_ptr(), c.k.shape[1], *c.k.stride()[:3], *c.v.stride()[:3]),
+            *(c.k_scale.data_ptr(), c.v_scale.data_ptr(), c.k_scale.stride(0), c.v_scale.stride(0), c.skip),
+        )
+        for c in held
     ]
     array = (_Piece * len(pieces))(*pieces)
     batch, rows, heads, size = q.shape

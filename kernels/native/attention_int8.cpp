@@ -152,6 +152,66 @@ void pack_values(const Attention& p, const Shape& s, long batch, long head, cons
   }
 }
 
+// What pack_keys and pack_values make, of codes that are there.
+void copy_keys(const Attention& p, const Shape& s, long batch, long head, const Tokens& t) {
+  const Piece& from = p.pieces[t.piece];
+  float taint = 0;
+  for (long key = 0; key < t.count; key++) {
+    const long token = t.first + key;
+    const int8_t* row = at<int8_t>(from.k, batch, token, head, from.k_batch, from.k_row, from.k_head);
+    Codes::Number* panel = t.keys + key / TILE_COLUMNS * s.depth() * TILE_COLUMNS;
+    int32_t sum_of = 0;
+    for (long d = 0; d < p.size; d++) sum_of += row[d];
+    for (long k = 0; k < s.steps; k++) {
+      Codes::Number* to = panel + Codes::place(s.steps, k, key % TILE_COLUMNS);
+      for (int i = 0; i < Codes::EACH; i++) {
+        const long d = k * Codes::EACH + i;
+        to[i] = static_cast<Codes::Number>(d < p.size ? row[d] : 0);
+      }
+    }
+    t.key_offset[key] = sum_of * Codes::OFFSET;
+    t.key_scale[key] = from.k_scale[batch * from.scale_batch + token * p.heads + head];
+    taint += 0 * t.key_scale[key];
+  }
+  *t.taint = taint;
+}
+
+void copy_values(const Attention& p, const Shape& s, long batch, long head, const Tokens& t) {
+  const Piece& from = p.pieces[t.piece];
+  constexpr int EACH = Weights::EACH;
+  const float* scale = from.v_scale + batch * from.block_batch + (t.first / BLOCK_KEYS * p.heads + head) * p.size;
+  const long steps = value_steps(t.count);
+  for (long d = 0; d < s.width(); d += LANES) {
+    const long some = std::clamp<long>(p.size - d, 0, LANES);
+    for (int i = 0; i < LANES; i++) t.value_scale[d + i] = i < some ? scale[d + i] : 1.0f;
+    Weights::Number* panel = t.values + d / TILE_COLUMNS * BLOCK_KEYS * TILE_COLUMNS;
+    for (long k = 0; k < steps; k++) {
+      Ints codes[EACH];
+      for (int i = 0; i < EACH; i++) {
+        const long key = EACH * k + i;
+        int32_t each[LANES] = {};
+        if (key < t.count) {
+          const int8_t* row = at<int8_t>(from.v, batch, t.first + key, head, from.v_batch, from.v_row, from.v_head) + d;
+          for (long j = 0; j < some; j++) each[j] = row[j];
+        }
+        std::memcpy(codes + i, each, sizeof(each));
+      }
+      Weights::interleave(codes, panel + Weights::place(steps, k, d % TILE_COLUMNS));
+    }
+  }
+}
+
+template <typename T>
+void pack(const Attention& p, const Shape& s, long batch, long head, const Tokens& t) {
+  if (p.pieces[t.piece].k_scale != nullptr) {
+    copy_keys(p, s, batch, head, t);
+    copy_values(p, s, batch, head, t);
+  } else {
+    pack_keys<T>(p, s, batch, head, t);
+    pack_values<T>(p, s, batch, head, t);
+  }
+}
+
 struct Block {      // scratch of one block of queries; dots, weights, shrink and grow are those of all of a group
   Codes::Row* q;    // [QUERY_ROWS, depth]
   int32_t* dots;    // [QUERY_ROWS, BLOCK_KEYS]; scores in their place, float32
@@ -284,8 +344,9 @@ std::vector<Tokens> blocks_of(const Attention& p, const Shape& s) {
   static thread_local Scratch key_scratch, value_scratch, number_scratch, offset_scratch;
   std::vector<Tokens> blocks;
   for (long piece = 0; piece < p.piece_count; piece++) {
-    for (long first = 0; first < p.pieces[piece].length; first += BLOCK_KEYS) {
-      blocks.push_back({piece, first, std::min(BLOCK_KEYS, p.pieces[piece].length - first)});
+    for (long first = p.pieces[piece].skip, next; first < p.pieces[piece].length; first = next) {
+      next = std::min((first / BLOCK_KEYS + 1) * BLOCK_KEYS, p.pieces[piece].length);
+      blocks.push_back({piece, first, next - first});
     }
   }
   const long count = blocks.size(), keys = BLOCK_KEYS * s.depth(), values = BLOCK_KEYS * s.width();
@@ -321,8 +382,7 @@ void run(const Attention& p) {
       [[maybe_unused]] const Codes::Session session;
 #pragma omp for schedule(static)
       for (size_t i = 0; i < blocks.size(); i++) {
-        pack_keys<T>(p, s, batch, head, blocks[i]);
-        pack_values<T>(p, s, batch, head, blocks[i]);
+        pack<T>(p, s, batch, head, blocks[i]);
       }
 #pragma omp for schedule(dynamic)
       for (long begin = 0; begin < p.rows; begin += group) query_group<T>(p, s, batch, head, begin, group, blocks);

@@ -1,4 +1,4 @@
-"""Where compiled libraries lie: a folder that nobody else can write into, and files that nobody else wrote."""
+"""Where compiled libraries and times lie: a folder that nobody else can write into, files that nobody else wrote."""
 
 from __future__ import annotations
 
@@ -11,14 +11,34 @@ import warnings
 
 
 def chosen_folder() -> pathlib.Path:
-    """``$FXQ_CACHE_DIR``, else ``fxq`` in the user's cache folder."""
+    """``$FXQ_CACHE_DIR``, else ``fxq`` in the user's cache folder, or a temporary one where there is no home folder."""
+    return _users_folder() or _temporary()
+
+
+def _users_folder() -> pathlib.Path | None:
     if chosen := os.environ.get("FXQ_CACHE_DIR"):
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "fxq"
-    except RuntimeError:  # there is no home folder
-        return _temporary()
+    except RuntimeError:
+        return None
+
+
+def lasting_folder() -> tuple[pathlib.Path | None, str]:
+    """The folder that later processes find too, made where it was not; or None, and why there is none."""
+    folder = _users_folder()
+    if folder is None:
+        return None, "there is no home folder; set FXQ_CACHE_DIR to a folder of your own"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        return None, f"{folder} cannot be made ({error.strerror or error}); set FXQ_CACHE_DIR to a folder of your own"
+    if hasattr(os, "geteuid") and (reason := why_shared(folder)):
+        return None, f"{reason}; set FXQ_CACHE_DIR to a folder of your own"
+    if not os.access(folder, os.W_OK):
+        return None, f"{folder} cannot be written into; set FXQ_CACHE_DIR to a folder of your own"
+    return folder, ""
 
 
 def cache_folder() -> pathlib.Path:

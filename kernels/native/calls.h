@@ -73,6 +73,11 @@ struct Piece {
   long length;
   long k_batch, k_row, k_head;  // strides in elements
   long v_batch, v_row, v_head;
+  // 8-bit attention only: k and v are codes int8 where k_scale is not null
+  const float* k_scale;  // [batch, length, heads]
+  const float* v_scale;  // [batch, blocks, heads, size], a block is 256 tokens
+  long scale_batch, block_batch;  // strides of the batch
+  long skip;                      // first tokens that are not read
 };
 
 struct Attention {

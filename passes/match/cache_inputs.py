@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from fxq.cache.codecs.codec import Kind, Memory
 from fxq.cache.codecs.record import Field, Shape
-from fxq.cache.named import codecs_text
+from fxq.cache.named import codecs_text, stored_alike
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories
 from fxq.cache.tables import KINDS, below, from_tensors, learning, same_memory
@@ -220,7 +220,9 @@ class Packing:
             return None
         calls = graph.graph.find_nodes(op="call_function", target=attention_packed.definition)
         named = [arguments(node) for node in calls]
-        return cls(tuple(str(call["codec"]) for call in named), tuple(int(call["span"]) for call in named))
+        return cls(
+            tuple(stored_alike(str(call["codec"])) for call in named), tuple(int(call["span"]) for call in named)
+        )
 
     @classmethod
     def for_cache(cls, policy: CachePolicy, layers: int, chunk: int) -> Packing:

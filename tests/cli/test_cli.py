@@ -11,6 +11,7 @@ from fxq import cli
 from fxq.cli.generate import generated
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
+from fxq.passes.measured import float_where_faster
 from tests import published
 
 
@@ -116,6 +117,39 @@ def test_generate_writes_the_asked_video_from_model_and_bundle(bundle, tmp_path)
         data = json.loads(invoke("generate", "--out", str(tmp_path / name), "--prompt", prompt, "--json", *extra))
         assert data["prompt"] == prompt
         assert (tmp_path / name).stat().st_size > 100
+
+
+def test_videos_take_floats_where_they_are_faster_and_say_so(bundle, tmp_path, monkeypatch):
+    monkeypatch.delenv("FXQ_FLOATS_WHERE_FASTER")
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.002, 0.001))
+    words = ["generate", "--out", str(tmp_path / "v.gif"), "--bundle", bundle, "--chunks", "1"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert "layers in floats, faster so on this CPU: 42, which take" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("out", "extra", "asked"),
+    [
+        ("v.gif", (), None),
+        ("v.gif", ("--no-floats-where-faster",), False),
+        ("v.gif", ("--report", "r.html"), False),
+        ("l.safetensors", (), False),
+        ("l.safetensors", ("--floats-where-faster",), True),
+    ],
+)
+def test_what_is_compared_with_others_is_computed_alike_everywhere(out, extra, asked, tmp_path, monkeypatch):
+    class AskedError(ValueError):
+        pass
+
+    def optimize(module, *, floats_where_faster):
+        raise AskedError(floats_where_faster)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fxq.cli.generate._running", lambda *given: object())
+    monkeypatch.setattr("fxq.cli.generate.optimize", optimize)
+    with pytest.raises(AskedError, match=f"^{asked}$"):
+        invoke("generate", "--out", out, "--bundle", "b", *extra)
 
 
 @pytest.mark.parametrize(

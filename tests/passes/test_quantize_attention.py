@@ -11,17 +11,21 @@ from torch import nn
 from typer.testing import CliRunner
 
 import fxq
-from fxq.cache.codecs import PerToken
+from fxq.cache.absorb import Absorb
+from fxq.cache.codecs import Int8Attention, PerToken
 from fxq.cache.policy import CachePolicy
 from fxq.calibration.collect import CalibrationError
 from fxq.cli import app
 from fxq.core.facts import ChosenAttentions, Facts
+from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph
 from fxq.core.method import AttentionScheme, RecipeError
 from fxq.core.pipeline import PassError, run_passes
 from fxq.export.capture import INTEGERS, ExportError, lower
+from fxq.kernels.attention.codecs import codecs_of
 from fxq.lab import Lab
-from fxq.passes import pack_cache
+from fxq.passes import absorb_cache, pack_cache
+from fxq.passes.match.cache_inputs import Packing
 from fxq.passes.quantize_attention import QuantizeAttention
 from fxq.runtime.progress import Progress
 from tests.attacks.corpus import edit_json, first
@@ -217,6 +221,82 @@ def test_a_rollout_and_its_caches():
     assert left == {"fxq.attention_int8.default"}, "what is compiled ahead of time calls the operator"
     with pytest.raises(ExportError, match="is attention in 8-bit integers, which this format has no operator for"):
         lower(module)
+
+
+CODED = CachePolicy(keys=Int8Attention(), values=Int8Attention(), span=1)
+
+
+def packed_calls(module):
+    """Codecs of each attention to an encoded cache: whether they are multiplied as they lie."""
+    calls = [n for n in module.graph.nodes if n.op == "call_function" and "attention_packed" in str(n.target)]
+    return [codecs_of(arguments(node)["codec"])[0].integers for node in calls]
+
+
+def latents(source, module, policy, chunks=None):
+    source.sampler = dataclasses.replace(source.sampler, cache=policy)
+    with source.using(module), torch.no_grad():
+        return source.rollout(*source.batches[0], upto=chunks)
+
+
+def test_what_is_stored_is_multiplied_as_it_lies(tmp_path):
+    source = wan_rollout(frames=8)
+    chosen = dataclasses.replace(recipe(), attention=AttentionScheme(), cache=CODED)
+    module = fxq.quantize(source.denoiser, source, chosen, progress=False)
+    assert packed_calls(module) == [True] and count(module, "fxq.attention_int8") == 1, "the text's is as it was"
+    assert Packing.of(module) == Packing.for_cache(CODED, 1, 12)
+    assert "int8 attention: 2 of 2" in str(fxq.summary(module))
+    got = latents(source, module, CODED)
+    plain = fxq.quantize(source.denoiser, source, dataclasses.replace(chosen, cache=None), progress=False)
+    exact = latents(source, source.denoiser, CachePolicy())
+    limit = 1.3 * float((latents(source, plain, CachePolicy()) - exact).norm())
+    assert 0 < float((got - exact).norm()) < limit
+    loaded = fxq.load(fxq.save(module, tmp_path / "b"))
+    assert torch.equal(latents(source, loaded, CODED), got)
+    fast = fxq.optimize(loaded)
+    assert packed_calls(fast) == [True] and "int8 attention: 2 of 2 (" in str(fxq.summary(fast))
+    assert float((latents(source, fast, CODED) - exact).norm()) < limit
+
+
+def test_a_call_on_stored_integers_is_that_on_the_floats_they_were_made_of():
+    """The second chunk attends to one span and itself: the dense cache has the same two pieces."""
+    source = wan_rollout()
+    module = fxq.quantize(
+        source.denoiser, source, dataclasses.replace(recipe(), attention=AttentionScheme()), progress=False
+    )
+    policy = dataclasses.replace(CODED, recent=0)
+    found = [
+        latents(source, made, kept, 2) for made, kept in ((pack_cache(module, policy), policy), (module, CachePolicy()))
+    ]
+    assert torch.equal(found[0][:, :2], found[1][:, :2])
+    assert float((found[0] - found[1]).abs().max() / found[1].abs().max()) < 1e-4
+
+
+def test_an_attention_that_stays_exact_reads_the_numbers():
+    source = wan_rollout()
+    kept = dataclasses.replace(recipe(), attention=AttentionScheme(keep=("*self_attn*",)), cache=CODED)
+    module = fxq.quantize(source.denoiser, source, kept, progress=False)
+    assert packed_calls(module) == [False] and Packing.of(module) == Packing.for_cache(CODED, 1, 12)
+    exact = latents(source, source.denoiser, CachePolicy())
+    assert float((latents(source, module, CODED) - exact).norm() / exact.norm()) < 0.1
+
+
+def test_what_cannot_be_stored_so_is_refused():
+    source = wan_rollout()
+    chosen = dataclasses.replace(recipe(), attention=AttentionScheme())
+    with pytest.raises(ValueError, match="'relative' moves keys, and codec int8_attention stores them rotated"):
+        CachePolicy(window=8, positions="relative", keys=Int8Attention(), span=1)
+    for cache in (
+        dataclasses.replace(CODED, values=None),
+        dataclasses.replace(CODED, keys=PerToken(8, 16)),
+        dataclasses.replace(CODED, keys=(Int8Attention(), None)),
+        dataclasses.replace(CODED, absorb=Absorb(), window=12, sink=2),
+    ):
+        with pytest.raises(RecipeError, match="or as codec int8_attention stores both"):
+            dataclasses.replace(chosen, cache=cache)
+    module = fxq.quantize(source.denoiser, source, dataclasses.replace(chosen, cache=CODED), progress=False)
+    absorbing = CachePolicy(window=12, sink=2, absorb=Absorb())
+    with pytest.raises(PassError, match="store both by codec int8_attention without absorbed layers"):
+        absorb_cache(module, absorbing)
 
 
 def test_many_recipes_on_one_calibration_choose_attentions_too():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fxq.cache.codecs.codec import Codec
 from fxq.cache.codecs.exact import Exact
 from fxq.cache.codecs.fp8 import Float8
+from fxq.cache.codecs.int8_attention import Int8Attention
 from fxq.cache.codecs.kivi import Kivi
 from fxq.cache.codecs.klt import Klt
 from fxq.cache.codecs.low_rank import LowRank
@@ -16,7 +17,7 @@ from fxq.cache.codecs.quarot import QuaRot
 from fxq.cache.codecs.rtn import PerChannel, PerToken
 
 CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (Exact, PerToken, PerChannel, Kivi, QuaRot, Float8, LowRank, Prq, Klt)
+    codec.name: codec for codec in (Exact, PerToken, PerChannel, Kivi, QuaRot, Float8, LowRank, Prq, Klt, Int8Attention)
 }
 
 PRESETS: dict[str, Codec] = {
@@ -36,6 +37,7 @@ __all__ = [
     "PRESETS",
     "Exact",
     "Float8",
+    "Int8Attention",
     "Kivi",
     "Klt",
     "LowRank",

@@ -28,11 +28,15 @@ Memory = Mapping[str, Tensor]
 class Codec(ABC):
     """A way to store keys or values; a frozen dataclass of its settings, one file each.
 
-    Keys come before their rotary embedding: a rotation mixes channels that have little to do with each other and
-    changes from token to token.
+    Keys come before their rotary embedding, unless it is ``rotated``: a rotation mixes channels that have little to do
+    with each other and changes from token to token.
     """
 
     name: ClassVar[str]
+    rotated: ClassVar[bool] = False
+    """Whether it stores keys rotated, which stay where they are: for absolute positions alone."""
+    integers: ClassVar[bool] = False
+    """Whether attention in 8 bits multiplies what it stores."""
 
     @abstractmethod
     def fields(self, shape: Shape, kind: Kind) -> tuple[Field, ...]:
@@ -73,7 +77,7 @@ class Codec(ABC):
 
         Args:
             x: float [B, T, heads, head_dim], one span.
-            kind: keys (not rotated) or values.
+            kind: keys (not rotated, unless the codec is) or values.
             memory: what the previous span's call returned; empty for the first.
             seed: of the codec's own generator, such as the layer's number.
         """

@@ -10,6 +10,7 @@ import typer
 
 from fxq.cache.absorb import Absorb
 from fxq.cache.choose import choose, rivals
+from fxq.cache.codecs.int8_attention import Int8Attention
 from fxq.cache.codecs.klt import FIT_TOKENS
 from fxq.cache.policy import CachePolicy
 from fxq.cache.store import Cache, Memories
@@ -80,7 +81,8 @@ class CacheOptions:
             policy = dataclasses.replace(policy, absorb=Absorb(ratio=self.absorb))
         layout = rollout.begin(*rollout.batches[0]).cache.layout
         if self.kv is not None:
-            known = rivals(rollout.model.config.head_dim, policy.span * layout.chunk * layout.tokens)
+            compared = rivals(rollout.model.config.head_dim, policy.span * layout.chunk * layout.tokens)
+            known = compared | {"int8-attention": Int8Attention()}
             if self.kv == "auto":
                 if not isinstance(calibration, SelfForcingRollout):
                     raise AdapterError(
@@ -88,7 +90,7 @@ class CacheOptions:
                     )
                 caches = exact_caches(calibration, policy.span)
                 spread = chunks or max(calibration.units(*batch) for batch in calibration.batches)
-                policy, _ = choose(known, caches, self.kv_bits or AUTO_BITS, policy, max(spread, policy.span))
+                policy, _ = choose(compared, caches, self.kv_bits or AUTO_BITS, policy, max(spread, policy.span))
             elif self.kv in known:
                 policy = dataclasses.replace(policy, keys=known[self.kv], values=known[self.kv])
             else:

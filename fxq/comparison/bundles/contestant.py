@@ -85,7 +85,7 @@ def folder_name(name: str) -> str:
 
 
 def contestant_of(bundle: BundleFolder, rollout: SelfForcingRollout) -> Contestant:
-    """Load a bundle to where the model lies, and optimize it.
+    """Load a bundle to where the model lies, and optimize it: what is compared is what the bundle holds, everywhere.
 
     Raises:
         BundleError: when it cannot be read.
@@ -96,7 +96,7 @@ def contestant_of(bundle: BundleFolder, rollout: SelfForcingRollout) -> Contesta
     _check_model(bundle, facts, rollout.model)
     return Contestant(
         name=bundle.name,
-        module=optimize(module),
+        module=optimize(module, floats_where_faster=False),
         policy=policy_of(module),
         bits="/".join(dict.fromkeys(row.bits for row in facts.quantized)) or "-",
         size_ratio=_size_ratio(facts),

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import fxq
 from fxq.cache.absorb import Absorb
-from fxq.cache.codecs import Klt
+from fxq.cache.codecs import Int8Attention, Klt
 from fxq.cache.policy import CachePolicy
 from fxq.cli import app
 from fxq.cli.options.cache_options import CacheOptions, exact_caches, tables_for
@@ -47,6 +47,13 @@ def test_calibrated_codecs_have_names_and_learn_from_calibration_videos(rollout)
     assert len(keys) == len(values) == 4 and tuple(keys[0]["basis"].shape) == (3, 32, 32)
     assert CacheOptions(kv="klt1-joint").policy(rollout, None).keys == Klt(1.0, joint=True, fit="model")
     assert tables_for(CacheOptions(kv="klt1").policy(rollout, None), rollout) is None
+
+
+def test_integers_for_attention_have_a_name_and_absolute_positions(rollout):
+    policy = CacheOptions(kv="int8-attention").policy(rollout, None)
+    assert policy.keys == policy.values == Int8Attention() and policy.integers
+    with pytest.raises(AdapterError, match="the cache cannot be so: positions = 'relative' moves keys"):
+        CacheOptions(kv="int8-attention", **RELATIVE).policy(rollout, None)
 
 
 def test_codecs_are_chosen_on_calibration_videos_that_are_left_as_they_were(rollout):

@@ -90,4 +90,4 @@ def test_the_form_gives_the_numbers_of_the_codec(codec, kind):
 def test_codecs_without_a_form_are_known():
     shape = Shape(HEADS, DIM, SPAN)
     silent = {name for name, codec in CODECS.items() if codec().form(shape, "keys") is None}
-    assert silent == {"quarot", "low_rank"}
+    assert silent == {"quarot", "low_rank", "int8_attention"}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -28,10 +27,16 @@ from fxq.core.signature import hint_of
 from fxq.passes.fusions.merge_linears import unify_quantizes
 from fxq.passes.kernel_times import LinearSize, kernel_seconds
 from fxq.passes.match.blocks import block_of
+from fxq.passes.measured.kept_times import KEPT, Times, note_trouble, power_of_two
 
+MOST_ROWS = 2048
+"""That are measured: the time of a row is the same in longer calls."""
+PLACE = "layers in floats"
+"""Under which the summary says how much memory they take."""
 _FLOAT8 = "float8 has no kernel to measure beside floats: stays quantized"
 _FUSED = "is fused already: not measured, stays quantized; this pass comes before the others"
 _MANY_WAYS = "it or a layer beside it is called with other neighbours elsewhere: not measured, stays quantized"
+_ROWS_UNKNOWN = "how many rows it has depends on the data: not measured, stays quantized"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +45,15 @@ class FloatWhereFaster(Fusion):
 
     Layers of one block that quantize one input alike count as the one product that
     :class:`~fxq.passes.fusions.merge_linears.MergeLinears` makes of them. Both ways are measured in turns on random
-    numbers (:func:`~fxq.passes.kernel_times.kernel_seconds`, quantize included), once a process for each size, scheme
-    and number of threads. Where floats take less than ``1 - margin`` of the time of integers, the layer gets its
-    dequantized weight [N, K] and bias [N] in model dtype, which take the memory they had before quantization, and its
-    input is no longer rounded: its result differs from the quantized one by that error. The reason of such a layer,
-    and a remark on each that stays, tell both times. What is chosen may differ from run to run.
+    numbers (:func:`~fxq.passes.kernel_times.kernel_seconds`, quantize included), once on a machine for each size (rows
+    and outlier channels to the nearest power of two, at most MOST_ROWS rows), scheme and number of threads
+    (:mod:`~fxq.passes.measured.kept_times`). Where floats take less than ``1 - margin`` of the time of integers, the
+    layer gets its dequantized weight [N, K] and bias [N] in model dtype, which take the memory they had before
+    quantization, and its input is no longer rounded: its result differs from the quantized one by that error. The
+    reason of such a layer tells both times and the memory, a remark on the others both times or why there are none.
     """
 
-    margin: float = 0.05
+    margin: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < 1:
@@ -59,35 +65,49 @@ class FloatWhereFaster(Fusion):
         unify_quantizes(module)
         reasons = dict[str, str]()
         for names, calls in _calls(graph).items():
-            layer = calls[0][0]
-            if layer.scheme.is_float8:
-                floats, told = False, _FLOAT8
-            else:
-                floats, told = self._judged([_seconds(graph, call) for call in calls])
+            floats, told = self._judged(graph, calls)
             for name in names:
                 if floats:
                     reasons[name] = told
                 else:
                     graph.remark(name, told)
-        tensors = dict[str, torch.Tensor]()
+        tensors, more = dict[str, torch.Tensor](), 0
         for layer in list(quantized_layers(module)):
             if reason := reasons.get(layer.name):
-                stored = LayerTensors.of(module, layer.plan)
                 if f"{layer.name}.weight" not in tensors:
-                    tensors[f"{layer.name}.weight"] = stored.float_weight().to(layer.dtype)
-                    tensors[f"{layer.name}.bias"] = stored.bias().to(layer.dtype)
-                _replace(module, layer, reason)
+                    stored = LayerTensors.of(module, layer.plan)
+                    own = {"weight": stored.float_weight().to(layer.dtype), "bias": stored.bias().to(layer.dtype)}
+                    tensors |= {f"{layer.name}.{name}": tensor for name, tensor in own.items()}
+                    added = _bytes(own.values()) - _bytes(stored.by_name().values())
+                    more, reasons[layer.name] = more + added, f"{reason}; {_sized(added)} more memory"
+                _replace(module, layer, reasons[layer.name])
         drop_unread_attributes(module.graph)
         for name, tensor in tensors.items():
             put_tensor(module, name, tensor)
         for name in unused_tensors(module):
             drop_tensor(module, name)
+        if reasons:
+            graph.note(PLACE, f"{len(reasons)}, which take {_sized(more)} more memory than their integers")
+        note_trouble(graph)
         return len(reasons)
 
-    def _judged(self, seconds: Sequence[tuple[float, float]]) -> tuple[bool, str]:
-        """Whether floats win over all calls of a layer, and the two times."""
+    def _judged(self, graph: QuantGraph, calls: Sequence[Sequence[QuantizedLayer]]) -> tuple[bool, str]:
+        """Whether floats win over all calls of layers, and why, or why not."""
+        if calls[0][0].scheme.is_float8:
+            return False, _FLOAT8
+        try:
+            sizes = [_size(graph, call) for call in calls]
+        except ValueError:
+            return False, _ROWS_UNKNOWN
+        try:
+            seconds = [_measured(size, call[0].scheme) for size, call in zip(sizes, calls, strict=True)]
+        except (RuntimeError, MemoryError) as error:
+            return False, f"could not be measured ({str(error).splitlines()[0]}): stays quantized"
         integers, floats = (math.fsum(column) for column in zip(*seconds, strict=True))
-        times = f"{1e3 * floats:.3g} ms in floats, {1e3 * integers:.3g} ms in integers, as measured here"
+        rows = " and ".join(dict.fromkeys(str(_like(size).rows) for size in sizes))
+        times = (
+            f"{1e3 * floats:.3g} ms in floats, {1e3 * integers:.3g} ms in integers, as measured here for {rows} rows"
+        )
         return floats < (1 - self.margin) * integers, times
 
 
@@ -113,12 +133,15 @@ def _calls(graph: QuantGraph) -> Mapping[tuple[str, ...], list[list[QuantizedLay
     return {names: calls for names, calls in found.items() if names not in several}
 
 
-def _seconds(graph: QuantGraph, layers: Sequence[QuantizedLayer]) -> tuple[float, float]:
-    """Of one call of layers as one product: in integers, in floats."""
+def _size(graph: QuantGraph, layers: Sequence[QuantizedLayer]) -> LinearSize:
+    """Of one call of layers as one product.
+
+    Raises:
+        ValueError: when the number of rows depends on data.
+    """
     first = layers[0]
-    source = arguments(first.own_quantize)["x"]
-    value = example_value(source)
-    size = LinearSize(
+    value = example_value(arguments(first.own_quantize)["x"])
+    return LinearSize(
         rows=math.prod(hint_of(length) for length in value.shape[:-1]),
         inputs=first.plan.in_features,
         outputs=sum(layer.plan.out_features for layer in layers),
@@ -126,13 +149,37 @@ def _seconds(graph: QuantGraph, layers: Sequence[QuantizedLayer]) -> tuple[float
         dtype=first.dtype,
         device=str(get_tensor(graph.module, str(first.weight.target)).device),
     )
-    return _measured(size, first.scheme, torch.get_num_threads())
 
 
-@functools.lru_cache(maxsize=4096)
-def _measured(size: LinearSize, scheme: Scheme, threads: int) -> tuple[float, float]:
-    integers, floats = kernel_seconds(size, [scheme, None])
-    return integers, floats
+def _like(size: LinearSize) -> LinearSize:
+    """The size that is measured for all that are near it."""
+    outliers = size.inputs - size.split
+    rounded = power_of_two(outliers) if outliers else 0
+    split = size.inputs - (rounded if rounded < size.inputs else outliers)
+    return dataclasses.replace(size, rows=min(MOST_ROWS, power_of_two(size.rows)), split=split)
+
+
+def _measured(size: LinearSize, scheme: Scheme) -> Times:
+    """Seconds of one call in integers and in floats, of the size that is measured for it."""
+    like = _like(size)
+    names = ("weight_bits", "input_bits", "per_token", "asymmetric")
+    known = dataclasses.asdict(like) | {name: getattr(scheme, name) for name in names}
+    what = " ".join(f"{name}={value}" for name, value in known.items() if name != "device")
+
+    def measure() -> Times:
+        integers, floats = kernel_seconds(like, [scheme, None])
+        return integers, floats
+
+    return KEPT.of(f"linear {what}", size.device, measure)
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _sized(count: int) -> str:
+    unit, size = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if abs(count) >= s), ("B", 1))
+    return f"{count / size:.3g} {unit}"
 
 
 def _replace(module: fx.GraphModule, layer: QuantizedLayer, reason: str) -> None:

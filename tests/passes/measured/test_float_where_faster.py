@@ -5,12 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import fxq
-from fxq.core.config import RecipeError
+from fxq.core.config import RecipeError, Scheme
 from fxq.core.facts import Facts
 from fxq.core.ir import Stage, planned
 from fxq.core.layer import LayerTensors
 from fxq.core.pipeline import PassError, run_passes
-from fxq.passes import FUSIONS, FloatWhereFaster, MergeLinears, float_where_faster
+from fxq.passes import FUSIONS, FloatWhereFaster, MergeLinears
+from fxq.passes.kernel_times import LinearSize
+from fxq.passes.measured import float_where_faster, kept_times
 from tests.passes.fusions.test_fold_permutations import Mlp
 from tests.passes.fusions.test_merge_linears import frozen
 from tests.toys import recipe, rows, toy, wan_rollout
@@ -24,7 +26,7 @@ def times(monkeypatch):
     """Sizes that were measured; floats take half the time of integers."""
     asked = []
 
-    def measured(size, scheme, threads):
+    def measured(size, scheme):
         asked.append(size)
         return 0.002, 0.001
 
@@ -55,7 +57,11 @@ def test_a_layer_gets_its_dequantized_weight_and_exact_inputs(bits, scheme, time
     assert {name for name, _ in fast.named_buffers()} == {"0.weight", "0.bias"}
     (row,) = fxq.summary(fast).rows
     assert not row.quantized and row.outliers == 0 and row.output_sqnr is None
-    assert row.reason == "1 ms in floats, 2 ms in integers, as measured here"
+    more = 4 * 97 * 40 - sum(t.numel() * t.element_size() for t in module.buffers())
+    times = "1 ms in floats, 2 ms in integers, as measured here for 8 rows"
+    assert row.reason == f"{times}; {more / 1e3:.3g} kB more memory"
+    (note,) = fxq.summary(fast).notes[float_where_faster.PLACE]
+    assert note == f"1, which take {more / 1e3:.3g} kB more memory than their integers"
 
 
 def test_outlier_channels_are_put_back_in_order(times):
@@ -78,9 +84,9 @@ def test_what_integers_compute_faster_stays_as_it_is(times, monkeypatch):
     plain, measured = fxq.optimize(module), fxq.optimize(module, floats_where_faster=True)
     assert torch.equal(plain(X), measured(X)) and len(linears(measured)) == len(linears(plain)) == 1, "the head is kept"
     for row in fxq.summary(measured).quantized:
-        assert row.remarks[0] == "1 ms in floats, 0.97 ms in integers, as measured here"
+        assert row.remarks[0] == "1 ms in floats, 0.97 ms in integers, as measured here for 8 rows"
     # Within the margin floats are not worth their memory.
-    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.001, 0.00096))
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.001, 0.00091))
     assert len(linears(fxq.optimize(module, floats_where_faster=True))) == 1
     assert len(linears(fxq.optimize(module, (FloatWhereFaster(margin=0.0), *FUSIONS)))) == 3
 
@@ -128,21 +134,63 @@ def test_results_keep_their_dtype(dtype, times):
     assert (got - want).norm() < 0.05 * want.norm()
 
 
-def test_a_rollout_is_measured_for_real():
-    float_where_faster._measured.cache_clear()
+def test_a_rollout_is_measured_for_real(monkeypatch):
+    monkeypatch.setattr(kept_times, "KEPT", kept := kept_times.KeptTimes())
+    monkeypatch.setattr(float_where_faster, "KEPT", kept)
     rollout = wan_rollout(seeds=(1,))
     module = fxq.quantize(rollout.denoiser, rollout, recipe(8), progress=False)
     fast = fxq.optimize(module, floats_where_faster=True)
     told = [row.reason if not row.quantized else row.remarks[0] for row in fxq.summary(fast).rows if row.bits != "-"]
-    told += [row.reason for row in fxq.summary(fast).kept if row.reason.endswith("here")]
+    told += [row.reason for row in fxq.summary(fast).kept if "measured here" in row.reason]
     assert told and all("ms in floats" in text and "ms in integers" in text for text in told)
-    known = float_where_faster._measured.cache_info()
-    fxq.optimize(module, floats_where_faster=True)
-    assert float_where_faster._measured.cache_info().misses == known.misses, "each size is measured once a process"
     args, _ = rollout.example_call()
     with torch.no_grad():
         want = rollout.denoiser(*args)[0]
         assert (fast(*args)[0] - want).norm() < 1.1 * (module(*args)[0] - want).norm()
+    # A process that comes later measures nothing, and chooses the same.
+    kept.forget()
+    monkeypatch.setattr(float_where_faster, "kernel_seconds", None)
+    assert fxq.summary(fxq.optimize(module, floats_where_faster=True)).rows == fxq.summary(fast).rows
+
+
+def test_sizes_near_each_other_are_measured_once(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(kept_times, "lasting_folder", lambda: (tmp_path, ""))
+    monkeypatch.setattr(float_where_faster, "KEPT", kept_times.KeptTimes())
+    monkeypatch.setattr(float_where_faster, "kernel_seconds", lambda *given: asked.append(given[0]) or [2.0, 1.0])
+
+    def measured(rows, outliers, **scheme):
+        size = LinearSize(rows, 96, 41, 96 - outliers, torch.float32, "cpu")
+        assert float_where_faster._measured(size, Scheme(**scheme)) == (2.0, 1.0)
+
+    for sizes in ((1560, 30), (1600, 33), (4680, 30), (10**6, 40), (3, 0), (0, 0)):
+        measured(*sizes)
+    assert [(size.rows, size.split) for size in asked] == [(2048, 64), (4, 96), (1, 96)]
+    measured(3, 0, per_token=True), measured(3, 0, weight_bits=4), measured(3, 95)
+    assert len(asked) == 6 and asked[-1].split == 1, "there are no more outliers than inputs"
+
+
+def test_rows_that_depend_on_the_data_are_not_measured(times, monkeypatch):
+    def depends(size):
+        raise ValueError(f"size {size} depends on data")
+
+    module = fxq.quantize(toy(), [X], recipe(8), progress=False)
+    monkeypatch.setattr(float_where_faster, "hint_of", depends)
+    rows_ = fxq.summary(fxq.optimize(module, floats_where_faster=True)).quantized
+    assert rows_ and not times
+    assert all(float_where_faster._ROWS_UNKNOWN in row.remarks for row in rows_)
+
+
+def test_what_cannot_be_measured_stays_and_says_why(monkeypatch):
+    def fails(*given):
+        raise RuntimeError("not enough memory\nfor this")
+
+    module = fxq.quantize(toy(), [X], recipe(8), progress=False)
+    monkeypatch.setattr(float_where_faster, "_measured", fails)
+    fast = fxq.optimize(module, floats_where_faster=True)
+    assert torch.equal(fast(X), fxq.optimize(module)(X))
+    told = "could not be measured (not enough memory): stays quantized"
+    assert all(told in row.remarks for row in fxq.summary(fast).quantized)
 
 
 def test_a_part_of_a_rank_is_refused(times):
