@@ -95,7 +95,7 @@ def _call(size: LinearSize, scheme: Scheme | None, random: torch.Generator) -> C
     if scheme.is_float8:
         raise ValueError(f"{scheme.format}: only the times of integers are measured")
     panels = size.device == "cpu" and size.dtype != torch.float16 and not native.why_not()
-    sizes = (size.rows, size.inputs), size.outputs, size.split, scheme.code_bits
+    sizes = (size.rows, size.inputs), size.outputs, size.split, scheme.integer_bits
     perm = None
     if size.split < size.inputs:
         perm = torch.randperm(size.inputs, generator=random).to(size.device, torch.int32)

@@ -102,6 +102,11 @@ class Scheme:
         return 4 if self.weight_bits == 4 and not self.weight_group else 8
 
     @property
+    def integer_bits(self) -> int:
+        """Bits that the integers need which kernels multiply: a code times the multiplier of its group needs 8."""
+        return 8 if self.weight_group else self.weight_bits
+
+    @property
     def is_narrow(self) -> bool:
         """Whether weights have fewer bits than the integers that hold them in memory: files hold their own."""
         return self.weight_bits < self.code_bits

@@ -162,7 +162,7 @@ def _like(size: LinearSize) -> LinearSize:
 def _measured(size: LinearSize, scheme: Scheme) -> Times:
     """Seconds of one call in integers and in floats, of the size that is measured for it."""
     like = _like(size)
-    names = ("weight_bits", "input_bits", "per_token", "asymmetric")
+    names = ("integer_bits", "input_bits", "per_token", "asymmetric")
     known = dataclasses.asdict(like) | {name: getattr(scheme, name) for name in names}
     what = " ".join(f"{name}={value}" for name, value in known.items() if name != "device")
 

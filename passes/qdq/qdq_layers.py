@@ -23,8 +23,7 @@ SAFE_BITS = 15
 
 def may_saturate(scheme: Scheme) -> bool:
     """Whether x86 CPUs without VNNI compute the layer's product wrong: they add pairs of u8 x s8 in 16 bits."""
-    weight_bits = scheme.code_bits if scheme.weight_group else scheme.weight_bits
-    return weight_bits + scheme.input_bits > SAFE_BITS
+    return scheme.integer_bits + scheme.input_bits > SAFE_BITS
 
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
