@@ -18,7 +18,7 @@ RUNTIMES := $(VENV)/runtimes
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint docs dist release-check format clean
+.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint browser docs dist release-check format clean
 
 help: ## print every target
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,13 +62,16 @@ $(RUNTIMES)/.installed: tests/export/runtimes.txt $(STAMP)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(RUNTIMES) -r $<
 	@touch $@
 
+browser: $(STAMP) ## fetch a headless Chromium for tests of fxq play, where there is none; no failure where it cannot
+	@$(BIN)/python tests/machine/browser.py
+
 # Last comes the whole suite as the machine is, so that its counts close the run.
 test: $(STAMP) ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
-	@$(MAKE) --no-print-directory -j 2 lint $(RUNTIMES)/.installed
+	@$(MAKE) --no-print-directory -j 3 lint $(RUNTIMES)/.installed browser
 	@if $(BIN)/python -c 'from fxq import cpu; raise SystemExit(not cpu.above_avx2())'; then $(MAKE) --no-print-directory test-avx2; fi
 	$(PYTEST) -m "not gpu and not sweep"
 
-test-all: lint $(RUNTIMES)/.installed ## every test that needs no GPU, whole families included: over half an hour
+test-all: lint $(RUNTIMES)/.installed browser ## every test that needs no GPU, whole families included: over half an hour
 	$(PYTEST) -m "not gpu"
 
 test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on one with AVX2 only
