@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out/demo
 WORKERS ?= 2
+TORCH ?=
 
 BIN := $(VENV)/bin
 # Next to no operator of a test's small models is met twice, and what torch keeps of the shapes of each takes half of a capture.
@@ -13,12 +14,14 @@ STAMP := $(VENV)/.fxq-installed
 DEMO_STAMP := $(VENV)/.fxq-demo-installed
 DOCS_STAMP := $(VENV)/.fxq-docs-installed
 RUNTIMES := $(VENV)/runtimes
+# Another torch brings the Triton that fits it, or none, and may want another setuptools.
+OTHER_TORCH = $(if $(TORCH),-e 's/^torch==.*/torch==$(TORCH)/' -e '/^triton==/d' -e 's/^setuptools==.*/setuptools>=77/',-n p)
 # A tool started from here must not pick up another environment or another copy of the package; and processes of tests start
 # in two thirds of the time where the package's own modules are kept compiled.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-avx2 test-avx2-all check lint docs dist release-check format clean
+.PHONY: help install demo test test-all test-fast test-torch test-avx2 test-avx2-all check lint browser docs dist release-check format clean
 
 help: ## print every target
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +37,8 @@ $(BIN)/python:
 # when it is.
 $(STAMP): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "installing the pinned requirements into $(VENV); the first time this takes a minute or more"
-	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r requirements.txt
+	@sed $(OTHER_TORCH) requirements.txt > $(VENV)/requirements.txt
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -r $(VENV)/requirements.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -54,22 +58,31 @@ lint: $(STAMP) ## formatting, lint rules and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy --num-workers $(WORKERS)
 
-check: lint ## lint and the fast tests
-	$(PYTEST)
+check: lint test-fast ## lint and the fast tests
 
 $(RUNTIMES)/.installed: tests/export/runtimes.txt $(STAMP)
 	@rm -rf $(RUNTIMES)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(RUNTIMES) -r $<
 	@touch $@
 
+browser: $(STAMP) ## fetch a headless Chromium for tests of fxq play, where there is none; no failure where it cannot
+	@$(BIN)/python tests/machine/browser.py
+
 # Last comes the whole suite as the machine is, so that its counts close the run.
 test: $(STAMP) ## lint, fast and slow tests, on a larger CPU those of its kernels as with AVX2 only too
-	@$(MAKE) --no-print-directory -j 2 lint $(RUNTIMES)/.installed
+	@$(MAKE) --no-print-directory -j 3 lint $(RUNTIMES)/.installed browser
 	@if $(BIN)/python -c 'from fxq import cpu; raise SystemExit(not cpu.above_avx2())'; then $(MAKE) --no-print-directory test-avx2; fi
 	$(PYTEST) -m "not gpu and not sweep"
 
-test-all: lint $(RUNTIMES)/.installed ## every test that needs no GPU, whole families included: over half an hour
+test-all: lint $(RUNTIMES)/.installed browser ## every test that needs no GPU, whole families included: over half an hour
 	$(PYTEST) -m "not gpu"
+
+test-torch: ## the fast tests with TORCH, another version, in an environment of its own: make test-torch TORCH=2.11.0
+	@test -n "$(TORCH)" || { echo "error: say which: make test-torch TORCH=2.11.0" >&2; exit 1; }
+	@$(MAKE) --no-print-directory VENV=$(VENV)-torch-$(TORCH) test-fast
+
+test-fast: $(STAMP)
+	$(PYTEST)
 
 test-avx2: $(STAMP) ## the fast tests whose result may depend on the CPU, as on one with AVX2 only
 	tests/machine/as_avx2 $(PYTEST) $(DEPEND_ON_CPU)

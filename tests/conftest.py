@@ -117,6 +117,7 @@ ANY_CPU = (
     "kernels/test_schema.py",
     "kernels/gemm/test_tiles.py",
     "kernels/test_triton_interpret.py",
+    "machine",
     "metrics",
     "models/test_any_size.py",
     "models/test_cache_policy.py",

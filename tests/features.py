@@ -14,6 +14,7 @@ from fxq import cpu
 from fxq.bench.floats import no_bfloat16
 from fxq.kernels import native
 from fxq.kernels.native import build
+from tests.machine import browser
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,7 @@ FEATURES = {
     "vnni": Feature("integer products by instructions of the CPU", lambda: "" if cpu.has_vnni() else cpu.lacks()),
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
+    "browser": Feature("the page of fxq play in a browser", browser.why_not),
     "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
 }
 

@@ -70,12 +70,44 @@ def test_a_version_is_released_once(tree):
 def test_the_workflow_calls_targets_that_exist():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]
     matrix = jobs["test"]["strategy"]["matrix"]
-    targets = {*matrix["target"], *(entry["target"] for entry in matrix["include"])}
+    targets = {*matrix["target"], *(entry["target"].split()[0] for entry in matrix["include"])}
     nightly = jobs["all"]["steps"][-1]["run"]
     assert nightly == "make test-all"
     targets.add(nightly.removeprefix("make "))
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in targets)
+
+
+def test_the_workflow_runs_every_python_that_is_promised_and_the_oldest_torch():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    matrix = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"]["test"]["strategy"][
+        "matrix"
+    ]
+    named = [
+        line.rpartition(" ")[2]
+        for line in project["classifiers"]
+        if line.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert named == matrix["python"] and project["requires-python"] == f">={named[0]}"
+    (torch,) = (line.partition(">=")[2] for line in project["dependencies"] if line.startswith("torch"))
+    assert f"test-torch TORCH={torch}.0" in [entry["target"] for entry in matrix["include"]]
+
+
+def test_another_torch_takes_its_pin_and_what_goes_with_it_away():
+    makefile = (ROOT / "Makefile").read_text()
+    shown = f"{makefile}\nshow:\n\t@sed $(OTHER_TORCH) requirements.txt\n"
+
+    def pins(*given):
+        made = subprocess.run(
+            ["make", "-s", "-f", "-", "show", *given], cwd=ROOT, input=shown, capture_output=True, text=True, check=True
+        )
+        return made.stdout.splitlines()
+
+    plain = (ROOT / "requirements.txt").read_text().splitlines()
+    assert pins() == plain
+    other = pins("TORCH=2.11.0")
+    assert set(other) - set(plain) == {"torch==2.11.0", "setuptools>=77"}
+    assert {line.partition("==")[0] for line in set(plain) - set(other)} == {"torch", "triton", "setuptools"}
 
 
 def test_hooks_run_the_tools_of_lint():

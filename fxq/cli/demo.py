@@ -71,4 +71,9 @@ def demo(
         console.print(ablation_table(report))
     for line in comparison_lines(report):
         console.print(line)
-    console.print(f"report: {page}   bundles: {', '.join(str(out / bits) for bits in modules)}", highlight=False)
+    console.print(
+        f"report: {page}   bundles: {', '.join(str(out / bits) for bits in modules)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

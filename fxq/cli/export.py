@@ -131,7 +131,7 @@ def _export_onnx(bundle: pathlib.Path, out: pathlib.Path, target: str, form: Onn
     if as_json:
         emit_json({"file": str(file), **said})
     else:
-        stdout_console().print(f"{file}: {line}", highlight=False)
+        stdout_console().print(f"{file}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pathlib.Path, as_json: bool) -> None:
@@ -141,7 +141,9 @@ def _export_diffusers(bundle: pathlib.Path, source: pathlib.Path | None, out: pa
     if as_json:
         emit_json({"folder": str(folder), "reader": "fxq.register()"})
     else:
-        stdout_console().print(f"{folder}: for from_pretrained, after fxq.register()", highlight=False)
+        stdout_console().print(
+            f"{folder}: for from_pretrained, after fxq.register()", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 def _read_config(path: pathlib.Path | None) -> dict[str, object]:

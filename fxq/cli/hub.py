@@ -75,4 +75,4 @@ def push(
     if as_json:
         emit_json({"repository": repository, "commit": address})
     else:
-        stdout_console().print(address, highlight=False)
+        stdout_console().print(address, markup=False, highlight=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from fxq.capture.trace import trace
 from fxq.cli.options.cache_options import CacheOptions, ReportOption, with_cache_options
@@ -208,7 +209,7 @@ def quantize(
     _show_widths(Facts.of(module).others.get(FACT))
     for decibels in metrics.values():
         stdout_console().print(f"output SQNR: {decibels} dB on {len(source.checks)} recorded calls", highlight=False)
-    stdout_console().print(f"bundle: {out}", highlight=False)
+    stdout_console().print(f"bundle: {out}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_widths(found: Any) -> None:
@@ -327,7 +328,7 @@ def sensitivity(
     if as_json:
         emit_json({"alpha": alpha, "mse": result.mse.tolist(), "videos": len(result.mse), "recipe": recipe})
         return
-    table = Table(title=f"chunk sensitivity of {model} under {recipe}, {len(result.mse)} videos")
+    table = Table(title=Text(f"chunk sensitivity of {model} under {recipe}, {len(result.mse)} videos", "table.title"))
     table.add_column("chunk", justify="right")
     table.add_column("alpha", justify="right")
     table.add_column("Self-Forcing W4A8, published", justify="right")

@@ -86,7 +86,7 @@ class Diagnosis:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = Table(title="this machine", title_justify="left", show_header=False)
         for line in self.environment.lines():
-            facts.add_row(*line)
+            facts.add_row(*map(Text, line))
         yield facts
         names = ("operator", "device", "kernel", "state", "error")
         table = Sheet("operators, each against its reference", dict.fromkeys(names, "left"), "note")

@@ -122,22 +122,26 @@ def _self_forcing(rollout: SelfForcingRollout) -> Drive:
 def _units(rollout: SelfForcingRollout) -> Iterator[_Unit]:
     """The chunks of the first video; every video has as many."""
     (condition, draws), sampler, config = rollout.batches[0], rollout.sampler, rollout.model.config
-    tokens, size = _chunk_tokens(rollout), sampler.frames_per_chunk
+    tokens, frames = _chunk_tokens(rollout), sampler.frames_per_chunk
     latent = condition.get("initial_latent")
-    given = 0 if latent is None else latent.shape[1] // size
-    linears = sum(m.in_features * m.out_features for name, m in _named_linears(rollout.model) if _per_token(name))
-    text = sum(m.in_features * m.out_features for name, m in _named_linears(rollout.model)) - linears
+    given = 0 if latent is None else latent.shape[1] // frames
+    weights = {name: m.in_features * m.out_features for name, m in _named_linears(rollout.model)}
+    linears = sum(size for name, size in weights.items() if _per_token(name))
+    times = sum(size for name, size in weights.items() if name.startswith("time_"))
+    text = sum(weights.values()) - linears - times
+    linears += rollout.model.patch_embedding.weight.numel()
     for unit in range(rollout.units(condition, draws)):
         calls = 1 if unit < given else 1 + len(sampler.timesteps(unit == given))
-        kept = unit * size if sampler.cache.window == -1 else min(unit * size, sampler.cache.window - size)
-        prefix = kept * tokens // size
+        kept = unit * frames if sampler.cache.window == -1 else min(unit * frames, sampler.cache.window - frames)
+        prefix = kept * tokens // frames
         products = 4 * tokens * (prefix + tokens + config.text_len) * config.dim * config.num_layers
         once = 2 * config.text_len * text if unit == 0 else 0
-        yield _Unit(calls, prefix, draws.batch * (calls * (2 * tokens * linears + products) + once))
+        call = 2 * tokens * linears + 2 * frames * times + products
+        yield _Unit(calls, prefix, draws.batch * (calls * call + once))
 
 
 def _per_token(name: str) -> bool:
-    """Whether a linear of a causal Wan model sees every token of every call; text and time are seen once."""
+    """Whether a linear of a causal Wan model sees every token of every call; time is seen once a frame, text once."""
     return name.startswith(("blocks.", "head.")) and not name.endswith(("cross_attn.k", "cross_attn.v"))
 
 

@@ -17,15 +17,19 @@ from fxq.kernels.native.build import SETS, compiler
 from fxq.planning.gpus import GIB
 
 OPTIONAL = {
-    "triton": "GPU kernels",
-    "diffusers": "diffusers transformers and schedulers",
-    "onnx": "ONNX files",
-    "onnxscript": "ONNX files",
-    "onnxruntime": "running ONNX files, a contestant of fxq bench",
-    "torchao": "a contestant of fxq bench",
-    "openvino": "a contestant of fxq bench",
+    "triton": ("triton", "GPU kernels"),
+    "diffusers": ("wan", "diffusers transformers and schedulers, VAEs"),
+    "transformers": ("wan", "prompts in words"),
+    "av": ("video", "videos as .mp4"),
+    "uvicorn": ("play", "fxq play"),
+    "huggingface-hub": ("hub", "bundles by their name on the hub"),
+    "onnx": ("onnx", "ONNX files"),
+    "onnxscript": ("onnx", "ONNX files"),
+    "onnxruntime": ("onnx", "running ONNX files, a contestant of fxq bench"),
+    "torchao": ("bench", "a contestant of fxq bench"),
+    "openvino": ("bench", "a contestant of fxq bench"),
 }
-"""Packages that are not needed, and what they are for."""
+"""Packages that are not needed: the extra that brings each, and what it is for."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,21 @@ class Environment:
         lacks = f"; lacks {', '.join(self.missing_instructions)}" if self.missing_instructions else ""
         lacks += f"; limited by {cpu.LIMIT}={self.limited_to}" if self.limited_to else ""
         found = [f"{name} {version}" for name, version in self.packages.items() if version]
-        absent = [f"{name} ({OPTIONAL[name]})" for name, version in self.packages.items() if not version]
+        absent = dict[str, list[str]]()
+        for name in (name for name, version in self.packages.items() if not version):
+            extra, purpose = OPTIONAL[name]
+            absent.setdefault(extra, []).append(f"{name} ({purpose})")
+        missing = "\n".join(f"pip install 'fxq[{extra}]': {', '.join(names)}" for extra, names in absent.items())
         return [
             ("system", f"{self.system}, Python {self.python}"),
             ("torch", f"{self.torch}, built for {f'CUDA {self.cuda}' if self.cuda else 'CPU'}"),
             ("GPU", "; ".join(gpus) or "none that torch sees"),
             ("driver", self.driver or "none found"),
-            ("CPU", f"{self.cpu}, {self.cores} cores, {self.threads} threads used by torch"),
+            ("CPU", f"{self.cpu}, {self.cores} cores, torch uses {self.threads}"),
             ("CPU instructions", (", ".join(self.instructions) or "none that are used") + lacks),
             ("C++ compiler", self.compiler or "none: install g++ or set CXX"),
             ("packages", ", ".join(found) or "none of the optional ones"),
-            ("not installed", ", ".join(absent) or "nothing"),
+            ("not installed", missing or "nothing"),
         ]
 
 

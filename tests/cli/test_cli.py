@@ -56,6 +56,12 @@ def test_quantize_writes_a_bundle_that_loads(bundle):
     assert fxq.summary(module).facts["recipe"]["name"] == "w8a8"
 
 
+def test_a_folder_is_printed_as_it_is_named(small, tmp_path):
+    out = tmp_path / "a[bold]b"
+    said = invoke("quantize", *small, "--recipe", "w8a8-dynamic", "--out", str(out), "--quiet")
+    assert said.endswith(f"\nbundle: {out}\n")
+
+
 def test_inspect_shows_a_bundle(bundle):
     assert "blocks.0.self_attn.q" in invoke("inspect", bundle)
     layers = json.loads(invoke("inspect", bundle, "--json"))["layers"]

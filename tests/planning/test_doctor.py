@@ -1,15 +1,20 @@
 import dataclasses
+import io
 import json
+import pathlib
+import tomllib
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from rich.console import Console
 
 from fxq import kernels
 from fxq.kernels import native
 from fxq.kernels.gemm import op as gemm
 from fxq.planning import doctor, gains
 from fxq.planning.doctor import Diagnosis, check_op, diagnose, disagreement
-from fxq.planning.environment import Device, read_environment
+from fxq.planning.environment import OPTIONAL, Device, read_environment
 from fxq.planning.gains import cpu_gain, gpu_gain
 from tests.planning.test_plan import invoke
 
@@ -159,6 +164,19 @@ def test_what_is_not_there_is_said(monkeypatch):
     lines = dict(read_environment().lines())
     assert lines["C++ compiler"] == "none: install g++ or set CXX"
     assert "onnxruntime (running ONNX files" in lines["not installed"]
+
+
+def test_what_is_not_installed_is_named_with_the_extra_that_brings_it(monkeypatch):
+    project = tomllib.loads((pathlib.Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = {
+        extra: {Requirement(line).name for line in lines} for extra, lines in project["optional-dependencies"].items()
+    }
+    assert all(package in extras[extra] for package, (extra, _) in OPTIONAL.items())
+    monkeypatch.setattr("fxq.planning.environment._version", lambda package: None if package == "av" else "1")
+    assert dict(read_environment().lines())["not installed"] == "pip install 'fxq[video]': av (videos as .mp4)"
+    console = Console(width=200, file=io.StringIO())
+    console.print(Diagnosis(read_environment(), (), ()))
+    assert "│ pip install 'fxq[video]': av (videos as .mp4) " in console.file.getvalue()
 
 
 def test_one_unhealthy_check_makes_the_diagnosis_bad(diagnosis):

@@ -1,23 +1,24 @@
-"""The page in a real browser, where one is installed: PLAYWRIGHT's package and Chromium (``FXQ_CHROMIUM`` names it)."""
+"""The page in a real browser: the machine's, or what ``make browser`` fetches (``FXQ_CHROMIUM`` names another)."""
 
 import os
-import shutil
 
 import pytest
 
 from fxq.comparison.bundles.contestant import FULL_PRECISION
+from tests.features import needs
+from tests.machine import browser as chromium
 from tests.play.test_server import served  # noqa: F401  a fixture
 
-playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = os.environ.get("FXQ_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it or name it in FXQ_CHROMIUM")
+pytestmark = needs("browser")
 WAIT = 120_000
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as running:
-        found = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as running:
+        found = running.chromium.launch(executable_path=chromium.found(), args=["--no-sandbox"])
         yield found
         found.close()
 
