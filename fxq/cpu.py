@@ -1,9 +1,9 @@
 """What instructions this CPU has, or is to be taken to have: the one place that is asked.
 
-``FXQ_CPU=avx512`` makes a larger CPU behave as one without AMX, ``FXQ_CPU=avx2`` as one with AVX2 only,
-``FXQ_CPU=portable`` as one that fxq has no kernels for. The first reaches oneDNN and MKL, the others torch and inductor
-too, to limit them to AVX2, through their own environment variables, which they read once: so it has to be set before
-torch computes anything.
+``FXQ_CPU=avx512`` makes a larger CPU behave as one without AMX, ``FXQ_CPU=avx_vnni`` as one with AVX2 and the VNNI of
+256 bits, ``FXQ_CPU=avx2`` as one with AVX2 only, ``FXQ_CPU=portable`` as one that fxq has no kernels for. The first
+reaches oneDNN and MKL, the others torch and inductor too, to limit them to AVX2, through their own environment
+variables, which they read once: so it has to be set before torch computes anything.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ LIMIT = "FXQ_CPU"
 """Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
 ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
 """How the names of instructions begin that a CPU with AVX2 only does not have."""
-LIMITS = {"avx512": ("amx",), "avx2": ABOVE_AVX2, "portable": ("avx", "amx", "fma", "f16c")}
+LIMITS = {
+    "avx512": ("amx",),
+    "avx_vnni": tuple(name for name in ABOVE_AVX2 if name != "avx_vnni"),
+    "avx2": ABOVE_AVX2,
+    "portable": ("avx", "amx", "fma", "f16c"),
+}
 """What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
-MARCH = {"avx2": "x86-64-v3", "portable": "x86-64-v3"}
-"""The limit in the words of compilers, which use AMX only where they are told to."""
+MARCH = dict.fromkeys(("avx_vnni", "avx2", "portable"), "x86-64-v3")
+"""The limit in the words of compilers, which use AMX and the VNNI of 256 bits only where they are told to."""
 _AT_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -33,6 +38,7 @@ _AT_AVX2 = {
 }
 LIBRARIES = {
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"},
+    "avx_vnni": _AT_AVX2 | {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
     "avx2": _AT_AVX2,
     "portable": _AT_AVX2,
 }

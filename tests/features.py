@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -30,12 +31,22 @@ def _no_attention() -> str:
     return native.why_not() or ("" if native.attends() else f"the {native.name()} kernels have no attention")
 
 
+def _why_no(target: build.InstructionSet) -> str:
+    """Why the kernels for an instruction set cannot be run here, or ""."""
+    if reason := native.why_not():
+        return reason
+    if lacking := ", ".join(cpu.missing(target.needs)):
+        return f"this CPU lacks {lacking}" + (f", as {cpu.LIMIT}={cpu.limit()} says" if cpu.limit() else "")
+    return build.FAILED.get(target.kernel, "")
+
+
 FEATURES = {
     "native": Feature("native kernels", native.why_not),
     "attends": Feature("native attention", _no_attention),
     "vnni": Feature("integer products by instructions of the CPU", lambda: "" if cpu.has_vnni() else cpu.lacks()),
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
+    **{found.kernel: Feature(f"the {found.kernel} kernels", partial(_why_no, found)) for found in build.SETS},
     "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
 }
 
@@ -54,8 +65,7 @@ def demand(name: str) -> None:
 
 def library_for(target: build.InstructionSet) -> ctypes.CDLL:
     """The native kernels for an instruction set, whether or not they are those this CPU gets; skips where it cannot."""
-    if reason := native.why_not() or ", ".join(cpu.missing(target.needs)) or build.FAILED.get(target.kernel, ""):
-        pytest.skip(f"needs {target.kernel}: {reason}")
+    demand(target.kernel)
     return build.load(target)
 
 

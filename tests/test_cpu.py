@@ -61,6 +61,17 @@ def test_the_switch_takes_everything_above_avx2_from_every_library():
 
 
 @pytest.mark.sweep
+def test_the_switch_leaves_the_vnni_of_256_bits_to_every_library():
+    found, verbose = fresh(ALL, FXQ_CPU="avx_vnni", ONEDNN_VERBOSE="1")
+    assert not [name for name in found["features"] if name.startswith(("avx512", "amx"))]
+    assert found["torch"] == "AVX2" and found["limited"] == "avx_vnni" and found["product"] == 64 * 127 * 127
+    if torch.cpu.get_capabilities().get("avx_vnni") and not found["why"]:
+        kernels = {found[name] for name in ("panels", "quantize", "attention")}
+        assert (found["linear"], kernels) == ("int_mm", {"native avx_vnni"})
+        assert "isa:Intel AVX2 with Intel DL Boost" in verbose
+
+
+@pytest.mark.sweep
 def test_the_portable_switch_leaves_everything_to_torch_which_is_limited_too():
     found, verbose = fresh(ALL, FXQ_CPU="portable", ONEDNN_VERBOSE="1")
     assert not [name for name in found["features"] if name.startswith(("avx", "fma", "amx"))]
@@ -101,12 +112,13 @@ def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
 def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     with pytest.raises(
-        ValueError, match=rf"FXQ_CPU='{value}': expected avx512, avx2, portable, or unset for what this CPU has"
+        ValueError,
+        match=rf"FXQ_CPU='{value}': expected avx512, avx_vnni, avx2, portable, or unset for what this CPU has",
     ):
         cpu.features()
 
 
-@pytest.mark.parametrize("value", ["", " ", "avx512", "avx2", "AVX2 ", "Portable"])
+@pytest.mark.parametrize("value", ["", " ", "avx512", "avx_vnni", "avx2", "AVX2 ", "Portable"])
 def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     assert cpu.limit() == value.strip().lower()

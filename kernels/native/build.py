@@ -70,7 +70,10 @@ VNNI = InstructionSet(
     _SOURCES,
 )
 AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), _SOURCES, attention=("float32", "bfloat16"))
-SETS = (AMX, AVX512, VNNI, AVX2)
+AVX_VNNI = InstructionSet(
+    "native avx_vnni", (*AVX2.needs, "avx_vnni"), (*AVX2.flags, "avxvnni"), _SOURCES, attention=AVX2.attention
+)
+SETS = (AMX, AVX512, VNNI, AVX_VNNI, AVX2)
 """From the fastest."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
 FOLDER = pathlib.Path(__file__).parent

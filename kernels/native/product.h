@@ -35,6 +35,8 @@ struct Segments {
 #include "product_amx.h"
 #elif defined(__AVX512VNNI__)
 #include "product_avx512.h"
+#elif defined(__AVXVNNI__)
+#include "product_avxvnni.h"
 #else
 #include "product_avx2.h"
 #endif
