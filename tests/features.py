@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -40,6 +41,15 @@ def _why_no(target: build.InstructionSet) -> str:
     return build.FAILED.get(target.kernel, "")
 
 
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+def _not_emulated() -> str:
+    if absent := ", ".join(tool for tool in (CROSS_COMPILER, EMULATOR) if shutil.which(tool) is None):
+        return f"no {absent}: apt-get install g++-aarch64-linux-gnu qemu-user"
+    return ""
+
+
 FEATURES = {
     "native": Feature("native kernels", native.why_not),
     "attends": Feature("native attention", _no_attention),
@@ -47,6 +57,7 @@ FEATURES = {
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
     **{found.kernel: Feature(f"the {found.kernel} kernels", partial(_why_no, found)) for found in build.SETS},
+    "emulated": Feature("the native kernels for AArch64, emulated", _not_emulated),
     "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
 }
 
@@ -65,6 +76,8 @@ def demand(name: str) -> None:
 
 def library_for(target: build.InstructionSet) -> ctypes.CDLL:
     """The native kernels for an instruction set, whether or not they are those this CPU gets; skips where it cannot."""
+    if target not in build.SETS:
+        pytest.skip(f"needs {target.kernel}: this is another architecture")
     demand(target.kernel)
     return build.load(target)
 

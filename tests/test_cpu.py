@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fxq import cpu
+from fxq.kernels.native import build
 from tests import features
 
 
@@ -145,6 +146,55 @@ def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch)
     assert {"avx2", "fma3", "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"} <= found and "avx512_f" not in found
     assert "avx512_vnni" not in cpu._features.__wrapped__("avx2")
     assert found - cpu._features.__wrapped__("avx512") == {"amx_tile", "amx_int8", "amx_bf16"}
+
+
+# What Linux says of a Cortex-A72, a Neoverse N1 and what qemu calls "max".
+HWCAPS = {
+    (2299, 0): (None, "dot"),
+    (1155067, 0): (build.DOTPROD, ""),
+    (3976200187, 2139586559): (build.I8MM, ""),
+}
+
+
+@pytest.mark.parametrize("hwcaps", HWCAPS)
+def test_what_linux_says_of_an_aarch64_cpu_chooses_its_kernels(hwcaps, monkeypatch):
+    target, lacking = HWCAPS[hwcaps]
+    as_aarch64(monkeypatch, hwcaps)
+    monkeypatch.delenv(cpu.LIMIT, raising=False)
+    assert build.instruction_set() is target
+    assert build.missing() == (f"native kernels need a CPU with dot; this one lacks {lacking}" if lacking else "")
+
+
+def as_aarch64(monkeypatch, hwcaps):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(cpu, "ON_ARM", True)
+    monkeypatch.setattr(cpu, "LIMITS", cpu._LIMITS_OF_ARM)
+    monkeypatch.setattr(cpu, "_hwcap", lambda: hwcaps)
+    monkeypatch.setattr(cpu, "_features", cpu._features.__wrapped__)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "sve": False, "architecture": "aarch64"})
+    monkeypatch.setattr(build, "SETS", build.ARCHITECTURES["aarch64"])
+    monkeypatch.setattr(build, "FAILED", {})
+    monkeypatch.delenv("FXQ_NATIVE", raising=False)
+    monkeypatch.setattr(build, "compiler", lambda: "g++")
+
+
+def test_the_switch_takes_the_instructions_of_an_aarch64_cpu_away(monkeypatch):
+    as_aarch64(monkeypatch, (1 << 20, 1 << 13))
+    monkeypatch.setenv(cpu.LIMIT, "dotprod")
+    assert cpu.features() == {"neon", "dot"} and build.instruction_set() is build.DOTPROD
+    monkeypatch.setenv(cpu.LIMIT, "portable")
+    assert build.missing() == "native kernels need a CPU with dot; FXQ_CPU=portable takes away dot"
+    monkeypatch.setenv(cpu.LIMIT, "avx2")
+    with pytest.raises(ValueError, match="FXQ_CPU='avx2': expected dotprod, portable, or unset for what this CPU has"):
+        cpu.features()
+
+
+def test_an_architecture_without_kernels_is_named(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    monkeypatch.setattr(build, "SETS", ())
+    monkeypatch.delenv("FXQ_NATIVE", raising=False)
+    assert build.missing().endswith("are for Linux on x86_64 and aarch64, this is Linux on riscv64")
+    assert build.instruction_set() is None
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,7 @@ class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 22;
   static constexpr long ROWS = TILE_ROWS;
+  static constexpr int OFFSET = 128;
 
   // Their bytes stay in the second-level cache, or close to it, and so do their sums.
   static long most_rows(const Segments& s) { return std::max(192L, std::min(768L, (800L << 10) / std::max(1L, 4 * s.steps()))); }
@@ -111,7 +112,7 @@ class Product {
     list_ = new (list_scratch.get<ExcessList>(1)) ExcessList;
     static thread_local Scratch row_scratch;
     bytes_ = row_scratch.get<uint8_t>(rows_ * depth_);
-    pack_rows<0x80808080u>(p, s, begin, rows_, bytes_);
+    pack_rows<OFFSET>(p, s, RowLayout(s, 1, 1), begin, rows_, bytes_);
   }
 
   template <typename Done>
@@ -126,12 +127,15 @@ class Product {
   }
 
  private:
+  // f(a row's int8 of a segment, its channels, where the segment begins in a packed row).
   template <typename F>
   void each_segment(long row, F f) const {
-    fxq::each_segment(p_, s_, begin_ + row, f);
+    fxq::each_segment(p_, s_, begin_ + row, [&](const int8_t* from, long width, bool outlier) {
+      f(from, width, outlier ? 4 * s_.normal : 0);
+    });
   }
 
-  long tile_rows(long tile) const { return tile_height(rows_, tile); }
+  long tile_rows(long tile) const { return std::min<long>(TILE_ROWS, rows_ - tile); }
 
   // Rows as int16 [rows][depth], for few of them.
   int16_t* row_words() const {

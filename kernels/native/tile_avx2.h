@@ -17,8 +17,6 @@
 
 namespace fxq {
 
-#define FXQ_UNROLL _Pragma("GCC unroll 16")
-
 // Four bytes of one row in all lanes.
 inline __m256i broadcast(const void* p) {
   int32_t v;
