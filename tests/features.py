@@ -34,11 +34,9 @@ def _no_attention() -> str:
 
 def _why_no(target: build.InstructionSet) -> str:
     """Why the kernels for an instruction set cannot be run here, or ""."""
-    if reason := native.why_not():
-        return reason
     if lacking := ", ".join(cpu.missing(target.needs)):
         return f"this CPU lacks {lacking}" + (f", as {cpu.LIMIT}={cpu.limit()} says" if cpu.limit() else "")
-    return build.FAILED.get(target.kernel, "")
+    return native.why_not() or build.FAILED.get(target.kernel, "")
 
 
 CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
@@ -50,13 +48,16 @@ def _not_emulated() -> str:
     return ""
 
 
+OF_SETS = {
+    f"{found.kernel} kernels": Feature(f"the kernels {found.kernel!r}", partial(_why_no, found)) for found in build.SETS
+}
 FEATURES = {
     "native": Feature("native kernels", native.why_not),
     "attends": Feature("native attention", _no_attention),
     "vnni": Feature("integer products by instructions of the CPU", lambda: "" if cpu.has_vnni() else cpu.lacks()),
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
-    **{found.kernel: Feature(f"the {found.kernel} kernels", partial(_why_no, found)) for found in build.SETS},
+    **OF_SETS,
     "emulated": Feature("the native kernels for AArch64, emulated", _not_emulated),
     "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
 }
@@ -78,7 +79,7 @@ def library_for(target: build.InstructionSet) -> ctypes.CDLL:
     """The native kernels for an instruction set, whether or not they are those this CPU gets; skips where it cannot."""
     if target not in build.SETS:
         pytest.skip(f"needs {target.kernel}: this is another architecture")
-    demand(target.kernel)
+    demand(f"{target.kernel} kernels")
     return build.load(target)
 
 
@@ -90,6 +91,8 @@ def not_tested(skips: Iterable[str]) -> list[str]:
     """
     reasons, lines = list(skips), []
     for name, feature in FEATURES.items():
+        if name in OF_SETS and native.why_not():
+            continue  # said of all of them
         if why := feature.why_not():
             count = sum(f"needs {name}: " in reason for reason in reasons)
             lines.append(f"not tested: {feature.title} ({count} tests skipped): {why}")
