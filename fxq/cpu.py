@@ -18,11 +18,11 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 LIMIT = "FXQ_CPU"
 """Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
 ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
 """How the names of instructions begin that a CPU with AVX2 only does not have."""
-ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 _LIMITS_OF_X86: dict[str, tuple[str, ...]] = {
     "avx512": ("amx",),
     "avx_vnni": tuple(name for name in ABOVE_AVX2 if name != "avx_vnni"),
@@ -34,7 +34,7 @@ LIMITS = _LIMITS_OF_ARM if ON_ARM else _LIMITS_OF_X86
 """What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
 X86 = ("x86_64", "amd64", "i686", "x86")
-MARCH = dict.fromkeys(("avx_vnni", "avx2", "portable"), "x86-64-v3")
+MARCH = {} if ON_ARM else dict.fromkeys(("avx_vnni", "avx2", "portable"), "x86-64-v3")
 """The limit in the words of compilers, which use AMX and the VNNI of 256 bits only where they are told to."""
 _AT_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",

@@ -12,6 +12,8 @@ from fxq import cpu
 from fxq.kernels.native import build
 from tests import features
 
+of_x86 = pytest.mark.skipif(cpu.ON_ARM, reason="the switch has other values on AArch64")
+
 
 def fresh(code, **environment):
     """JSON that a new process prints, with no switch but those given."""
@@ -40,6 +42,7 @@ print(json.dumps({
 """
 
 
+@of_x86
 @pytest.mark.sweep
 def test_the_switch_takes_amx_from_every_library():
     found, verbose = fresh(ALL, FXQ_CPU="avx512", ONEDNN_VERBOSE="1")
@@ -51,6 +54,7 @@ def test_the_switch_takes_amx_from_every_library():
     assert "Advanced Matrix Extensions" not in verbose and "AMX" not in verbose
 
 
+@of_x86
 def test_the_switch_takes_everything_above_avx2_from_every_library():
     found, verbose = fresh(ALL, FXQ_CPU="avx2", ONEDNN_VERBOSE="1")
     assert not [name for name in found["features"] if name.startswith(("avx512", "avx_vnni", "amx"))]
@@ -61,6 +65,7 @@ def test_the_switch_takes_everything_above_avx2_from_every_library():
     assert "isa:Intel AVX2" in verbose or "avx512" not in verbose
 
 
+@of_x86
 @pytest.mark.sweep
 def test_the_switch_leaves_the_vnni_of_256_bits_to_every_library():
     found, verbose = fresh(ALL, FXQ_CPU="avx_vnni", ONEDNN_VERBOSE="1")
@@ -72,6 +77,7 @@ def test_the_switch_leaves_the_vnni_of_256_bits_to_every_library():
         assert "isa:Intel AVX2 with Intel DL Boost" in verbose
 
 
+@of_x86
 @pytest.mark.sweep
 def test_the_portable_switch_leaves_everything_to_torch_which_is_limited_too():
     found, verbose = fresh(ALL, FXQ_CPU="portable", ONEDNN_VERBOSE="1")
@@ -83,6 +89,7 @@ def test_the_portable_switch_leaves_everything_to_torch_which_is_limited_too():
     assert "isa:Intel AVX2" in verbose or "avx512" not in verbose
 
 
+@of_x86
 def test_without_the_switch_everything_is_as_the_machine_has_it(monkeypatch):
     monkeypatch.delenv(cpu.LIMIT, raising=False)
     there = torch.cpu.get_capabilities()
@@ -101,6 +108,7 @@ print(json.dumps([str(w.message) for w in found if "FXQ_CPU" in str(w.message)])
 """
 
 
+@of_x86
 @pytest.mark.sweep
 def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
     found, _ = fresh(LATE)
@@ -109,6 +117,7 @@ def test_a_switch_that_comes_too_late_for_torch_is_warned_of():
     assert all("came after torch had started" in text and "ONEDNN_MAX_CPU_ISA=AVX2" in text for text in found)
 
 
+@of_x86
 @pytest.mark.parametrize("value", ["avx3", "sse", "amx"])
 def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
@@ -119,12 +128,14 @@ def test_an_unknown_value_is_refused_with_the_known_ones(value, monkeypatch):
         cpu.features()
 
 
+@of_x86
 @pytest.mark.parametrize("value", ["", " ", "avx512", "avx_vnni", "avx2", "AVX2 ", "Portable"])
 def test_the_switch_is_read_in_any_case_and_empty_is_unset(value, monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, value)
     assert cpu.limit() == value.strip().lower()
 
 
+@of_x86
 def test_a_library_that_was_limited_by_hand_keeps_its_limit(monkeypatch):
     # What it writes must not reach the processes that later tests start.
     monkeypatch.setattr(os, "environ", {cpu.LIMIT: "avx2", "ONEDNN_MAX_CPU_ISA": "SSE41"})
@@ -134,6 +145,7 @@ def test_a_library_that_was_limited_by_hand_keeps_its_limit(monkeypatch):
     assert os.environ == variables
 
 
+@of_x86
 def test_a_torch_without_a_list_of_capabilities_is_asked_one_by_one(monkeypatch):
     monkeypatch.delenv(cpu.LIMIT, raising=False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")
@@ -224,6 +236,7 @@ def test_no_other_module_asks_the_cpu_itself():
 SUMMARY = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_native.py", "-k", "extreme or instructions"]
 
 
+@of_x86
 @pytest.mark.sweep
 def test_the_closing_summary_says_which_kernels_were_not_tested():
     environment = os.environ | {cpu.LIMIT: "portable"}

@@ -368,6 +368,7 @@ EVERYTHING = frozenset((*build.AMX.needs, *build.AVX_VNNI.needs))
 @pytest.mark.parametrize("missing", build.AMX.needs)
 def test_a_cpu_that_lacks_an_instruction_of_the_largest_set_gets_the_next(missing, monkeypatch):
     monkeypatch.setattr(build, "FAILED", {})
+    monkeypatch.setattr(build, "SETS", build.ARCHITECTURES["x86_64"])
     monkeypatch.setattr(cpu, "features", lambda: EVERYTHING)
     assert build.instruction_set() is build.AMX
     monkeypatch.setattr(cpu, "features", lambda: EVERYTHING - {missing})
@@ -380,6 +381,7 @@ def test_a_cpu_that_lacks_an_instruction_of_the_largest_set_gets_the_next(missin
 
 @pytest.mark.parametrize("missing", build.AVX2.needs)
 def test_a_cpu_without_the_instructions_is_named(missing, monkeypatch):
+    monkeypatch.setattr(build, "SETS", build.ARCHITECTURES["x86_64"])
     monkeypatch.setattr(cpu, "features", lambda: frozenset(build.AVX2.needs) - {missing})
     monkeypatch.setattr(cpu, "limit", lambda: "")
     assert f"this one lacks {missing}" in build.missing()
