@@ -34,13 +34,14 @@ LIMITS = _LIMITS_OF_ARM if ON_ARM else _LIMITS_OF_X86
 """What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
 X86 = ("x86_64", "amd64", "i686", "x86")
-MARCH = {} if ON_ARM else dict.fromkeys(("avx_vnni", "avx2", "portable"), "x86-64-v3")
+_MARCH_OF_AVX2 = "x86-64-v3"
+MARCH = {} if ON_ARM else dict.fromkeys(("avx_vnni", "avx2", "portable"), _MARCH_OF_AVX2)
 """The limit in the words of compilers, which use AMX and the VNNI of 256 bits only where they are told to."""
 _AT_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "TORCHINDUCTOR_CPP_MARCH": MARCH["avx2"],
+    "TORCHINDUCTOR_CPP_MARCH": _MARCH_OF_AVX2,
 }
 LIBRARIES: dict[str, dict[str, str]] = {
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"},

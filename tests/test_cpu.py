@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 
@@ -199,6 +200,14 @@ def test_the_switch_takes_the_instructions_of_an_aarch64_cpu_away(monkeypatch):
     monkeypatch.setenv(cpu.LIMIT, "avx2")
     with pytest.raises(ValueError, match="FXQ_CPU='avx2': expected dotprod, portable, or unset for what this CPU has"):
         cpu.features()
+
+
+def test_the_values_of_the_switch_are_those_of_the_architecture(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.delenv(cpu.LIMIT, raising=False)
+    there = runpy.run_path(cpu.__file__)
+    assert set(there["LIMITS"]) == {"dotprod", "portable"} and there["MARCH"] == {}
+    assert not any(there["LIBRARIES"].get(value) for value in there["LIMITS"])
 
 
 def test_an_architecture_without_kernels_is_named(monkeypatch):
