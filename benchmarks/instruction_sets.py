@@ -1,6 +1,8 @@
 """One linear by the integer kernels of every instruction set of this CPU, and in bfloat16 by torch, in turns.
 
     OMP_NUM_THREADS=1 python -m benchmarks.instruction_sets --out benchmarks/results/instruction_sets.json
+    OMP_NUM_THREADS=1 python -m benchmarks.instruction_sets --sets "native avx_vnni" "native avx2" --bits 8 4 \
+        --out benchmarks/results/instruction_sets_avx_vnni.json
 
 Two scales, quantizing not counted, random weights. CPU time of one thread, medians of ratios over rounds in which the
 contestants take turns in one process; results are checked against each other before. `fxq bench` measures whole layers.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import pathlib
 import statistics
 import time
@@ -43,10 +46,10 @@ def kernels_of(library: ctypes.CDLL) -> Iterator[None]:
         native.library = before
 
 
-def contestants(rows: int, width: int, outputs: int) -> dict[str, Callable[[], Tensor]]:
-    """Calls that compute one linear each."""
+def contestants(rows: int, width: int, outputs: int, bits: int = 8) -> dict[str, Callable[[], Tensor]]:
+    """Calls that compute one linear each; ``bits`` are those of the weight."""
     random = torch.Generator().manual_seed(0)
-    operands = sample_operands((rows, width), outputs, width - OUTLIERS, 8, random, panels=True)
+    operands = sample_operands((rows, width), outputs, width - OUTLIERS, bits, random, panels=True)
     x = torch.randn(rows, width, generator=random).bfloat16()
     weight = torch.randn(outputs, width, generator=random).bfloat16()
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -93,24 +96,27 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--bits", type=int, nargs="+", default=(8,), help="of the weights")
+    parser.add_argument("--sets", nargs="+", help="kernels to measure, in the place of all; the first is compared with")
     args = parser.parse_args()
     torch.set_num_threads(1)
     measured: list[dict[str, object]] = []
-    for width, outputs in LAYERS:
-        for rows in args.rows:
-            taken = seconds(contestants(rows, width, outputs), args.rounds)
-            own = taken[native.name()]
-            ratios = {
-                name: statistics.median(t / mine for t, mine in zip(times, own, strict=True))
-                for name, times in taken.items()
-            }
-            measured.append({"rows": rows, "width": width, "outputs": outputs, "seconds": taken, "over": ratios})
-            print(
-                f"{rows} x {width} -> {outputs}: {native.name()} {statistics.median(own) * 1e3:.3f} ms; times it: "
-                + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()),
-                flush=True,
-            )
-    write(args.out, {"kernel": native.name(), "linears": measured})
+    first = args.sets[0] if args.sets else native.name()
+    for bits, (width, outputs), rows in itertools.product(args.bits, LAYERS, args.rows):
+        calls = contestants(rows, width, outputs, bits)
+        taken = seconds({name: calls[name] for name in args.sets or calls}, args.rounds)
+        ratios = {
+            name: statistics.median(t / mine for t, mine in zip(times, taken[first], strict=True))
+            for name, times in taken.items()
+        }
+        shape = {"rows": rows, "width": width, "outputs": outputs, "bits": bits}
+        measured.append(shape | {"seconds": taken, "over": ratios})
+        print(
+            f"{rows} x {width} -> {outputs}, W{bits}: {first} {statistics.median(taken[first]) * 1e3:.3f} ms; "
+            f"times it: {', '.join(f'{name} {ratio:.2f}' for name, ratio in ratios.items())}",
+            flush=True,
+        )
+    write(args.out, {"kernel": first, "linears": measured})
 
 
 if __name__ == "__main__":

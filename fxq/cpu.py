@@ -1,13 +1,15 @@
 """What instructions this CPU has, or is to be taken to have: the one place that is asked.
 
-``FXQ_CPU=avx512`` makes a larger CPU behave as one without AMX, ``FXQ_CPU=avx2`` as one with AVX2 only,
-``FXQ_CPU=portable`` as one that fxq has no kernels for. The first reaches oneDNN and MKL, the others torch and inductor
-too, to limit them to AVX2, through their own environment variables, which they read once: so it has to be set before
-torch computes anything.
+``FXQ_CPU=avx512`` makes a larger CPU behave as one without AMX, ``FXQ_CPU=avx_vnni`` as one with AVX2 and the VNNI of
+256 bits, ``FXQ_CPU=avx2`` as one with AVX2 only, ``FXQ_CPU=portable`` as one that fxq has no kernels for. The first
+reaches oneDNN and MKL, the others torch and inductor too, to limit them to AVX2, through their own environment
+variables, which they read once: so it has to be set before torch computes anything. On AArch64 it is
+``FXQ_CPU=dotprod``, which takes the matrix products of int8 away, and ``portable``, both from fxq alone.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import pathlib
@@ -16,27 +18,38 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
 LIMIT = "FXQ_CPU"
 """Environment variable: one of :data:`LIMITS`, or unset for what the CPU has."""
 ABOVE_AVX2 = ("avx512", "avx10", "amx", "avx_vnni", "avx_ne_convert", "avx_ifma")
 """How the names of instructions begin that a CPU with AVX2 only does not have."""
-LIMITS = {"avx512": ("amx",), "avx2": ABOVE_AVX2, "portable": ("avx", "amx", "fma", "f16c")}
+_LIMITS_OF_X86: dict[str, tuple[str, ...]] = {
+    "avx512": ("amx",),
+    "avx_vnni": tuple(name for name in ABOVE_AVX2 if name != "avx_vnni"),
+    "avx2": ABOVE_AVX2,
+    "portable": ("avx", "amx", "fma", "f16c"),
+}
+_LIMITS_OF_ARM: dict[str, tuple[str, ...]] = {"dotprod": ("i8mm",), "portable": ("dot", "i8mm")}
+LIMITS = _LIMITS_OF_ARM if ON_ARM else _LIMITS_OF_X86
 """What ``FXQ_CPU`` may be, and how the names of the instructions begin that it takes away."""
 VNNI = ("avx512_vnni", "avx_vnni")
-MARCH = {"avx2": "x86-64-v3", "portable": "x86-64-v3"}
-"""The limit in the words of compilers, which use AMX only where they are told to."""
+X86 = ("x86_64", "amd64", "i686", "x86")
+_MARCH_OF_AVX2 = "x86-64-v3"
+MARCH = {} if ON_ARM else dict.fromkeys(("avx_vnni", "avx2", "portable"), _MARCH_OF_AVX2)
+"""The limit in the words of compilers, which use AMX and the VNNI of 256 bits only where they are told to."""
 _AT_AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "TORCHINDUCTOR_CPP_MARCH": MARCH["avx2"],
+    "TORCHINDUCTOR_CPP_MARCH": _MARCH_OF_AVX2,
 }
-LIBRARIES = {
+LIBRARIES: dict[str, dict[str, str]] = {
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "MKL_ENABLE_INSTRUCTIONS": "AVX512_E3"},
+    "avx_vnni": _AT_AVX2 | {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI"},
     "avx2": _AT_AVX2,
-    "portable": _AT_AVX2,
+    "portable": {} if ON_ARM else _AT_AVX2,
 }
-"""Environment variables that limit torch's libraries, by what ``FXQ_CPU`` says."""
+"""Environment variables that limit torch's libraries, by what ``FXQ_CPU`` says. Those of AArch64 know none."""
 _OF_OLDER_TORCH = {
     "_is_avx2_supported": ("avx2", "fma3"),
     "_is_avx512_supported": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd"),
@@ -99,7 +112,20 @@ def _features(limited: str) -> frozenset[str]:
     else:
         asked = {f: names for f, names in _OF_OLDER_TORCH.items() if getattr(torch.cpu, f, bool)()}
         found = {name for names in asked.values() for name in names}
+    if ON_ARM and sys.platform == "linux":
+        found |= of_hwcap(*_hwcap())
     return frozenset(name for name in found if not name.startswith(LIMITS.get(limited, ())))
+
+
+def of_hwcap(hwcap: int, hwcap2: int) -> set[str]:
+    """Instructions of AArch64 that the kernels use, by what Linux says of the CPU (``asm/hwcap.h``)."""
+    return {name for name, there in (("dot", hwcap >> 20 & 1), ("i8mm", hwcap2 >> 13 & 1)) if there}
+
+
+def _hwcap() -> tuple[int, int]:
+    read = ctypes.CDLL(None).getauxval
+    read.restype, read.argtypes = ctypes.c_ulong, (ctypes.c_ulong,)
+    return read(16), read(26)  # AT_HWCAP, AT_HWCAP2
 
 
 def above_avx2() -> bool:
@@ -124,11 +150,13 @@ def saturates() -> bool:
     Products stay exact where one factor has at most 7 bits. The libraries here use those instructions all the same
     (pytorch/pytorch#136746, pytorch/ao#4266).
     """
-    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86") and not has_vnni()
+    return platform.machine().lower() in X86 and not has_vnni()
 
 
 def lacks() -> str:
-    """That this CPU has no VNNI, and whether the switch is why."""
+    """That this CPU has no VNNI, and whether the switch is why; of others than x86, that torch multiplies in float."""
+    if platform.machine().lower() not in X86:
+        return f"torch's product of integers is not used on {platform.machine()}"
     switch = f" (as {LIMIT}={limit()} says)" if limit() else ""
     return f"this CPU has no VNNI{switch}"
 

@@ -94,9 +94,10 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
         weight: of a linear; its layout chooses the kernel on a CPU.
 
     Returns:
-        "triton", "native amx", "native", "native vnni", "native avx2", "int_mm", "float32" (a product of integers
-        in floats, exact), "sdpa", "eager", "reference in float32" (of float8 on a CPU), "none" (of float8 on a GPU
-        older than sm_89), or "reference" where nothing faster is bound.
+        "triton", one of the native kernels ("native amx", "native", "native vnni", "native avx_vnni", "native avx2",
+        "native i8mm", "native dotprod"), "int_mm", "float32" (a product of integers in floats, exact), "sdpa", "eager",
+        "reference in float32" (of float8 on a CPU), "none" (of float8 on a GPU older than sm_89), or "reference" where
+        nothing faster is bound.
 
     Raises:
         ValueError: when there is no such operator.

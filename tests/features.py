@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +33,25 @@ def _no_attention() -> str:
     return native.why_not() or ("" if native.attends() else f"the {native.name()} kernels have no attention")
 
 
+def _why_no(target: build.InstructionSet) -> str:
+    """Why the kernels for an instruction set cannot be run here, or ""."""
+    if lacking := ", ".join(cpu.missing(target.needs)):
+        return f"this CPU lacks {lacking}" + (f", as {cpu.LIMIT}={cpu.limit()} says" if cpu.limit() else "")
+    return native.why_not() or build.FAILED.get(target.kernel, "")
+
+
+CROSS_COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+def _not_emulated() -> str:
+    if absent := ", ".join(tool for tool in (CROSS_COMPILER, EMULATOR) if shutil.which(tool) is None):
+        return f"no {absent}: apt-get install g++-aarch64-linux-gnu qemu-user"
+    return ""
+
+
+OF_SETS = {
+    f"{found.kernel} kernels": Feature(f"the kernels {found.kernel!r}", partial(_why_no, found)) for found in build.SETS
+}
 FEATURES = {
     "native": Feature("native kernels", native.why_not),
     "attends": Feature("native attention", _no_attention),
@@ -38,6 +59,8 @@ FEATURES = {
     "exact_bytes": Feature("bytes multiplied by other libraries", lambda: cpu.lacks() if cpu.saturates() else ""),
     "bfloat16": Feature("bfloat16 linears of oneDNN", no_bfloat16),
     "browser": Feature("the page of fxq play in a browser", browser.why_not),
+    **OF_SETS,
+    "emulated": Feature("the native kernels for AArch64, emulated", _not_emulated),
     "gpu": Feature("kernels on a GPU", lambda: "" if torch.cuda.is_available() else "torch sees no GPU"),
 }
 
@@ -56,8 +79,9 @@ def demand(name: str) -> None:
 
 def library_for(target: build.InstructionSet) -> ctypes.CDLL:
     """The native kernels for an instruction set, whether or not they are those this CPU gets; skips where it cannot."""
-    if reason := native.why_not() or ", ".join(cpu.missing(target.needs)) or build.FAILED.get(target.kernel, ""):
-        pytest.skip(f"needs {target.kernel}: {reason}")
+    if target not in build.SETS:
+        pytest.skip(f"needs {target.kernel}: this is another architecture")
+    demand(f"{target.kernel} kernels")
     return build.load(target)
 
 
@@ -69,6 +93,8 @@ def not_tested(skips: Iterable[str]) -> list[str]:
     """
     reasons, lines = list(skips), []
     for name, feature in FEATURES.items():
+        if name in OF_SETS and native.why_not():
+            continue  # said of all of them
         if why := feature.why_not():
             count = sum(f"needs {name}: " in reason for reason in reasons)
             lines.append(f"not tested: {feature.title} ({count} tests skipped): {why}")

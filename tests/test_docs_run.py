@@ -17,7 +17,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def stable(text: str) -> list[list[str]]:
     """Words of each line without the frame, errors and the kernel's name, which depend on the machine."""
-    text = re.sub(r"\b(int_mm|native(?: avx2)?|float32)\b|\b\d+\.\d\b|0\.0\d{3}", "#", text)
+    text = re.sub(r"\b(int_mm|native(?: avx2| avx_vnni)?|float32)\b|\b\d+\.\d\b|0\.0\d{3}", "#", text)
     return [words for line in text.splitlines() if (words := re.findall(r"[\w.#-]+", line))]
 
 

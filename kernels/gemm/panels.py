@@ -2,8 +2,8 @@
 
 ``int8 [ceil(N / 64), R, 64, 4]``: row r < R - 2 of a panel holds four consecutive input channels of its 64 outputs; the
 segments ``[normal | outlier]`` are each padded with zeros to whole rows, and N to whole panels. The last two rows are
-64 little-endian int32 each: ``128 * sum_k q_w`` of the normal and of the outlier segment, which the kernels subtract
-because they read activations as ``q + 128``.
+64 little-endian int32 each: ``128 * sum_k q_w`` of the normal and of the outlier segment, which the kernels for x86
+subtract because they read activations as ``q + 128``; all use them for zero points of rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""C++ kernels for x86 CPUs, compiled at first use and called through ctypes.
+"""C++ kernels for x86 and AArch64 CPUs, compiled at first use and called through ctypes.
 
 Which instruction sets there are kernels for, and which of them this CPU gets, says :mod:`fxq.kernels.native.build`.
 

@@ -27,7 +27,7 @@ class InstructionSet:
     Attributes:
         kernel: how reports name the kernels.
         needs: instructions as :func:`fxq.cpu.features` spells them.
-        flags: the same in the words of compilers.
+        flags: the same in the words of compilers, behind "-m".
         sources: C++ files; they choose headers by what the compiler may use.
         attention: dtypes whose attention is among them, by name; attention in 8 bits takes float32 and bfloat16.
     """
@@ -70,8 +70,19 @@ VNNI = InstructionSet(
     _SOURCES,
 )
 AVX2 = InstructionSet("native avx2", ("avx2", "fma3"), ("avx2", "fma"), _SOURCES, attention=("float32", "bfloat16"))
-SETS = (AMX, AVX512, VNNI, AVX2)
-"""From the fastest."""
+AVX_VNNI = InstructionSet(
+    "native avx_vnni", (*AVX2.needs, "avx_vnni"), (*AVX2.flags, "avxvnni"), _SOURCES, attention=AVX2.attention
+)
+DOTPROD = InstructionSet(
+    "native dotprod", ("dot",), ("arch=armv8.2-a+dotprod",), _SOURCES, attention=("float32", "bfloat16")
+)
+I8MM = InstructionSet(
+    "native i8mm", (*DOTPROD.needs, "i8mm"), ("arch=armv8.2-a+dotprod+i8mm",), _SOURCES, attention=DOTPROD.attention
+)
+ARCHITECTURES = {"x86_64": (AMX, AVX512, VNNI, AVX_VNNI, AVX2), "aarch64": (I8MM, DOTPROD)}
+"""The sets of each, from the fastest."""
+SETS = ARCHITECTURES.get(platform.machine(), ())
+"""Those of this machine's architecture."""
 FLAGS = ["-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off"]
 FOLDER = pathlib.Path(__file__).parent
 VERSION_SECONDS, COMPILE_SECONDS = 30, 600
@@ -81,8 +92,9 @@ def missing() -> str:
     """What this machine lacks for the native kernels, or ""."""
     if os.environ.get("FXQ_NATIVE") == "0":
         return "native kernels are switched off by FXQ_NATIVE=0"
-    if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return f"native kernels are for Linux on x86_64, this is {platform.system()} on {platform.machine()}"
+    if platform.system() != "Linux" or not SETS:
+        names = " and ".join(ARCHITECTURES)
+        return f"native kernels are for Linux on {names}, this is {platform.system()} on {platform.machine()}"
     if instruction_set() is None:
         needs = SETS[-1].needs
         why = f"{cpu.LIMIT}={cpu.limit()} takes away" if cpu.limit() else "this one lacks"

@@ -9,6 +9,9 @@
 #include <new>
 #include <thread>
 
+// Loops over what lies in registers.
+#define FXQ_UNROLL _Pragma("GCC unroll 16")
+
 namespace fxq {
 
 using bfloat16 = uint16_t;

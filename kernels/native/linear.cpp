@@ -1,5 +1,5 @@
-// Dual-scale integer product with its epilogues. Activations are read as q + 128 (unsigned, as the instructions want their
-// first operand); the panels carry 128 * sum_k q_w of each segment, which is subtracted before anything is scaled.
+// Dual-scale integer product with its epilogues. On x86 activations are read as q + 128 (unsigned, as the instructions want
+// their first operand); the panels carry 128 * sum_k q_w of each segment, which is subtracted before anything is scaled.
 #include <vector>
 
 #include "calls.h"
@@ -88,7 +88,10 @@ struct Marks {
 // What the scales of rows are: one of all, one of each, or one of each with a zero point.
 enum Scales { STATIC, SYMMETRIC, ASYMMETRIC };
 
-// A sum of a row without its zero point's share; the panel's sum is 128 times that of the weight.
+// A sum of q * w; the panel's sum is 128 times that of the weight.
+inline Ints without_offset(Ints total, Ints sum) { return Product::OFFSET ? minus(total, sum) : total; }
+
+// A sum of a row without its zero point's share.
 inline Ints without_zero(Ints total, float zero, Ints sum) {
   return minus(total, times(ints(static_cast<int32_t>(zero)), shift_down<7>(sum)));
 }
@@ -112,7 +115,7 @@ void finish(const Linear& p, const Group& first, const Group& second, const Tile
     }
     for (int i = 0; i < tile.rows; i++) {
       const long row = tile.row + i, place = row * p.outputs + column;
-      Ints total0 = minus(load_ints(tile.normal + i * TILE_COLUMNS + j), sum0);
+      Ints total0 = without_offset(load_ints(tile.normal + i * TILE_COLUMNS + j), sum0);
       const int groups = tile.outlier != nullptr ? 2 : 1;
       const float* token = p.input_scale + row * (SCALES == ASYMMETRIC ? 2 * groups : groups);
       if (SCALES == ASYMMETRIC) total0 = without_zero(total0, token[groups], sum0);
@@ -120,7 +123,7 @@ void finish(const Linear& p, const Group& first, const Group& second, const Tile
       if (SCALES != STATIC) y = y * floats(token[0]);
       y = y + offset;
       if (tile.outlier != nullptr) {
-        Ints total1 = minus(load_ints(tile.outlier + i * TILE_COLUMNS + j), sum1);
+        Ints total1 = without_offset(load_ints(tile.outlier + i * TILE_COLUMNS + j), sum1);
         if (SCALES == ASYMMETRIC) total1 = without_zero(total1, token[3], sum1);
         Floats rest = to_floats(total1) * scale1;
         if (SCALES != STATIC) rest = rest * floats(token[1]);

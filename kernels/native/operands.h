@@ -36,6 +36,8 @@ using amx::FloatOperands, amx::CodeOperands, amx::WeightOperands;
 namespace fxq {
 using avx512::FloatOperands, avx512::CodeOperands, avx512::WeightOperands;
 }
+#elif defined(__aarch64__)
+#include "operands_neon.h"
 #else
 #include "operands_avx2.h"
 #endif

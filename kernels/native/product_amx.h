@@ -13,6 +13,7 @@ class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 24;
   static constexpr long ROWS = 32;
+  static constexpr int OFFSET = 128;
 
   // Their bytes and two panels stay in the second-level cache, or close to it.
   static long most_rows(const Segments& s) {

@@ -12,6 +12,7 @@
 
 #include "excess_avx2.h"
 #include "few_rows_avx2.h"
+#include "packed_rows.h"
 #include "product.h"
 #include "tile_avx2.h"
 #include "vectors.h"
@@ -95,6 +96,7 @@ class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 22;
   static constexpr long ROWS = TILE_ROWS;
+  static constexpr int OFFSET = 128;
 
   // Their bytes stay in the second-level cache, or close to it, and so do their sums.
   static long most_rows(const Segments& s) { return std::max(192L, std::min(768L, (800L << 10) / std::max(1L, 4 * s.steps()))); }
@@ -108,7 +110,9 @@ class Product {
     if (rows_ <= FEWEST_ROWS) return;
     blocks_ = block_scratch.get<Block>(TILES);
     list_ = new (list_scratch.get<ExcessList>(1)) ExcessList;
-    pack();
+    static thread_local Scratch row_scratch;
+    bytes_ = row_scratch.get<uint8_t>(rows_ * depth_);
+    pack_rows<OFFSET>(p, s, RowLayout(s, 1, 1), begin, rows_, bytes_);
   }
 
   template <typename Done>
@@ -126,38 +130,12 @@ class Product {
   // f(a row's int8 of a segment, its channels, where the segment begins in a packed row).
   template <typename F>
   void each_segment(long row, F f) const {
-    const int8_t* from = p_.q + (begin_ + row) * p_.q_stride;
-    f(from, p_.split, 0L);
-    if (s_.outlier) f(from + p_.split, p_.width - p_.split, 4 * s_.normal);
+    fxq::each_segment(p_, s_, begin_ + row, [&](const int8_t* from, long width, bool outlier) {
+      f(from, width, outlier ? 4 * s_.normal : 0);
+    });
   }
 
   long tile_rows(long tile) const { return std::min<long>(TILE_ROWS, rows_ - tile); }
-
-  // Rows as unsigned bytes, step by step between the other rows of their tile. The last step of a segment is filled up
-  // with what meets weights of zero.
-  void pack() {
-    static thread_local Scratch scratch;
-    bytes_ = scratch.get<uint8_t>(rows_ * depth_);
-    for (long row = 0; row < rows_; row++) {
-      const long tile = row / TILE_ROWS * TILE_ROWS, height = tile_rows(tile);
-      each_segment(row, [&](const int8_t* from, long width, long first) {
-        uint8_t* to = bytes_ + tile * depth_ + first * height + 4 * (row - tile);
-        const auto put = [&](const int8_t* four) __attribute__((always_inline)) {
-          uint32_t word;
-          std::memcpy(&word, four, sizeof(word));
-          word ^= 0x80808080u;
-          std::memcpy(to, &word, sizeof(word));
-          to += 4 * height;
-        };
-        long k = 0;
-        for (; k + 4 <= width; k += 4) put(from + k);
-        if (k == width) return;
-        int8_t last[4] = {};
-        std::memcpy(last, from + k, width - k);
-        put(last);
-      });
-    }
-  }
 
   // Rows as int16 [rows][depth], for few of them.
   int16_t* row_words() const {

@@ -12,6 +12,7 @@ class Product {
  public:
   static constexpr double LEAST_WORK = 1 << 23;
   static constexpr long ROWS = TILE_ROWS;
+  static constexpr int OFFSET = 128;
 
   static long most_rows(const Segments&) { return 384; }
 

@@ -14,5 +14,5 @@
 #ifdef __AVX512VNNI__
 #include "quantizer_avx512.h"
 #else
-#include "quantizer_avx2.h"
+#include "quantizer_in_order.h"
 #endif

@@ -17,8 +17,6 @@
 
 namespace fxq {
 
-#define FXQ_UNROLL _Pragma("GCC unroll 16")
-
 // Four bytes of one row in all lanes.
 inline __m256i broadcast(const void* p) {
   int32_t v;
@@ -48,8 +46,12 @@ alignas(32) constexpr int16_t ONES[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
 // Multiplication and addition are one statement: from intrinsics compilers gather the additions of several steps and
 // spill their terms. `ones` lies in memory, as every register holds something else.
 inline void add_words(__m256i& sum, __m256i a, __m256i b) {
+#ifdef __AVXVNNI__
+  sum = _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
   __m256i t;
   asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(t) : "x"(a), "x"(b));
+#endif
 }
 
 inline void add_bytes(__m256i& sum, __m256i u, __m256i w) {

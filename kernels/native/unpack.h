@@ -7,6 +7,8 @@
 
 #ifdef __AVX512VNNI__
 #include "unpack_avx512.h"
+#elif defined(__aarch64__)
+#include "unpack_neon.h"
 #else
 #include "unpack_avx2.h"
 #endif

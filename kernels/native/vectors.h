@@ -6,6 +6,8 @@
 
 #ifdef __AVX512VNNI__
 #include "vectors_avx512.h"
+#elif defined(__aarch64__)
+#include "vectors_neon.h"
 #else
 #include "vectors_avx2.h"
 #endif

@@ -76,6 +76,9 @@ inline Ints shift_down(Ints a) {
   return _mm256_srai_epi32(a, COUNT);
 }
 inline Ints greatest(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+inline Ints greatest_unsigned(Ints a, Ints b) { return _mm256_max_epu32(a, b); }
+inline Ints both(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+inline Ints without(Ints mask, Ints a) { return _mm256_andnot_si256(mask, a); }
 inline Ints word_of(Floats a) { return _mm256_castps_si256(a); }  // as it lies in memory
 inline Ints to_ints(Floats a) { return _mm256_cvtps_epi32(a); }  // nearest, half to even
 inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }

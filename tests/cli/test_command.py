@@ -45,7 +45,7 @@ def test_a_wrong_environment_variable_is_refused_in_a_line(monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", "import fxq_command; fxq_command.main()", "doctor"], capture_output=True, text=True
     )
-    expected = "refused: FXQ_CPU='avx1024': expected avx512, avx2, portable, or unset for what this CPU has"
+    expected = "refused: FXQ_CPU='avx1024': expected avx512, avx_vnni, avx2, portable, or unset for what this CPU has"
     assert (done.returncode, done.stdout, done.stderr.strip()) == (1, "", expected)
 
 

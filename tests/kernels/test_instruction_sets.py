@@ -287,7 +287,8 @@ def test_attention_in_8_bits_by_tiles_is_bit_for_bit_that_without(rows, heads, s
     assert torch.equal(*found) and found[0].isfinite().all()
 
 
-ABOVE_AVX2 = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])|vpdpbusd|vpdpwssd"
+ABOVE_256_BITS = r"%zmm|%k[0-7]\b|%[xy]mm(?:1[6-9]|2\d|3[01])"
+ABOVE_AVX2 = rf"{ABOVE_256_BITS}|vpdpbusd|vpdpwssd"
 
 
 def code_of(target):
@@ -306,6 +307,32 @@ def test_tiles_are_asked_for_given_back_and_nowhere_but_in_the_library_for_amx()
     assert not re.findall(r"\btile|\btdp|%tmm", code_of(build.AVX512))
 
 
+def loops_without_spills(code, names):
+    loops = re.findall(rf"<\w*multiply_(?:{names})\w*>:\n(.*?)\n\n", code, re.S)
+    assert loops
+    spilled = [
+        line for body in loops for line in body.splitlines() if re.search(r"%ymm\d+,-?(0x)?[\da-f]*\(%rsp", line)
+    ]
+    assert len(spilled) <= len(loops), spilled  # one constant at most, never a sum
+
+
+@needs_objdump
+def test_what_is_compiled_for_avx512_without_bfloat16_multiplies_it_only_where_nobody_calls():
+    library_for(build.VNNI)
+    functions = re.findall(r"<(\w+)(?:\.\w+)*>:\n(.*?)(?:\n\n|\Z)", code_of(build.VNNI), re.S)
+    above = {name for name, body in functions if re.search(r"\tv(?:dpbf16ps|cvtn?e?2?ps2?bf16|pcompress[bw])\b", body)}
+    assert functions and all("attend" in name for name in above) and build.VNNI.attention == ()
+
+
+@needs_objdump
+def test_what_is_compiled_for_avx_vnni_holds_its_products_and_no_instruction_of_avx512():
+    library_for(build.AVX_VNNI)
+    code = code_of(build.AVX_VNNI)
+    assert "vpdpbusd" in code and "vpdpwssd" in code and "vpmaddubsw" not in code
+    assert not re.findall(ABOVE_256_BITS, code)
+    loops_without_spills(code, "bytes|float|word_tile")
+
+
 @needs_objdump
 def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
     if cpu.missing(build.AVX2.needs):
@@ -313,9 +340,4 @@ def test_what_is_compiled_for_avx2_holds_no_instruction_above_it():
     code = code_of(build.AVX2)
     assert "vpmaddubsw" in code and "vfmadd" in code
     assert not re.findall(ABOVE_AVX2, code)
-    loops = re.findall(r"<\w*multiply_(?:words|pairs|narrow|few|column|float|word_tile)\w*>:\n(.*?)\n\n", code, re.S)
-    assert loops
-    spilled = [
-        line for body in loops for line in body.splitlines() if re.search(r"%ymm\d+,-?(0x)?[\da-f]*\(%rsp", line)
-    ]
-    assert len(spilled) <= len(loops), spilled  # one constant at most, never a sum
+    loops_without_spills(code, "words|pairs|narrow|few|column|float|word_tile")

@@ -362,22 +362,26 @@ def test_the_library_is_compiled_once_and_again_when_its_source_changes(tmp_path
     assert len(list(tmp_path.iterdir())) == 2
 
 
-EVERYTHING = frozenset((*build.AMX.needs, *build.AVX2.needs))
+EVERYTHING = frozenset((*build.AMX.needs, *build.AVX_VNNI.needs))
 
 
 @pytest.mark.parametrize("missing", build.AMX.needs)
 def test_a_cpu_that_lacks_an_instruction_of_the_largest_set_gets_the_next(missing, monkeypatch):
     monkeypatch.setattr(build, "FAILED", {})
+    monkeypatch.setattr(build, "SETS", build.ARCHITECTURES["x86_64"])
     monkeypatch.setattr(cpu, "features", lambda: EVERYTHING)
     assert build.instruction_set() is build.AMX
     monkeypatch.setattr(cpu, "features", lambda: EVERYTHING - {missing})
-    rest = build.AVX2 if missing in build.VNNI.needs else build.VNNI
+    rest = build.AVX_VNNI if missing in build.VNNI.needs else build.VNNI
     assert build.instruction_set() is (rest if missing in build.AVX512.needs else build.AVX512)
+    monkeypatch.setattr(cpu, "features", lambda: EVERYTHING - {*build.VNNI.needs, "avx_vnni"})
+    assert build.instruction_set() is build.AVX2
     assert "instructions" not in build.missing() and "CPU" not in build.missing()
 
 
 @pytest.mark.parametrize("missing", build.AVX2.needs)
 def test_a_cpu_without_the_instructions_is_named(missing, monkeypatch):
+    monkeypatch.setattr(build, "SETS", build.ARCHITECTURES["x86_64"])
     monkeypatch.setattr(cpu, "features", lambda: frozenset(build.AVX2.needs) - {missing})
     monkeypatch.setattr(cpu, "limit", lambda: "")
     assert f"this one lacks {missing}" in build.missing()

@@ -22,7 +22,8 @@ def use(monkeypatch, found: build.InstructionSet, library: ctypes.CDLL) -> None:
 
 
 @pytest.fixture(
-    params=["reference", build.AVX512, build.VNNI, build.AVX2], ids=lambda p: p if isinstance(p, str) else p.kernel
+    params=["reference", build.AVX512, build.VNNI, build.AVX_VNNI, build.AVX2],
+    ids=lambda p: p if isinstance(p, str) else p.kernel,
 )
 def kernel(request, monkeypatch):
     """The reference, and the native kernels of every instruction set that this CPU has."""

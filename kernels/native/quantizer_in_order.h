@@ -1,7 +1,5 @@
-// Quantization of rows for AVX2; see quantizer.h.
+// Quantization of rows for sets that do not compress bytes, AVX2 and AArch64; see quantizer.h.
 #pragma once
-
-#include <immintrin.h>
 
 #include <vector>
 
@@ -68,11 +66,11 @@ class Quantizer {
   // They are compared as integers.
   template <typename T>
   void largest(const T* row, float* top) const {
-    __m256i normal = ints(0), outlier = normal;
-    each(row, [&](__m256i v, __m256i mask) {
-      v = _mm256_and_si256(v, ints(0x7FFFFFFF));
-      normal = _mm256_max_epi32(normal, _mm256_and_si256(mask, v));
-      outlier = _mm256_max_epi32(outlier, _mm256_andnot_si256(mask, v));
+    Ints normal = ints(0), outlier = normal;
+    each(row, [&](Ints v, Ints mask) {
+      v = both(v, ints(0x7FFFFFFF));
+      normal = greatest(normal, both(mask, v));
+      outlier = greatest(outlier, without(mask, v));
     });
     put<int32_t>(normal, top);
     put<int32_t>(outlier, top + 1);
@@ -82,12 +80,12 @@ class Quantizer {
   // others, the least on top: NaN, of its sign, is the largest or the least.
   template <typename T>
   void range(const T* row, float* top, float* least) const {
-    __m256i tops[2] = {ints(0), ints(0)}, leasts[2] = {ints(INT32_MIN), ints(INT32_MIN)};  // -0.0
-    each(row, [&](__m256i v, __m256i mask) {
-      const __m256i parts[2] = {_mm256_and_si256(mask, v), _mm256_andnot_si256(mask, v)};
+    Ints tops[2] = {ints(0), ints(0)}, leasts[2] = {ints(INT32_MIN), ints(INT32_MIN)};  // -0.0
+    each(row, [&](Ints v, Ints mask) {
+      const Ints parts[2] = {both(mask, v), without(mask, v)};
       for (int g = 0; g < 2; g++) {
-        tops[g] = _mm256_max_epi32(tops[g], parts[g]);
-        leasts[g] = _mm256_max_epu32(leasts[g], parts[g]);
+        tops[g] = greatest(tops[g], parts[g]);
+        leasts[g] = greatest_unsigned(leasts[g], parts[g]);
       }
     });
     for (int g = 0; g < 2; g++) {
@@ -122,17 +120,17 @@ class Quantizer {
   void each(const T* row, F f) const {
     if (!in_place_) {
       const float* all = picked(row, 0, q_.width);
-      for (long k = 0; k < q_.width; k += LANES) f(_mm256_castps_si256(load(all + k)), load_bytes(&normal_[k]));
+      for (long k = 0; k < q_.width; k += LANES) f(word_of(load(all + k)), load_ints(&normal_[k]));
       return;
     }
     for (long k = 0; k < q_.width; k += LANES) {
-      f(_mm256_castps_si256(load(row + k, lanes(q_.width - k))), load_bytes(&normal_[k]));
+      f(word_of(load(row + k, lanes(q_.width - k))), load_ints(&normal_[k]));
     }
   }
 
   // The float whose bits are the greatest integer of type I.
   template <typename I>
-  static void put(__m256i v, float* to) {
+  static void put(Ints v, float* to) {
     I found[LANES];
     store_bytes(found, v);
     const I most = *std::max_element(found, found + LANES);
