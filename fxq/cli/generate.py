@@ -73,13 +73,9 @@ def generate(
         pathlib.Path | None, typer.Option(help="Run this quantized bundle: a folder, or org/name of the hub.")
     ] = None,
     floats_where_faster: Annotated[
-        bool | None,
-        typer.Option(
-            "--floats-where-faster/--no-floats-where-faster",
-            help="Measure the bundle's layers on this CPU; floats where integers are slower. By default for videos, "
-            "not for latents and reports.",
-        ),
-    ] = None,
+        bool,
+        typer.Option("--floats-where-faster", help="Measure the bundle's layers; floats where integers are slower."),
+    ] = False,
     seed: SeedOption = 0,
     scale: Annotated[
         int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
@@ -114,8 +110,8 @@ def generate(
         raise AdapterError(f"the decoder takes latents of {decoder.channels} channels, model {model!r} makes {wanted}")
     module, told = _running(rollout, bundle, kept, model), dict[str, object]()
     if bundle is not None and module is not None:
-        module = _fast(module, floats_where_faster, compared=latents_only or report is not None)
-    elif floats_where_faster is not None:
+        module = _fast(module, floats_where_faster)
+    elif floats_where_faster:
         raise AdapterError("--floats-where-faster measures the layers of a bundle: give --bundle, or leave it out")
     if report is None:
         chunks_made = _shown(rollout, module)
@@ -226,19 +222,11 @@ def _running(
     return module
 
 
-def _fast(module: fx.GraphModule, floats_where_faster: bool | None, compared: bool) -> fx.GraphModule:
-    """The module optimized; on standard error what runs in floats.
-
-    Args:
-        module: of a bundle.
-        floats_where_faster: as it was asked for.
-        compared: whether results stand beside those of other machines: nothing is measured unasked.
-    """
-    fast = optimize(
-        module, floats_where_faster=False if floats_where_faster is None and compared else floats_where_faster
-    )
+def _fast(module: fx.GraphModule, floats_where_faster: bool) -> fx.GraphModule:
+    """The module optimized, alike on every machine unless asked otherwise; on standard error what runs in floats."""
+    fast = optimize(module, floats_where_faster=floats_where_faster)
     for text in summary(fast).notes.get(PLACE, ()):
-        line = f"{PLACE}, faster so on this CPU: {text} (--no-floats-where-faster)"
+        line = f"{PLACE}, faster so on this CPU: {text}"
         stderr_console().print(line, markup=False, highlight=False, soft_wrap=True)
     return fast
 

@@ -125,10 +125,9 @@ def test_generate_writes_the_asked_video_from_model_and_bundle(bundle, tmp_path)
         assert (tmp_path / name).stat().st_size > 100
 
 
-def test_videos_take_floats_where_they_are_faster_and_say_so(bundle, tmp_path, monkeypatch):
-    monkeypatch.delenv("FXQ_FLOATS_WHERE_FASTER")
+def test_a_video_takes_floats_where_they_are_faster_when_asked_and_says_so(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.002, 0.001))
-    words = ["generate", "--out", str(tmp_path / "v.gif"), "--bundle", bundle, "--chunks", "1"]
+    words = ["generate", "--out", str(tmp_path / "v.gif"), "--bundle", bundle, "--chunks", "1", "--floats-where-faster"]
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 0, done.output
     assert "layers in floats, faster so on this CPU: 42, which take" in done.stderr
@@ -137,14 +136,13 @@ def test_videos_take_floats_where_they_are_faster_and_say_so(bundle, tmp_path, m
 @pytest.mark.parametrize(
     ("out", "extra", "asked"),
     [
-        ("v.gif", (), None),
-        ("v.gif", ("--no-floats-where-faster",), False),
+        ("v.gif", (), False),
         ("v.gif", ("--report", "r.html"), False),
         ("l.safetensors", (), False),
         ("l.safetensors", ("--floats-where-faster",), True),
     ],
 )
-def test_what_is_compared_with_others_is_computed_alike_everywhere(out, extra, asked, tmp_path, monkeypatch):
+def test_a_bundle_is_computed_alike_everywhere_unless_asked(out, extra, asked, tmp_path, monkeypatch):
     class AskedError(ValueError):
         pass
 

@@ -101,7 +101,6 @@ def test_embeddings_do_and_latents_need_no_decoder(tmp_path):
         (["--model", "self-forcing", "--vae", "nowhere"], "nowhere is no folder"),
         (["--frames", "9"], "model 'tiny' takes no files"),
         (["--vae", "v"], "model 'tiny' makes frames, not latents"),
-        (["--no-floats-where-faster"], "measures the layers of a bundle: give --bundle, or leave it out"),
         (["--floats-where-faster"], "measures the layers of a bundle: give --bundle, or leave it out"),
     ],
 )
