@@ -26,7 +26,7 @@ from fxq.export.fingerprint import Fingerprint, take_fingerprint
 from fxq.export.graph.encoded import check_encoded
 from fxq.export.graph.foreign import allowing
 from fxq.export.graph.graph_json import graph_from_json, graph_to_json, tensors_of
-from fxq.export.graph.narrow import NarrowError, packed_tensors, unpacked_tensors
+from fxq.export.graph.narrow import MULTIPLIER, NarrowError, packed_tensors, unpacked_tensors
 from fxq.export.graph.rehearsal import rehearse
 from fxq.export.graph.stored import check_stored
 from fxq.export.graph.strict import DtypeName, Name, SchemaError, Shape, Text, check_facts, check_plan, validated
@@ -293,8 +293,17 @@ def _read_tensors(folder: pathlib.Path, manifest: Manifest, device: torch.device
     check_header(folder / TENSORS, folder, {name: (e.dtype, e.shape) for name, e in manifest.tensors.items()})
     try:
         with safe_open(regular_file(folder / TENSORS, folder), "pt", device=str(device)) as file:
-            stored = {name: file.get_tensor(name) for name in manifest.tensors}
-        return unpacked_tensors(narrow_plans(manifest), stored)
+            narrow = {plan.layer: plan for plan in narrow_plans(manifest)}
+            found, packed = dict[str, Tensor](), dict[str, list[str]]()
+            for name in manifest.tensors:
+                layer, _, leaf = name.rpartition(".")
+                if layer in narrow and leaf in ("weight", MULTIPLIER):
+                    packed.setdefault(layer, []).append(name)
+                else:
+                    found[name] = file.get_tensor(name)
+            for layer, plan in narrow.items():  # one at a time: both forms of all would be much memory
+                found |= unpacked_tensors([plan], {name: file.get_tensor(name) for name in packed.get(layer, ())})
+        return found
     except NarrowError as error:
         raise BundleError(f"{folder}: {error}; the bundle is damaged") from error
     except (OSError, ReadError, RuntimeError, SafetensorError) as error:

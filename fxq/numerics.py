@@ -346,4 +346,5 @@ def decibels(signal: float, noise: float) -> float:
     """``10 log10(signal / noise)`` of two energies: infinite without noise, minus infinity without signal."""
     if noise == 0.0:
         return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf if signal == 0 else math.nan
+    ratio = signal / noise  # 0 where the noise is infinite
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf if ratio == 0 else math.nan

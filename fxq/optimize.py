@@ -53,7 +53,8 @@ def optimize(
     Raises:
         ValueError: when the module was not made by fxq.
         fxq.core.pipeline.PassError: when the module is the result of this function already, a pass is none or breaks
-            its promise, or floats are asked for where they are faster in one rank's part of a model.
+            its promise, floats are asked for where they are faster in one rank's part of a model, or the environment
+            says what is none of 0 and 1.
         fxq.core.verify.RuleError: when a rule is broken after a pass; the message names both.
     """
     check_fusions(passes)
@@ -82,7 +83,9 @@ def _measures(graph: QuantGraph, facts: Facts, passes: Sequence[Pass]) -> bool:
         return False
     if not all(tensor.is_cpu for tensor in tensors):
         return False
-    if os.environ.get(SWITCH) == "0":
+    if (chosen := os.environ.get(SWITCH, "").strip()) not in ("", "0", "1"):
+        raise PassError(f"{SWITCH}={chosen!r}: expected 0, which measures nothing, or 1, as where it is unset")
+    if chosen == "0":
         return False
     if facts.parallel is not None:
         graph.note(PLACE, f"none was measured beside its integers: {_RANKS}")

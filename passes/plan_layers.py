@@ -117,7 +117,8 @@ def _unfit(weight: Tensor | None, bias: Tensor | None, rule: Rule | None, confli
     if reason := unfit_width(in_features, rule.scheme.per_token, rule.scheme.asymmetric):
         return reason
     if rule.scheme.weight_bits == 4 and in_features % PACK_BLOCK:
-        return f"in_features {in_features} is not a multiple of {PACK_BLOCK}, the int4 packing block"
+        block = "a group of weights" if rule.scheme.weight_group else "the int4 packing block"
+        return f"in_features {in_features} is not a multiple of {PACK_BLOCK}, {block}"
     return ""
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -293,3 +295,19 @@ def test_the_product_with_zero_points_is_that_of_the_dequantized_operands(case):
     inputs = numerics.dequantize_per_token(q, scale, split).double()
     want = inputs @ numerics.dequantize_weight(q_w, weight_scale, split).double().T + 1
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("signal", "noise", "want"),
+    [
+        (100.0, 1.0, 20.0),
+        (1.0, 0.0, math.inf),
+        (0.0, 1.0, -math.inf),
+        (1.0, math.inf, -math.inf),
+        (1e-200, 1e200, -math.inf),
+        (math.inf, math.inf, math.nan),
+        (1.0, math.nan, math.nan),
+    ],
+)
+def test_decibels_of_what_overflowed_are_a_number_too(signal, noise, want):
+    assert numerics.decibels(signal, noise) == pytest.approx(want, nan_ok=True)

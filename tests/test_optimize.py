@@ -264,6 +264,12 @@ def test_switched_off_the_result_is_that_of_the_integers(how, floats_win, monkey
     assert torch.equal(fast(x), fxq.optimize(floats_win, floats_where_faster=False)(x))
 
 
+def test_another_word_in_the_environment_is_refused(floats_win, monkeypatch):
+    monkeypatch.setenv("FXQ_FLOATS_WHERE_FASTER", "no")
+    with pytest.raises(PassError, match="FXQ_FLOATS_WHERE_FASTER='no': expected 0, which measures nothing, or 1"):
+        fxq.optimize(floats_win)
+
+
 def test_a_rank_measures_nothing_and_says_so(floats_win):
     dataclasses.replace(Facts.of(floats_win), parallel={"rank": 0, "size": 2}).attach(floats_win)
     fast = fxq.summary(fxq.optimize(floats_win))

@@ -200,6 +200,10 @@ def test_widths_that_are_no_multiple_of_the_block_are_single_scale_or_kept():
         f"in_features {width} is not a multiple of 32, the int4 packing block" for width in (50, 37)
     ]
     assert torch.equal(four(x), model(x))
+    groups = fxq.summary(fxq.quantize(model, [x], recipe(4, weight_group=32))).kept[:2]
+    assert [row.reason for row in groups] == [
+        row.reason.replace("the int4 packing block", "a group of weights") for row in fxq.summary(four).kept[:2]
+    ]
 
 
 def test_layers_that_no_call_reaches_are_listed():

@@ -211,7 +211,7 @@ def to_single(layer: StoredLayer, name: str, scale_dtype: torch.dtype) -> tuple[
     integers, scale = rounding(source, scale_dtype) if single is None else single
     scale = scale.to(scale_dtype)
     merged = "" if single is not None else MERGED if layer.original is None else "one scale, of the original weight"
-    widened = "int4 in a byte" if layer.bits == 4 else ""
+    widened = f"int{layer.plan.quantization.weight_bits} in a byte" if layer.plan.quantization.weight_bits < 8 else ""
     note = "; ".join(filter(None, (merged, widened)))
     form = "fp8" if layer.is_float8 else "int8"
     return integers, scale, record_of(layer, name, form, integers.float() * scale.float(), note)

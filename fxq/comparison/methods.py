@@ -140,7 +140,11 @@ def _of_word(word: str, widths: Sequence[str], iterations: int | None) -> list[E
     if (method := METHODS.get(name.lower())) is not None:
         made = []
         for width in widths:
-            recipe = dataclasses.replace(finished(method(preset_of(width))), name=f"{width} {name.lower()}")
+            try:
+                preset = method(preset_of(width))
+            except RecipeError as error:
+                raise ComparisonError(f"method {name} at {width}: {error}") from None
+            recipe = dataclasses.replace(finished(preset), name=f"{width} {name.lower()}")
             made.append(Entry(method=name.lower() + suffix, bits=width, recipe=recipe))
         return made
     if name.lower() in PRESETS or path.suffix.lower() in (".toml", ".json"):

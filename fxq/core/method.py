@@ -56,6 +56,9 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.format not in (INTEGER, FLOAT8):
             raise RecipeError(f"format = {self.format!r}: expected {INTEGER!r} or {FLOAT8!r}")
+        for name in ("weight_bits", "input_bits", "align", "weight_group"):
+            if type(value := getattr(self, name)) is not int:
+                raise RecipeError(f"{name} = {value!r}: expected an integer")
         if self.weight_bits not in range(4, 9):
             raise RecipeError(f"weight_bits = {self.weight_bits}: expected 4..8")
         if self.weight_group not in (0, numerics.PACK_BLOCK) or (self.weight_group and self.weight_bits != 4):

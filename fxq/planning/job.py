@@ -53,6 +53,11 @@ class _Layer:
     def weights(self) -> int:
         return self.outputs * self.width
 
+    @property
+    def stored(self) -> int:
+        """Bytes of the weight in a file."""
+        return self.scheme.weight_bytes(self.outputs, self.width)
+
 
 def estimate_job(
     model: nn.Module,
@@ -147,7 +152,7 @@ def _ram(
     held = [] if folder else [rows[layer.width] * layer.width * size for layer in layers if layer.leads]
     held += [] if folder else [_sums_bytes(recipe, layer) for layer in layers if layer.leads]
     integers = 0 if folder else sum(layer.weights for layer in layers)
-    packed = sum(layer.weights // 2 for layer in layers if layer.scheme.code_bits == 4)
+    packed = sum(layer.stored for layer in layers if layer.scheme.weight_bits < 8)
     widest = max((layer.weights for layer in layers), default=0) * size
     base = _PROCESS + _unmapped_bytes(model) + _REMNANTS * widest
     phases = {"tracing": base + 2 * example.call_bytes + widest}
@@ -212,7 +217,7 @@ def _disk(
         sums = sum(_sums_bytes(recipe, layer) for layer in layers if layer.leads) if drive.calls else 0
         sizes["checkpoint files"] = stored + size * 5 * sum(kept) // 4 + backward + sums
     if out:
-        quantized = sum(quantized_bytes(layer.width, layer.outputs, layer.scheme.weight_bits) for layer in layers)
+        quantized = sum(quantized_bytes(layer.width, layer.outputs, 0) + layer.stored for layer in layers)
         ranks = sum(step.rank for step in recipe.transforms if isinstance(step, LowRank))
         branches = (
             ranks * sum(layer.width + layer.outputs for layer in layers) * next(model.parameters()).dtype.itemsize

@@ -78,7 +78,7 @@ def _misfit(codec: SpanCodec | None, tensors: Sequence[Tensor], a: AttentionPack
     if len(tensors) != len(fields):
         return f" are {len(tensors)} tensors: the codec stores {', '.join(field.name for field in fields)}"
     spans = count_spans(fields, tensors, a.span)
-    if tokens and not spans * a.span - a.span < tokens <= spans * a.span:
+    if not spans * a.span - a.span < tokens <= spans * a.span:
         return f" are {spans} spans of {a.span} tokens, cos has {tokens}: expected so many without a part of the first"
     for field, tensor in zip(fields, tensors, strict=True):
         lead = (batch, spans * a.span if field.per == "token" else spans)[: LEADING_AXES[field.per]]

@@ -164,7 +164,7 @@ def _checked(value: object, facts: Mapping[str, str]) -> dict[str, Times]:
     for what, pair in seconds.items():
         numbers: list[Any] = pair if isinstance(pair, list) and len(pair) == 2 else [None]
         if not all(isinstance(number, float) and 0 < number < math.inf for number in numbers):
-            raise ReadError(f"{what}: expected two times in seconds")
+            raise ReadError(f"{what[:80]!r}: expected two times in seconds")
         found[what] = numbers[0], numbers[1]
     return found
 

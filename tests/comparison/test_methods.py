@@ -85,6 +85,11 @@ def test_a_width_without_preset_has_the_rules_of_the_presets():
         (["minmax", "nearest", "minmax"], ["w4a8"], "two rows are called minmax w4a8"),
         ([], ["w4a8"], "nothing to compare"),
         (["minmax"], [], "nothing to compare"),
+        (
+            ["groups"],
+            ["w4a8", "w6a8"],
+            r"method groups at w6a8: weight_group = 32 with weight_bits = 6: expected 0, or 32",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused_with_what_is_close(words, bits, message):

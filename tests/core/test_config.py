@@ -80,6 +80,12 @@ def test_an_optional_pattern_may_match_nothing():
         ({"input_bits": 9}, r"input_bits = 9: expected 2..8"),
         ({"align": 16}, "align = 16: expected a positive multiple of 32"),
         ({"align": 0}, "align = 0: expected a positive multiple of 32"),
+        ({"weight_bits": 8.0}, "weight_bits = 8.0: expected an integer"),
+        ({"weight_bits": "4"}, "weight_bits = '4': expected an integer"),
+        ({"weight_bits": 4, "weight_group": 32.0}, "weight_group = 32.0: expected an integer"),
+        ({"weight_group": False}, "weight_group = False: expected an integer"),
+        ({"input_bits": 8.0}, "input_bits = 8.0: expected an integer"),
+        ({"align": 32.0}, "align = 32.0: expected an integer"),
     ],
 )
 def test_a_scheme_refuses_what_no_kernel_runs(options, message):

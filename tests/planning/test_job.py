@@ -116,6 +116,15 @@ def test_quantized_layers_are_counted_and_kept_ones_are_not(tmp_path):
     assert estimate_job(toy(), recipe(4), speed=SPEED, out=tmp_path).disk["bundle"] == WEIGHTS // 2 + scales + kept
 
 
+@pytest.mark.parametrize(("scheme", "parts"), [({"bits": 6}, 0), ({"bits": 4, "weight_group": 32}, 64 * 2 + 96)])
+def test_weights_in_bit_planes_count_as_files_hold_them_and_are_made_when_they_are_written(scheme, parts, tmp_path):
+    eight = estimate_job(toy(), recipe(8), speed=SPEED, out=tmp_path)
+    found = estimate_job(toy(), recipe(**scheme), speed=SPEED, out=tmp_path)
+    stored = WEIGHTS * scheme["bits"] // 8 + parts
+    assert found.disk["bundle"] - eight.disk["bundle"] == stored - WEIGHTS
+    assert found.ram["writing"] - eight.ram["writing"] == stored
+
+
 def test_the_phases_that_need_data_appear_only_with_data():
     model, learning = toy(), recipe(8, methods=LEARN, weighting="sensitivity")
     without = estimate_job(model, learning, speed=SPEED)

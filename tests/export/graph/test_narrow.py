@@ -7,6 +7,7 @@ from safetensors import safe_open
 import fxq
 from fxq.core.config import Scheme
 from fxq.core.ir import LayerPlan
+from fxq.export import bundle
 from fxq.export.bundle import BundleError
 from fxq.export.contract import verify_bundle
 from fxq.export.graph.narrow import MULTIPLIER, NarrowError, packed_tensors, unpacked_tensors
@@ -115,6 +116,19 @@ def test_a_bundle_comes_back_bit_for_bit_and_is_as_small_as_its_bits(quantized, 
 def test_optimized_it_computes_the_same(quantized):
     x = rows(9, 96, seed=1)
     assert torch.equal(fxq.optimize(quantized)(x), quantized(x))
+
+
+def test_loading_holds_the_file_form_of_one_layer_at_a_time(quantized, tmp_path, monkeypatch):
+    fxq.save(quantized, tmp_path / "bundle")
+    taken = []
+    real = bundle.unpacked_tensors
+    monkeypatch.setattr(
+        bundle, "unpacked_tensors", lambda plans, given: taken.append(sorted(given)) or real(plans, given)
+    )
+    fxq.load(tmp_path / "bundle")
+    layers = [row.layer for row in fxq.summary(quantized).quantized]
+    assert [{name.rpartition(".")[0] for name in names} for names in taken] == [{layer} for layer in layers]
+    assert all(name.endswith((".weight", MULTIPLIER)) for names in taken for name in names)
 
 
 def test_a_lie_about_the_groups_is_found(quantized, tmp_path):

@@ -76,6 +76,17 @@ def test_one_scale_keeps_its_integers_and_costs_nothing(bundle):
     assert record.weight_sqnr_db is None and ("int4 in a byte" in record.note) == (stored.bits == 4)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "note"), [({"bits": 6}, "int6 in a byte"), ({"bits": 4, "weight_group": 32}, "int4")]
+)
+def test_fewer_bits_than_a_byte_are_told_where_a_file_has_bytes(scheme, note, tmp_path):
+    path = fxq.save(fxq.quantize(toy(), [X], recipe(dual_scale=False, **scheme), progress=False), tmp_path / "b")
+    for target in ("vllm-omni", "comfy", "compressed-tensors"):
+        report = export_bundle(path, target, tmp_path / target)
+        made = [record for record in report.layers if record.form == "int8"]
+        assert len(made) == 2 and all(record.note.startswith(note) and not record.weight_sqnr_db for record in made)
+
+
 def test_two_scales_are_merged_at_a_stated_cost(bundle):
     stored = read_model(bundle).layers["blocks.0.up"]
     integers, scale, record = to_single(stored, "up", torch.float32)

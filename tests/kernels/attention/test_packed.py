@@ -129,6 +129,12 @@ def test_what_does_not_fit_is_refused_before_it_is_read(name):
         attention_packed(*changed)
 
 
+def test_tables_of_no_token_do_not_hide_the_spans_that_are_there():
+    (*tensors, cos, sin, text, span), _ = case(Klt(1.0), Klt(1.0))
+    with pytest.raises(ValueError, match=r"packed_k are \d spans of 24 tokens, cos has 0: expected so many"):
+        attention_packed(*tensors, cos[:0], sin[:0], text, span)
+
+
 @pytest.mark.parametrize("codec", [Klt(1.0), Prq(1, 16, block=16), Kivi(2, 0, 16)], ids=lambda c: c.name)
 def test_one_span_at_a_time_is_dense(codec):
     def measured(spans):

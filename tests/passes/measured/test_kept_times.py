@@ -109,6 +109,17 @@ def test_a_damaged_file_is_measured_and_written_anew(folder, text):
     assert again.of("a", "cpu", never) == (3.0, 4.0) and not again.trouble
 
 
+def test_what_a_damaged_file_says_steers_no_terminal_and_fills_no_screen(folder):
+    KeptTimes().of("a", "cpu", lambda: (1.0, 2.0))
+    (file,) = folder.iterdir()
+    text = json.loads(file.read_text())
+    for key in ("\x1b[31mred", "e" * 10**5):
+        file.write_text(json.dumps(text | {"seconds": {key: [0, 0]}}))
+        kept = KeptTimes()
+        kept.of("a", "cpu", lambda: (3.0, 4.0))
+        assert kept.trouble.isprintable() and len(kept.trouble) < 200 + len(str(file))
+
+
 def test_a_file_that_is_none_is_no_reason_to_stop(folder):
     KeptTimes().of("a", "cpu", lambda: (1.0, 2.0))
     (file,) = folder.iterdir()
