@@ -139,6 +139,13 @@ def missing(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in here)
 
 
+def no_bfloat16() -> str:
+    """Why oneDNN has no bfloat16 kernels on this CPU, or ""."""
+    if missing(("avx_ne_convert",)) and (absent := missing(("avx512_bw", "avx512_vl", "avx512_dq"))):
+        return f"not on this CPU: oneDNN's bfloat16 needs avx_ne_convert, or {', '.join(absent)} that it lacks"
+    return ""
+
+
 def has_vnni() -> bool:
     """Whether products of bytes add up in 32 bits."""
     return len(missing(VNNI)) < len(VNNI)

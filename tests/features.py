@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fxq import cpu
-from fxq.bench.floats import no_bfloat16
+from fxq.cpu import no_bfloat16
 from fxq.kernels import native
 from fxq.kernels.native import build
 from tests.machine import browser

@@ -5,16 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fxq import cpu
 from fxq.bench.contest import Built
 from fxq.bench.problems import Problem
-
-
-def no_bfloat16() -> str:
-    """Why oneDNN has no bfloat16 kernels on this CPU, or ""."""
-    if cpu.missing(("avx_ne_convert",)) and (absent := cpu.missing(("avx512_bw", "avx512_vl", "avx512_dq"))):
-        return f"not on this CPU: oneDNN's bfloat16 needs avx_ne_convert, or {', '.join(absent)} that it lacks"
-    return ""
+from fxq.cpu import no_bfloat16
 
 
 def own_dtype(device: str) -> torch.dtype:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fxq import cpu
 from fxq.bench import onnx_rivals
 from fxq.bench.contest import BF16, FP32, Built, Contestant
-from fxq.bench.floats import compiled, eager, no_bfloat16, onednn
+from fxq.bench.floats import compiled, eager, onednn
 from fxq.bench.problems import Problem
+from fxq.cpu import no_bfloat16
 from fxq.dtypes import dtype_name
 from fxq.kernels.gemm.op import int_mm
 

@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
-from fxq.bench.floats import no_bfloat16, onednn_model, own_dtype
+from fxq.bench.floats import onednn_model, own_dtype
 from fxq.bench.problems import open_gates, plant_outliers
 from fxq.calibration.rollout import Draws, Rollout, current_call
+from fxq.cpu import no_bfloat16
 from fxq.dtypes import dtype_name
 from fxq.models.causal_wan import CausalWan
 from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout

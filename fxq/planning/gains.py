@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from fxq import cpu
+from fxq.core.method import Scheme
+from fxq.dtypes import dtype_name
 from fxq.kernels import native
 from fxq.kernels.gemm.op import ON_CPU, in_float_note
 from fxq.kernels.jit import HAS_TRITON, triton
 from fxq.models.causal_wan import CausalWanConfig
+from fxq.passes.kernel_times import LinearSize, kernel_seconds
 from fxq.planning.environment import Device
 from fxq.planning.gpus import known_gpu
 from fxq.planning.memory import linear_calls, meta_model
@@ -16,6 +20,8 @@ from fxq.planning.workloads import Workload
 
 OLDEST_INT8, OLDEST_FP8 = (8, 0), (8, 9)
 """Compute capability."""
+ROWS, CHANNELS, OUTLIERS = 1560, 1536, 48
+"""Of the linear whose speed is measured: a projection of Wan 1.3B for a frame, as in ``fxq bench --level linear``."""
 WORTH = 1.02
 """A speed-up below it is called none."""
 
@@ -44,13 +50,23 @@ def arch_name(capability: tuple[int, int]) -> str:
 
 
 def cpu_gain() -> str:
-    """What quantizing brings on this CPU, or none and why."""
+    """What quantizing brings on this CPU, as measured now on one linear where its kernels run, or none and why."""
     if native.ready():
         slower = f"; {why}" if (why := native.why_slower()) else ""
-        return f"some: int8 kernels run ({native.name()}{slower}); `fxq bench` measures how much"
+        return f"{cpu_speeds()} ({native.name()}{slower}); `fxq bench` measures more"
     if ON_CPU == "int_mm":
         return f"little: only the products are integer, because {native.why_not()}; `fxq bench` measures it"
     return f"none, because {in_float_note()}"
+
+
+def cpu_speeds() -> str:
+    """Speed of integers over the float linear of this CPU, measured in turns on one size with this many threads."""
+    dtype = torch.float32 if cpu.no_bfloat16() else torch.bfloat16
+    size = LinearSize(ROWS, CHANNELS, CHANNELS, CHANNELS - OUTLIERS, dtype, "cpu")
+    schemes = (Scheme(), Scheme(weight_bits=4))
+    *integers, floats = kernel_seconds(size, [*schemes, None])
+    told = (f"{scheme.label} {floats / s:.2f}x" for scheme, s in zip(schemes, integers, strict=True))
+    return f"{' and '.join(told)} of {dtype_name(dtype)}, a linear of {ROWS} x {CHANNELS} -> {CHANNELS}, measured now"
 
 
 def gpu_gain(device: Device) -> str:

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 import fxq
 from fxq.bench import cases, levels, rivals
 from fxq.bench.contest import BASELINES, Built
-from fxq.bench.floats import no_bfloat16
 from fxq.cli import bench as command
+from fxq.cpu import no_bfloat16
 from tests.toys import recipe, wan_rollout
 
 app = typer.Typer(pretty_exceptions_enable=False)

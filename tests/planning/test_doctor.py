@@ -9,7 +9,7 @@ import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from fxq import kernels
+from fxq import cpu, kernels
 from fxq.kernels import native
 from fxq.kernels.gemm import op as gemm
 from fxq.planning import doctor, gains
@@ -99,6 +99,26 @@ def test_integers_that_follow_a_float_computation_may_differ_rarely_and_by_one()
     assert "100.0% of the integers differ" in disagreement(kernels.norm_quantize, many, want)
     assert "differs by 2" in disagreement(kernels.norm_quantize, far, want)
     assert "expected at most 0" in disagreement(kernels.quantize_act, one, want)
+
+
+@pytest.mark.parametrize(("lacks", "dtype"), [("", torch.bfloat16), ("no instructions for it", torch.float32)])
+def test_the_gain_of_a_cpu_is_that_of_a_linear_measured_in_its_own_dtype(lacks, dtype, monkeypatch):
+    measured = []
+
+    def seconds(size, schemes):
+        measured.append((size, schemes))
+        return [0.5, 0.25, 1.0]
+
+    monkeypatch.setattr(native, "ready", lambda: True)
+    monkeypatch.setattr(cpu, "no_bfloat16", lambda: lacks)
+    monkeypatch.setattr(gains, "kernel_seconds", seconds)
+    name = str(dtype).removeprefix("torch.")
+    assert cpu_gain().startswith(
+        f"W8A8 2.00x and W4A8 4.00x of {name}, a linear of 1560 x 1536 -> 1536, measured now ("
+    )
+    ((size, schemes),) = measured
+    assert size.dtype == dtype and size.split == 1488 and schemes[-1] is None
+    assert [scheme.label for scheme in schemes[:-1]] == ["W8A8", "W4A8"]
 
 
 def test_without_native_kernels_the_reason_is_given(monkeypatch):
