@@ -22,6 +22,9 @@ SWITCH = "FXQ_FLOATS_WHERE_FASTER"
 """Environment variable: ``0`` measures nothing where :func:`optimize` is not told."""
 MEASURED: tuple[Pass, ...] = (FloatWhereFaster(), ExactWhereFaster())
 """What follows the times of kernels; before the fusions, which need to know what is left in integers."""
+WORTH = 1e-4
+"""Seconds that a call of a layer or attention must save to be in floats where nobody asked for it."""
+UNASKED: tuple[Pass, ...] = (FloatWhereFaster(least=WORTH), ExactWhereFaster(least=WORTH))
 _RANKS = "this module is one rank's part of a model, and ranks would choose differently"
 
 
@@ -43,8 +46,9 @@ def optimize(
             one, and run in model dtype what is faster so (:class:`~fxq.passes.FloatWhereFaster`,
             :class:`~fxq.passes.ExactWhereFaster`, before ``passes``). What was measured once is kept, so a machine
             chooses the same each time; another one may not. False: the same function everywhere, for what is compared
-            bit for bit. None: on a CPU, unless the environment says ``FXQ_FLOATS_WHERE_FASTER=0``, the module is one
-            rank's part or ``passes`` have such a pass.
+            bit for bit. None: on a CPU, where a call of it saves more than a tenth of a millisecond, unless the
+            environment says ``FXQ_FLOATS_WHERE_FASTER=0``, the module is one rank's part or ``passes`` have such a
+            pass.
 
     Returns:
         A new GraphModule; :func:`fxq.summary` of it says per layer what was fused, the kernel that runs, and why not
@@ -64,10 +68,11 @@ def optimize(
     if floats_where_faster and facts.parallel is not None:
         raise PassError(f"floats_where_faster: {_RANKS}; leave it out")
     graph = QuantGraph.of(module).fork()
-    if floats_where_faster is None:
-        floats_where_faster = _measures(graph, facts, passes)
+    measured = MEASURED if floats_where_faster else ()
+    if floats_where_faster is None and _measures(graph, facts, passes):
+        measured = UNASKED
     before = graph.plans
-    for step in (*(MEASURED if floats_where_faster else ()), *passes, LayOutWeights()):
+    for step in (*measured, *passes, LayOutWeights()):
         run_passes(graph, (step,))
         if lost := sorted(set(before) - set(graph.plans)):
             raise PassError(f"{step.name} lost the plans of {', '.join(lost[:4])}")

@@ -54,8 +54,11 @@ class ExactWhereFaster(Fusion):
     Both are measured in turns on random numbers, once on a machine for each size (to the nearest power of two, up to
     MOST_QUERIES queries, MOST_KEYS keys and MOST_HEADS heads, or one for each thread), dtype and number of threads
     (:mod:`~fxq.passes.measured.kept_times`). An attention that becomes exact tells both times as its reason among those
-    of :class:`~fxq.core.facts.ChosenAttentions`, one that stays in a remark.
+    of :class:`~fxq.core.facts.ChosenAttentions`, one that stays in a remark. One of which a call would save ``least``
+    seconds or less stays.
     """
+
+    least: float = 0.0
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of attentions that become exact."""
@@ -64,7 +67,7 @@ class ExactWhereFaster(Fusion):
         tensors = (*graph.module.parameters(), *graph.module.buffers())
         device = str(tensors[0].device) if tensors else "cpu"
         for number, node in enumerate(nodes):
-            exact, told = _judged(node, device)
+            exact, told = _judged(node, device, self.least)
             if exact:
                 reasons[number] = told
                 node.target = kernels.attention.definition
@@ -77,7 +80,7 @@ class ExactWhereFaster(Fusion):
         return len(reasons)
 
 
-def _judged(node: fx.Node, device: str) -> tuple[bool, str]:
+def _judged(node: fx.Node, device: str, least: float) -> tuple[bool, str]:
     """Whether the exact attention wins, and the two times, or why there are none."""
     named = arguments(node)
     try:
@@ -90,7 +93,8 @@ def _judged(node: fx.Node, device: str) -> tuple[bool, str]:
         return False, f"attention in 8 bits: could not be measured ({str(error).splitlines()[0]})"
     times = f"{1e3 * exact:.3g} ms exact, {1e3 * integers:.3g} ms in 8 bits, as measured here"
     times += f" for {size.queries} queries and {size.keys} keys of {size.heads} heads"
-    return exact < integers, times if exact < integers else f"attention in 8 bits: {times}"
+    wins = exact < integers - least
+    return wins, times if wins else f"attention in 8 bits: {times}"
 
 
 def _size(q: fx.Node, k: Sequence[fx.Node], device: str) -> AttentionSize:

@@ -51,11 +51,15 @@ class FloatWhereFaster(Fusion):
     layer gets its dequantized weight [N, K] and bias [N] in model dtype, which take the memory they had before
     quantization, and its input is no longer rounded: its result differs from the quantized one by that error. The
     reason of such a layer tells both times and the memory, a remark on the others both times or why there are none.
+    Layers of which a call would save ``least`` seconds or less stay as they are.
     """
 
     margin: float = 0.1
+    least: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least < math.inf:
+            raise RecipeError(f"FloatWhereFaster: least = {self.least}, expected seconds, not negative")
         if not 0 <= self.margin < 1:
             raise RecipeError(f"FloatWhereFaster: margin = {self.margin}, expected at least 0 and less than 1")
 
@@ -108,7 +112,10 @@ class FloatWhereFaster(Fusion):
         times = (
             f"{1e3 * floats:.3g} ms in floats, {1e3 * integers:.3g} ms in integers, as measured here for {rows} rows"
         )
-        return floats < (1 - self.margin) * integers, times
+        faster, worth = floats < (1 - self.margin) * integers, integers - floats > self.least
+        if faster and not worth:
+            times += f": saves no more than {1e3 * self.least:g} ms a call, stays quantized"
+        return faster and worth, times
 
 
 def _calls(graph: QuantGraph) -> Mapping[tuple[str, ...], list[list[QuantizedLayer]]]:
