@@ -28,6 +28,7 @@ from fxq.kernels import (
 from fxq.kernels.arguments import Quantization, QuantizePerToken
 from fxq.kernels.gemm.op import sample_operands
 from fxq.kernels.gemm.per_token import sample_arguments
+from fxq.passes.apply_methods import group_order
 from fxq.runtime.timing import clock_for, interleave, repeats
 
 Arguments = TypeVar("Arguments")
@@ -96,9 +97,7 @@ def _call(size: LinearSize, scheme: Scheme | None, random: torch.Generator) -> C
         raise ValueError(f"{scheme.format}: only the times of integers are measured")
     panels = size.device == "cpu" and size.dtype != torch.float16 and not native.why_not()
     sizes = (size.rows, size.inputs), size.outputs, size.split, scheme.integer_bits
-    perm = None
-    if size.split < size.inputs:
-        perm = torch.randperm(size.inputs, generator=random).to(size.device, torch.int32)
+    perm = _outlier_order(size, random) if size.split < size.inputs else None
     if scheme.per_token:
         product = _placed(sample_arguments(*sizes, size.dtype, random, panels, scheme.asymmetric), size.device)
         quantize = quantize_per_token_asymmetric if scheme.asymmetric else quantize_per_token
@@ -117,6 +116,13 @@ def _call(size: LinearSize, scheme: Scheme | None, random: torch.Generator) -> C
         return dual_scale_linear(*operands._replace(q=quantize_act(x, *quantization)), size.dtype)
 
     return static
+
+
+def _outlier_order(size: LinearSize, random: torch.Generator) -> Tensor:
+    """int32 [K] as layers have it, which kernels read in runs: normal channels ascending, then some outliers."""
+    outliers = torch.randperm(size.inputs, generator=random)[size.split :].sort().values.tolist()
+    plan = LayerPlan(layer="", in_features=size.inputs, out_features=size.outputs, outliers=tuple(outliers))
+    return group_order(plan).to(size.device, torch.int32)
 
 
 def _placed(arguments: Arguments, device: str) -> Arguments:

@@ -45,3 +45,12 @@ def test_times_of_rounds_are_medians_of_turns(monkeypatch):
 def test_float8_has_no_time():
     with pytest.raises(ValueError, match="only the times of integers are measured"):
         kernel_seconds(size(), [Scheme(format="float8_e4m3fn")])
+
+
+def test_outliers_lie_as_in_layers_which_kernels_read_in_runs():
+    size = LinearSize(8, 96, 16, 64, torch.float32, "cpu")
+    order = kernel_times._outlier_order(size, torch.Generator().manual_seed(1))
+    assert order.dtype == torch.int32 and torch.equal(order.sort().values, torch.arange(96, dtype=torch.int32))
+    for part in (order[:64], order[64:]):
+        assert bool((part.diff() > 0).all())
+    assert not torch.equal(order, torch.arange(96, dtype=torch.int32))
