@@ -182,11 +182,11 @@ class Operands(NamedTuple):
     Attributes:
         q: int8 [..., K] in ``[normal | outlier]`` order.
         weight: int8 [N, K] when bits is 5..8, uint8 [N, K / 2] of :func:`fxq.numerics.pack_int4` when it is 2..4, or
-            int8 panels of :func:`fxq.kernels.gemm.panels.pack_panels` for any bits.
+            panels of :func:`fxq.kernels.gemm.panels.pack_panels` of the same dtypes.
         weight_scale: float32 [G, N], positive.
         input_scale: float32 [G], positive.
         offset: float32 [N] of :func:`fxq.numerics.fold_offset`, in units of the result.
-        split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is packed.
+        split: number of normal channels, 1..K; a multiple of 32, as K, when the weight is uint8 [N, K / 2].
         bits: width of the weights.
     """
 

@@ -167,7 +167,7 @@ def _per_token(x: Tensor, stored: LayerTensors) -> Built:
 def _laid_out(stored: LayerTensors) -> Tensor:
     """The weight as the kernels of its device read it."""
     here = native.ready() and not stored.weight.is_cuda and not stored.plan.quantization.is_float8
-    return pack_panels(stored.codes(), stored.plan.split) if here else stored.weight
+    return pack_panels(stored.codes(), stored.plan.split, stored.plan.quantization.code_bits) if here else stored.weight
 
 
 def model_cases(module: fx.GraphModule, rollout: Rollout, device: str) -> list[Case]:

@@ -184,7 +184,7 @@ class QuantizedLinear(nn.Module):
         self._buffers.pop("panels", None)
         self._non_persistent_buffers_set.discard("panels")
         if here:
-            self._buffers["panels"] = pack_panels(self.codes(), self.split)
+            self._buffers["panels"] = pack_panels(self.codes(), self.split, self.weight_bits)
             self._non_persistent_buffers_set.add("panels")
 
     def codes(self) -> Tensor:

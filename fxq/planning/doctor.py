@@ -172,14 +172,14 @@ def _is_linear(op: Op) -> bool:
 
 
 def _has_panels(arguments: Arguments) -> bool:
-    return any(isinstance(a, Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in arguments)
+    return any(isinstance(a, Tensor) and a.ndim == 4 and not a.is_floating_point() for a in arguments)
 
 
 def _with_panels(op: Op, arguments: Arguments) -> Arguments:
     names = [argument.name for argument in op.definition._schema.arguments]  # type: ignore[attr-defined]
     values = dict(zip(names, arguments, strict=True))
     operands = Operands(**{name: values[name] for name in Operands._fields})
-    return tuple((values | {"weight": pack_panels(plain_weight(operands), operands.split)}).values())
+    return tuple((values | {"weight": pack_panels(plain_weight(operands), operands.split, operands.bits)}).values())
 
 
 def _unusable(op: Op, device: str) -> str:

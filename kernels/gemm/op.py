@@ -1,7 +1,7 @@
 """Integer matrix product with one activation scale, or two: normal and outlier channels (Q-ARVD, arXiv 2605.21072).
 
-A weight comes in one of three layouts, told apart by dtype and rank: int8 [N, K], packed int4 uint8 [N, K / 2], and for
-the native CPU kernel int8 panels (:mod:`fxq.kernels.gemm.panels`).
+A weight comes in one of four layouts, told apart by dtype and rank: int8 [N, K], packed int4 uint8 [N, K / 2], and for
+the native CPU kernel panels, int8 or packed uint8 (:mod:`fxq.kernels.gemm.panels`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fxq import cpu, numerics
 from fxq.kernels import native
 from fxq.kernels.arguments import DualScaleLinear, Operands
 from fxq.kernels.gemm import triton as gemm_triton
-from fxq.kernels.gemm.panels import pack_panels, panel_shape, unpack_panels
+from fxq.kernels.gemm.panels import MOST_PACKED_BITS, pack_panels, panel_shape, unpack_panels
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare
 
@@ -39,12 +39,12 @@ def unfit(operands: Operands) -> str:
     if offset.dtype != torch.float32 or offset.ndim != 1:
         return f"offset is {offset.dtype} {tuple(offset.shape)}: expected float32 [N]"
     outputs = offset.shape[0]
-    packed = bits <= 4 and weight.ndim == 2
-    if packed and (width % numerics.PACK_BLOCK or split % numerics.PACK_BLOCK):
+    packed = bits <= MOST_PACKED_BITS
+    stored, shape = torch.uint8 if packed else torch.int8, (outputs, width // 2 if packed else width)
+    wanted: tuple[int, ...] = shape if weight.ndim == 2 else panel_shape(outputs, width, split, packed)
+    if packed and weight.ndim == 2 and (width % numerics.PACK_BLOCK or split % numerics.PACK_BLOCK):
         return f"K = {width}, split = {split}: packed weights need multiples of {numerics.PACK_BLOCK}"
-    stored, shape = (torch.uint8, (outputs, width // 2)) if packed else (torch.int8, (outputs, width))
-    shapes = [shape] if weight.ndim == 2 else [panel_shape(outputs, width, split)]
-    if weight.dtype != stored or tuple(weight.shape) not in shapes:
+    if weight.dtype != stored or tuple(weight.shape) != wanted:
         form = f"{stored} {shape} for bits = {bits}, K = {width} and an offset of {outputs}"
         return f"weight is {weight.dtype} {tuple(weight.shape)}: expected {form}"
     groups = 1 if split == width else 2
@@ -184,7 +184,7 @@ def sample_operands(
     weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
     input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
     offset = torch.randn(outputs, generator=random, dtype=torch.float32)
-    stored = pack_panels(w, split) if panels else numerics.pack_int4(w) if bits <= 4 else w
+    stored = pack_panels(w, split, bits) if panels else numerics.pack_int4(w) if bits <= 4 else w
     return Operands(q, stored, weight_scale, input_scale, offset, split, bits)
 
 

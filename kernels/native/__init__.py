@@ -113,7 +113,7 @@ _Linear = _struct(
     "Linear",
     "q:p panels:p weight_scale:p input_scale:p offset:p out:p rows:l outputs:l width:l split:l q_stride:l store:i"
     " threads:i out_scale:p out_zero_point:p out_split:l out_bits:i activation:i residual:p gate:p residual_stride:l"
-    " gate_rows:l gate_is_bfloat16:i per_token:i asymmetric:i",
+    " gate_rows:l gate_is_bfloat16:i per_token:i asymmetric:i packed:i",
 )
 _Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
 _Tokens = _struct("Tokens", "scale:p least:f asymmetric:i")
@@ -177,6 +177,7 @@ def _run_linear(operands: Operands, out: Tensor, store: int, **epilogue: float |
         q_stride=q.stride(0),
         store=store,
         threads=torch.get_num_threads(),
+        packed=operands.packed,
         **({"out_split": operands.outputs, "out_bits": 8} | epilogue),
     )
     _call("fxq_linear", call)

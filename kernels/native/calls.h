@@ -8,7 +8,7 @@ extern "C" {
 
 struct Linear {
   const int8_t* q;       // [rows, width], rows q_stride bytes apart
-  const int8_t* panels;  // see fxq/kernels/gemm/panels.py
+  const void* panels;    // int8, or uint8 where they are packed; see fxq/kernels/gemm/panels.py
   const float* weight_scale;  // [groups, outputs]
   const float* input_scale;   // [groups]; [rows, groups] per token; asymmetric [rows, 2 * groups], zero points behind the scales
   const float* offset;        // [outputs]
@@ -27,6 +27,7 @@ struct Linear {
   int32_t gate_is_bfloat16;
   // FLOAT32 and BFLOAT16 only
   int32_t per_token, asymmetric;
+  int32_t packed;
 };
 
 struct Quantization {

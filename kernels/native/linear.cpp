@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "packed_panels.h"
 #include "product.h"
 #include "vectors.h"
 
@@ -165,6 +166,7 @@ template <int STORE, Scales SCALES = STATIC>
 void run(const Linear& p) {
   const long threads = busy_threads(p.threads, static_cast<double>(p.rows) * p.outputs * p.width, Product::LEAST_WORK);
   const Segments s(p);
+  constexpr long row_bytes = 4 * TILE_COLUMNS;
   const long panels = ceil_div(p.outputs, TILE_COLUMNS), most = Product::most_rows(s);
   long chunks = ceil_div(p.rows, most);
   if (chunks < threads) chunks = std::min(threads, ceil_div(p.rows, 4 * Product::ROWS));
@@ -183,11 +185,16 @@ void run(const Linear& p) {
     const long begin = task / slices * chunk, end = std::min(p.rows, begin + chunk);
     if (begin >= end) continue;
     Product product(p, s, begin, end);
+    static thread_local Scratch scratch;
+    // The rows behind the steps are read, whatever they hold.
+    const bool widens = p.packed && !Product::READS_PACKED;
+    int8_t* widened = widens ? scratch.get<int8_t>((s.steps() + 2) * row_bytes) : nullptr;
     const long from = task % slices * slice, to = std::min(panels, from + slice);
     for (long panel = from; panel < to; panel++) {
-      const int8_t* weights = p.panels + panel * s.panel_bytes();
-      const auto* sums = reinterpret_cast<const int32_t*>(weights + s.steps() * 256);
-      product.multiply(weights, [&](long row, int height, const int32_t* normal, const int32_t* outlier) {
+      const auto* weights = static_cast<const int8_t*>(p.panels) + panel * (s.panel_rows() + 2) * row_bytes;
+      const auto* sums = reinterpret_cast<const int32_t*>(weights + s.panel_rows() * row_bytes);
+      if (widens) widen(reinterpret_cast<const uint8_t*>(weights), s.panel_rows(), widened);
+      product.multiply(widens ? widened : weights, [&](long row, int height, const int32_t* normal, const int32_t* outlier) {
         finish<STORE, SCALES>(p, first, second, {row, panel * TILE_COLUMNS, height, normal, outlier, sums}, marks);
       });
     }

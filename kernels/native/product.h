@@ -4,6 +4,7 @@
 //   static constexpr double LEAST_WORK;        // multiply-adds that are worth a thread
 //   static constexpr long ROWS;                // a Product has a multiple of them, but the last
 //   static constexpr int OFFSET;               // 128 where the instructions want q unsigned, or 0
+//   static constexpr bool READS_PACKED;        // whether it takes packed panels as they are, or widened to int8
 //   static long most_rows(const Segments&);    // of one Product
 //   Product(const Linear&, const Segments&, long begin, long end);
 //   template <typename Done> void multiply(const int8_t* panel, Done done);
@@ -22,13 +23,18 @@ namespace fxq {
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_COLUMNS = 64;
 
-// Rows of a panel, steps of four channels each, that hold the segments.
+// Steps of four channels each that hold the segments: rows of a panel, or where weights are packed half rows.
 struct Segments {
   long normal, outlier;
 
-  explicit Segments(const Linear& p) : normal(ceil_div(p.split, 4)), outlier(ceil_div(p.width - p.split, 4)) {}
+  explicit Segments(const Linear& p) : normal(steps_of(p.split, p.packed)), outlier(steps_of(p.width - p.split, p.packed)), each_(p.packed ? 2 : 1) {}
   long steps() const { return normal + outlier; }
-  long panel_bytes() const { return (steps() + 2) * 4 * TILE_COLUMNS; }
+  long panel_rows() const { return steps() / each_; }  // without those of the sums
+
+ private:
+  static long steps_of(long channels, bool packed) { return packed ? 2 * ceil_div(channels, 8) : ceil_div(channels, 4); }
+
+  long each_;
 };
 
 }  // namespace fxq

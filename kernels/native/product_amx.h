@@ -14,6 +14,7 @@ class Product {
   static constexpr double LEAST_WORK = 1 << 24;
   static constexpr long ROWS = 32;
   static constexpr int OFFSET = 128;
+  static constexpr bool READS_PACKED = false;
 
   // Their bytes and two panels stay in the second-level cache, or close to it.
   static long most_rows(const Segments& s) {

@@ -5,13 +5,15 @@
 // - others are multiplied by pairs, and what a pair has too much goes to a list (excess_avx2.h);
 // - where the list would be long, weights and rows are widened to int16.
 //
-// Few rows are multiplied as the panel lies (few_rows_avx2.h), but for narrow weights, which are soon laid out.
+// Packed weights are narrow, and are unpacked into blocks. Few rows are multiplied as the panel lies (few_rows_avx2.h,
+// few_rows_packed_avx2.h), but for narrow weights that are not packed, which are soon laid out.
 #pragma once
 
 #include <immintrin.h>
 
 #include "excess_avx2.h"
 #include "few_rows_avx2.h"
+#include "few_rows_packed_avx2.h"
 #include "packed_rows.h"
 #include "product.h"
 #include "tile_avx2.h"
@@ -68,6 +70,19 @@ inline Loop lay_out(const int8_t* panel, long channel, long steps, Block* blocks
   return PAIRS;
 }
 
+// Lays out packed weights, [steps / 2][64 columns][4].
+inline void lay_out_packed(const uint8_t* panel, long steps, Block* blocks) {
+  for (long k = 0; k < steps; k += 2) {
+    for (int j = 0; j < 2 * TILES; j++, panel += 32) {
+      if (j % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(panel + 2 * TILE_COLUMNS * steps), _MM_HINT_T1);
+      const TwoSteps w(panel);
+      int8_t* to = blocks[j / 2].values + 64 * k + 32 * (j % 2);
+      store_bytes(to, w.first);
+      store_bytes(to + 64, w.second);
+    }
+  }
+}
+
 // The steps as int16, [2 * steps][16 columns][2]: the bytes go to the high halves and are shifted down.
 inline void lay_out_words(const int8_t* panel, long steps, Block* blocks) {
   const __m256i first = _mm256_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
@@ -97,6 +112,7 @@ class Product {
   static constexpr double LEAST_WORK = 1 << 22;
   static constexpr long ROWS = TILE_ROWS;
   static constexpr int OFFSET = 128;
+  static constexpr bool READS_PACKED = true;
 
   // Their bytes stay in the second-level cache, or close to it, and so do their sums.
   static long most_rows(const Segments& s) { return std::max(192L, std::min(768L, (800L << 10) / std::max(1L, 4 * s.steps()))); }
@@ -106,7 +122,8 @@ class Product {
     depth_ = 4 * s.steps();
     padded_ = round_up(rows_, ExcessList::ROWS);
     sums_ = sum_scratch.get<int32_t>((s.outlier ? 2 : 1) * padded_ * TILE_COLUMNS);
-    if (rows_ <= FEW_ROWS) few_ = row_words();
+    if (rows_ <= FEWEST_ROWS && p.packed) few_bytes_ = few_rows<uint8_t>();
+    if (rows_ <= FEW_ROWS && !p.packed) few_ = few_rows<int16_t>();
     if (rows_ <= FEWEST_ROWS) return;
     blocks_ = block_scratch.get<Block>(TILES);
     list_ = new (list_scratch.get<ExcessList>(1)) ExcessList;
@@ -137,18 +154,19 @@ class Product {
 
   long tile_rows(long tile) const { return std::min<long>(TILE_ROWS, rows_ - tile); }
 
-  // Rows as int16 [rows][depth], for few of them.
-  int16_t* row_words() const {
+  // [rows][depth] unsigned, for few of them.
+  template <typename T>
+  T* few_rows() const {
     static thread_local Scratch scratch;
-    int16_t* words = scratch.get<int16_t>(rows_ * depth_);
+    T* found = scratch.get<T>(rows_ * depth_);
     for (long row = 0; row < rows_; row++) {
       each_segment(row, [&](const int8_t* from, long width, long first) {
-        int16_t* to = words + row * depth_ + first;
-        for (long k = 0; k < width; k++) to[k] = static_cast<int16_t>(from[k] + 128);
-        std::fill(to + width, to + round_up(width, 4), static_cast<int16_t>(0));
+        T* to = found + row * depth_ + first;
+        for (long k = 0; k < width; k++) to[k] = static_cast<T>(from[k] + 128);
+        std::fill(to + width, to + round_up(width, 4), static_cast<T>(0));
       });
     }
-    return words;
+    return found;
   }
 
   // The packed rows as int16, two channels to a step.
@@ -185,6 +203,7 @@ class Product {
 
   // sums [rows, TILE_COLUMNS] of the steps from `first` to `last`.
   void multiply_segment(const int8_t* panel, long first, long last, int32_t* sums) {
+    if (p_.packed) return multiply_packed(reinterpret_cast<const uint8_t*>(panel), first, last, sums);
     const int8_t* begin = panel + 4 * TILE_COLUMNS * first;
     if (rows_ <= FEWEST_ROWS || (rows_ <= FEW_ROWS && !begins_narrow(begin, last - first))) {
       static thread_local Scratch scratch;
@@ -200,6 +219,17 @@ class Product {
       for (int j = 0; j < TILES; j++) multiply_block(loop, blocks_[j], k, steps, sums + 16 * j);
       const bool full = list_->count() + MOST_EXCESS * BLOCK_STEPS + 2 * TILE_COLUMNS > ExcessList::MOST;
       if (list_->count() && (full || k + steps == last)) list_->multiply(columns(), padded_, rows_, sums);
+    }
+  }
+
+  void multiply_packed(const uint8_t* panel, long first, long last, int32_t* sums) {
+    std::memset(sums, 0, rows_ * TILE_COLUMNS * sizeof(int32_t));
+    panel += 2 * TILE_COLUMNS * first;
+    if (rows_ <= FEWEST_ROWS) return multiply_few_packed(few_bytes_ + 4 * first, depth_, rows_, panel, last - first, sums);
+    for (long k = first; k < last; k += BLOCK_STEPS) {
+      const long steps = std::min(BLOCK_STEPS, last - k);
+      lay_out_packed(panel + 2 * TILE_COLUMNS * (k - first), steps, blocks_);
+      for (int j = 0; j < TILES; j++) multiply_block(EIGHT, blocks_[j], k, steps, sums + 16 * j);
     }
   }
 
@@ -233,7 +263,7 @@ class Product {
   const Linear& p_;
   Segments s_;
   long begin_, rows_, depth_, padded_;
-  uint8_t *bytes_ = nullptr, *columns_ = nullptr;
+  uint8_t *bytes_ = nullptr, *columns_ = nullptr, *few_bytes_ = nullptr;
   int16_t *few_ = nullptr, *words_ = nullptr;
   int32_t* sums_;
   Block* blocks_ = nullptr;

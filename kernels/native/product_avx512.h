@@ -13,6 +13,7 @@ class Product {
   static constexpr double LEAST_WORK = 1 << 23;
   static constexpr long ROWS = TILE_ROWS;
   static constexpr int OFFSET = 128;
+  static constexpr bool READS_PACKED = false;
 
   static long most_rows(const Segments&) { return 384; }
 

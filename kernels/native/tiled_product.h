@@ -23,6 +23,7 @@ class TiledProduct {
   static constexpr double LEAST_WORK = 1 << 22;
   static constexpr long ROWS = TILE_ROWS;
   static constexpr int OFFSET = Tile::OFFSET;
+  static constexpr bool READS_PACKED = false;
 
   // Their bytes stay in the second-level cache, and so do their sums.
   static long most_rows(const Segments& s) { return std::max(192L, std::min(768L, (800L << 10) / std::max(1L, 4 * s.steps()))); }

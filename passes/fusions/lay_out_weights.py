@@ -22,8 +22,7 @@ _PER_TOKEN = "input scales are measured per token: quantize and product stay apa
 class LayOutWeights(Rewrite):
     """On a CPU with native kernels weights become panels (:mod:`fxq.kernels.gemm.panels`); elsewhere they stay.
 
-    4-bit weights are widened to 8 bits by it: the panels of a 4-bit layer take the memory of an 8-bit one. Float8
-    weights stay.
+    Those of weights of up to 4 bits hold two channels in a byte. Float8 weights stay.
     """
 
     needs: ClassVar[Stage] = Stage.FROZEN
@@ -45,7 +44,7 @@ class LayOutWeights(Rewrite):
                 for layer in layers:
                     graph.remark(layer.name, reason)
                 continue
-            put_tensor(module, name, pack_panels(layers[0].codes(module), layers[0].split))
+            put_tensor(module, name, pack_panels(layers[0].codes(module), layers[0].split, layers[0].bits))
             done.add(name)
         return len(done)
 

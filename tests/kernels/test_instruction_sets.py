@@ -45,12 +45,12 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def product(q, w, split=None):
+def product(q, w, split=None, bits=8):
     """Sums of the native kernel, float32 [M, N], with all scales 1."""
     split = split or q.shape[1]
     groups = 1 if split == q.shape[1] else 2
     ones = torch.ones(groups, w.shape[0]), torch.ones(groups), torch.zeros(w.shape[0])
-    return dual_scale_linear(q, pack_panels(w, split), *ones, split, 8, torch.float32)
+    return dual_scale_linear(q, pack_panels(w, split, bits), *ones, split, bits, torch.float32)
 
 
 def expected(q, w, split=None):
@@ -95,16 +95,21 @@ def test_sums_equal_those_of_int64(rows, width, outputs, split, kernels, threads
     weights = [within((outputs, width), -(2**b), 2**b - 1, seed=b) for b in range(3, 8)]
     for w in (*weights, with_few_pairs(outputs, width)):
         assert torch.equal(product(q, w, split), expected(q, w, split))
+    for bits in (4, 3):
+        assert torch.equal(
+            product(q, weights[0] >> (4 - bits), split, bits), expected(q, weights[0] >> (4 - bits), split)
+        )
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("split", [1, 75, 131])
-def test_sums_of_every_number_of_rows_equal_those_of_int64(split, kernels, threads):
-    q, w = within((70, 131), -128, 127), within((70, 131), -128, 127, seed=1)
-    panels, want = pack_panels(w, split), expected(q, w, split)
+def test_sums_of_every_number_of_rows_equal_those_of_int64(split, bits, kernels, threads):
+    q, w = within((70, 131), -128, 127), within((70, 131), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, seed=1)
+    panels, want = pack_panels(w, split, bits), expected(q, w, split)
     groups = 1 if split == 131 else 2
     for rows in range(1, 71):
         ones = torch.ones(groups, 70), torch.ones(groups), torch.zeros(70)
-        assert torch.equal(dual_scale_linear(q[:rows], panels, *ones, split, 8, torch.float32), want[:rows]), rows
+        assert torch.equal(dual_scale_linear(q[:rows], panels, *ones, split, bits, torch.float32), want[:rows]), rows
 
 
 def before_a_wall(tensor):
@@ -117,12 +122,13 @@ def before_a_wall(tensor):
     return copy.reshape(tensor.shape).copy_(tensor)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("rows", "width", "split"), [(1, 1, 1), (40, 5, 4), (33, 70, 66), (17, 129, 129), (3, 64, 64)])
-def test_nothing_behind_rows_and_panels_is_read(rows, width, split, kernels):
-    q, w = within((rows, width), -128, 127), within((64, width), -128, 127, seed=1)
+def test_nothing_behind_rows_and_panels_is_read(rows, width, split, bits, kernels):
+    q, w = within((rows, width), -128, 127), within((64, width), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, seed=1)
     groups = 1 if split == width else 2
     ones = torch.ones(groups, 64), torch.ones(groups), torch.zeros(64)
-    rest = (before_a_wall(pack_panels(w, split)), *ones, split, 8, torch.float32)
+    rest = (before_a_wall(pack_panels(w, split, bits)), *ones, split, bits, torch.float32)
     assert torch.equal(dual_scale_linear(before_a_wall(q), *rest), expected(q, w, split))
 
 

@@ -48,11 +48,13 @@ def random(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.parametrize("bits", [8, 5, 4, 2])
 @pytest.mark.parametrize(("outputs", "width", "split"), [(1, 1, 1), (64, 96, 96), (65, 75, 50), (130, 9, 2), (7, 8, 7)])
-def test_panels_hold_the_weight_and_its_sums(outputs, width, split):
-    w = torch.randint(-128, 128, (outputs, width), generator=random(), dtype=torch.int8)
-    panels = pack_panels(w, split)
-    assert panels.shape == panel_shape(outputs, width, split) and panels.is_contiguous()
+def test_panels_hold_the_weight_and_its_sums(outputs, width, split, bits):
+    w = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, width), generator=random(), dtype=torch.int8)
+    panels = pack_panels(w, split, bits)
+    assert panels.shape == panel_shape(outputs, width, split, bits <= 4) and panels.is_contiguous()
+    assert panels.dtype == (torch.uint8 if bits <= 4 else torch.int8)
     assert torch.equal(unpack_panels(panels, outputs, width, split), w)
     sums = panels[:, -2:].contiguous().view(torch.int32).squeeze(-1).transpose(0, 1).flatten(1)[:, :outputs]
     assert torch.equal(sums, 128 * torch.stack([w[:, :split].sum(1), w[:, split:].sum(1)]).int())

@@ -94,20 +94,27 @@ void record(const std::string& name, std::vector<T> x) {
 
 long ceil_div(long a, long b) { return (a + b - 1) / b; }
 
-// As fxq/kernels/gemm/panels.py.
-std::vector<int8_t> pack_panels(const std::vector<int8_t>& w, long outputs, long width, long split) {
-  const long steps[2] = {ceil_div(split, 4), ceil_div(width - split, 4)}, size = (steps[0] + steps[1] + 2) * 256;
-  std::vector<int8_t> panels(ceil_div(outputs, 64) * size, 0);
-  for (long n = 0; n < outputs; n++) {
-    int8_t* panel = panels.data() + n / 64 * size;
+// As fxq/kernels/gemm/panels.py; packed ones are of weights of 4 bits.
+std::vector<uint8_t> pack_panels(const std::vector<int8_t>& w, long outputs, long width, long split, bool packed) {
+  const long each = packed ? 8 : 4, rows[2] = {ceil_div(split, each), ceil_div(width - split, each)}, size = (rows[0] + rows[1] + 2) * 256;
+  std::vector<uint8_t> panels(ceil_div(outputs, 64) * size, packed ? 0x88 : 0);
+  for (long n = 0; n < ceil_div(outputs, 64) * 64; n++) {
+    uint8_t* panel = panels.data() + n / 64 * size;
     int32_t sums[2] = {0, 0};
-    for (long k = 0; k < width; k++) {
+    for (long k = 0; k < width && n < outputs; k++) {
       const int group = k >= split;
-      const long channel = group ? 4 * steps[0] + k - split : k;
-      panel[channel / 4 * 256 + n % 64 * 4 + channel % 4] = w[n * width + k];
-      sums[group] += 128 * w[n * width + k];
+      const long channel = group ? each * rows[0] + k - split : k;
+      uint8_t& byte = panel[channel / each * 256 + n % 64 * 4 + channel % 4];
+      const int8_t value = w[n * width + k];
+      if (packed) {
+        const int shift = channel % each < 4 ? 0 : 4;
+        byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (value + 8) << shift);
+      } else {
+        byte = static_cast<uint8_t>(value);
+      }
+      sums[group] += 128 * value;
     }
-    for (int g = 0; g < 2; g++) std::memcpy(panel + (steps[0] + steps[1] + g) * 256 + n % 64 * 4, &sums[g], 4);
+    for (int g = 0; g < 2; g++) std::memcpy(panel + (rows[0] + rows[1] + g) * 256 + n % 64 * 4, &sums[g], 4);
   }
   return panels;
 }
@@ -123,14 +130,14 @@ struct Shape {
 };
 
 // q and w with all scales 1: a segment's sum is rounded to float32, then the sum of both.
-void compare_with_int64(const Shape& s, const std::vector<int8_t>& q, const std::vector<int8_t>& w, const char* what) {
-  const auto panels = pack_panels(w, s.outputs, s.width, s.split);
+void compare_with_int64(const Shape& s, const std::vector<int8_t>& q, const std::vector<int8_t>& w, const char* what, bool packed = false) {
+  const auto panels = pack_panels(w, s.outputs, s.width, s.split, packed);
   const std::vector<float> ones(2 * s.outputs, 1.0f), zeros(s.outputs, 0.0f);
   std::vector<float> out(s.rows * s.outputs);
   Linear p{};
   p.q = q.data(), p.panels = panels.data(), p.weight_scale = ones.data(), p.input_scale = ones.data(), p.offset = zeros.data();
   p.out = out.data(), p.rows = s.rows, p.outputs = s.outputs, p.width = s.width, p.split = s.split, p.q_stride = s.width;
-  p.threads = s.threads, p.out_split = s.outputs, p.out_bits = 8;
+  p.threads = s.threads, p.out_split = s.outputs, p.out_bits = 8, p.packed = packed;
   fxq_linear(&p);
   for (long m = 0; m < s.rows; m++) {
     for (long n = 0; n < s.outputs; n++) {
@@ -152,6 +159,7 @@ void integers(Random& random) {
     for (int bits = 4; bits <= 8; bits++) {
       const auto w = random.bytes(s.outputs * s.width, -(1 << (bits - 1)), (1 << (bits - 1)) - 1);
       compare_with_int64(s, random.bytes(s.rows * s.width, -128, 127), w, "random");
+      if (bits == 4) compare_with_int64(s, random.bytes(s.rows * s.width, -128, 127), w, "packed", true);
     }
     for (int q : {-128, 127}) {
       for (int w : {-128, 127}) {
@@ -165,7 +173,9 @@ void integers(Random& random) {
   }
   for (long rows = 1; rows <= 20; rows++) {
     for (long split : {1, 75, 131}) {
-      compare_with_int64({rows, 131, 67, split, 1}, random.bytes(rows * 131, -128, 127), random.bytes(67 * 131, -128, 127), "rows");
+      const Shape s{rows, 131, 67, split, 1};
+      compare_with_int64(s, random.bytes(rows * 131, -128, 127), random.bytes(67 * 131, -128, 127), "rows");
+      compare_with_int64(s, random.bytes(rows * 131, -128, 127), random.bytes(67 * 131, -8, 7), "rows, packed", true);
     }
   }
   const long longest = (1 << 17) - 1;
@@ -180,7 +190,7 @@ void linears(Random& random) {
     auto q = random.bytes(s.rows * s.width, -128, 127);
     for (int bits : {4, 8}) {
       const auto w = random.bytes(s.outputs * s.width, -(1 << (bits - 1)), (1 << (bits - 1)) - 1);
-      const auto panels = pack_panels(w, s.outputs, s.width, s.split);
+      const auto panels = pack_panels(w, s.outputs, s.width, s.split, bits == 4);
       std::vector<float> weight_scale, scale(4 * s.rows), offset = random.normals(s.outputs, 3);
       for (long i = 0; i < 2 * s.outputs; i++) weight_scale.push_back(0.001f + 0.01f * random.uniform());
       for (float& x : scale) x = 0.005f + 0.05f * random.uniform();
@@ -189,7 +199,7 @@ void linears(Random& random) {
       Linear p{};
       p.q = q.data(), p.panels = panels.data(), p.weight_scale = weight_scale.data(), p.input_scale = scale.data();
       p.offset = offset.data(), p.rows = s.rows, p.outputs = s.outputs, p.width = s.width, p.split = s.split;
-      p.q_stride = s.width, p.threads = s.threads, p.out_split = s.outputs, p.out_bits = 8;
+      p.q_stride = s.width, p.threads = s.threads, p.out_split = s.outputs, p.out_bits = 8, p.packed = bits == 4;
       const auto run = [&](const std::string& what, auto zero) {
         std::vector<decltype(zero)> out(s.rows * s.outputs);
         p.out = out.data();

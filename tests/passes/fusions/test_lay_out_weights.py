@@ -42,7 +42,10 @@ def test_weights_are_panels_of_the_same_integers_or_stay(cpu, bits):
         if cpu:
             assert after is get_tensor(q, name) and graph.remarks[layer.name] == [cpu]
         else:
-            assert after.ndim == 4 and after.dtype == torch.int8 and layer.name not in graph.remarks
+            assert after.ndim == 4 and layer.name not in graph.remarks
+            assert after.dtype == (torch.uint8 if bits == 4 else torch.int8)
+            # [N, K] padded to whole panels, and two rows of sums.
+            assert after.nbytes == -(-before.shape[0] // 64) * 64 * (before.shape[1] * bits // 8 + 2 * 4)
             assert torch.equal(unpack_panels(after, *before.shape, layer.split), before)
         assert get_tensor(q, name).ndim == 2  # the frozen module keeps its own
 
