@@ -27,7 +27,6 @@ from fxq.kernels import (
 )
 from fxq.kernels.arguments import Quantization, QuantizePerToken
 from fxq.kernels.gemm.op import sample_operands
-from fxq.kernels.gemm.per_token import sample_arguments
 from fxq.passes.apply_methods import group_order
 from fxq.runtime.timing import clock_for, interleave, repeats
 
@@ -46,6 +45,7 @@ class LinearSize:
         split: number of normal channels; K where there is one group.
         dtype: of input and result.
         device: where it runs, as "cpu".
+        bias: whether the linear in floats adds one, which takes time; integers always do.
     """
 
     rows: int
@@ -54,23 +54,42 @@ class LinearSize:
     split: int
     dtype: torch.dtype
     device: str
+    bias: bool = True
 
 
 def kernel_seconds(size: LinearSize, schemes: Sequence[Scheme | None]) -> list[float]:
     """Seconds of one call under each scheme, quantizing the input included; None: the linear in the input's dtype.
 
     Medians of five rounds in which all of them take turns, on random numbers, with as many threads as torch has.
-    Weights lie as :func:`fxq.optimize` lays them out.
+    Weights are bell-shaped and lie as :func:`fxq.optimize` lays them out.
+
+    Raises:
+        ValueError: for a scheme of float8.
+    """
+    return seconds_in_turns(kernel_calls(size, schemes), size.device)
+
+
+def kernel_calls(size: LinearSize, schemes: Sequence[Scheme | None]) -> list[Callable[[], object]]:
+    """What :func:`kernel_seconds` times: each returns the result [rows, outputs].
 
     Raises:
         ValueError: for a scheme of float8.
     """
     random = torch.Generator().manual_seed(0)
-    return seconds_in_turns([_call(size, scheme, random) for scheme in schemes], size.device)
+    return [_call(size, scheme, random) for scheme in schemes]
 
 
 def seconds_in_turns(ways: Sequence[Callable[[], object]], device: str) -> list[float]:
     """Seconds of each of several calls: medians of five rounds in which they take turns, without autograd.
+
+    Raises:
+        Exception: what the first of them raises that fails.
+    """
+    return [statistics.median(seconds) for seconds in rounds_in_turns(ways, device, _ROUNDS)]
+
+
+def rounds_in_turns(ways: Sequence[Callable[[], object]], device: str, rounds: int) -> list[list[float]]:
+    """Seconds of each of several calls in every round, in which they take turns, without autograd.
 
     Raises:
         Exception: what the first of them raises that fails.
@@ -81,10 +100,10 @@ def seconds_in_turns(ways: Sequence[Callable[[], object]], device: str) -> list[
         for call in calls.values():
             call()  # compiles
         counts = {name: repeats(call, clock) for name, call in calls.items()}
-        timing = interleave(calls, _ROUNDS, clock, counts)
+        timing = interleave(calls, rounds, clock, counts)
     if timing.failures:
         raise next(iter(timing.failures.values()))
-    return [statistics.median(timing.seconds[name]) for name in calls]
+    return [timing.seconds[name] for name in calls]
 
 
 def _call(size: LinearSize, scheme: Scheme | None, random: torch.Generator) -> Callable[[], object]:
@@ -92,23 +111,23 @@ def _call(size: LinearSize, scheme: Scheme | None, random: torch.Generator) -> C
     if scheme is None:
         weight = torch.randn((size.outputs, size.inputs), generator=random, dtype=torch.float32)
         placed = weight.to(size.device, size.dtype)
-        return lambda: F.linear(x, placed)
+        bias = torch.zeros(size.outputs, device=size.device, dtype=size.dtype) if size.bias else None
+        return lambda: F.linear(x, placed, bias)
     if scheme.is_float8:
         raise ValueError(f"{scheme.format}: only the times of integers are measured")
     panels = size.device == "cpu" and size.dtype != torch.float16 and not native.why_not()
-    sizes = (size.rows, size.inputs), size.outputs, size.split, scheme.integer_bits
+    shape, bits = (size.rows, size.inputs), scheme.integer_bits
+    operands = _placed(sample_operands(shape, size.outputs, size.split, bits, random, panels, True), size.device)
     perm = _outlier_order(size, random) if size.split < size.inputs else None
     if scheme.per_token:
-        product = _placed(sample_arguments(*sizes, size.dtype, random, panels, scheme.asymmetric), size.device)
         quantize = quantize_per_token_asymmetric if scheme.asymmetric else quantize_per_token
         tokens = QuantizePerToken(x, perm, size.split, scheme.input_bits)
+        stored = operands.weight, operands.weight_scale, operands.offset, size.split, bits, size.dtype
 
         def per_token() -> Tensor:
-            q, scale = quantize(*tokens)
-            return dual_scale_linear_per_token(*product._replace(q=q, input_scale=scale))
+            return dual_scale_linear_per_token(*quantize(*tokens), *stored)
 
         return per_token
-    operands = _placed(sample_operands(*sizes, random, panels), size.device)
     zeros = torch.zeros(len(operands.input_scale), dtype=torch.int32, device=size.device)
     quantization = Quantization(perm, operands.input_scale, zeros, size.split, scheme.input_bits)
 
@@ -176,4 +195,5 @@ def _linear_size(graph: QuantGraph, site: LinearSite, plans: Sequence[LayerPlan]
     rows = math.prod(hint_of(size) for size in value.shape[:-1])
     split = min(plan.split for plan in plans)
     device = str(site.weight(graph.module).device)
-    return LinearSize(rows, plans[0].in_features, plans[0].out_features, split, value.dtype, device)
+    sizes = rows, plans[0].in_features, plans[0].out_features, split
+    return LinearSize(*sizes, value.dtype, device, site.bias_name is not None)

@@ -21,7 +21,7 @@ from benchmarks.gpu.problems import Sizes
 from benchmarks.gpu.session import Entry, Session
 from fxq.bench import ours
 from fxq.bench.contest import Built
-from fxq.bench.problems import open_gates, plant_outliers
+from fxq.bench.problems import like_trained, open_gates
 from fxq.bench.rollout import FRAMES, cast_args, in_dtype, last_call
 from fxq.calibration.rollout import Draws
 from fxq.models import self_forcing
@@ -73,7 +73,7 @@ def make_rollout(sizes: Sizes, device: str) -> SelfForcingRollout:
     with torch.device(device):
         model = CausalWan(config).eval().requires_grad_(False)
         condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim)}
-    plant_outliers(model)
+    like_trained(model)
     open_gates(model)
     _, height, width = config.patch_size
     shape = (FRAMES * sizes.chunks, config.in_dim, height * sizes.grid[0], width * sizes.grid[1])

@@ -29,15 +29,17 @@ class Problem:
         return copy.deepcopy(self.module).to(dtype)
 
 
-def plant_outliers(module: nn.Module, seed: int = 0) -> None:
-    """Scale 96 input channels (at most a sixteenth) of every linear's weight by 6, in place.
+def like_trained(module: nn.Module, seed: int = 0) -> None:
+    """Draw the weights of every linear anew, in place: normally distributed, 96 input channels (or a sixteenth) x 6.
 
-    Random weights have no outlier channels; trained ones do, and only they make the dual-scale path run.
+    Those of a new module are uniform and have no outlier channels. The speed of some integer kernels depends on how
+    weights are distributed, and only outliers make the dual-scale path run.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in module.modules():
             if isinstance(layer, nn.Linear):
+                layer.weight.normal_(std=(3 * layer.in_features) ** -0.5)  # the variance of a new one
                 count = min(OUTLIERS, layer.in_features // 16)
                 channels = torch.randperm(layer.in_features, generator=generator)[:count].to(layer.weight.device)
                 layer.weight[:, channels] *= FACTOR
@@ -70,7 +72,7 @@ def linear_problem(shape: LinearShape, device: str) -> Problem:
     if shape.hidden is not None:
         layers += [nn.GELU(approximate="tanh"), nn.Linear(shape.hidden, shape.outputs)]
     stack = Stack(layers).eval().requires_grad_(False)
-    plant_outliers(stack)
+    like_trained(stack)
     x = torch.randn(1, shape.rows, shape.width, dtype=torch.float32).to(device)
     rows = torch.linspace(0, shape.rows - 1, min(64, shape.rows), dtype=torch.float64).long()
     return Problem(stack.to(device), lambda dtype: (x.to(dtype),), lambda y: cast(Tensor, y)[:, rows.to(y.device)])
@@ -109,7 +111,7 @@ def block_problem(shape: BlockShape, device: str) -> Problem:
     torch.manual_seed(0)
     config = shape.config
     block = Block(config).eval().requires_grad_(False)
-    plant_outliers(block)
+    like_trained(block)
     open_gates(block)
 
     def cache(tokens: int) -> Tensor:

@@ -14,7 +14,7 @@ from fxq.bench import ours
 from fxq.bench.cases import LEAST_SQNR, RolloutShape
 from fxq.bench.contest import BASELINES, Built, Case, Contestant
 from fxq.bench.floats import onednn_model, own_dtype
-from fxq.bench.problems import open_gates, plant_outliers
+from fxq.bench.problems import like_trained, open_gates
 from fxq.calibration.rollout import Draws, Rollout, current_call
 from fxq.cpu import no_bfloat16
 from fxq.dtypes import dtype_name
@@ -35,7 +35,7 @@ def make_rollout(shape: RolloutShape, device: str) -> SelfForcingRollout:
     torch.manual_seed(0)
     config = shape.config
     model = CausalWan(config).eval().requires_grad_(False)
-    plant_outliers(model)
+    like_trained(model)
     open_gates(model)
     condition = {"prompt_embeds": torch.randn(1, config.text_len, config.text_dim, dtype=torch.float32)}
     draws = Draws([1], (FRAMES * shape.chunks, config.in_dim, *shape.latent))

@@ -11,17 +11,20 @@ from fxq.kernels import native
 from fxq.kernels.gemm.op import ON_CPU, in_float_note
 from fxq.kernels.jit import HAS_TRITON, triton
 from fxq.models.causal_wan import CausalWanConfig
-from fxq.passes.kernel_times import LinearSize, kernel_seconds
+from fxq.passes.kernel_times import LinearSize, kernel_calls, rounds_in_turns
 from fxq.planning.environment import Device
 from fxq.planning.gpus import known_gpu
 from fxq.planning.memory import linear_calls, meta_model
 from fxq.planning.roofline import gain
 from fxq.planning.workloads import Workload
+from fxq.runtime import timing
 
 OLDEST_INT8, OLDEST_FP8 = (8, 0), (8, 9)
 """Compute capability."""
 ROWS, CHANNELS, OUTLIERS = 1560, 1536, 48
 """Of the linear whose speed is measured: a projection of Wan 1.3B for a frame, as in ``fxq bench --level linear``."""
+ROUNDS = 15
+"""In which it is measured: machines that others use need more than a few."""
 WORTH = 1.02
 """A speed-up below it is called none."""
 
@@ -60,13 +63,18 @@ def cpu_gain() -> str:
 
 
 def cpu_speeds() -> str:
-    """Speed of integers over the float linear of this CPU, measured in turns on one size with this many threads."""
+    """Speed of integers over the float linear of this CPU, on one thread, measured in turns on one size."""
     dtype = torch.float32 if cpu.no_bfloat16() else torch.bfloat16
     size = LinearSize(ROWS, CHANNELS, CHANNELS, CHANNELS - OUTLIERS, dtype, "cpu")
     schemes = (Scheme(), Scheme(weight_bits=4))
-    *integers, floats = kernel_seconds(size, [*schemes, None])
-    told = (f"{scheme.label} {floats / s:.2f}x" for scheme, s in zip(schemes, integers, strict=True))
-    return f"{' and '.join(told)} of {dtype_name(dtype)}, a linear of {ROWS} x {CHANNELS} -> {CHANNELS}, measured now"
+    with timing.settings(1):
+        *integers, floats = rounds_in_turns(kernel_calls(size, [*schemes, None]), "cpu", ROUNDS)
+    found = (timing.ratio(floats, seconds).median for seconds in integers)
+    told = (f"{scheme.label} {ratio:.2f}x" for scheme, ratio in zip(schemes, found, strict=True))
+    return (
+        f"{' and '.join(told)} of {dtype_name(dtype)}, a linear of {ROWS} x {CHANNELS} -> {CHANNELS} on one thread, "
+        "measured now"
+    )
 
 
 def gpu_gain(device: Device) -> str:

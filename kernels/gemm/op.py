@@ -173,14 +173,28 @@ def _fake(a: DualScaleLinear) -> Tensor:
 
 
 def sample_operands(
-    shape: tuple[int, ...], outputs: int, split: int, bits: int, random: torch.Generator, panels: bool = False
+    shape: tuple[int, ...],
+    outputs: int,
+    split: int,
+    bits: int,
+    random: torch.Generator,
+    panels: bool = False,
+    bell_shaped: bool = False,
 ) -> Operands:
-    """Random operands of the given sizes, for tests and samples."""
+    """Random operands of the given sizes, for tests, samples and measurements.
+
+    Weights are uniform; ``bell_shaped``: as trained ones, normally distributed with the largest of an output at the end
+    of the range.
+    """
     width = shape[-1]
     groups = 1 if split == width else 2
     low, high = numerics.integer_range(bits)
     q = torch.randint(-128, 128, shape, generator=random, dtype=torch.int8)
-    w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
+    if bell_shaped:
+        normal = torch.randn((outputs, width), generator=random, dtype=torch.float32)
+        w = (normal / normal.abs().amax(1, keepdim=True) * high).round().to(torch.int8)
+    else:
+        w = torch.randint(low, high + 1, (outputs, width), generator=random, dtype=torch.int8)
     weight_scale = torch.rand(groups, outputs, generator=random, dtype=torch.float32) * 0.01 + 0.001
     input_scale = torch.rand(groups, generator=random, dtype=torch.float32) * 0.05 + 0.005
     offset = torch.randn(outputs, generator=random, dtype=torch.float32)

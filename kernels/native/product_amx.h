@@ -14,7 +14,7 @@ class Product {
   static constexpr double LEAST_WORK = 1 << 24;
   static constexpr long ROWS = 32;
   static constexpr int OFFSET = 128;
-  static constexpr bool READS_PACKED = false;
+  static constexpr bool READS_PACKED = true;
 
   // Their bytes and two panels stay in the second-level cache, or close to it.
   static long most_rows(const Segments& s) {
@@ -23,7 +23,12 @@ class Product {
 
   Product(const Linear& p, const Segments& s, long begin, long end)
       : normal_{0, s.normal}, outlier_{s.normal, s.outlier}, panel_steps_(s.steps() + 2), begin_(begin), end_(end) {
-    static thread_local Scratch row_scratch, rest_scratch;
+    static thread_local Scratch row_scratch, rest_scratch, wide_scratch;
+    if (p.packed) {
+      packed_bytes_ = (s.panel_rows() + 2) * 4 * TILE_COLUMNS;
+      packed_end_ = static_cast<const int8_t*>(p.panels) + ceil_div(p.outputs, TILE_COLUMNS) * packed_bytes_;
+      wide_ = wide_scratch.get<int8_t>(2 * panel_steps_ * 4 * TILE_COLUMNS);
+    }
     group_ = ROWS * CHANNELS * (normal_.blocks() + outlier_.blocks());
     rows_ = row_scratch.get<uint8_t>(ceil_div(end - begin, ROWS) * group_);
     rest_ = rest_scratch.get<int8_t>(2 * BLOCK);
@@ -33,12 +38,10 @@ class Product {
   Product& operator=(const Product&) = delete;
 
   template <typename Done>
-  void multiply(const int8_t* panel, Done done) const {
+  void multiply(const int8_t* panel, Done done) {
     alignas(64) int32_t sums[2][ROWS * TILE_COLUMNS];
+    Ahead ahead = packed_bytes_ ? unpack(panel) : ahead_of(panel);
     const Weights normal = weights(panel, normal_, rest_), outlier = weights(panel, outlier_, rest_ + BLOCK);
-    // A panel that few rows go over is read as fast as memory gives it, in the order that the CPU foresees.
-    const long lines = end_ - begin_ <= 16 ? 0 : 32 / ceil_div(end_ - begin_, ROWS) + 1;
-    Ahead ahead{reinterpret_cast<const char*>(panel) + panel_steps_ * 4 * TILE_COLUMNS, lines};
     for (long row = begin_; row < end_; row += ROWS) {
       const uint8_t* a = rows_ + (row - begin_) / ROWS * group_;
       const long height = std::min(ROWS, end_ - row);
@@ -68,15 +71,49 @@ class Product {
     const int8_t* last;
   };
 
-  // The panel behind this one, a few lines at a time.
+  // The panel behind this one, a few lines at a time: brought closer, or where it is packed widened to `wide`.
   struct Ahead {
     const char* next;
     long lines;
+    int8_t* wide = nullptr;
+    long line = 0, last = 0;
 
     void fetch() {
+      if (wide != nullptr) return widen_lines();
       for (long i = 0; i < lines; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
     }
+    void widen_lines() {
+      const __m512i half = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+      for (const long end = std::min(line + lines, last); line < end; line++) {
+        const char* from = next + 64 * line;
+        _mm_prefetch(from + 4096, _MM_HINT_T0);
+        const __m512i w = _mm512_loadu_si512(from);
+        int8_t* to = wide + line / 4 * 8 * TILE_COLUMNS + 64 * (line % 4);
+        _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(w, half), eight));
+        _mm512_store_si512(to + 4 * TILE_COLUMNS, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(w, 4), half), eight));
+      }
+    }
   };
+
+  // A panel that few rows go over is read as fast as memory gives it, in the order that the CPU foresees.
+  Ahead ahead_of(const int8_t* panel) const {
+    const long rows = end_ - begin_, lines = rows <= 16 ? 0 : 32 / ceil_div(rows, ROWS) + 1;
+    return {reinterpret_cast<const char*>(panel) + panel_steps_ * 4 * TILE_COLUMNS, lines};
+  }
+
+  // Makes `panel` the widened one, which the call before has made of it unless it is the first, and says how the next
+  // one is widened meanwhile.
+  Ahead unpack(const int8_t*& panel) {
+    const long rows = end_ - begin_, groups = rows / ROWS * 2 + (rows % ROWS > 16 ? 2 : rows % ROWS > 0 ? 1 : 0);
+    const long lines = (packed_bytes_ - 8 * TILE_COLUMNS) / 64, fetches = groups * (normal_.blocks() + outlier_.blocks());
+    int8_t* const buffers[2] = {wide_, wide_ + panel_steps_ * 4 * TILE_COLUMNS};
+    const int8_t* next = panel + packed_bytes_;
+    if (panel != widened_) Ahead{reinterpret_cast<const char*>(panel), lines, buffers[turn_], 0, lines}.fetch();
+    panel = buffers[turn_];
+    turn_ = 1 - turn_;
+    widened_ = next;
+    return {reinterpret_cast<const char*>(next), ceil_div(lines, fetches), buffers[turn_], 0, next < packed_end_ ? lines : 0};
+  }
 
   // The steps behind a segment meet bytes of zero in the rows, so any will do that may be read.
   Weights weights(const int8_t* panel, const Part& part, int8_t* rest) const {
@@ -176,7 +213,10 @@ class Product {
   Part normal_, outlier_;
   long panel_steps_, begin_, end_, group_;
   uint8_t* rows_;
-  int8_t* rest_;
+  int8_t *rest_, *wide_ = nullptr;
+  const int8_t *packed_end_ = nullptr, *widened_ = nullptr;
+  long packed_bytes_ = 0;  // of a panel; 0: they are not packed
+  int turn_ = 0;
 };
 
 }  // namespace fxq

@@ -30,16 +30,25 @@ def test_every_scheme_is_timed_beside_floats(split, dtype):
 def test_weights_lie_as_for_the_optimized_module(monkeypatch):
     asked = []
     real = kernel_times.sample_operands
-    monkeypatch.setattr(kernel_times, "sample_operands", lambda *given: asked.append(given[-1]) or real(*given))
+    monkeypatch.setattr(kernel_times, "sample_operands", lambda *given: asked.append(given[-2:]) or real(*given))
     for dtype in (torch.float32, torch.float16):
         kernel_seconds(size(dtype=dtype), [Scheme()])
-    assert asked == [not native.why_not(), False]
+    assert asked == [(not native.why_not(), True), (False, True)], "panels, and bell-shaped"
 
 
 def test_times_of_rounds_are_medians_of_turns(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(kernel_times, "clock_for", lambda threads, device: ("fake", lambda: float(next(ticks))))
     assert kernel_seconds(size(), [Scheme(), None]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_floats_add_a_bias_where_the_linear_has_one(bias, monkeypatch):
+    added = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(kernel_times.F, "linear", lambda x, w, b: added.append(b) or linear(x, w, b))
+    (call,) = kernel_times.kernel_calls(LinearSize(3, 128, 40, 128, torch.bfloat16, "cpu", bias), [None])
+    assert call().shape == (3, 40) and (added[0] is not None) == bias
 
 
 def test_float8_has_no_time():

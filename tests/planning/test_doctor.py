@@ -103,20 +103,22 @@ def test_integers_that_follow_a_float_computation_may_differ_rarely_and_by_one()
 
 @pytest.mark.parametrize(("lacks", "dtype"), [("", torch.bfloat16), ("no instructions for it", torch.float32)])
 def test_the_gain_of_a_cpu_is_that_of_a_linear_measured_in_its_own_dtype(lacks, dtype, monkeypatch):
-    measured = []
+    measured, threads = [], []
 
-    def seconds(size, schemes):
-        measured.append((size, schemes))
-        return [0.5, 0.25, 1.0]
+    def rounds(calls, device, count):
+        threads.append(torch.get_num_threads())
+        return [[0.5] * count, [0.25] * count, [1.0] * count]
 
     monkeypatch.setattr(native, "ready", lambda: True)
     monkeypatch.setattr(cpu, "no_bfloat16", lambda: lacks)
-    monkeypatch.setattr(gains, "kernel_seconds", seconds)
+    monkeypatch.setattr(gains, "kernel_calls", lambda size, schemes: measured.append((size, schemes)))
+    monkeypatch.setattr(gains, "rounds_in_turns", rounds)
     name = str(dtype).removeprefix("torch.")
     assert cpu_gain().startswith(
-        f"W8A8 2.00x and W4A8 4.00x of {name}, a linear of 1560 x 1536 -> 1536, measured now ("
+        f"W8A8 2.00x and W4A8 4.00x of {name}, a linear of 1560 x 1536 -> 1536 on one thread, measured now ("
     )
     ((size, schemes),) = measured
+    assert threads == [1] and size.bias
     assert size.dtype == dtype and size.split == 1488 and schemes[-1] is None
     assert [scheme.label for scheme in schemes[:-1]] == ["W8A8", "W4A8"]
 
