@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fxq.models.causal_wan import CausalWanConfig
@@ -61,14 +62,18 @@ class RolloutShape:
 
 
 _WAN = ((1536, 1536, "attention"), (1536, 4608, "q, k, v"), (1536, 8960, "ffn.0"), (8960, 1536, "ffn.2"))
-LINEARS = tuple(
-    shape
-    for rows in (1560, 4680)
-    for shape in (
-        *(LinearShape(rows, width, outputs, label=label) for width, outputs, label in _WAN),
-        LinearShape(rows, 1536, 1536, 8960, "ffn"),
-    )
-)
+LINEAR_ROWS = (1560, 4680)
+
+
+def linears(rows: Sequence[int] = LINEAR_ROWS) -> list[LinearShape]:
+    """The linears of a block, and its FFN, for each number of rows."""
+    found: list[LinearShape] = []
+    for count in rows:
+        found += [LinearShape(count, width, outputs, label=label) for width, outputs, label in _WAN]
+        found.append(LinearShape(count, 1536, 1536, 8960, "ffn"))
+    return found
+
+
 QUICK_LINEARS = (LinearShape(96, 512, 512, label="attention"), LinearShape(96, 512, 512, 1024, "ffn"))
 
 BLOCKS = (BlockShape(1, (30, 52), 1560), BlockShape(1, (30, 52), 18720), BlockShape(3, (30, 52), 4680))

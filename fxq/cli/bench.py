@@ -7,7 +7,7 @@ import json
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
@@ -48,15 +48,20 @@ class Allocator(StrEnum):
     keep = "keep"
 
 
-def make_cases(level: Level, quick: bool, device: str, threads: int, pattern: str) -> Iterable[Case]:
+def make_cases(
+    level: Level, quick: bool, device: str, threads: int, pattern: str, rows: Sequence[int]
+) -> Iterable[Case]:
     """Cases of a level, made one after the other: the inputs of a large one are gone before the next.
+
+    Linears have ``rows``, where there are any, in the place of their own.
 
     Raises:
         typer.BadParameter: when no case's name matches ``pattern``.
     """
     makers: dict[str, Callable[[], Case]] = {}
     if level is Level.linear:
-        for linear in cases.QUICK_LINEARS if quick else cases.LINEARS:
+        shapes = cases.QUICK_LINEARS if quick else cases.linears(rows or cases.LINEAR_ROWS)
+        for linear in shapes:
             makers[linear.name] = partial(linear_case, linear, device, threads)
     elif level is Level.block:
         for block in cases.QUICK_BLOCKS if quick else cases.BLOCKS:
@@ -121,6 +126,10 @@ def bench(
     only_: Annotated[
         list[str] | None, typer.Option("--only", help="Glob of contestants beside the baselines; repeatable.")
     ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="For --level linear: rows of the layers in place of 1560 and 4680; repeatable."),
+    ] = None,
     allocator: Annotated[
         Allocator, typer.Option(help="keep: freed memory stays in the process, for all contestants.")
     ] = Allocator.default,
@@ -140,6 +149,8 @@ def bench(
     """
     if bundle is not None and level is not Level.model:
         raise typer.BadParameter(f"--bundle is for --level model, not {level.value}")
+    if rows and (level is not Level.linear or quick):
+        raise typer.BadParameter("--rows is for --level linear without --quick")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("--device cuda: this torch sees no GPU")
     if plot is not None and plot.suffix not in FORMATS:
@@ -162,7 +173,7 @@ def bench(
         if level is Level.model:
             found = make_model_cases(model, bundle, quick, device, case)
         else:
-            found = make_cases(level, quick, device, threads, case)
+            found = make_cases(level, quick, device, threads, case, rows or ())
         report = run_level(level, found, only_ or [], settings, status.update)
     _show(report, json_path, plot)
     if report.refused:

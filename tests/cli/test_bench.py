@@ -137,6 +137,13 @@ def test_only_the_cases_asked_for_are_measured(monkeypatch):
     assert [case["name"] for case in data["cases"]] == ["M33 96>70", "M34 96>70"]
 
 
+def test_linears_have_the_rows_asked_for(monkeypatch):
+    monkeypatch.setattr(cases, "_WAN", ((96, 70, "attention"),))
+    arguments = ("--rows", "3", "--rows", "33", "--rounds", "5", "--only", "fxq dual*", "--case", "*attention")
+    data = json.loads(run("--quiet", *arguments, "--json", "-").stdout)
+    assert [case["name"] for case in data["cases"]] == ["M3 96>70 attention", "M33 96>70 attention"]
+
+
 def test_the_picture_is_written(small, tmp_path):
     run(*QUICK, "--only", "fxq*", "--plot", str(tmp_path / "bench.png"))
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -156,6 +163,8 @@ def test_kept_memory_is_recorded(small, monkeypatch):
         (("--plot", "bench.txt"), "expected a name that ends in .png"),
         (("--bundle", "somewhere"), "--bundle is for --level model"),
         (("--allocator", "keep"), "the C library is not glibc"),
+        (("--rows", "3"), "--rows is for --level linear without --quick"),
+        (("--rows", "0"), "Invalid value for '--rows'"),
     ],
 )
 def test_wrong_usage_is_refused_with_a_reason(small, monkeypatch, arguments, why):
