@@ -2,9 +2,13 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.attention8 --out benchmarks/results/attention8.json
 
+    OMP_NUM_THREADS=1 python -m benchmarks.attention8 --rounds 0 --seeds 1 --videos 32 --out FILE
+
 Errors are teacher-forced, on prompts the model was not trained on, for several calibration seeds; with and without are
-the same integers of linears, so they are compared video by video. Times are CPU times of one thread, medians of rounds
-in which the contestants take turns; `FXQ_CPU=avx2`, or tests/machine/as_avx2 before the command, holds a CPU to AVX2.
+the same integers of linears, so they are compared video by video. Whole videos are compared with those of the float
+model, with keys and values quantized in every call, and stored as integers when a chunk is done. Times are CPU times of
+one thread, medians of rounds in which the contestants take turns; `FXQ_CPU=avx2`, or tests/machine/as_avx2 before the
+command, holds a CPU to AVX2. No rounds: no times; no seeds: no errors.
 """
 
 from __future__ import annotations
@@ -24,11 +28,13 @@ from benchmarks.record import write
 from fxq import kernels
 from fxq.cache.codecs import Int8Attention
 from fxq.cache.named import codecs_text
+from fxq.cache.policy import CachePolicy
 from fxq.core.facts import ChosenAttentions, Facts
 from fxq.core.method import AttentionScheme
 from fxq.kernels.arguments import AttentionPacked
 from fxq.lab import tiny_rollout
 from fxq.metrics.latents import paired_ratio, teacher_forced
+from fxq.models.self_forcing import SelfForcingRollout
 from fxq.models.tiny import load_tiny
 from fxq.presets import PRESETS
 from fxq.quantize import quantize
@@ -56,6 +62,31 @@ def errors(seeds: int, videos: int) -> dict[str, object]:
     growth = sum(with_) / sum(without)
     ratio = paired_ratio(torch.tensor(with_).numpy(), torch.tensor(without).numpy())
     return {"exact": without, "int8": with_, "growth": growth, "paired_ratio": ratio, "chosen": layers}
+
+
+def whole_videos(videos: int) -> dict[str, object]:
+    """PSNR, in dB, of the latents of W8A8 to those of the float model: exact, in integers, and on stored integers."""
+    model, policy = load_tiny(), CachePolicy(keys=Int8Attention(), values=Int8Attention(), span=2)
+    calibration = tiny_rollout(model, 16, seed=1, unseen=False)[0]
+    rollout = tiny_rollout(model, videos, seed=101, unseen=True)[0]
+    (batch,) = rollout.batches
+    exact = rollout.rollout(*batch)
+    found: dict[str, object] = {}
+    base = dataclasses.replace(PRESETS["w8a8"], seed=1)
+    for name, scheme, cache in (
+        ("exact", None, None),
+        ("int8", AttentionScheme(), None),
+        ("stored", AttentionScheme(), policy),
+    ):
+        module = quantize(model, calibration, dataclasses.replace(base, attention=scheme, cache=cache), progress=False)
+        sampler = rollout.sampler if cache is None else dataclasses.replace(rollout.sampler, cache=cache)
+        run = SelfForcingRollout(model, [batch], sampler)
+        with run.using(module):
+            latents = run.rollout(*batch)
+        psnr = 10 * torch.log10(4 / (latents - exact).double().square().flatten(1).mean(1))
+        found[name] = psnr.tolist()
+        print(f"whole videos, attention {name}: {psnr.mean():.2f} dB, worst {psnr.min():.2f} dB")
+    return found
 
 
 def seconds(contestants: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
@@ -116,10 +147,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     kernel = kernels.used("attention_int8", "cpu")
-    result: dict[str, object] = {"kernel": kernel, "speeds": speeds(args.rounds)}
+    result: dict[str, object] = {"kernel": kernel}
+    if args.rounds:
+        result["speeds"] = speeds(args.rounds)
     if args.seeds:
         found = errors(args.seeds, args.videos)
         result["errors"] = found
+        result["whole_videos"] = whole_videos(args.videos)
         print(f"{kernel}: error with int8 attention / without: {found['growth']}, paired {found['paired_ratio']}")
     write(args.out, result)
 
