@@ -82,7 +82,8 @@ class Tokens:
 
     def _written(self, new: Tensor) -> Tokens:
         stop = self.stop + new.shape[1]
-        self.buffer.memory[:, self.stop : stop] = new
+        # Not counted as a write to the tensors that were handed out: none of them reaches so far.
+        self.buffer.memory.data[:, self.stop : stop] = new
         self.buffer.used = stop
         return dataclasses.replace(self, stop=stop)
 

@@ -76,3 +76,13 @@ def test_a_single_video_has_the_strides_of_a_tensor_of_its_own():
         tokens = tokens.appended(torch.full((1, 2, 3, 4), float(i)))
         assert tokens.tensor.is_contiguous() and tokens.tensor.stride() == torch.empty(tokens.tensor.shape).stride()
     assert tokens.without(2, 6).tensor.is_contiguous()
+
+
+def test_tokens_that_are_appended_are_no_change_of_those_before():
+    tokens = Tokens.of(torch.zeros(1, 0, 1, 2)).appended(torch.ones(1, 4, 1, 2)).appended(torch.ones(1, 4, 1, 2))
+    before = tokens.tensor
+    version, longer = before._version, tokens.appended(torch.ones(1, 2, 1, 2))
+    assert longer.buffer is tokens.buffer and longer.tensor._base is before._base
+    assert before._version == longer.tensor._version == version
+    longer.without(2, 4)  # leading tokens are written over the evicted ones
+    assert before._version > version
