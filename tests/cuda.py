@@ -73,19 +73,22 @@ class FakeStream:
 
     waits = 0
 
+    def __init__(self) -> None:
+        self.used: list[Tensor] = []
+
     def wait_stream(self, other: FakeStream) -> None:
         """Counted."""
         FakeStream.waits += 1
-
-    def synchronize(self) -> None:
-        """Nothing runs ahead here."""
 
 
 @contextlib.contextmanager
 def _capturing(graph: FakeGraph, pool: object = None, stream: object = None, capture_error_mode: str = "global") -> Any:
     assert pool is not None and stream is not None and capture_error_mode == "thread_local"
-    with graph.recording:
-        yield
+    try:
+        with graph.recording:
+            yield
+    except Exception:
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904  as torch does
     graph.pool = pool
     FakeGraph.made.append(graph)
 
@@ -114,4 +117,5 @@ def fake_cuda(monkeypatch: Any) -> type[FakeGraph]:
     }
     for name, value in changed.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, other: other.used.append(tensor))
     return FakeGraph

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +56,29 @@ class Recorder:
     outputs: Memories | None
 
 
+@contextlib.contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Autocast keeps no copies of weights: they would be gone when it ends, and a graph would go on reading them."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing is garbage-collected: a graph that is freed while another is captured breaks the capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Capture:
     """A graph for calls of one combination of shapes.
 
@@ -88,35 +113,43 @@ class Capture:
         return copied
 
     def _record(self, recorder: Recorder, args: Sequence[object], kwargs: dict[str, object]) -> None:
-        function, stream = recorder.function, recorder.stream
+        stream, caller = recorder.stream, torch.cuda.current_stream()
+        stream.wait_stream(caller)
+        try:
+            with torch.cuda.stream(stream), _uncached_casts():
+                self._warm_up(recorder, args, kwargs)
+                self._capture(recorder, args, kwargs)
+        finally:
+            caller.wait_stream(stream)
+
+    def _warm_up(self, recorder: Recorder, args: Sequence[object], kwargs: dict[str, object]) -> None:
         before = [0 if place is None else place.view._version for place in self.places]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                output = function(*args, **kwargs)
-            leaves, self._spec = pytree.tree_flatten(output)
-            self._outputs = self._room(recorder, leaves)
-            del output, leaves
-            for place, version in zip(self.places, before, strict=True):
-                if place is not None and place.view._version != version:
-                    raise CudaGraphError(
-                        f"the call writes into its input {place.name}, which a replayed graph would not do to the "
-                        "caller's tensor: return the new values as outputs"
-                    )
-            self._graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads may go on using the GPU.
-                with torch.cuda.graph(
-                    self._graph, pool=recorder.pool, stream=stream, capture_error_mode="thread_local"
-                ):
-                    self._keep(pytree.tree_leaves(function(*args, **kwargs)))
-            except Exception as error:
+        for _ in range(WARM_UP):
+            output = recorder.function(*args, **kwargs)
+        leaves, self._spec = pytree.tree_flatten(output)
+        self._outputs = self._room(recorder, leaves)
+        for place, version in zip(self.places, before, strict=True):
+            if place is not None and place.view._version != version:
                 raise CudaGraphError(
-                    f"the call cannot be captured, {kind_and_line(error)}: it does work on the host that waits for the "
-                    "GPU or moves data to it (.item(), a branch on a value, a tensor made on the CPU). Call the module "
-                    "itself"
-                ) from error
-        torch.cuda.current_stream().wait_stream(stream)
+                    f"the call writes into its input {place.name}, which a replayed graph would not do to the caller's "
+                    "tensor: return the new values as outputs"
+                )
+
+    def _capture(self, recorder: Recorder, args: Sequence[object], kwargs: dict[str, object]) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the GPU.
+        recording = torch.cuda.graph(
+            self._graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"
+        )
+        try:
+            with _uncollected(), recording:
+                self._keep(pytree.tree_leaves(recorder.function(*args, **kwargs)))
+        except Exception as error:
+            broke = error.__context__ or error  # behind the error of ending a broken capture
+            raise CudaGraphError(
+                f"the call cannot be captured, {kind_and_line(broke)}: it does work on the host that waits for the GPU "
+                "or moves data to it (.item(), a branch on a value, a tensor made on the CPU). Call the module itself"
+            ) from error
 
     def _room(self, recorder: Recorder, leaves: Sequence[object]) -> list[object]:
         """Outputs of the warm-up as the graph will give them: places for tensors, constants as they are."""

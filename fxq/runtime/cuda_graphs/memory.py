@@ -136,6 +136,12 @@ class Memories:
             pieces.append(Memory(count + count // 2 if grows else count, dtype, self._device))
         return pieces[-1]
 
+    def used_on(self, stream: torch.cuda.Stream) -> None:
+        """Let memory that is given back be taken by others only after what runs on a stream by then."""
+        for pieces in self._found.values():
+            for memory in pieces:
+                memory.flat.record_stream(stream)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all pieces."""

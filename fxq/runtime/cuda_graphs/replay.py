@@ -102,7 +102,7 @@ class CudaGraphs:
         Returns:
             What the module returns, tensors as new ones (see ``fresh_outputs``).
         """
-        with self._lock, torch.no_grad(), torch.cuda.device(self._device):
+        with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(self._device):
             leaves, spec = pytree.tree_flatten((args, kwargs))
             key = self._key(leaves, spec, args, kwargs)
             self._check()
@@ -123,7 +123,7 @@ class CudaGraphs:
             args: as of the call; only shapes and dtypes are read, so tensors may lie on the ``meta`` device.
             kwargs: as ``args``.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode(False):
             for path, leaf in pytree.tree_flatten_with_path((args, kwargs))[0]:
                 if isinstance(leaf, Tensor):
                     self._inputs.at(label(self._orig_mod, path), leaf.dtype, leaf.numel(), exactly=True)
@@ -162,6 +162,8 @@ class CudaGraphs:
         stream = torch.cuda.current_stream()
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)
+            for memories in filter(None, (self._inputs, self._outputs)):
+                memories.used_on(stream)
         self._stream = stream
 
     def _captured(self, args: Any, kwargs: Any) -> Capture:
@@ -175,4 +177,8 @@ class CudaGraphs:
             stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             shared = self._orig_mod, self._device, stream, pool, self._inputs, self._outputs
             self._recorder = Recorder(*shared)
-        return Capture(self._recorder, names, leaves, spec)
+        try:
+            return Capture(self._recorder, names, leaves, spec)
+        except CudaGraphError:
+            self._recorder = None  # a pool in which a capture broke is not captured into again
+            raise

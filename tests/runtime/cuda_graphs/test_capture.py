@@ -1,5 +1,7 @@
 """What is recorded: warm-up calls before, one call in the graph, outputs in memory that no other graph takes."""
 
+import gc
+
 import pytest
 import torch
 
@@ -58,6 +60,14 @@ def test_a_call_that_waits_for_the_device_is_refused_with_its_reason(graphs):
     with pytest.raises(CudaGraphError, match=r"cannot be captured, RuntimeError: operation not permitted .*\.item\(\)"):
         run(ONES)
     assert not run.captures
+    run = fxq.CudaGraphs(lambda x: x * (x.sum().item() if x.ndim else 2), device="cpu")
+    for x, pools in ((torch.tensor(3.0), 1), (ONES, 1), (torch.tensor(3).int(), 2)):
+        if x.ndim:
+            with pytest.raises(CudaGraphError):
+                run(x)
+        else:
+            assert int(run(x)) == 6
+        assert len({id(graph.pool) for graph in graphs.made}) == pools  # none is used again in which one broke
 
 
 def test_errors_of_the_module_itself_stay_what_they_are(graphs):
@@ -77,3 +87,20 @@ def test_strides_of_dense_outputs_are_kept(graphs):
 def test_a_leaf_is_written_as_dtype_and_shape():
     assert form_of(torch.zeros(1, 2, dtype=torch.bfloat16)) == "bfloat16[1, 2]"
     assert form_of(torch.tensor(1)) == "int64[]" and form_of(3.5) == "3.5" and form_of(None) == "None"
+
+
+def test_no_weight_that_autocast_keeps_is_captured_and_nothing_is_collected_meanwhile(graphs):
+    seen = []
+
+    def function(x):
+        seen.append((torch.is_autocast_cache_enabled(), gc.isenabled()))
+        return x * 2
+
+    run = fxq.CudaGraphs(function, device="cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(ONES)
+        assert torch.is_autocast_cache_enabled()
+    assert seen == [(False, True)] * capture.WARM_UP + [(False, False)] and gc.isenabled()
+    with pytest.raises(CudaGraphError):
+        fxq.CudaGraphs(lambda x: x.sum().item(), device="cpu")(ONES)
+    assert gc.isenabled() and torch.is_autocast_cache_enabled()

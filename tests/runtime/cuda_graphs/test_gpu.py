@@ -1,6 +1,7 @@
 """What only a GPU shows: graphs compute what the module does, and neither wait for the host nor fill the memory."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.features import demand
 pytestmark = pytest.mark.gpu
 
 CONFIG = CausalWanConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=256, text_len=64)
-WORKLOAD = Workload(name="100 M", config=CONFIG, latent=(16, 24), steps=2)
+WORKLOAD = Workload(name="100 M", config=CONFIG, latent=(32, 48), steps=2)
 CHUNKS, SEED = 5, 1
 
 
@@ -87,15 +88,6 @@ def test_a_call_that_waits_is_refused_and_leaves_the_gpu_as_it_was():
     assert torch.equal(fxq.CudaGraphs(lambda x: 2 * x, device="cuda")(x), 2 * x)
 
 
-def workspaces():
-    """Bytes that libraries keep for themselves once they have multiplied on a stream."""
-    before = torch.cuda.memory_allocated()
-    a = torch.ones(64, 64, dtype=torch.bfloat16, device="cuda")
-    (a @ a, torch.nn.functional.linear(a, a, a[0]))
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated() - before
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A rollout of a model of 100 M parameters, of which only the patch embedding lies on the GPU, and it in W8A8."""
@@ -118,38 +110,46 @@ def planned():
     return cache + text_bytes(CONFIG), activation_bytes(WORKLOAD, frames, -1)
 
 
-def peak_of(rollout, module):
-    """Most bytes of tensors while a video is made."""
+def made_by(rollout, module):
+    """Most bytes of tensors while a video is made, beside what lies there before and afterwards."""
+    for _ in range(2):  # at first libraries take their workspaces
+        torch.cuda.synchronize()
+        rest = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with rollout.using(module):
+            latents = rollout.rollout(*rollout.batches[0])
+        assert bool(latents.isfinite().all())
+        del latents
+    return torch.cuda.max_memory_allocated() - rest
+
+
+def taken():
+    """Bytes that the process holds, and could not give back."""
+    gc.collect()
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    with rollout.using(module):
-        latents = rollout.rollout(*rollout.batches[0])
-    torch.cuda.synchronize()
-    assert bool(latents.isfinite().all())
-    return torch.cuda.max_memory_allocated()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def test_w8a8_needs_little_more_than_half_the_weights_and_the_planned_cache(large):
     rollout, fast = large
-    kept = workspaces()
+    tensors = [*fast.parameters(), *fast.buffers()]
+    own = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     cache, call = planned()
-    allowed = 0.55 * weight_bytes(meta_model(CONFIG)) + cache + call + kept
-    assert peak_of(rollout, fast) <= allowed
+    assert own + made_by(rollout, fast) <= 0.55 * weight_bytes(meta_model(CONFIG)) + cache + call
 
 
-def test_graphs_need_one_more_cache_however_many_there_are(large):
+def test_graphs_take_one_more_cache_and_one_call_however_many_there_are(large):
     rollout, fast = large
-    kept = workspaces()
     cache, call = planned()
-    eager = peak_of(rollout, fast)
+    eager = made_by(rollout, fast)
+    before = taken()
     graphs = fxq.CudaGraphs(fast)
-    with rollout.using(graphs):
-        rollout.rollout(*rollout.batches[0])
+    made = made_by(rollout, graphs)
     assert len(graphs.captures) == 1 + CHUNKS
-    peak = peak_of(rollout, graphs)
-    outputs = text_bytes(CONFIG) + cache / CHUNKS
-    assert graphs.nbytes <= 3 * cache + outputs  # memory that grows by half: twice what lies in it, and what it had
-    assert peak <= eager + graphs.nbytes + call + 2 * kept
-    graphs.close()
-    torch.cuda.empty_cache()
-    assert peak_of(rollout, fast) <= eager
+    assert graphs.nbytes <= 2.5 * cache + call  # memory that grows by half, and what it had
+    blocks = 64 << 20  # the allocator takes whole ones; and a workspace
+    assert taken() - before <= graphs.nbytes + call + blocks
+    assert made <= eager
+    del graphs
+    assert taken() - before <= blocks

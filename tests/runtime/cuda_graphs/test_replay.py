@@ -1,5 +1,6 @@
 """Calls through graphs are the module's own, with one capture for each combination of shapes."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -8,8 +9,11 @@ import pytest
 import torch
 
 import fxq
+from fxq.cache.codecs import PRESETS
+from fxq.cache.policy import CachePolicy
 from fxq.lab import tiny_rollout
 from fxq.models.tiny import load_tiny
+from fxq.passes import pack_cache
 from fxq.runtime.cuda_graphs.refusals import CudaGraphError
 from tests.cuda import FakeGraph, FakeStream, fake_cuda
 
@@ -210,6 +214,7 @@ def test_a_call_on_another_stream_waits_for_the_one_before(graphs, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: other)
     run(ONES, [ONES])
     assert FakeStream.waits == before + 1
+    assert sum(tensor.nbytes for tensor in other.used) == run.nbytes
 
 
 def test_closing_or_dropping_frees_graphs_and_memory(graphs):
@@ -227,6 +232,38 @@ def test_closing_or_dropping_frees_graphs_and_memory(graphs):
     del run
     gc.collect()
     assert seen() is None
+
+
+def test_inference_mode_may_come_and_go(graphs):
+    run, x = made(), torch.randn(4)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            y = torch.randn(4)
+            for piece in (x, y):
+                got, _ = run(piece, [piece])
+                assert torch.equal(got, piece + piece.sum()) and not got.is_inference()
+    assert len(run.captures) == 1
+
+
+def test_an_encoded_cache_is_replayed_too(graphs):
+    policy = CachePolicy(keys=PRESETS["int8"], values=PRESETS["int8"], span=1)
+    rollout = tiny_rollout(load_tiny(), 1, seed=0, unseen=True)[0]
+    args, shapes = rollout.example_call()
+    packed = pack_cache(
+        fxq.quantize(
+            rollout.denoiser, None, "w8a8-dynamic", example_inputs=args, dynamic_shapes=shapes, progress=False
+        ),
+        policy,
+    )
+    rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
+    with rollout.using(packed):
+        want = rollout.rollout(*rollout.batches[0], upto=5)
+    run = fxq.CudaGraphs(packed)
+    for _ in range(2):
+        with rollout.using(run):
+            assert torch.equal(rollout.rollout(*rollout.batches[0], upto=5), want)
+    assert any("packed" in name for name in run.captures[0])
+    assert len(run.captures) == len(graphs.made) == 6
 
 
 def test_threads_take_turns(graphs):
