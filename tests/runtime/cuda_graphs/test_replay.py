@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import fxq
+from fxq.bench.rollout import last_call
 from fxq.cache.codecs import PRESETS
 from fxq.cache.policy import CachePolicy
-from fxq.lab import tiny_rollout
-from fxq.models.tiny import load_tiny
 from fxq.passes import pack_cache
 from fxq.runtime.cuda_graphs.refusals import CudaGraphError
 from tests.cuda import FakeGraph, FakeStream, fake_cuda
+from tests.toys import wan_rollout
 
 ONES = torch.ones(4)
 
@@ -34,18 +34,25 @@ def made(function=attend, **options):
     return fxq.CudaGraphs(function, device="cpu", **options)
 
 
+TOKENS, CHUNKS, CALLS = 12, 7, 3
+"""Tokens of a chunk, chunks of a video, calls of a chunk."""
+
+
+def video():
+    return wan_rollout(seeds=(1,), frames=2 * CHUNKS)
+
+
 @pytest.fixture(scope="module")
-def tiny():
-    rollout = tiny_rollout(load_tiny(), 1, seed=0, unseen=True)[0]
+def quantized():
+    rollout = video()
     args, shapes = rollout.example_call()
     recipe = "w8a8-dynamic"
-    module = fxq.quantize(rollout.denoiser, None, recipe, example_inputs=args, dynamic_shapes=shapes, progress=False)
-    return rollout, fxq.optimize(module, floats_where_faster=False)
+    return fxq.quantize(rollout.denoiser, None, recipe, example_inputs=args, dynamic_shapes=shapes, progress=False)
 
 
-def test_a_rollout_is_the_same_with_one_capture_a_length_of_the_cache(graphs, tiny):
-    rollout, fast = tiny
-    run, calls = fxq.CudaGraphs(fast), []
+def tokens_copied(rollout, run):
+    """Latents of a video through graphs, and per chunk the cached tokens and those of them that were copied."""
+    calls = []
 
     def told(*args):
         copied = run.copied
@@ -53,27 +60,39 @@ def test_a_rollout_is_the_same_with_one_capture_a_length_of_the_cache(graphs, ti
         calls.append((args[5][0].shape[1], run.copied - copied))
         return output
 
+    with rollout.using(told):
+        latents = rollout.rollout(*rollout.batches[0])
+    token = 2 * len(rollout.model.blocks) * rollout.model.config.dim * 4
+    found = []
+    for chunk in range(CHUNKS):
+        (length, first), *others = calls[CALLS * chunk : CALLS * (chunk + 1)]
+        rest = others[-1][1]  # what changes in each call, and nothing of the cache
+        assert others == [(length, rest)] * (CALLS - 1)
+        if chunk:  # the first call of all has no text keys
+            assert (first - rest) % token == 0
+            found.append((length, (first - rest) // token))
+    return latents, found
+
+
+def test_a_rollout_is_the_same_with_one_capture_a_length_of_the_cache(graphs, quantized):
+    rollout, fast = video(), fxq.optimize(quantized, floats_where_faster=False)
+    run, reserved = fxq.CudaGraphs(fast), fxq.CudaGraphs(fast)
     with rollout.using(fast):
         want = rollout.rollout(*rollout.batches[0])
-    chunks, tokens = rollout.units(*rollout.batches[0]), 75
     for _ in range(2):
         with rollout.using(run):
             assert torch.equal(rollout.rollout(*rollout.batches[0]), want)
-    assert len(run.captures) == len(graphs.made) == 1 + chunks  # the first call reads the prompt
-    with rollout.using(told):
-        assert torch.equal(rollout.rollout(*rollout.batches[0]), want)
-    assert len(run.captures) == 1 + chunks and len({graph.pool for graph in graphs.made}) == 1
-    lengths = [length for length, _ in calls]
-    assert set(lengths) == {tokens * i for i in range(chunks)}
-    layers, width = len(rollout.model.blocks), rollout.model.config.dim
-    history = {n: 2 * layers * n * width * 4 for n in set(lengths)}
-    for i, (length, copied) in enumerate(calls):
-        first = i > 0 and lengths[i - 1] != length
-        if not first and i > 0:
-            assert copied < 4 * layers * tokens * width  # nothing of the cache
-        elif length:
-            assert history[tokens] <= copied < history[length] + 50_000
-    assert calls[lengths.index(6 * tokens)][1] < history[tokens] + 50_000  # the last chunk's cache only grew
+    assert len(run.captures) == len(graphs.made) == 1 + CHUNKS  # the first call reads the prompt
+    got, copied = tokens_copied(rollout, run)
+    assert torch.equal(got, want) and len(run.captures) == 1 + CHUNKS
+    assert len({graph.pool for graph in graphs.made}) == 1
+    # Memory for 12, 36 and 72 tokens: what goes on in the same piece is not copied again.
+    assert copied == [(12, 12), (24, 24), (36, 12), (48, 48), (60, 12), (72, 12)]
+    reserved.reserve(*last_call(rollout))
+    for _ in range(2):
+        got, copied = tokens_copied(rollout, reserved)
+        assert torch.equal(got, want) and copied == [(n, TOKENS) for n in range(12, 84, 12)]
+    assert reserved.nbytes < run.nbytes
 
 
 def test_a_growing_list_of_pieces_has_one_buffer_a_piece_and_copies_it_once(graphs):
@@ -245,25 +264,30 @@ def test_inference_mode_may_come_and_go(graphs):
     assert len(run.captures) == 1
 
 
-def test_an_encoded_cache_is_replayed_too(graphs):
+def test_an_encoded_cache_is_replayed_too(graphs, quantized):
     policy = CachePolicy(keys=PRESETS["int8"], values=PRESETS["int8"], span=1)
-    rollout = tiny_rollout(load_tiny(), 1, seed=0, unseen=True)[0]
-    args, shapes = rollout.example_call()
-    packed = pack_cache(
-        fxq.quantize(
-            rollout.denoiser, None, "w8a8-dynamic", example_inputs=args, dynamic_shapes=shapes, progress=False
-        ),
-        policy,
-    )
+    rollout, packed = video(), pack_cache(quantized, policy)
     rollout.sampler = dataclasses.replace(rollout.sampler, cache=policy)
     with rollout.using(packed):
-        want = rollout.rollout(*rollout.batches[0], upto=5)
+        want = rollout.rollout(*rollout.batches[0])
     run = fxq.CudaGraphs(packed)
     for _ in range(2):
         with rollout.using(run):
-            assert torch.equal(rollout.rollout(*rollout.batches[0], upto=5), want)
+            assert torch.equal(rollout.rollout(*rollout.batches[0]), want)
     assert any("packed" in name for name in run.captures[0])
-    assert len(run.captures) == len(graphs.made) == 6
+    assert len(run.captures) == len(graphs.made) == 1 + CHUNKS
+
+
+@pytest.mark.parametrize("positions", ["absolute", "relative"])
+def test_a_rolling_window_is_copied_once_a_chunk_and_has_a_bounded_number_of_graphs(graphs, positions):
+    rollout = video()
+    rollout.sampler = dataclasses.replace(rollout.sampler, cache=CachePolicy(window=8, sink=2, positions=positions))
+    want, run = rollout.rollout(*rollout.batches[0]), fxq.CudaGraphs(rollout.denoiser)
+    got, copied = tokens_copied(rollout, run)
+    assert torch.equal(got, want)
+    assert len(run.captures) == 1 + 4  # no cache, and up to three chunks beside the new one
+    assert [length for length, _ in copied] == [12, 24, 36, 36, 36, 36]
+    assert copied[3:] == [(36, 36)] * 3
 
 
 def test_threads_take_turns(graphs):
