@@ -105,17 +105,21 @@ class Quantized:
 
 
 def block_entries(blocks: Quantized, rows: int, problem: Problem, dry: bool) -> list[Entry]:
-    """Every way to run the block."""
+    """Every way to run the block; with a chunk's rows by all recipes and attentions, else by the first of them."""
+    count = None if rows == blocks.sizes.rows[0] else 1
     bounds = LEAST_SQNR["block"]
     low, high = bounds["int8"], bounds["bfloat16"]
     build: Callable[..., Built] = partial(blocks.built, rows, problem)
     entries = [
         Entry(EAGER, partial(_eager, problem), "bfloat16", high, graph=False),
-        *(Entry(ours_name(recipe), partial(build, recipe), bound=low, uses=ALL_OPS) for recipe in recipes()),
+        *(
+            Entry(ours_name(recipe), partial(build, recipe), bound=low, uses=ALL_OPS)
+            for recipe in list(recipes())[:count]
+        ),
         Entry(FXQ, build, bound=low, uses=ALL_OPS, graph=False),
         Entry(COMPILED, partial(_compiled, problem, dry), "bfloat16", high, graph=False),
     ]
-    for name, package in NEEDS.items():
+    for name, package in list(NEEDS.items())[:count]:
         run = partial(_compiled, problem, dry, name)
         entries.append(Entry(compiled_name(name, True), run, "bfloat16", high, needs=package))
     for name, package in PACKAGES.items():

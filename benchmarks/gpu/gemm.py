@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -61,8 +61,8 @@ def _compiled(layer: Layer, dry: bool) -> Callable[[], Any]:
     return lambda: run(layer.x, layer.weight, layer.bias)
 
 
-def gemm_entries(layer: Layer, dry: bool) -> list[Entry]:
-    """Every way to compute the layer."""
+def gemm_entries(layer: Layer, compiled: Sequence[Entry] = ()) -> list[Entry]:
+    """Every way to compute the layer; ``compiled`` is measured too, where there is time to compile it."""
     dual = ("dual_scale_linear",)
     plain, finish = _int_mm(layer)
     fp8 = layer.floats()
@@ -75,7 +75,7 @@ def gemm_entries(layer: Layer, dry: bool) -> list[Entry]:
         Entry(SINGLE, _ours(op, partial(layer.integers, False)), uses=dual),
         Entry(DUAL, _ours(op, layer.integers), uses=dual),
         Entry(W4, _ours(op, partial(layer.integers, bits=4)), "int4", uses=dual),
-        Entry(COMPILED, partial(_compiled, layer, dry), "bfloat16"),
+        *compiled,
         Entry("cuBLASLt int8 to int32 (_int_mm)", lambda: plain, finish=finish),
         Entry("cuBLASLt fp8, one scale (_scaled_mm)", lambda: _scaled_mm(layer), "float8"),
         Entry(
@@ -98,10 +98,12 @@ def run_gemm(session: Session, sizes: Sizes) -> None:
             def work(step: str, rows: int = rows, width: int = width, outputs: int = outputs) -> dict[str, Any]:
                 layer = Layer.random(rows, width, outputs, sizes.outliers[width], session.device)
                 picked = _rows(layer)
+                in_ffn = sizes.config.ffn_dim in (width, outputs)
+                autotuned = Entry(COMPILED, partial(_compiled, layer, session.dry), "bfloat16")
                 return session.contest(
                     step,
                     lambda: layer.exact(picked),
-                    gemm_entries(layer, session.dry),
+                    gemm_entries(layer, [autotuned] if in_ffn and rows == sizes.rows[0] else []),
                     (CUBLAS, SINGLE, DUAL),
                     lambda y: y[picked],
                     {"flop": layer.flop},

@@ -128,11 +128,11 @@ class Video:
         """Quantized on the first chunks, optimized, one CUDA graph per cache length."""
         module = ours.optimized(self.rollout.model, beginning(self.rollout, CALIBRATED_CHUNKS), recipes()[recipe])
         checked = ours.finish(module, self.probe, self.device, lambda: None)
-        facts = {**checked.facts, **memory_facts(module, self.built(module).call, self.rollout)}
+        memory = memory_facts(module, self.built(module).call, self.rollout) if recipe == STATIC else {}
         run = replayed(module, self.device)
         if isinstance(run, fxq.CudaGraphs):
             run.reserve(*self.probe)
-        return self.built(run, kernel=checked.kernel, refusal=checked.refusal, facts=facts)
+        return self.built(run, kernel=checked.kernel, refusal=checked.refusal, facts={**checked.facts, **memory})
 
 
 def run_rollout(session: Session, sizes: Sizes) -> None:

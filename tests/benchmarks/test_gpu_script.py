@@ -18,7 +18,7 @@ from benchmarks.gpu import floats
 from benchmarks.gpu import rollout as gpu_rollout
 from benchmarks.gpu import worker as gpu_worker
 from benchmarks.gpu.attention import sdpa
-from benchmarks.gpu.block import Quantized
+from benchmarks.gpu.block import Quantized, block_entries
 from benchmarks.gpu.graphs import DeviceClock, copies, replayed
 from benchmarks.gpu.journal import Journal
 from benchmarks.gpu.memory import allowed_bytes, memory_facts
@@ -277,6 +277,20 @@ def test_recipes_that_compete_are_those_and_take_integers_in_attention():
     blocks = Quantized(DRY, "cpu")
     targets = {node.target for node in blocks.module(60, "fxq, attention in int8").graph.nodes}
     assert kernels.attention_int8.definition in targets and kernels.attention.definition not in targets
+
+
+def test_all_recipes_and_attentions_run_a_chunk_and_the_first_of_them_other_rows():
+    sizes = dataclasses.replace(DRY, rows=(60, 20))
+    blocks, problem = Quantized(sizes, "cpu"), mock.MagicMock()
+    names = {rows: [entry.name for entry in block_entries(blocks, rows, problem, True)] for rows in sizes.rows}
+    assert set(names[60]) - set(names[20]) == {
+        "fxq, scales per token, CUDA graph",
+        "fxq, attention in int8, CUDA graph",
+        "bf16 compiled, cuDNN attention, CUDA graph",
+        "bf16 compiled, FlashAttention-3, CUDA graph",
+    }
+    assert {"fxq, CUDA graph", "bf16 compiled, CUDA graph"} <= set(names[20])
+    assert all(len(set(found)) == len(found) for found in names.values())
 
 
 def test_memory_is_allowed_for_half_the_weights_the_cache_and_a_call():
