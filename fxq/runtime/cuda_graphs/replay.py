@@ -147,7 +147,10 @@ class CudaGraphs:
             if not readable(leaf, self._device):
                 path = pytree.tree_flatten_with_path((args, kwargs))[0][i][0]
                 refuse(label(self._orig_mod, path), leaf, self._device)
-            found.append((leaf.dtype, layout_of(leaf)) if isinstance(leaf, Tensor) else (type(leaf), leaf))
+            if isinstance(leaf, Tensor):
+                found.append((leaf.dtype, layout_of(leaf)))
+            else:  # by its text, as 0.0 equals -0.0, and nan is no nan
+                found.append((type(leaf), repr(leaf)))
         return tuple(found)
 
     def _check(self) -> None:

@@ -42,6 +42,9 @@ def test_constants_of_an_output_come_back_as_they_are(graphs):
         assert torch.equal(got["y"], scale * ONES) and (got["rows"], got["none"], got["two"][1]) == (4, None, "text")
         assert torch.equal(got["two"][0], ONES) and got["two"][0] is not ONES
     assert len(run.captures) == 2
+    signs = [run(ONES, scale)["y"].signbit().any() for scale in (0.0, -0.0, 0.0)]
+    assert signs == [False, True, False] and len(run.captures) == 4
+    assert all(run(ONES, float("nan"))["y"].isnan().all() for _ in range(2)) and len(run.captures) == 5
 
 
 def test_a_call_that_writes_into_its_input_is_refused_and_the_input_is_left_as_it_was(graphs):

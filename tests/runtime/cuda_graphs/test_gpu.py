@@ -80,7 +80,7 @@ def test_a_call_on_another_stream_reads_what_was_copied_for_it():
 
 def test_a_call_that_waits_is_refused_and_leaves_the_gpu_as_it_was():
     demand("gpu")
-    graphs, x, stream = fxq.CudaGraphs(lambda x: x * x.sum().item(), device="cuda"), torch.ones(4, device="cuda"), None
+    graphs, x = fxq.CudaGraphs(lambda x: x * x.sum().item(), device="cuda"), torch.ones(4, device="cuda")
     stream = torch.cuda.current_stream()
     with pytest.raises(CudaGraphError, match="the call cannot be captured"):
         graphs(x)
