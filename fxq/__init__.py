@@ -43,6 +43,8 @@ from fxq.passes import OutlierChannels, detect_outliers
 from fxq.presets import PRESETS
 from fxq.quantize import quantize, sensitivity
 from fxq.recipes import load_recipe
+from fxq.runtime.cuda_graphs.refusals import CudaGraphError
+from fxq.runtime.cuda_graphs.replay import CudaGraphs
 from fxq.runtime.memory.allocator import keep_memory
 from fxq.runtime.workers import WorkerError, launched
 from fxq.version import __version__ as __version__
@@ -59,6 +61,8 @@ __all__ = [
     "Call",
     "CheckpointError",
     "Condition",
+    "CudaGraphError",
+    "CudaGraphs",
     "Draws",
     "ExportError",
     "OnCall",

@@ -11,16 +11,20 @@ import pytest
 import torch
 
 import fxq
+from benchmarks.live_bytes import LiveBytes
 from fxq import kernels
+from fxq.calibration.rollout import Draws
 from fxq.core.facts import Facts
 from fxq.core.ir import QuantGraph, get_tensor
 from fxq.core.pipeline import PassError
 from fxq.core.summary import Summary
 from fxq.kernels import native
-from fxq.models.causal_wan import CausalWanConfig
-from fxq.models.self_forcing import SelfForcingRollout
+from fxq.models.causal_wan import CausalWan, CausalWanConfig
+from fxq.models.self_forcing import SamplerConfig, SelfForcingRollout
 from fxq.passes import FUSIONS, FloatWhereFaster
 from fxq.passes.measured import float_where_faster
+from fxq.planning import memory
+from fxq.planning.workloads import Workload
 from tests.features import needs
 from tests.toys import recipe, rows, toy, wan_rollout
 
@@ -281,3 +285,21 @@ def test_a_rank_measures_nothing_and_says_so(floats_win):
 def test_elsewhere_than_on_a_cpu_nothing_is_measured_unasked(floats_win, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cpu", False)
     assert not sys.modules["fxq.optimize"]._measures(QuantGraph.of(floats_win), Facts.of(floats_win), FUSIONS)
+
+
+@needs("native")
+def test_a_quantized_rollout_takes_no_more_memory_than_planned():
+    config = CausalWanConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=6, text_dim=64, text_len=16)
+    work = Workload(name="small", config=config, latent=(12, 16), steps=2)
+    torch.manual_seed(0)
+    model, frames = CausalWan(config).eval().requires_grad_(False).bfloat16(), 15
+    batch = ({"prompt_embeds": torch.randn(1, 16, 64)}, Draws([1], (frames, 16, 12, 16)))
+    rollout = SelfForcingRollout(model, [batch], SamplerConfig(steps=(1000, 500)))
+    args, shapes = rollout.example_call()
+    module = fxq.quantize(model, None, "w8a8-dynamic", example_inputs=args, dynamic_shapes=shapes, progress=False)
+    fast = fxq.optimize(module, floats_where_faster=False)
+    with LiveBytes() as sizes, rollout.using(fast):
+        rollout.rollout(*batch)
+    cache = memory.cache_bytes(work, frames, -1, memory.CACHE_FORMATS[0])
+    call = memory.text_bytes(config) + memory.activation_bytes(work, frames, -1)
+    assert cache + call / 2 < sizes.peak <= cache + call

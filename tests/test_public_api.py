@@ -16,6 +16,8 @@ NAMES = {
     "Call",
     "Condition",
     "CheckpointError",
+    "CudaGraphError",
+    "CudaGraphs",
     "Draws",
     "ExportError",
     "OnCall",

@@ -1,4 +1,4 @@
-"""One block of the model against a growing cache: eager, compiled, and quantized with and without CUDA graphs."""
+"""One block of the model against a growing cache: eager, compiled, quantized by several recipes, and in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from torch.export import Dim
 
 from benchmarks.gpu.attention import PACKAGES, Attend, optional
+from benchmarks.gpu.floats import COMPILED, NEEDS, attending, compiled_name
 from benchmarks.gpu.problems import Sizes
+from benchmarks.gpu.recipes import STATIC, ours_name, recipes
 from benchmarks.gpu.session import Entry, Session
 from fxq import kernels
 from fxq.bench import ours
@@ -20,8 +22,8 @@ from fxq.bench.contest import Built
 from fxq.bench.problems import Problem, block_problem
 from fxq.core.ir import QuantGraph, Stage
 
-EAGER, COMPILED, COMPILED_GRAPH = "bf16 eager", "bf16 compiled", "bf16 compiled, CUDA graph"
-FXQ, FXQ_GRAPH = "fxq eager", "fxq, CUDA graph"
+EAGER, COMPILED_GRAPH = "bf16 eager", compiled_name("", True)
+FXQ = "fxq eager"
 ALL_OPS = tuple(op.name for op in kernels.OPS)
 BF16 = torch.bfloat16
 PREFIX = slice(4, 6)
@@ -54,11 +56,16 @@ def with_attention(module: fx.GraphModule, attend: Attend) -> fx.GraphModule:
     return fork
 
 
-def _compiled(problem: Problem, dry: bool) -> Built:
+def _compiled(problem: Problem, dry: bool, attention: str = "") -> Built:
     model, args = problem.model(BF16), problem.args(BF16)
     mark_growing(args[PREFIX])
     run = torch.compile(model, backend=compiler(dry))
-    return Built(lambda: run(*args), "inductor")
+
+    def call() -> Any:
+        with attending(attention):
+            return run(*args)
+
+    return Built(call, "inductor")
 
 
 def _eager(problem: Problem) -> Built:
@@ -67,29 +74,29 @@ def _eager(problem: Problem) -> Built:
 
 
 class Quantized:
-    """Optimized blocks by number of rows, each quantized once and run at every cache length."""
+    """Optimized blocks by number of rows and recipe, each quantized once and run at every cache length."""
 
     def __init__(self, sizes: Sizes, device: str) -> None:
         self.sizes, self.device = sizes, device
-        self._modules: dict[int, fx.GraphModule] = {}
+        self._modules: dict[tuple[int, str], fx.GraphModule] = {}
 
     def shape(self, rows: int, keys: int) -> BlockShape:
         """Of a call with so many new tokens and keys."""
         grid = self.sizes.grid
         return BlockShape(rows // (grid[0] * grid[1]), grid, keys, self.sizes.config)
 
-    def module(self, rows: int) -> fx.GraphModule:
+    def module(self, rows: int, name: str) -> fx.GraphModule:
         """The optimized block; equal seeds give it the weights of every problem with these rows."""
-        if rows not in self._modules:
+        if (rows, name) not in self._modules:
             problem = block_problem(self.shape(rows, 2 * rows), self.device)
             shapes = (None,) * PREFIX.start + ({1: Dim.AUTO},) * 2 + (None, None)
-            recipe = ours.speed_recipe(dual_scale=True)
-            self._modules[rows] = ours.optimized(problem.model(BF16), [problem.args(BF16)], recipe, shapes)
-        return self._modules[rows]
+            made = ours.optimized(problem.model(BF16), [problem.args(BF16)], recipes()[name], shapes)
+            self._modules[rows, name] = made
+        return self._modules[rows, name]
 
-    def built(self, rows: int, problem: Problem, attention: str = "") -> Built:
+    def built(self, rows: int, problem: Problem, recipe: str = STATIC, attention: str = "") -> Built:
         """Every operator compared with its reference on the problem's own values."""
-        module, args = self.module(rows), problem.args(BF16)
+        module, args = self.module(rows, recipe), problem.args(BF16)
         checked = ours.finish(module, args, self.device, lambda: module(*args))
         if not attention:
             return checked
@@ -98,17 +105,23 @@ class Quantized:
 
 
 def block_entries(blocks: Quantized, rows: int, problem: Problem, dry: bool) -> list[Entry]:
-    """Every way to run the block."""
+    """Every way to run the block; with a chunk's rows by all recipes and attentions, else by the first of them."""
+    count = None if rows == blocks.sizes.rows[0] else 1
     bounds = LEAST_SQNR["block"]
     low, high = bounds["int8"], bounds["bfloat16"]
     build: Callable[..., Built] = partial(blocks.built, rows, problem)
     entries = [
         Entry(EAGER, partial(_eager, problem), "bfloat16", high, graph=False),
-        Entry(FXQ_GRAPH, build, bound=low, uses=ALL_OPS),
+        *(
+            Entry(ours_name(recipe), partial(build, recipe), bound=low, uses=ALL_OPS)
+            for recipe in list(recipes())[:count]
+        ),
         Entry(FXQ, build, bound=low, uses=ALL_OPS, graph=False),
         Entry(COMPILED, partial(_compiled, problem, dry), "bfloat16", high, graph=False),
-        Entry(COMPILED_GRAPH, partial(_compiled, problem, dry), "bfloat16", high),
     ]
+    for name, package in list(NEEDS.items())[:count]:
+        run = partial(_compiled, problem, dry, name)
+        entries.append(Entry(compiled_name(name, True), run, "bfloat16", high, needs=package))
     for name, package in PACKAGES.items():
         make = partial(build, attention=name)
         entries.append(Entry(f"fxq and {name}, CUDA graph", make, bound=low, uses=ALL_OPS, needs=package))

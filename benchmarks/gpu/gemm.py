@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.gpu.block import compiler
 from benchmarks.gpu.checks import Linear, swept
 from benchmarks.gpu.problems import Layer, Sizes
 from benchmarks.gpu.session import Entry, Session
@@ -18,6 +19,7 @@ from fxq.kernels import dual_scale_linear, dual_scale_linear_add, dual_scale_lin
 from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.fp8 import FP8, LARGEST, dual_scale_linear_fp8
 
+COMPILED = "bf16 compiled, autotuned"
 CUBLAS, SINGLE, DUAL, W4 = "cuBLAS bf16", "fxq single scale", "fxq dual scale", "fxq dual scale, 4-bit weights"
 SAMPLED = 64
 ALONE = "linear alone, another result"
@@ -52,8 +54,15 @@ def _int_mm(layer: Layer) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
     return lambda: torch._int_mm(q.q, q.weight.t()), lambda sums: sums.float() * scale + q.offset
 
 
-def gemm_entries(layer: Layer) -> list[Entry]:
-    """Every way to compute the layer."""
+def _compiled(layer: Layer, dry: bool) -> Callable[[], Any]:
+    """Inductor's choice between cuBLAS and its own tiles."""
+    mode = None if dry else "max-autotune-no-cudagraphs"
+    run = torch.compile(F.linear, backend=compiler(dry), mode=mode)
+    return lambda: run(layer.x, layer.weight, layer.bias)
+
+
+def gemm_entries(layer: Layer, compiled: Sequence[Entry] = ()) -> list[Entry]:
+    """Every way to compute the layer; ``compiled`` is measured too, where there is time to compile it."""
     dual = ("dual_scale_linear",)
     plain, finish = _int_mm(layer)
     fp8 = layer.floats()
@@ -66,6 +75,7 @@ def gemm_entries(layer: Layer) -> list[Entry]:
         Entry(SINGLE, _ours(op, partial(layer.integers, False)), uses=dual),
         Entry(DUAL, _ours(op, layer.integers), uses=dual),
         Entry(W4, _ours(op, partial(layer.integers, bits=4)), "int4", uses=dual),
+        *compiled,
         Entry("cuBLASLt int8 to int32 (_int_mm)", lambda: plain, finish=finish),
         Entry("cuBLASLt fp8, one scale (_scaled_mm)", lambda: _scaled_mm(layer), "float8"),
         Entry(
@@ -88,10 +98,12 @@ def run_gemm(session: Session, sizes: Sizes) -> None:
             def work(step: str, rows: int = rows, width: int = width, outputs: int = outputs) -> dict[str, Any]:
                 layer = Layer.random(rows, width, outputs, sizes.outliers[width], session.device)
                 picked = _rows(layer)
+                in_ffn = sizes.config.ffn_dim in (width, outputs)
+                autotuned = Entry(COMPILED, partial(_compiled, layer, session.dry), "bfloat16")
                 return session.contest(
                     step,
                     lambda: layer.exact(picked),
-                    gemm_entries(layer),
+                    gemm_entries(layer, [autotuned] if in_ffn and rows == sizes.rows[0] else []),
                     (CUBLAS, SINGLE, DUAL),
                     lambda y: y[picked],
                     {"flop": layer.flop},

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-WARM_UP = 3
+import fxq
+
 COLD_BYTES = 256 << 20
 """Written before a cold call: more than the L2 cache of any GPU."""
 
@@ -55,60 +55,11 @@ class DeviceClock:
         return run
 
 
-class _Captured:
-    """One CUDA graph with its input and output tensors; it keeps its memory, so outputs last until its next replay."""
-
-    def __init__(self, function: Callable[..., Any], leaves: Sequence[Tensor], spec: Any) -> None:
-        self.inputs = [leaf.clone() for leaf in leaves]
-        self.last: list[Tensor | None] = [None] * len(leaves)
-        args = pytree.tree_unflatten(self.inputs, spec)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function(*args)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = function(*args)
-
-    def replay(self, leaves: Sequence[Tensor]) -> Any:
-        for i, leaf in enumerate(leaves):
-            # Tensors of a rollout are never written in place: the same object holds the same values.
-            if leaf is not self.last[i]:
-                self.inputs[i].copy_(leaf)
-                self.last[i] = leaf
-        self.graph.replay()
-        # New objects over the same memory: the next replay changes their values.
-        return pytree.tree_map_only(Tensor, lambda t: t.view_as(t), self.output)
-
-
-class Graphed:
-    """A function of tensors (in lists, tuples, dicts), replayed from one CUDA graph per combination of input shapes.
-
-    An input that is the object of the call before is not copied again. Outputs are overwritten by the next call of the
-    same shapes. On a CPU the function is called.
-    """
-
-    def __init__(self, function: Callable[..., Any], device: str) -> None:
-        self.function, self.on_gpu = function, torch.device(device).type == "cuda"
-        self._captured: dict[tuple[torch.Size, ...], _Captured] = {}
-
-    def __call__(self, *args: Any) -> Any:
-        """Replay, after a capture where the shapes are new."""
-        if not self.on_gpu:
-            return self.function(*args)
-        leaves, spec = pytree.tree_flatten(args)
-        key = tuple(leaf.shape for leaf in leaves)
-        if key not in self._captured:
-            self._captured[key] = _Captured(self.function, leaves, spec)
-        return self._captured[key].replay(leaves)
-
-    @property
-    def graphs(self) -> int:
-        """Number of captured graphs."""
-        return len(self._captured)
+def replayed(function: Callable[..., Any], device: str, fresh_outputs: bool = True) -> Callable[..., Any]:
+    """:class:`fxq.CudaGraphs` of a function or a module; on a CPU, in a dry run, that itself."""
+    if torch.device(device).type != "cuda":
+        return function
+    return fxq.CudaGraphs(function, device=device, fresh_outputs=fresh_outputs)
 
 
 def copies(x: Tensor) -> list[Tensor]:

@@ -15,9 +15,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.block import ALL_OPS, COMPILED, COMPILED_GRAPH, EAGER, FXQ_GRAPH, compiler, mark_growing
-from benchmarks.gpu.graphs import Graphed
+import fxq
+from benchmarks.gpu.block import ALL_OPS, COMPILED_GRAPH, EAGER, compiler, mark_growing
+from benchmarks.gpu.floats import COMPILED, CUDNN, NEEDS, attending, compiled_name
+from benchmarks.gpu.graphs import replayed
+from benchmarks.gpu.memory import memory_facts
 from benchmarks.gpu.problems import Sizes
+from benchmarks.gpu.recipes import DYNAMIC, INT8_ATTENTION, STATIC, ours_name, recipes
 from benchmarks.gpu.session import Entry, Session
 from fxq.bench import ours
 from fxq.bench.contest import Built
@@ -107,7 +111,7 @@ class Video:
 
         return Built(call, output=lambda: run(*self.probe)[0], **more)
 
-    def compiled(self, dry: bool) -> Callable[..., Any]:
+    def compiled(self, dry: bool, attention: str) -> Callable[..., Any]:
         """The denoiser with each block compiled; blocks share their code, so one compilation serves all."""
         model = in_dtype(self.rollout, BF16).model
         for block in model.blocks:
@@ -115,16 +119,20 @@ class Video:
 
         def run(*args: Any) -> Any:
             mark_growing((*args[5], *args[6]))
-            return model(*args)
+            with attending(attention):
+                return model(*args)
 
         return run
 
-    def quantized(self) -> Built:
+    def quantized(self, recipe: str) -> Built:
         """Quantized on the first chunks, optimized, one CUDA graph per cache length."""
-        module = ours.optimized(self.rollout.model, beginning(self.rollout, CALIBRATED_CHUNKS), ours.speed_recipe(True))
-        run = Graphed(module, self.device)
+        module = ours.optimized(self.rollout.model, beginning(self.rollout, CALIBRATED_CHUNKS), recipes()[recipe])
         checked = ours.finish(module, self.probe, self.device, lambda: None)
-        return self.built(run, kernel=checked.kernel, refusal=checked.refusal, facts=checked.facts)
+        memory = memory_facts(module, self.built(module).call, self.rollout) if recipe == STATIC else {}
+        run = replayed(module, self.device)
+        if isinstance(run, fxq.CudaGraphs):
+            run.reserve(*self.probe)
+        return self.built(run, kernel=checked.kernel, refusal=checked.refusal, facts={**checked.facts, **memory})
 
 
 def run_rollout(session: Session, sizes: Sizes) -> None:
@@ -140,19 +148,36 @@ def run_rollout(session: Session, sizes: Sizes) -> None:
             exact = in_dtype(rollout, torch.float32).model
             return exact(*cast_args(video.probe, torch.float32))[0]
 
-        def compiled(graph: bool) -> Built:
-            run = video.compiled(session.dry)
-            return video.built(Graphed(run, session.device) if graph else run, kernel="inductor, block by block")
+        def compiled(graph: bool, attention: str = "") -> Built:
+            run = video.compiled(session.dry, attention)
+            return video.built(replayed(run, session.device) if graph else run, kernel="inductor, block by block")
 
         def take(seconds: float) -> float:
             return 0.0 if session.dry else seconds
 
-        low, high = LEAST["int8"], LEAST["bfloat16"]
-        entries = [
-            Entry(EAGER, lambda: video.built(rollout.model), "bfloat16", high, graph=False, cold=False),
-            Entry(FXQ_GRAPH, video.quantized, bound=low, uses=ALL_OPS, graph=False, cold=False, takes=take(60)),
-            Entry(COMPILED, lambda: compiled(False), "bfloat16", high, graph=False, cold=False, takes=take(50)),
-            Entry(COMPILED_GRAPH, lambda: compiled(True), "bfloat16", high, graph=False, cold=False, takes=take(40)),
+        def quantized(recipe: str, seconds: float) -> Entry:
+            make = functools.partial(video.quantized, recipe)
+            name, bound = ours_name(recipe), LEAST["int8"]
+            return Entry(name, make, bound=bound, uses=ALL_OPS, graph=False, cold=False, takes=take(seconds))
+
+        def floats(name: str, make: Callable[[], Built], seconds: float = 0.0, needs: str = "") -> Entry:
+            bound = LEAST["bfloat16"]
+            return Entry(name, make, "bfloat16", bound, graph=False, cold=False, needs=needs, takes=take(seconds))
+
+        def graphs(attention: str) -> Entry:
+            make = functools.partial(compiled, True, attention)
+            return floats(compiled_name(attention, True), make, 40, NEEDS[attention])
+
+        others = [graphs(name) for name in NEEDS if name not in ("", CUDNN)]
+        entries = [  # first what the bars are about: what comes last is left out where time is short
+            floats(EAGER, lambda: video.built(rollout.model)),
+            quantized(STATIC, 60),
+            graphs(""),
+            graphs(CUDNN),
+            quantized(INT8_ATTENTION, 70),
+            *others,
+            quantized(DYNAMIC, 60),
+            floats(COMPILED, lambda: compiled(False), 50),
         ]
         opponents = (EAGER, COMPILED, COMPILED_GRAPH)
         return session.contest(step, reference, entries, opponents, rounds=min(3, session.rounds))

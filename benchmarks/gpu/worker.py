@@ -31,7 +31,7 @@ SECTIONS = {
     "block": run_block,
     "rollout": run_rollout,
 }
-SHARES = {"checks": 75, "gemm": 85, "fused": 10, "bandwidth": 20, "attention": 15, "block": 65, "rollout": 160}
+SHARES = {"checks": 75, "gemm": 105, "fused": 10, "bandwidth": 20, "attention": 15, "block": 75, "rollout": 160}
 """Seconds of each section; what one leaves, the next ones have."""
 
 

@@ -11,7 +11,8 @@ import fxq
 PAGES = {
     "quantize": (
         "Quantize and optimize",
-        "quantize optimize sensitivity detect_outliers OutlierChannels summary Summary register launched keep_memory",
+        "quantize optimize sensitivity detect_outliers OutlierChannels summary Summary register launched keep_memory"
+        " CudaGraphs",
     ),
     "recipe": ("Recipes in Python", "PRESETS Recipe Rule Scheme Budget load_recipe"),
     "data": ("Rollouts and data", "Rollout State Span Call Draws Condition OnCall Batch record Recording"),
@@ -23,8 +24,8 @@ PAGES = {
     "modules": ("Compiled and swapped modules", "bind Binding apply"),
     "errors": (
         "Errors",
-        "ApplyError BackendError BundleError CalibrationError CheckpointError ExportError PromptError RecipeError"
-        " RecordError TraceError WorkerError",
+        "ApplyError BackendError BundleError CalibrationError CheckpointError CudaGraphError ExportError PromptError"
+        " RecipeError RecordError TraceError WorkerError",
     ),
 }
 """Page -> its title and the public names on it."""

@@ -86,6 +86,7 @@ class Cache:
         rotary: Rotary,
         like: Sequence[Tensor],
         memories: Memories | None = None,
+        frames: int = 0,
     ) -> Cache:
         """A cache without tokens.
 
@@ -95,6 +96,8 @@ class Cache:
             rotary: of the model's keys.
             like: per layer, an empty tensor [B, 0, heads, head_dim].
             memories: per layer, what the codecs of keys and of values begin with, where it lies with the model.
+            frames: that will come in, where it is known: memory of lines that keep all of them is then taken once, with
+                room for no more.
 
         Raises:
             ValueError: when the policy does not fit, or a codec's tables are missing, with what would do.
@@ -113,7 +116,10 @@ class Cache:
                         "give the rollout cache_tables, or take fit='video'"
                     )
                 sink = None if codec is None else Tokens.of(tensor)
-                found.append(Line(codec, Tokens.of(tensor), sink, None, dict(given[i]) if given and codec else {}))
+                most = frames * layout.tokens if codec is None and policy.window == -1 else 0
+                found.append(
+                    Line(codec, Tokens.of(tensor, most), sink, None, dict(given[i]) if given and codec else {})
+                )
             return tuple(found)
 
         keys, values = memories or (None, None)

@@ -13,7 +13,7 @@ class _Buffer:
     """Memory that several :class:`Tokens` look into: [B, capacity, ...], of which ``used`` are written.
 
     Tokens before ``floor`` have been overwritten since; ``kept`` says that nothing may be, as someone else looks on.
-    ``moved`` counts the bytes that were copied from one place to another.
+    ``moved`` counts the bytes that were copied from one place to another. ``most`` tokens will come, where it is known.
     """
 
     memory: Tensor
@@ -21,6 +21,7 @@ class _Buffer:
     floor: int = 0
     kept: bool = False
     moved: int = 0
+    most: int = 0
 
 
 class StaleError(RuntimeError):
@@ -39,9 +40,9 @@ class Tokens:
     stop: int
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Tokens:
-        """Tokens [B, T, ...], copied when they grow."""
-        return cls(_Buffer(tensor, tensor.shape[1], kept=True), 0, tensor.shape[1])
+    def of(cls, tensor: Tensor, most: int = 0) -> Tokens:
+        """Tokens [B, T, ...], copied when they grow: to memory for ``most``, where it is known how many will come."""
+        return cls(_Buffer(tensor, tensor.shape[1], kept=True, most=most), 0, tensor.shape[1])
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -65,8 +66,10 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory behind the tokens, what waits for more included."""
-        return self.buffer.memory.numel() * self.buffer.memory.element_size()
+        """Bytes of the memory behind the tokens, what waits for more included, but where their number was known."""
+        memory = self.buffer.memory
+        count = self.buffer.used if memory.shape[1] == self.buffer.most else memory.shape[1]
+        return memory[:, :count].numel() * memory.element_size()
 
     def fork(self) -> Tokens:
         """The same, which stays readable whatever becomes of others that share the memory."""
@@ -82,18 +85,20 @@ class Tokens:
 
     def _written(self, new: Tensor) -> Tokens:
         stop = self.stop + new.shape[1]
-        self.buffer.memory[:, self.stop : stop] = new
+        # Not counted as a write to the tensors that were handed out: none of them reaches so far.
+        self.buffer.memory.data[:, self.stop : stop] = new
         self.buffer.used = stop
         return dataclasses.replace(self, stop=stop)
 
     def _moved(self, room: int) -> Tokens:
-        """A copy with room for half as many tokens again, and for ``room`` more."""
-        live = self.tensor
-        capacity = live.shape[1] + room + live.shape[1] // 2
+        """A copy with room for all that will come, or else for half as many tokens again, and for ``room`` more."""
+        live, most = self.tensor, self.buffer.most
+        least = live.shape[1] + room
+        capacity = most if most >= least else least + live.shape[1] // 2
         memory = live.new_empty((live.shape[0], capacity, *live.shape[2:]))
         memory[:, : live.shape[1]] = live
         moved = self.buffer.moved + live.numel() * live.element_size()
-        return Tokens(_Buffer(memory, live.shape[1], moved=moved), 0, live.shape[1])
+        return Tokens(_Buffer(memory, live.shape[1], moved=moved, most=most), 0, live.shape[1])
 
     def without(self, first: int, last: int, before: Tensor | None = None) -> Tokens:
         """Without the tokens ``first`` to ``last``, of which those before are moved up, and no others.

@@ -22,6 +22,7 @@ from fxq.models.checkpoints import CheckpointError
 from fxq.models.prompts import PromptError
 from fxq.passes import LoweringError
 from fxq.plugins import PluginError
+from fxq.runtime.cuda_graphs.refusals import CudaGraphError
 from fxq.runtime.streams import finish_output, stderr_console
 from fxq.runtime.workers import WorkerError
 from fxq_command import app
@@ -31,6 +32,7 @@ _REFUSALS = (
     BundleError,
     CalibrationError,
     CheckpointError,
+    CudaGraphError,
     ComparisonError,
     ExportError,
     LoweringError,

@@ -40,6 +40,7 @@ from fxq.passes.measured.float_where_faster import PLACE
 from fxq.passes.with_cache import cache_passes, policy_of, with_cache
 from fxq.report.cache import cache_to_json, write_cache_report
 from fxq.report.video import Frames, VideoError, check_format, video_writer
+from fxq.runtime.cuda_graphs.replay import CudaGraphs
 from fxq.runtime.progress import Progress
 from fxq.runtime.streams import stderr_console, stdout_console
 from fxq.runtime.writable import whole_file, writable_file
@@ -76,6 +77,9 @@ def generate(
         bool,
         typer.Option("--floats-where-faster", help="Measure the bundle's layers; floats where integers are slower."),
     ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs", help="Replay calls from CUDA graphs, on a GPU.")
+    ] = False,
     seed: SeedOption = 0,
     scale: Annotated[
         int | None, typer.Option(min=1, help="Enlargement of pixels; 1, or 8 of the shipped model.")
@@ -98,6 +102,8 @@ def generate(
         raise AdapterError(f"--out {error}; or {_LATENTS} for latents") from None
     files = video.filled_in(model, files)
     device = parse_device(files.device)
+    if cuda_graphs:
+        _check_graphs(device, report)
     if not latents_only and model != "tiny" and not video.has_decoder(model):
         raise AdapterError(
             f"model {model!r} makes latents: show them with --vae, the folder of its VAE or of a Wan pipeline, or "
@@ -114,7 +120,7 @@ def generate(
     elif floats_where_faster:
         raise AdapterError("--floats-where-faster measures the layers of a bundle: give --bundle, or leave it out")
     if report is None:
-        chunks_made = _shown(rollout, module)
+        chunks_made = _shown(rollout, CudaGraphs(module or rollout.denoiser) if cuda_graphs else module)
     else:
         latents, told = _reported(rollout, module, subject, report)
         chunks_made = iter(latents.split(rollout.sampler.frames_per_chunk, dim=1))
@@ -134,6 +140,15 @@ def generate(
         stdout_console().print(f"{subject.words}: {out}", markup=False, highlight=False, soft_wrap=True)
         if report is not None:
             stdout_console().print(f"cache: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _check_graphs(device: torch.device, report: pathlib.Path | None) -> None:
+    if device.type != "cuda":
+        raise AdapterError(f"--cuda-graphs replays calls on a GPU, and the model runs on {device}: leave it out")
+    if report is not None:
+        raise AdapterError(
+            "--cuda-graphs: --report measures calls one by one, without graphs; leave out one of the two"
+        )
 
 
 def _tiny(prompt: str | None, seed: int, files: ModelFiles) -> _Subject:
@@ -170,7 +185,7 @@ def _reported(
     return latents.cpu(), {"report": str(written), "cache": cache_to_json(run)}
 
 
-def _shown(rollout: SelfForcingRollout, module: fx.GraphModule | None) -> Iterator[Tensor]:
+def _shown(rollout: SelfForcingRollout, module: Callable[..., object] | None) -> Iterator[Tensor]:
     """Latents of each chunk on the CPU as they are made, with a bar on a terminal."""
     condition, draws = rollout.batches[0]
     with Progress() as bar, bar.step("chunks") as on_progress:

@@ -142,7 +142,8 @@ class SelfForcingRollout(Rollout):
         _, rows, columns = config.patch_size
         rotary = WanRotary(config.head_dim, draws.shape[2] // rows, draws.shape[3] // columns)
         layout = Layout(rotary.tokens, self.sampler.frames_per_chunk)
-        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self._tables())
+        frames = self._given(condition) + draws.shape[0]
+        cache = Cache.empty(self.sampler.cache, layout, rotary, none, self._tables(), frames)
         settings, absorption = self.sampler.cache.absorb, None
         if settings is not None:
             absorption = Absorption.begin(settings, config.num_layers, config.num_heads, empty, self.absorb_priors)
@@ -227,7 +228,7 @@ class SelfForcingRollout(Rollout):
             timesteps = sampler.timesteps(first)
             for step, timestep in enumerate(timesteps):
                 span = Span(unit, step, (lo, hi), timestep)
-                output, state, _ = self._call(state, prefix, x, "denoise", span, on_call)
+                output, state = self._call(state, prefix, x, "denoise", span, on_call)[:2]  # the keys are not held
                 t = torch.full(x.shape[:2], timestep, dtype=torch.float32, device=x.device)
                 latents = sampler.schedule.x0(x, output, t)
                 if step + 1 < len(timesteps):

@@ -226,9 +226,9 @@ def _allow_strides(graph: fx.Graph, part: fx.Node) -> None:
         # A view needs a stride that a part may not have; a reshape takes one where there is one.
         if user.target in _VIEWS:
             user.target = _ATEN.reshape.default
-        # A caller that keeps the part would keep the joint result alive.
+        # A caller that keeps the part would keep the joint result alive, and so would this call to its end.
         elif user.op == "output":
-            with graph.inserting_before(user):
+            with graph.inserting_after(source):
                 copy = graph.call_function(_ATEN.clone.default, (source,))
             inherit_meta(copy, source, example_value(source))
             user.replace_input_with(source, copy)

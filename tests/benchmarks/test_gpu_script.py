@@ -1,5 +1,4 @@
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,15 +11,25 @@ from unittest import mock
 import pytest
 import torch
 
+import fxq
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import floats
 from benchmarks.gpu import rollout as gpu_rollout
 from benchmarks.gpu import worker as gpu_worker
-from benchmarks.gpu.graphs import DeviceClock, Graphed, copies
+from benchmarks.gpu.attention import sdpa
+from benchmarks.gpu.block import Quantized, block_entries
+from benchmarks.gpu.graphs import DeviceClock, copies, replayed
 from benchmarks.gpu.journal import Journal
+from benchmarks.gpu.memory import allowed_bytes, memory_facts
 from benchmarks.gpu.problems import DRY, WAN, Layer
-from benchmarks.gpu.session import Entry, Session
+from benchmarks.gpu.recipes import recipes
+from benchmarks.gpu.session import Entry, Session, fastest_bf16
 from benchmarks.gpu.tables import bars, tables
+from fxq import kernels
+from fxq.bench.cases import BlockShape
+from fxq.bench.contest import CaseResult, Result
+from fxq.bench.problems import block_problem
 from fxq.calibration.rollout import Draws
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -194,14 +203,104 @@ def _step(name, results):
     return {"step": name, "data": {"results": rows}}
 
 
+def _timed(step):
+    """The rows with seconds, so that the fastest is known; the best of others in bfloat16 is the first row."""
+    for i, row in enumerate(step["data"]["results"]):
+        row.update(ours=row["name"].startswith("fxq"), seconds=[2.0 - 0.1 * i] * 3)
+    step["data"]["best_bf16"] = step["data"]["results"][0]["name"]
+    return step
+
+
 def test_bars_pass_at_their_bounds_and_fail_below_or_without_a_value():
-    good = _step("gemm/M4680 1536>8960", {"fxq dual scale": {"cuBLAS bf16": 1.3, "fxq single scale": 0.953}})
-    bad = _step("gemm/M4680 8960>1536", {"fxq dual scale": {"cuBLAS bf16": 1.29, "fxq single scale": 0.95}})
+    linear = {"cuBLAS bf16": {}, "fxq dual scale": {"cuBLAS bf16": 1.6, "fxq single scale": 0.953}}
+    good = _timed(_step("gemm/M4680 1536>8960", linear))
+    linear["fxq dual scale"] = {"cuBLAS bf16": 1.59, "fxq single scale": 0.95}
+    bad = _timed(_step("gemm/M4680 8960>1536", linear))
     other = _step("gemm/M4680 1536>1536", {"fxq dual scale": {"cuBLAS bf16": 0.5}})
     lost = _step("rollout/7 chunks", {"bf16 eager": {}})
     found = bars([good, bad, other, lost])
     assert [bar["passed"] for bar in found] == [True, True, False, False, False, False]
     assert [bar["value"] for bar in found[-2:]] == [None, None]
+
+
+@pytest.mark.parametrize(("section", "bounds"), [("block", {1.5: True, 1.49: False}), ("rollout", {1.5: True})])
+def test_the_fastest_recipe_is_measured_by_the_best_of_others_in_bfloat16(section, bounds):
+    for value, passed in bounds.items():
+        over = {"bf16 compiled, cuDNN attention, CUDA graph": value, "bf16 eager": 9.0}
+        rows = {"bf16 compiled, cuDNN attention, CUDA graph": {}, "bf16 eager": {}, "fxq, CUDA graph": {}}
+        found = bars([_timed(_step(f"{section}/x", {**rows, "fxq, attention in int8, CUDA graph": over}))])[0]
+        assert (found["value"], found["passed"]) == (value, passed)
+        assert found["what"] == (
+            "fxq, attention in int8, CUDA graph over the best bf16 (bf16 compiled, cuDNN attention, CUDA graph)"
+        )
+    assert bars([_step(f"{section}/x", {})])[0]["what"] == "fxq, CUDA graph over the best bf16 (not measured)"
+
+
+@pytest.mark.parametrize(("peak", "passed"), [(100, True), (101, False)])
+def test_memory_is_measured_by_the_plan(peak, passed):
+    step = _step("rollout/x", {"fxq, CUDA graph": {}})
+    step["data"]["results"][0]["facts"] = {"peak_bytes": peak, "allowed_bytes": 100}
+    assert [bar["passed"] for bar in bars([step])] == [False, passed]
+
+
+def test_the_best_in_bfloat16_is_the_fastest_that_is_not_ours_and_was_right():
+    def row(name, seconds, arithmetic="bfloat16", ours=False):
+        return Result(name, "ok" if seconds else "wrong", arithmetic=arithmetic, ours=ours, seconds=seconds)
+
+    rows = (row("a", (3.0, 3.0)), row("b", (2.0, 9.0, 2.0)), row("c", (1.0,), "int8"), row("d", (1.0,), ours=True))
+    assert fastest_bf16(CaseResult("x", {}, (*rows, row("wrong", ())))) == "b"
+    assert fastest_bf16(CaseResult("x", {}, rows[2:])) == ""
+
+
+def test_models_run_the_attention_that_is_asked_for_and_their_own_afterwards(monkeypatch):
+    calls = []
+    monkeypatch.setattr(floats, "cudnn", lambda q, k, v: calls.append(1) or sdpa(q, k, v))
+    floats.flat_attention.cache_clear()
+    config = dataclasses.replace(DRY.config, dim=64, ffn_dim=64, num_heads=2)
+    problem = block_problem(BlockShape(1, (2, 3), 12, config), "cpu")
+    args = problem.args(torch.float32)
+    want = problem.module(*args)[0]
+    with floats.attending(floats.CUDNN):
+        got = problem.module(*args)[0]
+    assert len(calls) == 2 and torch.equal(got, want)  # to the cache, and to the text
+    assert torch.equal(problem.module(*args)[0], want) and len(calls) == 2
+    assert floats.flat_attention(floats.CUDNN) is floats.flat_attention(floats.CUDNN)
+    floats.flat_attention.cache_clear()
+
+
+def test_recipes_that_compete_are_those_and_take_integers_in_attention():
+    found = recipes()
+    assert list(found) == ["fxq", "fxq, scales per token", "fxq, attention in int8"]
+    schemes = [recipe.rules[-1].scheme for recipe in found.values()]
+    assert [scheme.per_token for scheme in schemes] == [False, True, False] and all(s.dual_scale for s in schemes)
+    assert [recipe.attention is not None for recipe in found.values()] == [False, False, True]
+    blocks = Quantized(DRY, "cpu")
+    targets = {node.target for node in blocks.module(60, "fxq, attention in int8").graph.nodes}
+    assert kernels.attention_int8.definition in targets and kernels.attention.definition not in targets
+
+
+def test_all_recipes_and_attentions_run_a_chunk_and_the_first_of_them_other_rows():
+    sizes = dataclasses.replace(DRY, rows=(60, 20))
+    blocks, problem = Quantized(sizes, "cpu"), mock.MagicMock()
+    names = {rows: [entry.name for entry in block_entries(blocks, rows, problem, True)] for rows in sizes.rows}
+    assert set(names[60]) - set(names[20]) == {
+        "fxq, scales per token, CUDA graph",
+        "fxq, attention in int8, CUDA graph",
+        "bf16 compiled, cuDNN attention, CUDA graph",
+        "bf16 compiled, FlashAttention-3, CUDA graph",
+    }
+    assert {"fxq, CUDA graph", "bf16 compiled, CUDA graph"} <= set(names[20])
+    assert all(len(set(found)) == len(found) for found in names.values())
+
+
+def test_memory_is_allowed_for_half_the_weights_the_cache_and_a_call():
+    config = dataclasses.replace(DRY.config, dim=64, ffn_dim=64, num_heads=2)
+    rollout = gpu_rollout.make_rollout(dataclasses.replace(DRY, config=config), "cpu")
+    weights = sum(p.numel() for p in rollout.model.parameters()) * 2
+    cache = 2 * 120 * 64 * 2 + 2 * 16 * 64 * 2  # keys and values of two chunks, and of the text
+    allowed = allowed_bytes(rollout)
+    assert 0 < allowed - 0.55 * weights - cache < 0.5 * weights
+    assert memory_facts(rollout.model, lambda: None, rollout) == {}
 
 
 def test_a_failed_check_fails_the_run_and_a_failed_bar_does_not():
@@ -211,7 +310,11 @@ def test_a_failed_check_fails_the_run_and_a_failed_bar_does_not():
         "steps": [{"step": "checks/attention", "data": {"problem": ""}}],
     }  # fmt: skip
     text, right = tables(result)
-    assert right and "FAIL  rollout/x: fxq over eager bf16 not measured (at least 2.00)" in text
+    assert (
+        right
+        and "FAIL  rollout/x: fxq, CUDA graph over the best bf16 (not measured) not measured (at least 1.50, goal 1.74)"
+        in text
+    )
     result["steps"][0]["data"]["problem"] = "differs"
     text, right = tables(result)
     assert not right and "FAILED: differs" in text
@@ -255,43 +358,20 @@ def test_only_wrapped_calls_move_the_clock():
     assert clock() == 1.0
 
 
-def test_without_a_gpu_a_graphed_function_is_called_and_two_copies_rotate():
-    graphed = Graphed(lambda x, parts: x + parts[0], "cpu")
-    assert torch.equal(graphed(ONES, [ONES]), 2 * ONES)
-    assert graphed.graphs == 0
+def test_without_a_gpu_the_function_itself_is_called_and_two_copies_rotate():
+    assert replayed(len, "cpu") is len
     assert len(copies(ONES)) == 2
 
 
-@pytest.fixture
-def cuda_graphs(monkeypatch):
-    """CUDA graphs whose replay does nothing: outputs keep what the capture computed."""
-    for name in ("CUDAGraph", "Stream", "current_stream", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
-    for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
-
-
-def test_every_combination_of_shapes_has_its_graph_and_outputs_are_new_objects_over_its_memory(cuda_graphs):
-    graphed = Graphed(lambda x, parts: [x + parts[0]], "cuda")
-    first, again = graphed(ONES, [ONES]), graphed(ONES, [ONES])
-    assert graphed.graphs == 1
-    assert first[0] is not again[0] and first[0].data_ptr() == again[0].data_ptr()
-    assert torch.equal(first[0], 2 * ONES)
-    graphed(ONES[:2], [ONES[:2]])
-    assert graphed.graphs == 2
-
-
-def test_a_graph_reads_the_inputs_of_its_call_and_copies_no_object_twice(cuda_graphs):
-    graphed = Graphed(lambda x, parts: x + parts[0], "cuda")
-    x, cache = ONES.clone(), 3 * ONES
-    graphed(x, [cache])
-    (captured,) = graphed._captured.values()
-    captured.inputs[1].zero_()
-    graphed(5 * ONES, [cache])
-    assert torch.equal(captured.inputs[0], 5 * ONES)
-    assert torch.equal(captured.inputs[1], 0 * ONES)
-    graphed(x, [cache.clone()])
-    assert torch.equal(captured.inputs[0], ONES) and torch.equal(captured.inputs[1], cache)
+def test_on_a_gpu_calls_are_replayed_from_graphs_and_single_operators_keep_their_memory(monkeypatch):
+    made = mock.MagicMock()
+    monkeypatch.setattr(fxq, "CudaGraphs", made)
+    assert replayed(len, "cuda") is made.return_value
+    made.assert_called_once_with(len, device="cuda", fresh_outputs=True)
+    run = Session("cpu", False, 2, mock.MagicMock(), 0.0, 1.0, {})
+    run.device = "cuda"
+    run._built(Entry("a", lambda: lambda: ONES))
+    assert made.call_args.kwargs == {"device": "cuda", "fresh_outputs": False}
 
 
 def test_the_time_of_a_call_is_that_between_its_events(monkeypatch):

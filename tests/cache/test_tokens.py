@@ -76,3 +76,33 @@ def test_a_single_video_has_the_strides_of_a_tensor_of_its_own():
         tokens = tokens.appended(torch.full((1, 2, 3, 4), float(i)))
         assert tokens.tensor.is_contiguous() and tokens.tensor.stride() == torch.empty(tokens.tensor.shape).stride()
     assert tokens.without(2, 6).tensor.is_contiguous()
+
+
+def test_tokens_that_are_appended_are_no_change_of_those_before():
+    tokens = Tokens.of(torch.zeros(1, 0, 1, 2)).appended(torch.ones(1, 4, 1, 2)).appended(torch.ones(1, 4, 1, 2))
+    before = tokens.tensor
+    version, longer = before._version, tokens.appended(torch.ones(1, 2, 1, 2))
+    assert longer.buffer is tokens.buffer and longer.tensor._base is before._base
+    assert before._version == longer.tensor._version == version
+    longer.without(2, 4)  # leading tokens are written over the evicted ones
+    assert before._version > version
+
+
+def test_memory_for_a_known_number_is_taken_once_and_what_has_come_is_counted():
+    tokens = Tokens.of(torch.zeros(2, 0, 1, 2), most=12)
+    for i in range(4):
+        tokens = tokens.appended(chunk(i))
+        assert tokens.buffer.memory.shape[1] == 12 and tokens.buffer.moved == 0
+        assert tokens.nbytes == 2 * 3 * (i + 1) * 2 * 4
+    assert torch.equal(tokens.tensor, torch.cat([chunk(i) for i in range(4)], dim=1))
+    longer = tokens.appended(chunk(4))  # more than were announced
+    assert torch.equal(longer.tensor[:, -3:], chunk(4)) and len(tokens) == 12
+    assert longer.buffer.memory.shape[1] == 12 + 3 + 6
+
+
+def test_a_fork_has_room_for_what_is_to_come_too():
+    base = Tokens.of(torch.zeros(2, 0, 1, 2), most=9).appended(chunk(0))
+    left, right = base.appended(chunk(1)), base.appended(chunk(2))
+    assert left.buffer is base.buffer and right.buffer is not base.buffer
+    assert right.appended(chunk(3)).buffer is right.buffer
+    assert torch.equal(left.tensor[:, 3:], chunk(1)) and torch.equal(right.tensor[:, 3:], chunk(2))

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fxq
 from fxq.cli import app
+from fxq.cli import generate as command
 from fxq.cli.options.models import AdapterError, ModelFiles, make_rollout
 from tests import published, wan
+from tests.cuda import fake_cuda
 
 pytest.importorskip("diffusers")
 av = pytest.importorskip("av")
@@ -102,6 +105,7 @@ def test_embeddings_do_and_latents_need_no_decoder(tmp_path):
         (["--frames", "9"], "model 'tiny' takes no files"),
         (["--vae", "v"], "model 'tiny' makes frames, not latents"),
         (["--floats-where-faster"], "measures the layers of a bundle: give --bundle, or leave it out"),
+        (["--cuda-graphs", "--device", "cpu"], "replays calls on a GPU, and the model runs on cpu: leave it out"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message, tmp_path):
@@ -118,3 +122,20 @@ def test_a_decoder_of_other_latents_is_refused(made, tmp_path):
         generate(*words, "--vae", pipe, "--text-encoder", pipe, "--prompt", "a cat", "--out", tmp_path / "v.gif")
     with pytest.raises(AdapterError, match="prompts in words need the model's text encoder: --text-encoder"):
         generate(*words, "--vae", pipe, "--prompt", "a cat", "--out", tmp_path / "v.gif")
+
+
+def test_calls_are_replayed_from_graphs_where_they_are_asked_for(tmp_path, monkeypatch):
+    graphs = fake_cuda(monkeypatch)
+    monkeypatch.setattr(command, "_check_graphs", lambda device, report: None)
+    words = published.options(tmp_path)
+    for name, more in (("eager", []), ("graphs", ["--cuda-graphs"])):
+        generate(*words, *more, "--out", tmp_path / f"{name}.safetensors", "--chunks", "2")
+        assert bool(graphs.made) == bool(more)
+    eager, replayed = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in ("eager", "graphs"))
+    assert torch.equal(eager, replayed)
+
+
+def test_a_report_is_made_without_graphs(tmp_path):
+    with pytest.raises(AdapterError, match="--report measures calls one by one, without graphs"):
+        command._check_graphs(torch.device("cuda"), tmp_path / "report")
+    command._check_graphs(torch.device("cuda"), None)

@@ -118,6 +118,25 @@ def test_the_gpu_kernel_agrees_with_the_reference(op, sample):
         assert_agrees(op, got.cpu(), want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("op", "sample"), [*EVERY_SAMPLE, *(pytest.param(op, op.samples()[0], id=op.name) for op in FLOAT8)]
+)
+def test_no_launch_waits_for_the_gpu(op, sample):
+    demand("gpu")
+    if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
+        pytest.skip("panels are a CPU layout")
+    moved = pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, sample)
+    want = results(op(*moved))  # compiled by now
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = results(op(*moved))
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(got, want, strict=True))
+
+
 @settings(max_examples=60)
 @given(data=st.data())
 def test_quantize_act_equals_numerics_for_any_shape(data):

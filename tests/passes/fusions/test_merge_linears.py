@@ -162,6 +162,9 @@ def test_readers_that_need_dense_memory_still_run():
     for want, got in zip(module(x), graph.module(x), strict=True):
         assert torch.equal(want, got) and want.stride() == got.stride()
         assert got.untyped_storage().nbytes() == got.nbytes, "a part that is returned keeps its neighbours in memory"
+    nodes = list(graph.module.graph.nodes)
+    copies = [n for n in nodes if n.target is torch.ops.aten.clone.default and nodes[-1] in n.users]
+    assert copies and all(nodes.index(n) == nodes.index(n.args[0]) + 1 for n in copies), "copied at the end of the call"
 
 
 @pytest.mark.parametrize(
