@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fxq.kernels import native
 from fxq.kernels.attention.absorb import absorb
-from fxq.kernels.attention.int8 import attention_int8
+from fxq.kernels.attention.eight_bits.int8 import attention_int8
+from fxq.kernels.attention.encoded.packed import attention_packed
 from fxq.kernels.attention.op import attention
-from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize

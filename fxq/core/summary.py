@@ -219,6 +219,5 @@ def _attention_kernel(module: fx.GraphModule) -> str:
         if op is kernels.attention_packed:
             nodes = [node for node in nodes if any(c and c.integers for c in codecs_of(arguments(node)["codec"]))]
         if nodes:
-            stored = op is kernels.attention_packed and device != "cpu"
-            return "reference" if stored else kernels.used("attention_int8", device)
+            return kernels.used("attention_int8", device)
     return ""

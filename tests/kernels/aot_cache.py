@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from fxq.kernels.attention import triton_int8, triton_pack, triton_planes
+from fxq.kernels.attention import triton_pack, triton_planes
+from fxq.kernels.attention.eight_bits import int8, triton_int8
+from fxq.kernels.attention.encoded import triton_stored
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
 from fxq.kernels.cluster import triton as clusters
@@ -58,6 +60,20 @@ def integers(dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
     return {"kernel": triton_int8.attention_int8_kernel, "types": types, "constants": constants, **options}
 
 
+def stored_integers(arch: int, dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
+    """Arguments of a case of attention to stored integers, heads of 128, with the tile of an architecture."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tile = triton_stored.tile_of(kind, arch)
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*i8")
+    floats = ("q_scale_ptr", "bias_ptr", "k_scale_ptr", "v_scale_ptr", "out_ptr", "lse_ptr")
+    constants = {"SIZE": 128, "D": 128, "VALUES": int8.VALUE_BLOCK, "TYPE": triton_stored.type_of(kind)}
+    constants |= {"FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    targets = tuple(t for t in TARGETS if triton_stored.tile_of(kind, int(t[3:])) == tile)
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": targets}
+    kernel = triton_stored.attention_stored_kernel
+    return {"kernel": kernel, "types": types | dict.fromkeys(floats, "*fp32"), "constants": constants, **options}
+
+
 def codes(dtype: str, mean: bool) -> dict[str, Any]:
     """Arguments of a case of the codes of queries, or of keys less their mean, heads of 128."""
     types = {"x_ptr": f"*{dtype}", "code_ptr": "*i8", "mean_ptr": "*fp32", "scale_ptr": "*fp32", "least": "fp32"}
@@ -104,6 +120,12 @@ CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for na
 CASES |= {f"attention-part-float32-{name}": attention(name, "fp32") for name in ("prq", "token-int8", "channel-int2")}
 CASES |= {"attention-int8-first": integers(first=True), "attention-int8": integers()}
 CASES |= {f"attention-int8-{dtype}": integers(dtype) for dtype in ("fp16", "fp32")}
+CASES |= {"attention-stored-first": stored_integers(90, first=True), "attention-stored": stored_integers(90)}
+CASES |= {f"attention-stored-{dtype}": stored_integers(90, dtype) for dtype in ("fp16", "fp32")}
+CASES |= {
+    "attention-stored-64-rows": stored_integers(100),
+    "attention-stored-64-rows-fp16": stored_integers(100, "fp16"),
+}
 CASES |= {"attention-codes": codes("bf16", False), "attention-codes-mean": codes("bf16", True)}
 CASES["planes"] = planes()
 CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}

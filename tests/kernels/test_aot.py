@@ -33,6 +33,7 @@ FAST = (
     "quantize-fp8-gather sm_90",
     "weight-sums-w8 sm_90",
     "attention-part-prq sm_80",
+    "attention-stored sm_90",
 )
 
 
@@ -75,6 +76,20 @@ def test_packed_weights_stay_out_of_shared_memory_on_hopper(tile: str) -> None:
 def test_gluon_keeps_a_product_in_flight_and_triton_does_not() -> None:
     assert "1" in TABLE["gluon-256x128x128 sm_90"].waits
     assert "1" not in TABLE["linear-w8-store-128x256x64 sm_90"].waits
+
+
+@pytest.mark.parametrize("key", [key for key in TABLE if key.startswith(("attention-int8", "attention-stored"))])
+def test_attention_in_8_bits_is_on_tensor_cores_and_copies_16_bytes(key: str) -> None:
+    counts, target = TABLE[key], key.split(" ")[1]
+    scores, values = {"sm_90": ("IGMMA", "HGMMA"), "sm_100": ("IMMA", "UTCHMMA")}.get(target, ("IMMA", "HMMA"))
+    assert set(counts.tensor_core) == {scores, values} and min(counts.tensor_core.values()) > 0
+    assert counts.spills == 0 and counts.shared <= SHARED[target] * KIB
+    total, wide = counts.copies
+    if "fp32" in key:
+        assert total == 0, "there is one stage"
+    else:
+        assert wide >= 8 and total - wide <= 4, "scales alone are copied in less than 16 bytes"
+    assert counts.loads[1] >= 4 and counts.stores == (17, 16), "the codes of queries, and the result"
 
 
 @pytest.mark.parametrize("key", FAST)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.cache.codecs import Float8, Kivi, Klt, PerToken, Prq, QuaRot
+from fxq.cache.codecs import Float8, Int8Attention, Kivi, Klt, PerToken, Prq, QuaRot
 from fxq.kernels import FLOAT8, OPS, attention_packed, dual_scale_linear_quantize
 from fxq.kernels.attention.spans import AttentionPacked, parts
 from fxq.kernels.attention.triton_pack import pack_blocks
@@ -95,7 +96,13 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
 
 
 def packed_launches(a: AttentionPacked) -> list[str]:
-    """A kernel for every exact piece that holds a key; one for all spans, or for each after those that read planes."""
+    """A kernel for every exact piece that holds a key; one for all spans, or for each after those that read planes.
+
+    Of integers one before for the codes of the queries, and one for those of each exact piece's keys.
+    """
+    if '"attention"' in a.codec:  # of integers
+        exact = ["codes_kernel", "attention_int8_kernel"] * sum(1 for k in a.k if k.shape[1])
+        return ["codes_kernel", *exact, *["attention_stored_kernel"] * bool(list(parts(a)))]
     part = "attention_part_kernel"
     planes = ["planes_kernel"] * a.codec.count('"klt"')
     exact, spans = [part] * sum(1 for k in a.k if k.shape[1]), len(list(parts(a)))
@@ -166,11 +173,23 @@ def test_every_form_of_an_encoded_cache_binds_and_compiles(codec, launched):
     assert launched == exact + each.get(codec.name, whole)
 
 
+@pytest.mark.parametrize("launched", [90, 100], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stored_integers_take_one_launch_for_all_spans(dtype, launched):
+    a = arguments(Int8Attention(), Int8Attention(), spans=3, gone=5, dtype=dtype, integers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = attention_packed.definition.redispatch(ON_CUDA, *a)
+    assert got.shape == (2, 5, 96) and got.dtype == dtype
+    assert launched == packed_launches(a) and launched.count("attention_stored_kernel") == 1
+
+
 @pytest.mark.parametrize("launched", [90], indirect=True)
 def test_heads_wider_than_a_tile_take_the_reference_and_say_so(launched):
-    a = arguments(PerToken(4, 16), PerToken(4, 16), size=144)
-    with pytest.warns(UserWarning, match="heads of 144 channels run the reference: the kernel takes 128"):
-        assert attention_packed.definition.redispatch(ON_CUDA, *a).shape == (2, 5, 432)
+    for codec, integers in ((PerToken(4, 16), False), (Int8Attention(), True)):
+        a = arguments(codec, codec, size=144, integers=integers)
+        with pytest.warns(UserWarning, match="heads of 144 channels run the reference: the kernel takes 128"):
+            assert attention_packed.definition.redispatch(ON_CUDA, *a).shape == (2, 5, 432)
     assert not launched
 
 
