@@ -110,6 +110,7 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
         "attention": [(head, [head, head], [head, head])],
         "attention_int8": [(head, [head, head], [head, head])],
+        "attention_int8_fp8": [(head, [head, head], [head, head])],
         "attention_packed": [
             *(_packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Prq(1, 16, block=16), Klt(1.0))),
             _packed(head, Int8Attention(), cos, sin, integers=True),

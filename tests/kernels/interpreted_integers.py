@@ -1,4 +1,4 @@
-"""Cases of attention in 8-bit integers, and to stored ones, as :mod:`tests.kernels.interpreted_cache`."""
+"""Cases of attention in 8 bits, and to stored integers, as :mod:`tests.kernels.interpreted_cache`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from fxq.cache.codecs import Int8Attention
+from fxq.kernels import float8
 from fxq.kernels.arguments import Attention, AttentionPacked
-from fxq.kernels.attention.eight_bits import int8, triton_int8
+from fxq.kernels.attention.eight_bits import int8, int8_fp8, triton_int8, triton_int8_fp8
 from fxq.kernels.attention.encoded import triton_stored
 from fxq.kernels.attention.encoded.packed import attention_packed
+from fxq.kernels.jit import Pointer, constexpr, jit, tl
 from tests.kernels.interpreted_cache import F16, HEADS, B, arguments, noise
 
 
@@ -118,6 +120,56 @@ def stored_nothing() -> None:
     assert torch.equal(triton_stored.attend(a, 90), torch.zeros(B, 5, HEADS * 32))
 
 
+def float8_values(size: int, lengths: tuple[int, ...], rows: int, dtype: torch.dtype, arch: int = 90) -> None:
+    """Attention with float8 weights and values as in the reference, but for weights that lie between two numbers."""
+    q, new = noise(B, rows, HEADS, size, seed=1), noise(B, sum(lengths), HEADS, 2 * size, seed=2) + 1
+    k, v = (list(x.to(dtype).split(lengths, 1)) for x in (new[..., :size], new[..., size:]))
+    a = Attention(q.to(dtype), k, v)
+    got = triton_int8_fp8.attend(a, torch.stack([int8.key_mean(x) for x in k]), arch)
+    want = int8_fp8.attention_int8_fp8.compute(a)
+    assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
+    error = (got.float() - want.float()).abs() / want.float().abs().max()
+    assert float(error.max()) <= 2**-6 and float(error.mean()) <= 2e-4, (error.max(), error.mean())
+
+
+def codes_of_values() -> None:
+    """Codes and scales are those of the reference, bit for bit, side by side by token, with zeros behind the last."""
+    v = noise(B, 70, 2 * HEADS, 18, seed=1)[:, :, ::2] * torch.logspace(-40, 30, 18)
+    v[0, 3, 1, 2], v[1, 40, 0, 17], v[1, :, 2, 5] = torch.nan, torch.inf, 0.0
+    scale = triton_int8_fp8.value_scale(v)
+    got = triton_int8_fp8.quantized_values(v, scale)
+    want, scales = int8_fp8.quantized_values(v)
+    assert torch.equal(scale.nan_to_num(-1.0), scales.squeeze(2).nan_to_num(-1.0)) and int(scale.isnan().sum()) == 2
+    assert got.shape == (B, HEADS, 18, 128) and not got[..., 70:].float().any()
+    assert torch.equal(got[..., :70].float(), want.transpose(2, 3).float())
+
+
+def every_rounding() -> None:
+    """Numbers between two of float8, ties too, go where torch rounds them."""
+    held = torch.arange(127, dtype=torch.uint8).view(float8.E4M3).float()
+    near = torch.cat([held[:-1] + part * held.diff() for part in (0.0, 0.49, 0.5, 0.51)])
+    x = torch.cat([near, -near]).contiguous()
+    y = torch.zeros(1024, dtype=float8.E4M3)
+    _float8_kernel[(1,)](torch.cat([x, x.new_zeros(1024 - len(x))]), y, BLOCK=1024)
+    assert torch.equal(y[: len(x)].float(), float8.round_to(x).float())
+
+
+@jit
+def _float8_kernel(x_ptr: Pointer, y_ptr: Pointer, BLOCK: constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, triton_int8_fp8.to_float8(tl.load(x_ptr + at), False))
+
+
+def float8_that_is_not_finite(place: str) -> None:
+    """NaN in a query stays in its row, in a value in its channel; in a key it reaches every row of its head."""
+    q, k, v = (noise(1, n, 2, 32, seed=n) for n in (5, 9, 10))
+    {"query": q, "key": k, "value": v}[place][0, 3, 1, 7] = torch.nan
+    a = Attention(q, [k[:, :2], k[:, 2:]], [v[:, :2], v[:, 2:9]])
+    got = triton_int8_fp8.attend(a, torch.stack([int8.key_mean(x) for x in a.k]), 90)
+    want = int8_fp8.attention_int8_fp8.compute(a)
+    assert torch.equal(got.isnan(), want.isnan()) and bool(got.isnan().any()) and not bool(got.isnan().all())
+
+
 CASES: dict[str, Callable[[], None]] = {
     "int8-attention-codes": codes_of_tokens,
     "int8-attention": lambda: integers(32, (9, 0, 5), 7, torch.float32, 2**-6),
@@ -137,4 +189,12 @@ CASES: dict[str, Callable[[], None]] = {
     "stored-integers-nan-key": lambda: stored_that_are_not_finite("key"),
     "stored-integers-nan-mean": lambda: stored_that_are_not_finite("mean"),
     "stored-integers-nothing": stored_nothing,
+    "float8-values": lambda: float8_values(32, (9, 0, 70), 7, torch.float32),
+    "float8-values-odd-size": lambda: float8_values(18, (41,), 5, torch.float32),
+    "float8-values-wide": lambda: float8_values(70, (130, 3), 67, F16, 120),
+    "float8-values-codes": codes_of_values,
+    "float8-values-rounding": every_rounding,
+    "float8-values-nan-query": lambda: float8_that_is_not_finite("query"),
+    "float8-values-nan-key": lambda: float8_that_is_not_finite("key"),
+    "float8-values-nan-value": lambda: float8_that_is_not_finite("value"),
 }
