@@ -22,6 +22,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 SDPA = "torch SDPA"
 SAGE, FLASH3 = "SageAttention", "FlashAttention-3"
 PACKAGES = {SAGE: "sageattention", FLASH3: "flash_attn_interface"}
+IN_8_BITS = {"int8": 30.0, "int8_fp8": 25.0}
+"""Least signal-to-noise ratio of attentions in 8 bits on normal numbers, in decibels."""
 LEAST = {SAGE: 20.0, FLASH3: 35.0}
 
 
@@ -70,13 +72,28 @@ def run_attention(session: Session, sizes: Sizes) -> None:
         def run(attend: Attend) -> Callable[[], Any]:
             return lambda: attend(q, k, v)
 
-        def fused() -> Tensor:
-            return kernels.attention(q, *pieces).unflatten(-1, shape)
+        def fused(op: kernels.Op) -> Callable[[], Any]:
+            return lambda: op(q, *pieces).unflatten(-1, shape)
 
         entries = [
             Entry(SDPA, lambda: run(sdpa), "bfloat16"),
             Entry("torch SDPA, cuDNN", lambda: run(cudnn), "bfloat16"),
-            Entry("fxq::attention, cache and new keys", lambda: fused, "bfloat16", uses=("attention",)),
+            Entry(
+                "fxq::attention, cache and new keys",
+                lambda: fused(kernels.attention),
+                "bfloat16",
+                uses=("attention",),
+            ),
+            *(
+                Entry(
+                    f"fxq::{op.name}, cache and new keys",
+                    partial(fused, op),
+                    "int8",
+                    uses=(op.name,),
+                    bound=IN_8_BITS[scheme],
+                )
+                for scheme, op in kernels.ATTENTIONS.items()
+            ),
         ]
         for name, package in PACKAGES.items():
             entries.append(Entry(name, partial(_late, name, run), bound=LEAST[name], needs=package))

@@ -312,7 +312,7 @@ def _normal(b: AxisBuilder, node: fx.Node) -> None:
 
 Rule = Callable[[AxisBuilder, fx.Node], None]
 
-_IN_8_BITS: Mapping[object, Rule] = {op.definition: _pieces for op in kernels.ATTENTIONS.values()}
+_ATTEND: dict[object, Rule] = {op.definition: _pieces for op in (kernels.attention, *kernels.ATTENTIONS.values())}
 _RULES: Mapping[object, Rule] = {
     op: rule
     for rule, operators in (
@@ -346,6 +346,5 @@ _RULES: Mapping[object, Rule] = {
     kernels.quantize_act.definition: _quantize,
     kernels.dual_scale_linear.definition: _integer_linear,
     kernels.rms_norm_rope.definition: _rotate,
-    kernels.attention.definition: _pieces,
-    **_IN_8_BITS,
+    **_ATTEND,
 }
