@@ -75,7 +75,7 @@ def stored(q: Tensor, k: Tensor, v: Tensor, old: int) -> AttentionPacked:
     for kind, x in (("keys", k), ("values", v)):
         record, _ = codec.encode(x[:, :old], kind, {})  # type: ignore[arg-type]
         packed.append([record.tensors[field.name] for field in record.fields])
-    table = torch.zeros(old, q.shape[3] // 2)
+    table = torch.zeros(old, q.shape[3] // 2, device=q.device)
     text = codecs_text(codec, codec, integers=True)
     return AttentionPacked(q, [k[:, old:]], [v[:, old:]], packed[0], packed[1], table, table, text, old)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention8 import stored
 from benchmarks.gpu.problems import Sizes
 from benchmarks.gpu.session import Entry, Session
 from fxq import kernels
@@ -95,6 +96,17 @@ def run_attention(session: Session, sizes: Sizes) -> None:
                 for scheme, op in kernels.ATTENTIONS.items()
             ),
         ]
+        if keys > rows:
+            kept = stored(q, k, v, keys - rows)
+            entries.append(
+                Entry(
+                    "fxq::attention_packed, stored integers and new keys",
+                    lambda: lambda: kernels.attention_packed(*kept).unflatten(-1, shape),
+                    "int8",
+                    uses=("attention_packed",),
+                    bound=IN_8_BITS["int8"],
+                )
+            )
         for name, package in PACKAGES.items():
             entries.append(Entry(name, partial(_late, name, run), bound=LEAST[name], needs=package))
         flop = 4.0 * rows * keys * sizes.config.dim
