@@ -1,4 +1,4 @@
-"""Attention in 8-bit integers: what it costs the shipped model's W8A8 in error, and its time beside exact attention.
+"""Attention in 8 bits: what it costs the shipped model's W8A8 in error, and its time beside exact attention.
 
     OMP_NUM_THREADS=1 python -m benchmarks.attention8 --out benchmarks/results/attention8.json
 
@@ -43,25 +43,25 @@ SHAPES = ((12, 520, 1560, 128), (12, 1560, 4680, 128), (12, 1560, 18720, 128), (
 """Heads, queries, keys, head_dim: chunks of 480p and smaller ones of Wan 1.3B with caches of some lengths."""
 
 
-def errors(seeds: int, videos: int) -> dict[str, object]:
-    """Teacher-forced errors of W8A8 without and with attention in integers, their ratio, and what was chosen."""
+def errors(seeds: int, videos: int, scheme: str) -> dict[str, object]:
+    """Teacher-forced errors of W8A8 without and with attention in 8 bits, their ratio, and what was chosen."""
     model, without, with_, layers = load_tiny(), [], [], []
     for seed in range(1, seeds + 1):
         calibration = tiny_rollout(model, 16, seed=seed, unseen=False)[0]
         exact = dataclasses.replace(PRESETS["w8a8"], seed=seed)
         made = {
-            name: quantize(model, calibration, dataclasses.replace(exact, attention=scheme), progress=False)
-            for name, scheme in (("exact", None), ("int8", AttentionScheme()))
+            name: quantize(model, calibration, dataclasses.replace(exact, attention=attention), progress=False)
+            for name, attention in (("exact", None), (scheme, AttentionScheme(scheme=scheme)))
         }
         found = teacher_forced(tiny_rollout(model, videos, seed=100 + seed, unseen=True)[0], made)
         without += found["exact"].tolist()
-        with_ += found["int8"].tolist()
-        chosen = ChosenAttentions.of(Facts.of(made["int8"]).others)
+        with_ += found[scheme].tolist()
+        chosen = ChosenAttentions.of(Facts.of(made[scheme]).others)
         assert chosen is not None
         layers.append(chosen.to_json())
     growth = sum(with_) / sum(without)
     ratio = paired_ratio(torch.tensor(with_).numpy(), torch.tensor(without).numpy())
-    return {"exact": without, "int8": with_, "growth": growth, "paired_ratio": ratio, "chosen": layers}
+    return {"exact": without, scheme: with_, "growth": growth, "paired_ratio": ratio, "chosen": layers}
 
 
 def whole_videos(videos: int) -> dict[str, object]:
@@ -106,7 +106,7 @@ def stored(q: Tensor, k: Tensor, v: Tensor, old: int) -> AttentionPacked:
     for kind, x in (("keys", k), ("values", v)):
         record, _ = codec.encode(x[:, :old], kind, {})  # type: ignore[arg-type]
         packed.append([record.tensors[field.name] for field in record.fields])
-    table = torch.zeros(old, q.shape[3] // 2)
+    table = torch.zeros(old, q.shape[3] // 2, device=q.device)
     text = codecs_text(codec, codec, integers=True)
     return AttentionPacked(q, [k[:, old:]], [v[:, old:]], packed[0], packed[1], table, table, text, old)
 
@@ -144,17 +144,21 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--videos", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of the times; 0: they are not measured")
+    parser.add_argument(
+        "--scheme", choices=sorted(kernels.ATTENTIONS), default="int8", help="whose errors are measured"
+    )
     args = parser.parse_args()
-    kernel = kernels.used("attention_int8", "cpu")
-    result: dict[str, object] = {"kernel": kernel}
-    if args.rounds:
-        result["speeds"] = speeds(args.rounds)
+    kernel = kernels.used(kernels.ATTENTIONS[args.scheme].name, "cpu")
+    result: dict[str, object] = {"kernel": kernel, "speeds": speeds(args.rounds) if args.rounds else []}
     if args.seeds:
-        found = errors(args.seeds, args.videos)
+        found = errors(args.seeds, args.videos, args.scheme)
         result["errors"] = found
-        result["whole_videos"] = whole_videos(args.videos)
-        print(f"{kernel}: error with int8 attention / without: {found['growth']}, paired {found['paired_ratio']}")
+        print(
+            f"{kernel}: error with {args.scheme} attention / without: {found['growth']}, paired {found['paired_ratio']}"
+        )
+        if args.scheme == "int8":
+            result["whole_videos"] = whole_videos(args.videos)
     write(args.out, result)
 
 

@@ -33,7 +33,7 @@ from fxq.cache.named import codecs_text
 from fxq.environment import environment
 from fxq.kernels import attention, attention_packed, native
 from fxq.kernels.arguments import AttentionPacked
-from fxq.kernels.attention.sides import Reader
+from fxq.kernels.attention.encoded.sides import Reader
 from fxq.kernels.attention.spans import coefficients, parts
 from fxq.models.wan_rotary import WanRotary
 

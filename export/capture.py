@@ -67,8 +67,8 @@ CACHE = frozenset(op.definition for op in (kernels.attention_packed, kernels.att
 """Operators that read an encoded or absorbed cache: there are no operators of torch for them."""
 
 
-INTEGERS = frozenset({kernels.attention_int8.definition})
-"""Attention in integers: there is no operator of torch for it either."""
+INTEGERS = frozenset(op.definition for op in kernels.ATTENTIONS.values())
+"""Attention in 8 bits: there is no operator of torch for it either."""
 
 
 def lower(

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fxq import kernels
 from fxq.cache.codecs.klt import FIT_TOKENS
 from fxq.cache.policy import CachePolicy
 from fxq.cache.settings import policy_to_json
@@ -112,7 +113,8 @@ class Job:
         leaders = {site.layer: first.layer for first, *others in groups for site in others}
         all_rows = recipe.all_rows and any(isinstance(method, SolvingMethod) for method in recipe.methods)
         collector = Collector(recipe.rows_per_call, recipe.max_rows, recipe.seed, leaders, self.folder, all_rows)
-        collector.attention = None if recipe.attention is None else AttentionErrors()
+        if recipe.attention is not None:
+            collector.attention = AttentionErrors(kernels.ATTENTIONS[recipe.attention.scheme])
         with self.bar.step(f"{self.label}calibrate") as on_progress:
             gradients = recipe.chunk_weighting is Weighting.GRADIENT
             data = calibrate(graph, loader, forward_loop, collector, on_progress, self.workers, gradients)

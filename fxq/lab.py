@@ -111,7 +111,7 @@ class Lab:
         layers = frozenset(layer for layer, (plan, _) in planned(graph.module).items() if plan.scheme is not None)
         gradients = recipe.chunk_weighting is Weighting.GRADIENT
         rewritten = tuple(repr(step) for step in recipe.transforms if step.needs < Stage.CALIBRATED)
-        attention = recipe.attention is not None
+        attention = recipe.attention and recipe.attention.scheme
         sample = recipe.share_inputs, recipe.rows_per_call, recipe.max_rows, recipe.all_rows
         key = layers, sample, gradients, rewritten, attention
         if key not in self._collected:

@@ -3,13 +3,16 @@
 Nothing here knows layers, graphs or recipes: numerics is all it imports of fxq.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from fxq.kernels import native
 from fxq.kernels.attention.absorb import absorb
-from fxq.kernels.attention.int8 import attention_int8
+from fxq.kernels.attention.eight_bits.int8 import attention_int8
+from fxq.kernels.attention.eight_bits.int8_fp8 import IN_16_BITS, attention_int8_fp8
+from fxq.kernels.attention.encoded.packed import attention_packed
 from fxq.kernels.attention.op import attention
-from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
@@ -42,6 +45,7 @@ OPS: tuple[Op, ...] = (
     absorb,
     attention_weighted,
     attention_int8,
+    attention_int8_fp8,
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_fp8_per_token,
@@ -51,21 +55,26 @@ OPS: tuple[Op, ...] = (
     dual_scale_linear_per_token,
 )
 
+ATTENTIONS: Mapping[str, Op] = {"int8": attention_int8, "int8_fp8": attention_int8_fp8}
+"""Scheme of a recipe -> the operator in 8 bits that takes the place of ``attention``, with the same arguments."""
+
 FLOAT8: tuple[Op, ...] = (
     quantize_fp8,
     dual_scale_linear_fp8,
     quantize_fp8_per_token,
     dual_scale_linear_fp8_per_token,
 )
-"""Those on float8, which GPUs have from sm_89 on."""
+"""Those that need float8, which GPUs have from sm_89 on."""
 
 __all__ = [
+    "ATTENTIONS",
     "FLOAT8",
     "OPS",
     "Op",
     "absorb",
     "attention",
     "attention_int8",
+    "attention_int8_fp8",
     "attention_packed",
     "attention_weighted",
     "dual_scale_linear",
@@ -96,7 +105,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
     Returns:
         "triton", one of the native kernels ("native amx", "native", "native vnni", "native avx_vnni", "native avx2",
         "native i8mm", "native dotprod"), "int_mm", "float32" (a product of integers in floats, exact), "sdpa", "eager",
-        "reference in float32" (of float8 on a CPU), "none" (of float8 on a GPU older than sm_89), or "reference" where
+        "reference in float32" (of float8 on a CPU), "none" (of float8 on a GPU older than sm_89), "triton, values in 16
+        bits" (of ``attention_int8_fp8`` on such a GPU), or "reference" where
         nothing faster is bound.
 
     Raises:
@@ -108,6 +118,8 @@ def used(op_name: str, device: str, weight: Tensor | None = None) -> str:
         if op.name == name:
             if op in FLOAT8 and fp8.unusable(device):
                 return "none"
+            if op is attention_int8_fp8 and op.used(kind) == "triton" and fp8.unusable(device):
+                return IN_16_BITS
             panels = weight is not None and weight.ndim == 4
             return native.name() if kind == "cpu" and panels and native.ready() else op.used(kind)
     raise ValueError(f"no operator {op_name!r}: expected one of {', '.join(op.name for op in OPS)}")

@@ -117,7 +117,7 @@ class Attention(NamedTuple):
 
 
 class AttentionPacked(NamedTuple):
-    """Arguments of :func:`fxq.kernels.attention.packed.attention_packed`.
+    """Arguments of :func:`fxq.kernels.attention.encoded.packed.attention_packed`.
 
     Attributes:
         q: as in :class:`Attention`.

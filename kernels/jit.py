@@ -31,8 +31,8 @@ else:  # the compiler resolves the annotations of a kernel and accepts Triton's 
     constexpr = tl.constexpr
 
 
-def constant(value: int) -> Any:
-    """A number that kernels may read as a global."""
+def constant(value: float | str) -> Any:
+    """A number or a text that kernels may read as a global."""
     return value if triton is None else tl.constexpr(value)
 
 

@@ -20,6 +20,7 @@ from fxq.calls.captured import convention
 from fxq.core.facts import Facts
 from fxq.core.graph import arguments
 from fxq.core.ir import QuantGraph, Stage, inherit_meta, put_tensor
+from fxq.core.method import STORED
 from fxq.core.pipeline import PassError, Rewrite, run_passes
 from fxq.core.signature import guard_inputs
 from fxq.kernels.attention.codecs import codecs_of
@@ -30,7 +31,7 @@ from fxq.passes.match.inputs import Maker, Part, Size, set_inputs
 from fxq.passes.match.patterns import ATEN, Unfit, is_call, same, shape_of, value_of
 
 _SDPA, _ATTENTION = ATEN.scaled_dot_product_attention.default, kernels.attention.definition
-_INTEGERS = kernels.attention_int8.definition
+_INTEGERS = kernels.ATTENTIONS[STORED].definition
 
 
 class Layer(NamedTuple):
@@ -153,6 +154,11 @@ def check_readable(graph: QuantGraph, layers: Sequence[object], integers: bool =
     Raises:
         Unfit: with what would do.
     """
+    if patterns.calls(graph, *(op.definition for op in kernels.ATTENTIONS.values() if op.definition != _INTEGERS)):
+        raise Unfit(
+            "its attentions multiply values in float8 and read them as they are; quantize with attention = 'int8' and "
+            "codec int8_attention, or without attention in the recipe"
+        )
     packed = patterns.calls(graph, kernels.attention_packed.definition)
     coded = [node for node in packed if any(c is not None and c.integers for c in codecs_of(arguments(node)["codec"]))]
     if (patterns.calls(graph, _INTEGERS) or coded) and not integers:

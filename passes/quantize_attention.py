@@ -1,4 +1,4 @@
-"""Rewrite: attentions whose measured error allows it multiply 8-bit integers."""
+"""Rewrite: attentions whose measured error allows it multiply in 8 bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _SDPA = ATEN.scaled_dot_product_attention.default
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeAttention(Rewrite):
-    """``scaled_dot_product_attention`` becomes ``fxq::attention_int8`` where a scheme says so.
+    """``scaled_dot_product_attention`` becomes the operator of a scheme where that says so.
+
+    As ``fxq::attention_int8``: :data:`fxq.kernels.ATTENTIONS`.
 
     Keys and values are read piece by piece, as by :class:`~fxq.passes.FuseAttention`. What became of each, with its
     error and the reason why it is exact, is written to ``graph.found["attention"]``.
@@ -46,7 +48,7 @@ class QuantizeAttention(Rewrite):
             reason = self._why_exact(chosen)
             try:
                 if not reason:
-                    fuse_attention.fused(graph, node, kernels.attention_int8)
+                    fuse_attention.fused(graph, node, kernels.ATTENTIONS[self.scheme.scheme])
             except Unfit as unfit:
                 reason = str(unfit)
             layers.append(dataclasses.replace(chosen, reason=reason))

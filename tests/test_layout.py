@@ -193,7 +193,7 @@ TESTED_ELSEWHERE = {
     "export/test_onnx.py": "export.capture models.runtime",
     "kernels/gemm/test_activations.py": "kernels.gemm.epilogues",
     "kernels/attention/test_stored_integers.py": "kernels.native.coded",
-    "kernels/attention/test_sides.py": "kernels.native.unpack",
+    "kernels/attention/encoded/test_sides.py": "kernels.native.unpack",
     "kernels/test_launches.py": "kernels.device",
     "kernels/test_native.py": "kernels.gemm.panels",
     "kernels/test_ops.py": "kernels.arguments kernels.arguments_fp8 kernels.op kernels.rows kernels.*.op"

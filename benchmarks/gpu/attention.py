@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention8 import stored
 from benchmarks.gpu.problems import Sizes
 from benchmarks.gpu.session import Entry, Session
 from fxq import kernels
@@ -22,6 +23,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 SDPA = "torch SDPA"
 SAGE, FLASH3 = "SageAttention", "FlashAttention-3"
 PACKAGES = {SAGE: "sageattention", FLASH3: "flash_attn_interface"}
+IN_8_BITS = {"int8": 30.0, "int8_fp8": 25.0}
+"""Least signal-to-noise ratio of attentions in 8 bits on normal numbers, in decibels."""
 LEAST = {SAGE: 20.0, FLASH3: 35.0}
 
 
@@ -70,14 +73,40 @@ def run_attention(session: Session, sizes: Sizes) -> None:
         def run(attend: Attend) -> Callable[[], Any]:
             return lambda: attend(q, k, v)
 
-        def fused() -> Tensor:
-            return kernels.attention(q, *pieces).unflatten(-1, shape)
+        def fused(op: kernels.Op) -> Callable[[], Any]:
+            return lambda: op(q, *pieces).unflatten(-1, shape)
 
         entries = [
             Entry(SDPA, lambda: run(sdpa), "bfloat16"),
             Entry("torch SDPA, cuDNN", lambda: run(cudnn), "bfloat16"),
-            Entry("fxq::attention, cache and new keys", lambda: fused, "bfloat16", uses=("attention",)),
+            Entry(
+                "fxq::attention, cache and new keys",
+                lambda: fused(kernels.attention),
+                "bfloat16",
+                uses=("attention",),
+            ),
+            *(
+                Entry(
+                    f"fxq::{op.name}, cache and new keys",
+                    partial(fused, op),
+                    "int8",
+                    uses=(op.name,),
+                    bound=IN_8_BITS[scheme],
+                )
+                for scheme, op in kernels.ATTENTIONS.items()
+            ),
         ]
+        if keys > rows:
+            kept = stored(q, k, v, keys - rows)
+            entries.append(
+                Entry(
+                    "fxq::attention_packed, stored integers and new keys",
+                    lambda: lambda: kernels.attention_packed(*kept).unflatten(-1, shape),
+                    "int8",
+                    uses=("attention_packed",),
+                    bound=IN_8_BITS["int8"],
+                )
+            )
         for name, package in PACKAGES.items():
             entries.append(Entry(name, partial(_late, name, run), bound=LEAST[name], needs=package))
         flop = 4.0 * rows * keys * sizes.config.dim

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.gpu.problems import Layer, Sizes, wan_layers
 from benchmarks.gpu.session import Session
-from fxq.cache.codecs import PRESETS, Klt, Prq
+from fxq.cache.codecs import PRESETS, Int8Attention, Klt, Prq
 from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.named import codecs_text
 from fxq.kernels import OPS, Op, quantize_act, rms_norm_rope
@@ -110,8 +110,10 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
         "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
         "attention": [(head, [head, head], [head, head])],
         "attention_int8": [(head, [head, head], [head, head])],
+        "attention_int8_fp8": [(head, [head, head], [head, head])],
         "attention_packed": [
-            _packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Prq(1, 16, block=16), Klt(1.0))
+            *(_packed(head, codec, cos, sin) for codec in (PRESETS["int8"], Prq(1, 16, block=16), Klt(1.0))),
+            _packed(head, Int8Attention(), cos, sin, integers=True),
         ],
         "attention_weighted": [(head, [head, head], [head, head], *few, torch.rand(1, 16, heads, device=device) * 9)],
         "absorb": [(x, torch.randn(1, heads, dim // heads, dim // heads, device=device) / dim)],
@@ -136,12 +138,12 @@ def _token_scales(rows: int, groups: int, device: str) -> tuple[Tensor, Tensor]:
     return scales, torch.cat((scales, torch.randint(-128, 128, scales.shape, device=device).float()), dim=1)
 
 
-def _packed(head: Tensor, codec: Codec, cos: Tensor, sin: Tensor) -> Sequence[Any]:
+def _packed(head: Tensor, codec: Codec, cos: Tensor, sin: Tensor, integers: bool = False) -> Sequence[Any]:
     """Attention to one encoded span of the tokens and to the tokens themselves."""
     kinds: tuple[Kind, ...] = ("keys", "values")
     records = [codec.encode(head, kind, {})[0] for kind in kinds]
     stored = [[record.tensors[field.name] for field in record.fields] for record in records]
-    return (head, [head], [head], *stored, cos, sin, codecs_text(codec, codec), head.shape[1])
+    return (head, [head], [head], *stored, cos, sin, codecs_text(codec, codec, integers), head.shape[1])
 
 
 def check_op(op: Op, sizes: Sizes, device: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+from fxq import kernels
 from fxq.runtime.messages import first_line
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot", "addmv", "addbmm", "convolution", "linear"})
@@ -27,6 +28,7 @@ _AXES = frozenset(
     | {"select_scatter", "slice_scatter", "diagonal_scatter"}
 )
 """Operators that take any axis of a tensor without data."""
+_ATTENTIONS = frozenset({"attention_packed", "attention_weighted", *(op.name for op in kernels.ATTENTIONS.values())})
 _PARTS = {
     "slice_scatter": torch.ops.aten.slice.Tensor,
     "select_scatter": torch.ops.aten.select.int,
@@ -145,7 +147,7 @@ def work_of(name: str, read: Sequence[Tensor], made: Sequence[Tensor]) -> int:
         return passes + 2 * math.prod(read[0].shape) * read[1].shape[-2]
     if kind == "absorb" and len(read) > 1:
         return passes + out * read[1].shape[-1]
-    if kind in ("attention_packed", "attention_weighted", "attention_int8"):
+    if kind in _ATTENTIONS:
         tokens = [t.shape[1] if t.ndim > 2 else t.shape[0] for t in read[1:] if t.ndim > 1]
         return passes + 2 * math.prod(read[0].shape) * sum(tokens)
     if kind.startswith(("linalg_", "chain")) and read[0].ndim > 1:

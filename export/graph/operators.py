@@ -99,7 +99,7 @@ _KERNELS: tuple[kernels.Op, ...] = (
     kernels.attention_packed,
     kernels.absorb,
     kernels.attention_weighted,
-    kernels.attention_int8,
+    *kernels.ATTENTIONS.values(),
 )
 
 

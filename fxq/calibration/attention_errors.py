@@ -1,4 +1,4 @@
-"""What attention in integers would change, measured on the calls of calibration."""
+"""What attention in 8 bits would change, measured on the calls of calibration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq.core.graph import arguments
-from fxq.kernels import attention_int8
+from fxq.kernels import Op, attention_int8
 from fxq.runtime.workers import Workers
 
 ROWS = 256
@@ -16,9 +16,14 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 class AttentionErrors:
-    """Squared errors of ``fxq::attention_int8`` beside the squares of exact attention, by node of the graph."""
+    """Squared errors of attention in 8 bits beside the squares of exact attention, by node of the graph.
 
-    def __init__(self) -> None:
+    Args:
+        op: that takes the place of exact attention.
+    """
+
+    def __init__(self, op: Op = attention_int8) -> None:
+        self.op = op
         self._sums: dict[str, Tensor] = {}
 
     def add(self, node: fx.Node, query: Tensor, key: Tensor, value: Tensor, result: Tensor) -> None:
@@ -35,11 +40,11 @@ class AttentionErrors:
             return
         step = -(-query.shape[2] // ROWS)
         q, k, v = (x.detach().transpose(1, 2) for x in (query[:, :, ::step], key, value))
-        if attention_int8.supports(q, [k], [v]):
+        if self.op.supports(q, [k], [v]):
             return
         want = result.detach()[:, :, ::step].transpose(1, 2).flatten(2).double()
         with torch.no_grad():
-            got = attention_int8(q, [k], [v]).double()
+            got = self.op(q, [k], [v]).double()
         sums = torch.stack([(got - want).square().sum(), want.square().sum()]).cpu()
         self._sums[node.name] = self._sums.get(node.name, torch.zeros_like(sums)) + sums
 

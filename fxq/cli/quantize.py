@@ -93,7 +93,7 @@ MaxErrorOption = Annotated[
 ]
 AttentionOption = Annotated[
     str | None,
-    typer.Option(help="'int8': attentions multiply 8-bit integers where calibration shows that they can."),
+    typer.Option(help="'int8' or 'int8_fp8': attentions multiply in 8 bits where calibration shows that they can."),
 ]
 SaveRecipeOption = Annotated[
     pathlib.Path | None,

@@ -202,8 +202,9 @@ class Recipe:
         for name, kind in (("cache", CachePolicy), ("budget", Budget), ("attention", AttentionScheme)):
             if (given := getattr(self, name)) is not None and not isinstance(given, kind):
                 raise RecipeError(f"{name} is {type(given).__name__}, expected {kind.__name__} or None")
-        if self.attention is not None and self.cache is not None:
-            self.attention.check_cache((self.cache.packs and not self.cache.integers) or self.cache.absorb is not None)
+        absorbs = self.cache is not None and self.cache.absorb is not None
+        if self.attention is not None and self.cache is not None and (self.cache.packs or absorbs):
+            self.attention.check_cache(self.cache.integers and not absorbs)
         method.check_methods(self.methods)
         check_transforms(self.transforms, self.budget)
         for rule in self.rules:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor
 
-from fxq import numerics
+from fxq import kernels, numerics
 from fxq.core.rows import Moments, RowSums
 from fxq.kernels import float8
 
@@ -142,25 +142,26 @@ class Scheme:
         return self.label + measured if self.per_token else self.label
 
 
-ATTENTION_SCHEMES = ("int8",)
+STORED = "int8"
+"""The scheme of attention whose codes a cache may store, by codec int8_attention."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionScheme:
-    """Attentions whose products are of integers, where calibration shows that they can be.
+    """Attentions whose products are of 8 bits, where calibration shows that they can be.
 
-    ``scheme`` is ``int8``: ``fxq::attention_int8``. An attention gets it when its relative error, root mean square over
-    the calibration calls with exact inputs, is at most ``max_error``; those whose place matches a glob of
-    ``keep`` stay exact whatever their error.
+    ``scheme`` is a name of :data:`fxq.kernels.ATTENTIONS`. An attention gets its operator when its relative error, root
+    mean square over the calibration calls with exact inputs, is at most ``max_error``; those whose place matches a glob
+    of ``keep`` stay exact whatever their error.
     """
 
-    scheme: str = ATTENTION_SCHEMES[0]
+    scheme: str = STORED
     max_error: float = 0.05
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.scheme not in ATTENTION_SCHEMES:
-            raise RecipeError(f"attention: scheme {self.scheme!r}: expected {', '.join(ATTENTION_SCHEMES)}")
+        if self.scheme not in kernels.ATTENTIONS:
+            raise RecipeError(f"attention: scheme {self.scheme!r}: expected {', '.join(kernels.ATTENTIONS)}")
         if not 0 < self.max_error < math.inf:
             raise RecipeError(f"attention: max_error = {self.max_error}: expected a finite number above 0")
 
@@ -168,18 +169,21 @@ class AttentionScheme:
         """Whether a module's attention stays exact because the recipe says so."""
         return any(fnmatch.fnmatchcase(place, pattern) for pattern in self.keep)
 
-    def check_cache(self, encoded: bool) -> None:
-        """Refuse a cache that is absorbed, or encoded in another form than the integers that attention multiplies.
+    def check_cache(self, integers: bool) -> None:
+        """Refuse a cache that is absorbed or encoded, but for the ``integers`` that attention multiplies.
 
         Raises:
             RecipeError: naming both.
         """
-        if encoded:
-            raise RecipeError(
-                f"attention = {self.scheme!r} with a cache that is encoded or absorbed: attention in integers reads "
-                "keys and values as they are, or as codec int8_attention stores both; leave out one of the two, or the "
-                "codecs of the cache"
-            )
+        reads = "attention in integers reads keys and values as they are, or as codec int8_attention stores both"
+        if self.scheme != STORED:
+            reads = f"no codec stores what it multiplies, but for attention = {STORED!r} int8_attention does"
+        elif integers:
+            return
+        raise RecipeError(
+            f"attention = {self.scheme!r} with a cache that is encoded or absorbed: {reads}; leave out one of the two, "
+            "or the codecs of the cache"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)

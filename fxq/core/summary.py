@@ -214,11 +214,10 @@ def _attention_kernel(module: fx.GraphModule) -> str:
     """Name of what runs attentions in integers where the module lies, or ""."""
     tensors = (*module.parameters(), *module.buffers())
     device = tensors[0].device.type if tensors else "cpu"
-    for op in (kernels.attention_int8, kernels.attention_packed):
+    for op in (*kernels.ATTENTIONS.values(), kernels.attention_packed):
         nodes = module.graph.find_nodes(op="call_function", target=op.definition)
         if op is kernels.attention_packed:
             nodes = [node for node in nodes if any(c and c.integers for c in codecs_of(arguments(node)["codec"]))]
         if nodes:
-            stored = op is kernels.attention_packed and device != "cpu"
-            return "reference" if stored else kernels.used("attention_int8", device)
+            return kernels.used("attention_int8" if op is kernels.attention_packed else op.name, device)
     return ""

@@ -17,6 +17,7 @@ from fxq import kernels, plugins
 from fxq.export.interop import OTHER_TARGETS, TARGETS
 from fxq.kernels import native
 from fxq.kernels.arguments import Operands
+from fxq.kernels.attention.eight_bits.int8_fp8 import IN_16_BITS
 from fxq.kernels.gemm import fp8
 from fxq.kernels.gemm.op import IN_FLOAT, in_float_note, plain_weight
 from fxq.kernels.gemm.panels import pack_panels
@@ -187,7 +188,7 @@ def _unusable(op: Op, device: str) -> str:
         return ""
     capability = torch.cuda.get_device_capability(device)
     needs = OLDEST_FP8 if op in kernels.FLOAT8 else OLDEST_INT8
-    if kernels.used(op.name, device) in ("triton", "none") and capability < needs:
+    if kernels.used(op.name, device).startswith(("triton", "none")) and capability < needs:
         return f"needs {arch_name(needs)}, this GPU is {arch_name(capability)}"
     return ""
 
@@ -197,6 +198,8 @@ def why_slow(op: Op, device: str) -> str:
     kernel = kernels.used(op.name, device)
     if kernel in ("triton", native.name()):
         return ""
+    if kernel == IN_16_BITS:
+        return "this GPU has no FP8 products"
     if device != "cpu":
         return no_triton() or "torch's own kernels serve it"
     if _is_linear(op):

@@ -190,7 +190,7 @@ def launch(
 
 
 def attend(a: AttentionPacked) -> Tensor:
-    """As :func:`fxq.kernels.attention.packed.attention_packed`, for heads of at most MOST_SIZE channels."""
+    """As :func:`fxq.kernels.attention.encoded.packed.attention_packed`, for heads of at most MOST_SIZE channels."""
     if not a.q.numel():
         return a.q.new_empty((*a.q.shape[:2], a.q.shape[2] * a.q.shape[3]))
     state, first, plain = State.empty(a.q), True, Numbers()

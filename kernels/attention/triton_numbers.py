@@ -71,7 +71,7 @@ def stored(form: Numbers | Blocks, tensors: Mapping[str, Tensor], span: int, fir
         span: tokens of a span.
         first: number of tokens to leave out.
     """
-    x = _inner(tensors["x" if isinstance(form, Numbers) else "codes"], 2)
+    x = as_it_lies(tensors["x" if isinstance(form, Numbers) else "codes"])
     batch, _, heads, size = x.shape
     scale, zero, ids, centroids = (tensors.get(name) for name in ("scale", "zero", "ids", "centroids"))
     if isinstance(form, Numbers):
@@ -81,13 +81,13 @@ def stored(form: Numbers | Blocks, tensors: Mapping[str, Tensor], span: int, fir
         blocks = form
         lead = 1 if form.tokens == 1 else 2  # groups of tokens lie in an axis behind the spans
         scale, zero = (None if t is None else t.flatten(1, lead) for t in (scale, zero))
-    parts = [None if t is None else _inner(t, 2) for t in (scale, zero, ids, centroids)]
+    parts = [None if t is None else as_it_lies(t) for t in (scale, zero, ids, centroids)]
     strides = [0 if t is None else t.stride(0) for t in (x, *parts)]
     row = 0 if ids is None else ids.shape[2]
     return Stored._make((x, *parts, *strides[:4], row, strides[4], first, span, *map(constant, blocks)))
 
 
-def _inner(x: Tensor, axes: int) -> Tensor:
+def as_it_lies(x: Tensor) -> Tensor:
     """The tensor [B, rows, ...], float8 as bytes, with all axes but the batch contiguous; a copy where they are not."""
     x = x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
     return x if x[:1].is_contiguous() else x.contiguous()

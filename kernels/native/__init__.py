@@ -302,7 +302,7 @@ def attention_lse(a: Attention) -> tuple[Tensor, Tensor]:
 
 
 def attention_int8(a: Attention, means: Tensor, out: Tensor, coded: Sequence[Coded] = ()) -> Tensor:
-    """``out`` float32 or bfloat16 [B, S, heads * head_dim]; see :func:`fxq.kernels.attention.int8.attention_int8`.
+    """``out`` float32 or bfloat16 [B, S, heads * head_dim]; as ``fxq::attention_int8`` says.
 
     Args:
         a: queries, and pieces of keys and values.

@@ -1,6 +1,6 @@
-// Attention whose products are of integers, as fxq/kernels/attention/int8.py defines it: codes of queries and keys with a
-// scale for every token, weights of 0..32767 relative to the largest of a block of keys, codes of values with a scale for
-// every channel of a block.
+// Attention whose products are of integers, as fxq/kernels/attention/eight_bits/int8.py defines it: codes of queries and
+// keys with a scale for every token, weights of 0..32767 relative to the largest of a block of keys, codes of values with
+// a scale for every channel of a block.
 //
 // Per batch and head each block of a piece is quantized once into the panels that the tile reads. Blocks of queries then
 // run over them: scores, one pass for the maximum and one for the weights, and a product whose int32 sums are added to

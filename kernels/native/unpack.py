@@ -1,7 +1,7 @@
 """Encoded keys and values in the native kernels: bit planes written, spans made dense or decoded inside attention.
 
 The fields of a side, and what they mean, are those of ``struct Side`` in ``calls.h``. Nothing here checks that a side's
-tensors hold what its fields say: who makes sides does (:mod:`fxq.kernels.attention.sides`).
+tensors hold what its fields say: who makes sides does (:mod:`fxq.kernels.attention.encoded.sides`).
 """
 
 from __future__ import annotations

@@ -312,6 +312,7 @@ def _normal(b: AxisBuilder, node: fx.Node) -> None:
 
 Rule = Callable[[AxisBuilder, fx.Node], None]
 
+_ATTEND: dict[object, Rule] = {op.definition: _pieces for op in (kernels.attention, *kernels.ATTENTIONS.values())}
 _RULES: Mapping[object, Rule] = {
     op: rule
     for rule, operators in (
@@ -344,7 +345,6 @@ _RULES: Mapping[object, Rule] = {
     operator.getitem: _getitem,
     kernels.quantize_act.definition: _quantize,
     kernels.dual_scale_linear.definition: _integer_linear,
-    kernels.attention.definition: _pieces,
-    kernels.attention_int8.definition: _pieces,
     kernels.rms_norm_rope.definition: _rotate,
+    **_ATTEND,
 }

@@ -36,6 +36,7 @@ class AttentionSize:
         head_dim: channels of a head.
         dtype: of queries, keys and values.
         device: where it runs, as "cpu".
+        scheme: of the attention in 8 bits.
     """
 
     queries: int
@@ -45,6 +46,7 @@ class AttentionSize:
     head_dim: int
     dtype: torch.dtype
     device: str
+    scheme: str = "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class ExactWhereFaster(Fusion):
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of attentions that become exact."""
-        nodes = patterns.calls(graph, kernels.attention_int8.definition)
+        nodes = patterns.calls(graph, *(op.definition for op in kernels.ATTENTIONS.values()))
         reasons: dict[int, str] = {}
         tensors = (*graph.module.parameters(), *graph.module.buffers())
         device = str(tensors[0].device) if tensors else "cpu"
@@ -84,7 +86,7 @@ def _judged(node: fx.Node, device: str, least: float) -> tuple[bool, str]:
     """Whether the exact attention wins, and the two times, or why there are none."""
     named = arguments(node)
     try:
-        size = _size(named["q"], named["k"], device)
+        size = _size(named["q"], named["k"], device, _scheme(node))
     except ValueError:
         return False, _UNKNOWN
     try:
@@ -97,7 +99,11 @@ def _judged(node: fx.Node, device: str, least: float) -> tuple[bool, str]:
     return wins, times if wins else f"attention in 8 bits: {times}"
 
 
-def _size(q: fx.Node, k: Sequence[fx.Node], device: str) -> AttentionSize:
+def _scheme(node: fx.Node) -> str:
+    return next(scheme for scheme, op in kernels.ATTENTIONS.items() if op.definition == node.target)
+
+
+def _size(q: fx.Node, k: Sequence[fx.Node], device: str, scheme: str) -> AttentionSize:
     """The size that is measured for a call.
 
     Raises:
@@ -114,6 +120,7 @@ def _size(q: fx.Node, k: Sequence[fx.Node], device: str) -> AttentionSize:
         head_dim=head_dim,
         dtype=value.dtype,
         device=device,
+        scheme=scheme,
     )
 
 
@@ -135,7 +142,7 @@ def attention_seconds(size: AttentionSize) -> Times:
     newest = size.keys // 4 if size.pieces > 1 else 0
     lengths = [size.keys - newest, newest] if newest else [size.keys]
     q, k, v = normal(size.queries), [normal(n) for n in lengths], [normal(n) for n in lengths]
-    calls = [lambda: kernels.attention_int8(q, k, v), lambda: kernels.attention(q, k, v)]
+    calls = [lambda: kernels.ATTENTIONS[size.scheme](q, k, v), lambda: kernels.attention(q, k, v)]
     integers, exact = seconds_in_turns(calls, size.device)
     return integers, exact
 

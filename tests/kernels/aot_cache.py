@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 
-from fxq.kernels.attention import triton_int8, triton_pack, triton_planes
+from fxq.kernels.attention import triton_pack, triton_planes
+from fxq.kernels.attention.eight_bits import int8, triton_int8, triton_int8_fp8
+from fxq.kernels.attention.encoded import triton_stored
 from fxq.kernels.attention.triton import attention_part_kernel, tile_of
 from fxq.kernels.attention.triton_numbers import Stored
 from fxq.kernels.cluster import triton as clusters
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+FLOAT8 = ("sm_89", "sm_90", "sm_100", "sm_120")
 
 SIDES: dict[str, dict[str, object]] = {
     "dense": {"x": "*bf16"},
@@ -56,6 +60,45 @@ def integers(dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
     constants = {"SIZE": 128, "D": 128, "FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
     options = {"warps": tile.warps, "stages": tile.stages, "targets": TARGETS}
     return {"kernel": triton_int8.attention_int8_kernel, "types": types, "constants": constants, **options}
+
+
+def stored_integers(arch: int, dtype: str = "bf16", first: bool = False) -> dict[str, Any]:
+    """Arguments of a case of attention to stored integers, heads of 128, by an architecture."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    tile = triton_stored.tile_of(kind, arch)
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*i8")
+    floats = ("q_scale_ptr", "bias_ptr", "k_scale_ptr", "v_scale_ptr", "out_ptr", "lse_ptr")
+    constants = {"SIZE": 128, "D": 128, "VALUES": int8.VALUE_BLOCK, "TYPE": triton_stored.type_of(kind)}
+    constants |= {"FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    targets = tuple(t for t in TARGETS if triton_stored.tile_of(kind, int(t[3:])) == tile)
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": targets}
+    kernel = triton_stored.attention_stored_kernel
+    return {"kernel": kernel, "types": types | dict.fromkeys(floats, "*fp32"), "constants": constants, **options}
+
+
+def float8_values(arch: int, first: bool = False) -> dict[str, Any]:
+    """Arguments of a case of attention with float8 weights and values, heads of 128, by an architecture."""
+    tile = triton_int8_fp8.tile_of(arch)
+    types = {"q_ptr": "*i8", "k_ptr": "*i8", "v_ptr": "*fp8e4nv"}
+    floats = ("q_scale_ptr", "bias_ptr", "k_scale_ptr", "v_scale_ptr", "out_ptr", "lse_ptr")
+    constants = {"SIZE": 128, "D": 128, "FIRST": first, "BLOCK_M": tile.rows, "BLOCK_N": tile.keys}
+    targets = tuple(t for t in FLOAT8 if triton_int8_fp8.tile_of(int(t[3:])) == tile)
+    options = {"warps": tile.warps, "stages": tile.stages, "targets": targets}
+    kernel = triton_int8_fp8.attention_int8_fp8_kernel
+    return {"kernel": kernel, "types": types | dict.fromkeys(floats, "*fp32"), "constants": constants, **options}
+
+
+def codes_of_values(dtype: str) -> dict[str, Any]:
+    """Arguments of a case of the float8 codes of values, heads of 128."""
+    types = {"v_ptr": f"*{dtype}", "scale_ptr": "*fp32", "code_ptr": "*fp8e4nv"}
+    constants = {"SIZE": 128, "D": 128, "BLOCK": triton_int8_fp8.KEYS}
+    return {
+        **_of(triton_int8_fp8.values_kernel, types),
+        "constants": constants,
+        "warps": 4,
+        "stages": 3,
+        "targets": FLOAT8,
+    }
 
 
 def codes(dtype: str, mean: bool) -> dict[str, Any]:
@@ -104,6 +147,15 @@ CASES = {f"attention-part-{name}": attention(name, first=name == "dense") for na
 CASES |= {f"attention-part-float32-{name}": attention(name, "fp32") for name in ("prq", "token-int8", "channel-int2")}
 CASES |= {"attention-int8-first": integers(first=True), "attention-int8": integers()}
 CASES |= {f"attention-int8-{dtype}": integers(dtype) for dtype in ("fp16", "fp32")}
+CASES |= {"attention-stored-first": stored_integers(90, first=True), "attention-stored": stored_integers(90)}
+CASES |= {f"attention-stored-{dtype}": stored_integers(90, dtype) for dtype in ("fp16", "fp32")}
+CASES |= {
+    "attention-stored-64-rows": stored_integers(100),
+    "attention-stored-64-rows-fp16": stored_integers(100, "fp16"),
+}
+CASES |= {"attention-fp8-first": float8_values(90, first=True), "attention-fp8": float8_values(90)}
+CASES |= {"attention-fp8-64-rows-first": float8_values(120, first=True), "attention-fp8-64-rows": float8_values(120)}
+CASES |= {f"attention-fp8-values-{dtype}": codes_of_values(dtype) for dtype in ("bf16", "fp32")}
 CASES |= {"attention-codes": codes("bf16", False), "attention-codes-mean": codes("bf16", True)}
 CASES["planes"] = planes()
 CASES |= {"pack-int2": pack(2, "*u8", False), "pack-zeros": pack(4, "*bf16", True)}

@@ -55,6 +55,7 @@ from fxq.kernels.quantize.op import launch as launch_quantize
 from fxq.kernels.rope import triton as rope_triton
 from fxq.kernels.rope.op import rms_norm_rope
 from tests.kernels.interpreted_cache import CASES as CACHE
+from tests.kernels.interpreted_integers import CASES as INTEGERS
 from tests.kernels.interpreted_not_finite import CASES as NOT_FINITE
 
 INF = float("inf")
@@ -370,6 +371,7 @@ packed = partial(linear, tiles=replace(TILES, swapped=True))
 CASES: dict[str, Callable[[], None]] = (
     NOT_FINITE
     | CACHE
+    | INTEGERS
     | {
         "linear-w8-single-exact": lambda: linear(37, 45, 200, 200, 8, exact=True),
         "linear-w8-dual-exact": lambda: linear(50, 70, 224, 160, 8, exact=True),

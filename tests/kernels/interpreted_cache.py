@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxq.cache.codecs import Exact, Float8, Kivi, Klt, PerChannel, PerToken, Prq, QuaRot
@@ -17,10 +16,10 @@ from fxq.cache.codecs.codec import Codec, Kind
 from fxq.cache.codecs.packing import pack
 from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
-from fxq.kernels.arguments import Attention, AttentionPacked
-from fxq.kernels.attention import int8, triton_int8, triton_pack, triton_planes
+from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention import triton as packed_triton
-from fxq.kernels.attention.packed import attention_packed
+from fxq.kernels.attention import triton_pack, triton_planes
+from fxq.kernels.attention.encoded.packed import attention_packed
 from fxq.kernels.attention.triton_numbers import as_float32
 from fxq.kernels.cluster import kmeans
 from fxq.kernels.cluster import triton as cluster_triton
@@ -54,6 +53,7 @@ def arguments(
     rows: int = 5,
     dtype: torch.dtype = torch.float32,
     exact: tuple[int, ...] = (4, 0, 5),
+    integers: bool = False,
 ) -> AttentionPacked:
     """Of attention to encoded spans and exact pieces."""
     tokens = spans * span - gone
@@ -64,7 +64,7 @@ def arguments(
         x = noise(B, spans * span, HEADS, size, seed=len(kind)) + 1
         packed.append([x[:, gone:].to(dtype)] if codec is None else encoded(codec, x, kind, span))
     q = noise(B, HEADS, rows, size, seed=5).transpose(1, 2).to(dtype)
-    return AttentionPacked(q, *pieces, *packed, angle.cos(), angle.sin(), codecs_text(keys, values), span)
+    return AttentionPacked(q, *pieces, *packed, angle.cos(), angle.sin(), codecs_text(keys, values, integers), span)
 
 
 def attention(*codecs: Codec | None, allowed: float = 2e-6, **form: object) -> None:
@@ -74,43 +74,6 @@ def attention(*codecs: Codec | None, allowed: float = 2e-6, **form: object) -> N
     assert got.shape == want.shape and got.dtype == want.dtype and got.is_contiguous()
     error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
     assert error <= allowed, f"{error}, all written: {bool(got.isfinite().all())}"
-
-
-def integers(size: int, lengths: tuple[int, ...], rows: int, dtype: torch.dtype, allowed: float) -> None:
-    """Attention in 8-bit integers, as near to exact attention as the reference, and to it; strides of a slice."""
-    q, new = noise(B, rows, HEADS, size, seed=1), noise(B, sum(lengths), HEADS, 2 * size, seed=2) + 1
-    k, v = (list(x.to(dtype).split(lengths, 1)) for x in (new[..., :size], new[..., size:]))
-    a = Attention(q.to(dtype), k, v)
-    got, want = triton_int8.attend(a, torch.stack([int8.key_mean(x) for x in k])), int8.attention_int8.compute(a)
-    assert got.shape == want.shape and got.dtype == dtype and got.is_contiguous()
-    error = float((got.float() - want.float()).abs().max() / want.float().abs().max())
-    assert error <= allowed, f"{error}, all written: {bool(got.isfinite().all())}"
-    exact = (torch.cat(x, 1).double().transpose(1, 2) for x in (k, v))
-    true = F.scaled_dot_product_attention(a.q.double().transpose(1, 2), *exact).transpose(1, 2).flatten(2)
-    near = [float((x.double() - true).norm() / true.norm()) for x in (got, want)]
-    assert near[0] <= near[1] + 1e-3, near
-
-
-def codes_of_tokens() -> None:
-    """Codes and scales are those of the reference, bit for bit; strides of a slice, and rows that are not finite."""
-    x = noise(B, 41, 2 * HEADS, 18, seed=1)[:, :, ::2] * torch.logspace(-40, 30, 41).view(1, -1, 1, 1)
-    x[0, 3, 1, 2], x[1, 40, 0, 17], x[1, 5] = torch.nan, torch.inf, 0.0
-    for mean in (None, noise(B, HEADS, 18, seed=2)):
-        got, scale = triton_int8.quantized(x, mean)
-        want, scales = int8.quantized_rows(x if mean is None else x - mean.unsqueeze(1))
-        assert torch.equal(scale.nan_to_num(-1.0), scales.squeeze(-1).transpose(1, 2).nan_to_num(-1.0))
-        finite = scale.isfinite()
-        assert torch.equal(got.float()[finite], want.transpose(1, 2)[finite]) and int((~finite).sum()) == 2
-
-
-def integers_that_are_not_finite(place: str) -> None:
-    """NaN in a query stays in its row; in a key it reaches every row of its head."""
-    q, k, v = (noise(1, n, 2, 32, seed=n) for n in (5, 9, 10))
-    (q if place == "query" else k)[0, 3, 1, 7] = torch.nan
-    a = Attention(q, [k[:, :2], k[:, 2:]], [v[:, :2], v[:, 2:9]])
-    got = triton_int8.attend(a, torch.stack([int8.key_mean(x) for x in a.k]))
-    want = int8.attention_int8.compute(a)
-    assert torch.equal(got.isnan(), want.isnan()) and bool(got.isnan().any()) and not bool(got.isnan().all())
 
 
 def one_launch_reads_all_spans(codec: Codec, launches: int) -> None:
@@ -245,12 +208,6 @@ CASES: dict[str, Callable[[], None]] = {
     "packed-attention-nan-key": lambda: a_number_that_is_not_finite("key"),
     "packed-attention-no-key": no_key_at_all,
     "packed-attention-float8-bytes": every_float8,
-    "int8-attention-codes": codes_of_tokens,
-    "int8-attention": lambda: integers(32, (9, 0, 5), 7, torch.float32, 2**-6),
-    "int8-attention-odd-size": lambda: integers(18, (41,), 5, torch.float32, 2**-6),
-    "int8-attention-wide": lambda: integers(70, (30, 3), 67, F16, 2**-6),
-    "int8-attention-nan-query": lambda: integers_that_are_not_finite("query"),
-    "int8-attention-nan-key": lambda: integers_that_are_not_finite("key"),
     "pack-2-bits": lambda: packed(PerToken(2, 16), (3, 11, 48)),
     "pack-2-bits-zeros-odd": lambda: packed(PerToken(2, 3, True, "bfloat16"), (2, 5, 3, 6)),
     "pack-4-bits-zeros": lambda: packed(PerToken(4, 10, True), (7, 70)),

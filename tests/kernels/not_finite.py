@@ -14,6 +14,7 @@ from fxq.kernels import (
     Op,
     attention,
     attention_int8,
+    attention_int8_fp8,
     native,
     quantize_fp8_per_token,
     quantize_per_token,
@@ -30,8 +31,9 @@ READ_BY_ROWS = (
     "rms_norm_rope",
     "attention",
     "attention_int8",
+    "attention_int8_fp8",
 )
-ATTENTIONS = (attention, attention_int8)
+ATTENTIONS = (attention, attention_int8, attention_int8_fp8)
 MULTIPLY = ("dual_scale_linear", "dual_scale_linear_quantize", "dual_scale_linear_add")
 
 Implementation = Callable[..., Any]

@@ -22,6 +22,7 @@ SAME_VERSION = triton.__version__ == VERSION
 REGISTERS_ABOVE = 4 if SAME_VERSION else 24
 """How many registers more than in the table are taken for noise of NVIDIA's compiler."""
 
+IN_8_BITS = ("attention-int8", "attention-stored", "attention-fp8 ", "attention-fp8-first", "attention-fp8-64-rows")
 KIB = 1024
 SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """KiB of shared memory that a program may use."""
@@ -33,6 +34,8 @@ FAST = (
     "quantize-fp8-gather sm_90",
     "weight-sums-w8 sm_90",
     "attention-part-prq sm_80",
+    "attention-stored sm_90",
+    "attention-fp8 sm_90",
 )
 
 
@@ -75,6 +78,23 @@ def test_packed_weights_stay_out_of_shared_memory_on_hopper(tile: str) -> None:
 def test_gluon_keeps_a_product_in_flight_and_triton_does_not() -> None:
     assert "1" in TABLE["gluon-256x128x128 sm_90"].waits
     assert "1" not in TABLE["linear-w8-store-128x256x64 sm_90"].waits
+
+
+@pytest.mark.parametrize("key", [key for key in TABLE if key.startswith(IN_8_BITS)])
+def test_attention_in_8_bits_is_on_tensor_cores_and_copies_16_bytes(key: str) -> None:
+    counts, target = TABLE[key], key.split(" ")[1]
+    halves = {"sm_90": ("IGMMA", "HGMMA"), "sm_100": ("IMMA", "UTCHMMA")}.get(target, ("IMMA", "HMMA"))
+    scores, values = halves if "fp8" not in key else (halves[0], halves[1].replace("HMMA", "QMMA").replace("HG", "QG"))
+    assert set(counts.tensor_core) == {scores, values} and min(counts.tensor_core.values()) > 0
+    assert counts.spills == 0 and counts.shared <= SHARED[target] * KIB
+    total, wide = counts.copies
+    if key.split(" ")[0].endswith("fp32"):
+        assert total == 0, "there is one stage"
+    else:
+        assert wide >= 8 and total - wide <= 4, "scales alone are copied in less than 16 bytes"
+    few = 2 if "fp8-64-rows" in key else 1  # eight warps share 64 rows
+    stores = (16 // few + 1, 16 // few)
+    assert counts.loads[1] >= 4 // few and counts.stores == stores, "the codes of queries, and the result"
 
 
 @pytest.mark.parametrize("key", FAST)

@@ -12,6 +12,7 @@ from fxq.kernels import (
     absorb,
     attention,
     attention_int8,
+    attention_int8_fp8,
     attention_packed,
     attention_weighted,
     dual_scale_linear,
@@ -36,6 +37,8 @@ def same(op, got, want):
     pairs = zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True)
     if op is attention_int8:  # a weight at a tie of two integers
         return all(torch.allclose(a.float(), b.float(), atol=1e-2) for a, b in pairs)
+    if op is attention_int8_fp8:  # a weight between two float8, which are an eighth apart
+        return all(torch.allclose(a.float(), b.float(), atol=2**-5) for a, b in pairs)
     if op in (attention, attention_packed, attention_weighted, absorb):
         return all(torch.allclose(a, b, atol=1e-6 if a.dtype == torch.float32 else 1e-2) for a, b in pairs)
     return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs if a.numel())

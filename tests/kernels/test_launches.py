@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from fxq.cache.codecs import Float8, Kivi, Klt, PerToken, Prq, QuaRot
-from fxq.kernels import FLOAT8, OPS, attention_packed, dual_scale_linear_quantize
+from fxq.cache.codecs import Float8, Int8Attention, Kivi, Klt, PerToken, Prq, QuaRot
+from fxq.kernels import FLOAT8, OPS, attention_int8_fp8, attention_packed, dual_scale_linear_quantize, used
 from fxq.kernels.attention.spans import AttentionPacked, parts
 from fxq.kernels.attention.triton_pack import pack_blocks
 from fxq.kernels.cluster import triton as clusters
@@ -69,12 +70,12 @@ def launched(request, monkeypatch):
     return names
 
 
-def check(op: Op, sample: tuple, launched: list[str]) -> None:
+def check(op: Op, sample: tuple, launched: list[str], float8: bool = True) -> None:
     """One kernel is compiled, none without rows; zero points per token take another one before it for their weights.
 
     Attention to an encoded cache takes one for each of its parts.
 
-    Panels of the CPU kernel are refused.
+    Panels of the CPU kernel are refused. Without ``float8`` the GPU has no such products.
     """
     if any(isinstance(a, torch.Tensor) and a.ndim == 4 and a.dtype == torch.int8 for a in sample):
         with pytest.raises(ValueError, match="panels for the CPU kernel"):
@@ -86,8 +87,9 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
         if op.name == "attention_packed":
             assert launched == packed_launches(AttentionPacked(*sample))
             continue
-        if op.name == "attention_int8":
-            each = ["codes_kernel", "attention_int8_kernel"]
+        if op.name in ("attention_int8", "attention_int8_fp8"):
+            values = ["values_kernel"] if op.name == "attention_int8_fp8" and float8 else []
+            each = ["codes_kernel", *values, f"{op.name if float8 else 'attention_int8'}_kernel"]
             assert launched == each[:1] + each * sum(1 for k in sample[1] if k.shape[1])
             continue
         sums = ["weight_sums_kernel"] if has_zero_points(op, sample) else []
@@ -95,7 +97,13 @@ def check(op: Op, sample: tuple, launched: list[str]) -> None:
 
 
 def packed_launches(a: AttentionPacked) -> list[str]:
-    """A kernel for every exact piece that holds a key; one for all spans, or for each after those that read planes."""
+    """A kernel for every exact piece that holds a key; one for all spans, or for each after those that read planes.
+
+    Of integers one before for the codes of the queries, and one for those of each exact piece's keys.
+    """
+    if '"attention"' in a.codec:  # of integers
+        exact = ["codes_kernel", "attention_int8_kernel"] * sum(1 for k in a.k if k.shape[1])
+        return ["codes_kernel", *exact, *["attention_stored_kernel"] * bool(list(parts(a)))]
     part = "attention_part_kernel"
     planes = ["planes_kernel"] * a.codec.count('"klt"')
     exact, spans = [part] * sum(1 for k in a.k if k.shape[1]), len(list(parts(a)))
@@ -133,8 +141,8 @@ def test_an_activation_without_a_triton_function_lies_between_two_launches(launc
         for i, sample in enumerate(op.samples())
     ],
 )
-def test_every_launch_binds_and_compiles(op, sample, launched):
-    check(op, sample, launched)
+def test_every_launch_binds_and_compiles(op, sample, launched, request):
+    check(op, sample, launched, float8=request.node.callspec.params["launched"] >= 89)
 
 
 @pytest.mark.parametrize("launched", [80], indirect=True)
@@ -143,6 +151,15 @@ def test_float8_needs_a_gpu_that_has_it(op, launched):
     with pytest.raises(ValueError, match="a GPU is sm_80: float8 needs sm_89; quantize to int8 instead"):
         op.definition.redispatch(ON_CUDA, *op.samples()[0])
     assert not launched
+
+
+@pytest.mark.parametrize("launched", [80], indirect=True)
+def test_attention_with_float8_values_runs_in_16_bits_without_them(launched, monkeypatch):
+    check(attention_int8_fp8, attention_int8_fp8.samples()[1], launched, float8=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, name in (((8, 0), "triton, values in 16 bits"), ((8, 9), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert used("attention_int8_fp8", "cuda:0") == name and used("attention_int8", "cuda:0") == "triton"
 
 
 @pytest.mark.skipif(not gluon_gemm.HAS_GLUON, reason="this Triton has no Gluon")
@@ -166,11 +183,23 @@ def test_every_form_of_an_encoded_cache_binds_and_compiles(codec, launched):
     assert launched == exact + each.get(codec.name, whole)
 
 
+@pytest.mark.parametrize("launched", [90, 100], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_stored_integers_take_one_launch_for_all_spans(dtype, launched):
+    a = arguments(Int8Attention(), Int8Attention(), spans=3, gone=5, dtype=dtype, integers=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = attention_packed.definition.redispatch(ON_CUDA, *a)
+    assert got.shape == (2, 5, 96) and got.dtype == dtype
+    assert launched == packed_launches(a) and launched.count("attention_stored_kernel") == 1
+
+
 @pytest.mark.parametrize("launched", [90], indirect=True)
 def test_heads_wider_than_a_tile_take_the_reference_and_say_so(launched):
-    a = arguments(PerToken(4, 16), PerToken(4, 16), size=144)
-    with pytest.warns(UserWarning, match="heads of 144 channels run the reference: the kernel takes 128"):
-        assert attention_packed.definition.redispatch(ON_CUDA, *a).shape == (2, 5, 432)
+    for codec, integers in ((PerToken(4, 16), False), (Int8Attention(), True)):
+        a = arguments(codec, codec, size=144, integers=integers)
+        with pytest.warns(UserWarning, match="heads of 144 channels run the reference: the kernel takes 128"):
+            assert attention_packed.definition.redispatch(ON_CUDA, *a).shape == (2, 5, 432)
     assert not launched
 
 

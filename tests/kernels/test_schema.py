@@ -26,6 +26,7 @@ SCHEMAS = {
     "absorb(Tensor x, Tensor map) -> Tensor",
     "attention_weighted(Tensor q, Tensor[] k, Tensor[] v, Tensor few_k, Tensor few_v, Tensor weight) -> Tensor",
     "attention_int8(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
+    "attention_int8_fp8(Tensor q, Tensor[] k, Tensor[] v) -> Tensor",
     "quantize_fp8(Tensor x, Tensor? perm, Tensor scale, int split) -> Tensor",
     f"dual_scale_linear_fp8({OPERANDS}, ScalarType dtype) -> Tensor",
     "quantize_fp8_per_token(Tensor x, Tensor? perm, int split) -> (Tensor q, Tensor scale)",

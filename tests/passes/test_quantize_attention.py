@@ -26,6 +26,7 @@ from fxq.kernels.attention.codecs import codecs_of
 from fxq.lab import Lab
 from fxq.passes import absorb_cache, pack_cache
 from fxq.passes.match.cache_inputs import Packing
+from fxq.passes.measured import exact_where_faster, float_where_faster
 from fxq.passes.quantize_attention import QuantizeAttention
 from fxq.runtime.progress import Progress
 from tests.attacks.corpus import edit_json, first
@@ -306,6 +307,43 @@ def test_many_recipes_on_one_calibration_choose_attentions_too():
     modules = [lab.quantized(chosen, chosen)[0] for chosen in (plain, attention)]
     assert [count(module, "fxq.attention_int8") for module in modules] == [0, 2]
     assert "attention" not in Facts.of(modules[0]).others and len(chosen_of(modules[1])) == 2
+
+
+def test_float8_values_are_another_scheme_with_errors_of_its_own(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(exact_where_faster, "_measured", lambda size: (0.002, 0.001))
+    monkeypatch.setattr(float_where_faster, "_measured", lambda *given: (0.001, 0.002))
+    module = quantized(scheme="int8_fp8", max_error=0.06)
+    near, far = (chosen_of(module)[name] for name in ("near.o", "far.o"))
+    assert not near.reason and far.reason and chosen_of(made[0])["near.o"].error < near.error < 0.06
+    assert count(module, "fxq.attention_int8_fp8") == 1 and count(module, "fxq.attention_int8.") == 0
+    assert "int8_fp8 attention: 1 of 2 (reference), error" in str(fxq.summary(module))
+    loaded = fxq.load(fxq.save(module, tmp_path / "b"))
+    for one, other in zip(loaded(*inputs()), module(*inputs()), strict=True):
+        assert torch.equal(one, other)
+    exact = fxq.optimize(loaded, floats_where_faster=True)
+    assert count(exact, "fxq.attention_int8_fp8") == 0 and count(exact, "fxq.attention.default") == 2
+    assert "1 ms exact, 2 ms in 8 bits, as measured here" in chosen_of(exact)["near.o"].reason
+    assert count(fxq.optimize(loaded, floats_where_faster=False), "fxq.attention_int8_fp8") == 1
+
+
+def test_what_is_measured_once_is_measured_for_each_scheme():
+    source = wan_rollout()
+    lab = Lab(source, recipe(), Progress(False))
+    schemes = [dataclasses.replace(recipe(), attention=AttentionScheme(scheme=s)) for s in ("int8", "int8_fp8")]
+    found = [chosen_of(lab.quantized(chosen, chosen)[0]) for chosen in schemes]
+    assert all(found[0][place].error < found[1][place].error for place in found[0])
+
+
+def test_no_cache_stores_values_of_float8():
+    source = wan_rollout()
+    chosen = dataclasses.replace(recipe(), attention=AttentionScheme(scheme="int8_fp8"))
+    for cache in (CODED, CachePolicy(keys=PerToken(8, 16), span=1), CachePolicy(absorb=Absorb(), window=12, sink=2)):
+        with pytest.raises(RecipeError, match=r"attention = 'int8_fp8' .* no codec stores what it multiplies"):
+            dataclasses.replace(chosen, cache=cache)
+    module = fxq.quantize(source.denoiser, source, chosen, progress=False)
+    assert count(module, "fxq.attention_int8_fp8") == 2
+    with pytest.raises(PassError, match="its attentions multiply values in float8 and read them as they are"):
+        pack_cache(module, CODED)
 
 
 def test_the_pass_runs_once(made):

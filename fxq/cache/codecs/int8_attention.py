@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxq.cache.codecs.codec import Codec, Kind, Memory, Noise, shape_of
 from fxq.cache.codecs.record import Field, Record, Shape
-from fxq.kernels.attention.int8 import VALUE_BLOCK, key_mean, quantized_rows, quantized_values
+from fxq.kernels.attention.eight_bits.int8 import VALUE_BLOCK, key_mean, quantized_rows, quantized_values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from fxq.cache.codecs import CODECS, Exact, Float8, Kivi, Klt, PerChannel, PerToken, Prq
 from fxq.cache.codecs.record import Record, Shape
 from fxq.kernels.attention.forms import Blocks, Numbers, Planes
-from tests.kernels.attention.test_packed import DIM, HEADS, SPAN, B, normal, stored
+from tests.kernels.attention.encoded.test_packed import DIM, HEADS, SPAN, B, normal, stored
 
 CASES = [
     Exact("bfloat16"),

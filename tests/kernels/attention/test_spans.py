@@ -6,7 +6,7 @@ from fxq.cache.codecs import PerToken
 from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention.spans import Part, decoded, parts, rotated, tokens_held
 from fxq.kernels.rope.op import rms_norm_rope
-from tests.kernels.attention.test_packed import DIM, HEADS, SPAN, case
+from tests.kernels.attention.encoded.test_packed import DIM, HEADS, SPAN, case
 
 
 def test_evicted_tokens_are_missing_from_the_first_span_alone():

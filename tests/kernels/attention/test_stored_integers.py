@@ -9,8 +9,8 @@ from fxq.cache.named import codecs_from_text, codecs_text
 from fxq.cache.settings import CacheSettingsError
 from fxq.kernels import attention, attention_int8, attention_packed, native
 from fxq.kernels.arguments import AttentionPacked
-from fxq.kernels.attention import packed
-from fxq.kernels.attention.packed import attention_packed_cpu, stored_spans
+from fxq.kernels.attention.encoded import packed
+from fxq.kernels.attention.encoded.packed import attention_packed_cpu, stored_spans
 from fxq.kernels.native import build
 from fxq.kernels.native.coded import Coded
 from tests.features import library_for, needs

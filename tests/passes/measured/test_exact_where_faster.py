@@ -107,5 +107,6 @@ def test_without_attentions_in_8_bits_nothing_is_measured(times):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_both_are_measured_for_real(dtype):
     size = AttentionSize(8, 33, 2, 3, 16, dtype, "cpu")
-    for case in (size, dataclasses.replace(size, pieces=1), dataclasses.replace(size, keys=1)):
+    others = [{"pieces": 1}, {"keys": 1}, {"scheme": "int8_fp8"}]
+    for case in (size, *(dataclasses.replace(size, **other) for other in others)):
         assert all(0 < seconds < math.inf for seconds in exact_where_faster.attention_seconds(case))

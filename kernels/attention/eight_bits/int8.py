@@ -17,7 +17,8 @@ from torch import Tensor
 from fxq import numerics
 from fxq.kernels import native
 from fxq.kernels.arguments import Attention
-from fxq.kernels.attention import op, triton_int8
+from fxq.kernels.attention import op
+from fxq.kernels.attention.eight_bits import triton_int8
 from fxq.kernels.attention.triton import MOST_SIZE
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from fxq import cpu
 from fxq.kernels import attention_int8, native
-from fxq.kernels.attention import int8
+from fxq.kernels.attention.eight_bits import int8
 from fxq.kernels.native import build
 from tests.features import library_for
 

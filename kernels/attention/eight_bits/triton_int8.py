@@ -1,11 +1,14 @@
 """Attention in 8-bit integers in Triton: scores of int8 codes, weights and values in 16 bits, float32 sums.
 
-Codes, scales and means are those of :mod:`fxq.kernels.attention.int8`; the second product takes the values as they are,
-with weights in their dtype (float32 ones as tf32), so what it gives is nearer to exact attention than the reference is.
+Codes, scales and means are those of :mod:`fxq.kernels.attention.eight_bits.int8`; the second product
+takes the values as they are, with weights in their dtype (float32 ones as tf32), so what it gives is nearer to exact
+attention than the reference is.
 A launch takes one piece of keys and values, and goes on from the result of the one before it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +32,33 @@ def tile_of(dtype: torch.dtype) -> Tile:
 
 
 @jit
-def _columns(base: Pointer, token: Block, row: Scalar, channel: Block, mask: Block) -> Block:
+def columns(base: Pointer, token: Block, row: Scalar, channel: Block, mask: Block) -> Block:
     """[tokens, D] of rows that lie ``row`` elements apart."""
     return tl.load(base + token.to(tl.int64)[:, None] * row + channel[None, :], mask=mask, other=0)
+
+
+@jit
+def begun(out: Pointer, lse: Pointer, inside: Block, tile: Block, FIRST: constexpr) -> tuple[Block, Block, Block]:
+    """The largest score of each row, the sum of its weights, and those of its values [rows, D], of what came before.
+
+    Of the pieces before ``out`` and ``lse`` are read: a sum of weights that is 1, at the largest score ``lse``.
+    """
+    zero = tl.zeros(inside.shape, tl.float32)
+    if FIRST:
+        most, weight, sums = zero - float("inf"), zero, tl.zeros(tile.shape, tl.float32)
+    else:
+        most, weight = tl.load(lse, mask=inside, other=0.0), zero + 1.0
+        sums = tl.load(out, mask=tile, other=0.0)
+    return most, weight, sums
+
+
+@jit
+def weights_of(scores: Block, most: Block) -> tuple[Block, Block, Block]:
+    """Weights of scores [rows, tokens], the factor of the sums before, and the largest scores so far, of base 2."""
+    above = tl.maximum(most, tl.max(scores, 1))
+    # Where no key has a score yet nothing may be subtracted: infinity less infinity is NaN.
+    base = tl.where(above == float("-inf"), 0.0, above)
+    return tl.exp2(scores - base[:, None]), tl.exp2(most - base), above
 
 
 @jit
@@ -72,32 +99,21 @@ def attention_int8_kernel(
     factor = tl.load(q_scale_ptr + line, mask=row < S, other=0.0)
     bias = tl.load(bias_ptr + line, mask=row < S, other=0.0)
     out = out_ptr + line[:, None] * SIZE + channel[None, :]
-    if FIRST:
-        most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        weight = tl.zeros((BLOCK_M,), tl.float32)
-        sums = tl.zeros((BLOCK_M, D), tl.float32)
-    else:
-        most = tl.load(lse_ptr + line, mask=row < S, other=0.0)
-        weight = tl.full((BLOCK_M,), 1.0, tl.float32)
-        sums = tl.load(out, mask=tile, other=0.0)
+    most, weight, sums = begun(out, lse_ptr + line, row < S, tile, FIRST)
     for start in range(0, tokens, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         inside = token < tokens
         mask = inside[:, None] & (channel < SIZE)[None, :]
         first = batch * tokens * heads + head
-        keys = _columns(k_ptr + first * SIZE, token, heads * SIZE, channel, mask)  # [BLOCK_N, D]
+        keys = columns(k_ptr + first * SIZE, token, heads * SIZE, channel, mask)  # [BLOCK_N, D]
         scale = tl.load(k_scale_ptr + first + token.to(tl.int64) * heads, mask=inside, other=0.0)
         sums_of_codes = tl.dot(q, tl.trans(keys), out_dtype=tl.int32)  # [BLOCK_M, BLOCK_N]
         scores = sums_of_codes.to(tl.float32) * (factor[:, None] * scale[None, :]) + bias[:, None]
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        above = tl.maximum(most, tl.max(scores, 1))
-        base = tl.where(above == float("-inf"), 0.0, above)
-        chance = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(most - base)
-        values = _columns(v_ptr + batch * v_batch + head * v_head, token, v_row, channel, mask)  # [BLOCK_N, D]
+        chance, shrink, most = weights_of(scores, most)
+        values = columns(v_ptr + batch * v_batch + head * v_head, token, v_row, channel, mask)  # [BLOCK_N, D]
         weight = weight * shrink + tl.sum(chance, 1)
         sums = tl.dot(chance.to(values.dtype), values, sums * shrink[:, None], input_precision="tf32")
-        most = above
     tl.store(out, sums / weight[:, None], mask=tile)
     tl.store(lse_ptr + line, most + tl.log2(weight), mask=row < S)
 
@@ -127,7 +143,7 @@ def codes_kernel(
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = tl.arange(0, D)
     mask = (token < tokens)[:, None] & (channel < SIZE)[None, :]
-    x = _columns(x_ptr + batch * x_batch + head * x_head, token, x_row, channel, mask).to(tl.float32)  # [BLOCK, D]
+    x = columns(x_ptr + batch * x_batch + head * x_head, token, x_row, channel, mask).to(tl.float32)  # [BLOCK, D]
     if mean_ptr is not None:
         mean = tl.load(mean_ptr + (batch * heads + head) * SIZE + channel, mask=channel < SIZE, other=0.0)
         x = tl.where(mask, x - mean[None, :], 0.0)
@@ -168,8 +184,36 @@ def quantized(x: Tensor, mean: Tensor | None = None) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+class Queries(NamedTuple):
+    """Queries of a call as every launch of it takes them.
+
+    Attributes:
+        x: float [B, S, heads, size].
+        codes: int8, as ``x``.
+        scale: float32 [B, S, heads], of scores in base 2.
+    """
+
+    x: Tensor
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor) -> Queries:
+        """Codes of queries."""
+        codes, scale = quantized(q)
+        return cls(q, codes, scale * _factor(q))
+
+    def bias(self, means: Tensor) -> Tensor:
+        """What means of keys [B, pieces, heads, size] add to scores in base 2: float32 [B, heads, pieces, S]."""
+        return (torch.einsum("bshd,bnhd->bhns", self.x.float(), means) * _factor(self.x)).contiguous()
+
+
+def _factor(q: Tensor) -> float:
+    return q.shape[3] ** -0.5 * LOG2_E
+
+
 def attend(a: Attention, means: Tensor) -> Tensor:
-    """As :func:`fxq.kernels.attention.int8.attention_int8`, for heads of at most MOST_SIZE channels.
+    """As :func:`fxq.kernels.attention.eight_bits.int8.attention_int8`, for heads of at most MOST_SIZE channels.
 
     Args:
         a: queries, and pieces of keys and values.
@@ -178,38 +222,54 @@ def attend(a: Attention, means: Tensor) -> Tensor:
     batch, rows, heads, size = a.q.shape
     if not a.q.numel():
         return a.q.new_empty((batch, rows, heads * size))
-    factor = size**-0.5 * LOG2_E
-    codes, scale = quantized(a.q)
-    scale = scale * factor
-    state, first, tile = State.empty(a.q), True, tile_of(a.q.dtype)
+    queries, state, first = Queries.of(a.q), State.empty(a.q), True
     for k, v, mean in zip(a.k, a.v, means, strict=True):
-        if not k.shape[1]:
-            continue
-        bias = torch.einsum("bshd,bhd->bsh", a.q.float(), mean) * factor
-        key_codes, key_scale = quantized(k, mean)
-        values = v if v.stride(3) == 1 else v.contiguous()
-        attention_int8_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
-            codes,
-            scale,
-            bias.contiguous(),
-            key_codes,
-            key_scale,
-            values,
-            *state,
-            S=rows,
-            tokens=k.shape[1],
-            heads=heads,
-            v_batch=values.stride(0),
-            v_row=values.stride(1),
-            v_head=values.stride(2),
-            SIZE=size,
-            D=max(LEAST_SIZE, triton.next_power_of_2(size)),
-            FIRST=first,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        first = False
-    out = torch.zeros_like(state.out) if first else state.out
-    return out.to(a.q.dtype).flatten(2)
+        if k.shape[1]:
+            launch(queries, k, v, mean, state, first)
+            first = False
+    return result(state, first, a.q.dtype)
+
+
+def launch(queries: Queries, k: Tensor, v: Tensor, mean: Tensor, state: State, first: bool) -> None:
+    """Add a piece to the state on the current device.
+
+    Args:
+        queries: of the call, as codes.
+        k: float [B, L, heads, size], at least one token.
+        v: as ``k``.
+        mean: float32 [B, heads, size], of the keys.
+        state: written; read before unless it is the first piece.
+        first: whether it is.
+    """
+    batch, rows, heads, size = queries.x.shape
+    tile = tile_of(queries.x.dtype)
+    key_codes, key_scale = quantized(k, mean)
+    values = v if v.stride(3) == 1 else v.contiguous()
+    attention_int8_kernel[(triton.cdiv(rows, tile.rows), batch * heads)](
+        queries.codes,
+        queries.scale,
+        queries.bias(mean.unsqueeze(1)).squeeze(2).transpose(1, 2).contiguous(),
+        key_codes,
+        key_scale,
+        values,
+        *state,
+        S=rows,
+        tokens=k.shape[1],
+        heads=heads,
+        v_batch=values.stride(0),
+        v_row=values.stride(1),
+        v_head=values.stride(2),
+        SIZE=size,
+        D=max(LEAST_SIZE, triton.next_power_of_2(size)),
+        FIRST=first,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.keys,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def result(state: State, empty: bool, dtype: torch.dtype) -> Tensor:
+    """What a call gives, [B, S, heads * size]; zeros where there was no key."""
+    out = torch.zeros_like(state.out) if empty else state.out
+    return out.to(dtype).flatten(2)

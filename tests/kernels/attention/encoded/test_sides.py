@@ -11,8 +11,8 @@ from fxq.cache.named import codecs_text
 from fxq.cache.spans import Spans
 from fxq.kernels import attention_packed, native
 from fxq.kernels.arguments import AttentionPacked
-from fxq.kernels.attention.packed import attention_packed_cpu
-from fxq.kernels.attention.sides import Reader
+from fxq.kernels.attention.encoded.packed import attention_packed_cpu
+from fxq.kernels.attention.encoded.sides import Reader
 from fxq.kernels.attention.spans import coefficients, decoded, parts, rotated
 from fxq.kernels.native import build, unpack
 from tests.features import library_for, needs

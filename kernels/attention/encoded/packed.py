@@ -16,9 +16,10 @@ from fxq.kernels.arguments import Attention, AttentionPacked
 from fxq.kernels.attention import op
 from fxq.kernels.attention import triton as packed_triton
 from fxq.kernels.attention.codecs import LEADING_AXES, SpanCodec, channels, codecs_of
-from fxq.kernels.attention.int8 import VALUE_BLOCK, Block, Piece, attended, key_mean, quantized
+from fxq.kernels.attention.eight_bits.int8 import VALUE_BLOCK, Block, Piece, attended, key_mean, quantized
+from fxq.kernels.attention.encoded import triton_stored
+from fxq.kernels.attention.encoded.sides import Reader
 from fxq.kernels.attention.merge import attention_lse, merge
-from fxq.kernels.attention.sides import Reader
 from fxq.kernels.attention.spans import (
     Part,
     coefficients,
@@ -102,6 +103,7 @@ def _samples() -> Sequence[AttentionPacked]:
     exact = {"codec": "exact", "dtype": "float32"}
     settings = {"codec": "per_token", "bits": 8, "block": 8, "asymmetric": False, "scale_dtype": "bfloat16"}
     planes = {"codec": "klt", "bits": 1.0, "joint": False, "rank": 10, "fit": "video"}
+    integers = {"codec": "int8_attention"}
     cases: list[AttentionPacked] = []
     for rows, lengths, spans, gone, keys, values, dtype in (
         (6, (2, 6), 2, 0, exact, exact, torch.float32),
@@ -110,12 +112,16 @@ def _samples() -> Sequence[AttentionPacked]:
         (3, (0, 3), 0, 0, settings, None, torch.float32),
         (5, (3, 5), 2, 3, planes, planes, torch.float32),
         (4, (4,), 2, 0, settings, planes, torch.bfloat16),
+        (5, (0, 3), 3, 2, integers, integers, torch.float32),
+        (4, (4,), 2, 0, integers, integers, torch.bfloat16),
     ):
 
         def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
 
-        def stored(settings: Mapping[str, object] | None, tokens: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+        def stored(
+            settings: Mapping[str, object] | None, tokens: int, kind: str, dtype: torch.dtype = dtype
+        ) -> list[Tensor]:
             if settings is None:
                 return [normal(2, tokens, 2, 16, dtype=dtype)]
             if settings["codec"] == "exact":
@@ -126,12 +132,16 @@ def _samples() -> Sequence[AttentionPacked]:
                 fitted = [normal(2, 2, *rest, dtype=torch.bfloat16) for rest in ((16,), (16, 10), (10,))]
                 return [bits, *fitted[:2], fitted[2].abs(), width]
             codes = torch.randint(0, 255, (2, tokens, 2, 16), generator=random, dtype=torch.uint8)
+            if settings["codec"] == "int8_attention":
+                signed, spread = (codes.int() - 127).to(torch.int8), normal(2, tokens, 2).abs() / 127
+                mean = normal(2, tokens // 4, 2, 16)
+                return [signed, spread, mean] if kind == "keys" else [signed, mean.abs().unsqueeze(2) / 127]
             return [codes, normal(2, tokens, 2, 2, dtype=torch.bfloat16).abs() / 127]
 
         angle = torch.rand(spans * 4 - gone, 8, generator=random, dtype=torch.float32) * 6
         k, v = ([normal(2, length, 2, 16, dtype=dtype) for length in lengths] for _ in range(2))
-        packed_k, packed_v = stored(keys, 4 * spans), stored(values, 4 * spans)
-        text = json.dumps({"keys": keys, "values": values})
+        packed_k, packed_v = stored(keys, 4 * spans, "keys"), stored(values, 4 * spans, "values")
+        text = json.dumps({"keys": keys, "values": values} | ({"attention": "int8"} if keys is integers else {}))
         q = normal(2, rows, 2, 16, dtype=dtype)
         cases.append(AttentionPacked(q, k, v, packed_k, packed_v, angle.cos(), angle.sin(), text, 4))
     return cases
@@ -278,13 +288,12 @@ if HAS_TRITON:
     @attention_packed.on("cuda", "triton")
     def attention_packed_cuda(a: AttentionPacked) -> Tensor:
         """Launch on the device that holds q; heads that no tile holds take the reference, with a warning."""
-        if multiplies_integers(a):
-            message = "attention to stored integers runs the reference: there is no GPU kernel for it"
-            warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)
-            return attention_packed.compute(a)
         if a.q.shape[3] > packed_triton.MOST_SIZE:
             message = f"heads of {a.q.shape[3]} channels run the reference: the kernel takes {packed_triton.MOST_SIZE}"
             warnings.warn(f"fxq::attention_packed: {message}", stacklevel=2)
             return attention_packed.compute(a)
         with torch.cuda.device(a.q.device):
+            if multiplies_integers(a):
+                major, minor = torch.cuda.get_device_capability()
+                return triton_stored.attend(a, 10 * major + minor)
             return packed_triton.attend(a)
