@@ -26,6 +26,7 @@ from fxq.kernels.gemm.per_token import (
     quantize_per_token_asymmetric,
 )
 from fxq.kernels.norm.op import norm_quantize
+from fxq.kernels.norm.per_token import norm_quantize_per_token, norm_quantize_per_token_asymmetric
 from fxq.kernels.op import Op
 from fxq.kernels.quantize.op import quantize_act
 from fxq.kernels.rope.op import rms_norm_rope
@@ -49,6 +50,8 @@ OPS: tuple[Op, ...] = (
     quantize_per_token,
     quantize_per_token_asymmetric,
     dual_scale_linear_per_token,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
 )
 
 FLOAT8: tuple[Op, ...] = (
@@ -75,6 +78,8 @@ __all__ = [
     "dual_scale_linear_per_token",
     "dual_scale_linear_quantize",
     "norm_quantize",
+    "norm_quantize_per_token",
+    "norm_quantize_per_token_asymmetric",
     "quantize_act",
     "quantize_fp8",
     "quantize_fp8_per_token",

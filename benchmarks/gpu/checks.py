@@ -101,6 +101,12 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
     found: dict[str, list[Sequence[Any]]] = {
         "quantize_act": [(x, order, scale, zero, q.split, 8) for order in (None, perm)],
         "norm_quantize": [(x, None, None, frames, frames, 1e-6, p, scale, zero, q.split, 8) for p in (None, perm)],
+        **{
+            f"norm_quantize_per_token{kind}": [
+                (x, None, None, frames, frames, 1e-6, p, q.split, 8) for p in (None, perm)
+            ]
+            for kind in ("", "_asymmetric")
+        },
         "dual_scale_linear": [(*each, torch.bfloat16) for each in (q, layer.integers(False), layer.integers(bits=4))],
         "dual_scale_linear_quantize": [(*batched, "gelu_tanh", scale, zero, sizes.config.ffn_dim - 32, 8)],
         "dual_scale_linear_add": [

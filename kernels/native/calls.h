@@ -25,7 +25,7 @@ struct Linear {
   const void* gate;
   long residual_stride, gate_rows;
   int32_t gate_is_bfloat16;
-  // FLOAT32 and BFLOAT16 only
+  // all but QUANTIZE
   int32_t per_token, asymmetric;
   int32_t packed;
 };

@@ -219,8 +219,8 @@ void choose(const Linear& p) {
     case FLOAT32: return run_rows<FLOAT32>(p);
     case BFLOAT16: return run_rows<BFLOAT16>(p);
     case QUANTIZE: return run<QUANTIZE>(p);
-    case ADD_FLOAT32: return run<ADD_FLOAT32>(p);
-    default: return run<ADD_BFLOAT16>(p);
+    case ADD_FLOAT32: return run_rows<ADD_FLOAT32>(p);
+    default: return run_rows<ADD_BFLOAT16>(p);
   }
 }
 

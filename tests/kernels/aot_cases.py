@@ -13,6 +13,7 @@ from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel, quantize_fp8_per_to
 from fxq.kernels.gemm.triton_kernel import linear_kernel
 from fxq.kernels.gemm.triton_per_token import SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
 from fxq.kernels.norm.triton import norm_quantize_kernel
+from fxq.kernels.norm.triton_per_token import norm_quantize_per_token_kernel
 from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
 from fxq.kernels.quantize.triton_per_token import block_of, quantize_per_token_kernel
 from fxq.kernels.rope.triton import rms_norm_rope_kernel
@@ -130,6 +131,14 @@ def norm(width: int, gather: bool, affine: bool = False) -> Case:
     return Case(norm_quantize_kernel, types, constants | dict.fromkeys(unused), warps_of(block), 3)
 
 
+def norm_per_token(width: int, gather: bool, affine: bool = False, asymmetric: bool = False) -> Case:
+    """A case of norm_quantize_per_token, or of norm_quantize_per_token_asymmetric, with modulation."""
+    static, own = norm(width, gather, affine), quantize_per_token(width, gather, asymmetric)
+    types = static.types | {"least": "fp32"}
+    constants = static.constants | {name: own.constants[name] for name in ("LOW", "HIGH", "ASYMMETRIC")}
+    return replace(static, kernel=norm_quantize_per_token_kernel, types=types, constants=constants)
+
+
 def rope(width: int, head_dim: int) -> Case:
     """A case of rms_norm_rope with both halves."""
     block = 1 << (width - 1).bit_length()
@@ -217,6 +226,11 @@ CASES = linears() | {
     "norm-1536": norm(1536, gather=False),
     "norm-gather-1536": norm(1536, gather=True),
     "norm-gather-affine-5120": norm(5120, gather=True, affine=True),
+    "norm-per-token-1536": norm_per_token(1536, gather=False),
+    "norm-per-token-gather-1536": norm_per_token(1536, gather=True),
+    "norm-per-token-gather-affine-5120": norm_per_token(5120, gather=True, affine=True),
+    "norm-asymmetric-gather-1536": norm_per_token(1536, gather=True, asymmetric=True),
+    "norm-asymmetric-gather-affine-5120": norm_per_token(5120, gather=True, affine=True, asymmetric=True),
     "rope-1536": rope(1536, 128),
     "rope-5120": rope(5120, 128),
     "quantize": quantize(gather=False),

@@ -18,6 +18,7 @@ from fxq.kernels.arguments import (
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
     NormQuantize,
+    NormQuantizePerToken,
     Operands,
     Quantization,
     QuantizeAct,
@@ -49,7 +50,9 @@ from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 from fxq.kernels.gemm.tiles import Tiles
 from fxq.kernels.jit import Block, jit, tl
 from fxq.kernels.norm import triton as norm_triton
+from fxq.kernels.norm import triton_per_token as norm_per_token_triton
 from fxq.kernels.norm.op import norm_quantize
+from fxq.kernels.norm.per_token import norm_quantize_per_token, norm_quantize_per_token_asymmetric
 from fxq.kernels.quantize import triton_per_token as per_token_rows
 from fxq.kernels.quantize.op import launch as launch_quantize
 from fxq.kernels.rope import triton as rope_triton
@@ -223,7 +226,10 @@ def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, b
 def norm(
     shape: tuple[int, int, int], split: int, bits: int, dtype: torch.dtype, frames: int, affine: str, gather: bool
 ) -> None:
-    """LayerNorm, modulation, gather and integers; gain and shift are slices of a modulation of six."""
+    """LayerNorm, modulation, gather and integers, with static scales and with scales per token.
+
+    Gain and shift are slices of a modulation of six.
+    """
     batch, _, width = shape
     modulation = torch.randn(batch, max(1, frames), 6, width, generator=generator()).to(dtype)
     gain, shift = (modulation[:, :, 1], modulation[:, :, 0]) if frames else (None, None)
@@ -245,6 +251,14 @@ def norm(
     )
     out = torch.full(shape, 99, dtype=torch.int8)
     same_integers(norm_triton.launch(arguments, out=out), norm_quantize.compute(arguments))
+    measured = NormQuantizePerToken(*arguments[:6], arguments.quantization.perm, split, bits)
+    for asymmetric, op in ((False, norm_quantize_per_token), (True, norm_quantize_per_token_asymmetric)):
+        want, scales = op.compute(measured)
+        unwritten = torch.full(shape, 99, dtype=torch.int8), torch.full(scales.shape, float("nan"))
+        q, scale = norm_per_token_triton.launch(measured, unwritten, asymmetric=asymmetric)
+        same_integers(q, want)
+        close(scale[..., :groups], scales[..., :groups], 2**-20 * scales[..., :groups].double())
+        assert torch.equal(scale[..., groups:], scales[..., groups:])
 
 
 def rope(shape: tuple[int, int, int], heads: int, dtype: torch.dtype, norm: bool, rotate: bool, merged: bool) -> None:

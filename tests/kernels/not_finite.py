@@ -15,6 +15,8 @@ from fxq.kernels import (
     attention,
     attention_int8,
     native,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
     quantize_fp8_per_token,
     quantize_per_token,
     quantize_per_token_asymmetric,
@@ -22,7 +24,8 @@ from fxq.kernels import (
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token)
+NORMS = (norm_quantize_per_token, norm_quantize_per_token_asymmetric)
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token, *NORMS)
 READ_BY_ROWS = (
     "quantize_act",
     "norm_quantize",

@@ -19,6 +19,8 @@ from fxq.kernels import (
     dual_scale_linear_per_token,
     dual_scale_linear_quantize,
     norm_quantize,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
     quantize_act,
     quantize_per_token,
     quantize_per_token_asymmetric,
@@ -243,6 +245,13 @@ def test_norm_and_modulation_quantize_as_the_reference(order, affine, frames, dt
     arguments = (x, weight, bias, gain, shift, 1e-6, None if perm is None else perm.int(), scale, zero, split, 8)
     got, want = (f(*arguments).int() for f in (norm_quantize, norm_quantize.reference))
     assert (got - want).abs().max() <= 1 and (got != want).float().mean() < 0.005
+    for op in (norm_quantize_per_token, norm_quantize_per_token_asymmetric):
+        for bits in (8, 4):
+            measured = (*arguments[:7], split, bits)
+            (q, scale), (want, scales) = op(*measured), op.reference(*measured)
+            difference = (q.int() - want.int()).abs()
+            assert difference.max() <= 1 and difference.float().mean() < 0.005
+            torch.testing.assert_close(scale, scales, rtol=1e-5, atol=0)
 
 
 @needs_native
