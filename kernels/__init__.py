@@ -12,7 +12,11 @@ from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm import fp8
-from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.epilogues import (
+    dual_scale_linear_add,
+    dual_scale_linear_per_token_add,
+    dual_scale_linear_quantize,
+)
 from fxq.kernels.gemm.fp8 import (
     dual_scale_linear_fp8,
     dual_scale_linear_fp8_per_token,
@@ -52,6 +56,7 @@ OPS: tuple[Op, ...] = (
     dual_scale_linear_per_token,
     norm_quantize_per_token,
     norm_quantize_per_token_asymmetric,
+    dual_scale_linear_per_token_add,
 )
 
 FLOAT8: tuple[Op, ...] = (
@@ -76,6 +81,7 @@ __all__ = [
     "dual_scale_linear_fp8",
     "dual_scale_linear_fp8_per_token",
     "dual_scale_linear_per_token",
+    "dual_scale_linear_per_token_add",
     "dual_scale_linear_quantize",
     "norm_quantize",
     "norm_quantize_per_token",

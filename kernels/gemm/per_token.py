@@ -184,9 +184,14 @@ def _round_ranges(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _unfit_linear(a: DualScaleLinearPerToken) -> str:
     if a.dtype not in gemm.OUTPUTS:
         return f"dtype = {a.dtype}: expected float32, bfloat16 or float16"
+    return unfit(a.operands)
+
+
+def unfit(a: Operands) -> str:
+    """Why the operands, with input scales [..., G or 2 G], do not fit each other, or ""."""
     groups = a.weight_scale.shape[0] if a.weight_scale.ndim else 0
     one_row = a.weight_scale.new_empty(groups, dtype=torch.float32)
-    if reason := gemm.unfit(a.operands._replace(input_scale=one_row)):
+    if reason := gemm.unfit(a._replace(input_scale=one_row)):
         return reason
     wanted = (*a.q.shape[:-1], groups)
     zeros = a.input_scale.shape == (*a.q.shape[:-1], 2 * groups)
@@ -238,7 +243,7 @@ def dual_scale_linear_per_token(a: DualScaleLinearPerToken) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    return _in_chunks(gemm.exact_matmul, a.operands, a.dtype)
+    return in_chunks(gemm.exact_matmul, a.operands, a.dtype)
 
 
 @dual_scale_linear_per_token.on("cpu", gemm.ON_CPU)
@@ -246,13 +251,23 @@ def linear_chunks(a: DualScaleLinearPerToken) -> Tensor:
     """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
     if a.weight.ndim == 4 and a.dtype != torch.float16 and native.ready():
         return native.linear_per_token(a.operands, _fake_linear(a))
-    return _in_chunks(gemm.cpu_integers if a.operands.asymmetric else gemm.cpu_matmul, a.operands, a.dtype)
+    return in_chunks(cpu_matmul(a.operands), a.operands, a.dtype)
 
 
-def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, dtype: torch.dtype) -> Tensor:
+def cpu_matmul(operands: Operands) -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies integers on a CPU; zero points need int32."""
+    return gemm.cpu_integers if operands.asymmetric else gemm.cpu_matmul
+
+
+def in_chunks(
+    matmul: Callable[[Tensor, Tensor], Tensor],
+    operands: Operands,
+    dtype: torch.dtype,
+    finish: gemm.Finish | None = None,
+) -> Tensor:
     """``numerics.per_token_matmul`` over chunks of rows, the same float operations in the same order.
 
-    Zero points need the int32 of a ``matmul``.
+    Zero points need the int32 of a ``matmul``. ``finish`` as in :func:`fxq.kernels.gemm.op.in_chunks`.
     """
     q, width, outputs = operands.q, operands.width, operands.outputs
     rows, scales = q.reshape(-1, width), operands.input_scale.reshape(-1, operands.input_scale.shape[-1])
@@ -262,14 +277,14 @@ def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, d
     y = torch.empty(len(rows), outputs, dtype=dtype, device=q.device)
     step = max(1, gemm.CHUNK // max(1, outputs))
     for start in range(0, len(rows), step):
-        here, total = slice(start, start + step), operands.offset
+        here, total = slice(start, min(start + step, len(rows))), operands.offset
         for g, part in enumerate(parts):
             integers = matmul(rows[here, part], w[:, part])
             if sums:
                 integers.addr_(scales[here, groups + g].to(torch.int32), sums[g], alpha=-1)
             product = integers * operands.weight_scale[g]
             total = product.mul_(scales[here, g, None]).add_(total)
-        y[here] = total
+        y[here] = total if finish is None else finish(total, here)
     return y.reshape(*q.shape[:-1], outputs)
 
 

@@ -42,6 +42,7 @@ FREE = CASTS | RESHAPES
 """What a fused operator does on the way."""
 
 LINEAR = kernels.dual_scale_linear.definition
+LINEAR_PER_TOKEN = kernels.dual_scale_linear_per_token.definition
 QUANTIZE = kernels.quantize_act.definition
 
 

@@ -11,7 +11,7 @@ from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
 from fxq.kernels.gemm.triton import STORE
 from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel, quantize_fp8_per_token_kernel
 from fxq.kernels.gemm.triton_kernel import linear_kernel
-from fxq.kernels.gemm.triton_per_token import SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
+from fxq.kernels.gemm.triton_per_token import ADDS, SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
 from fxq.kernels.norm.triton import norm_quantize_kernel
 from fxq.kernels.norm.triton_per_token import norm_quantize_per_token_kernel
 from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
@@ -86,11 +86,16 @@ def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool
     return Case(linear_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
-def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymmetric: bool = False) -> Case:
+def linear_per_token(
+    tiles: Tiles, weight: str = "w8", dual: bool = True, asymmetric: bool = False, added: bool = False
+) -> Case:
     """A case of the GEMM with scales per token, compiled where a launch may choose these tiles."""
     own = ("q_ptr", "w_ptr", "weight_scale_ptr", "input_scale_ptr", "offset_ptr", "y_ptr")
+    own += ("residual_ptr", "gate_ptr") if added else ()
     types = {name: kind for name, kind in (LINEAR_TYPES | STORED[weight]).items() if name in own}
     constants = tiles.constants() | {"DUAL": dual, "PACKED": weight == "w4", "ASYMMETRIC": asymmetric}
+    constants |= {"ADDED": added, "GATED": added}
+    constants |= {} if added else {name: STORE.arguments[name] for name in ADDS}
     if asymmetric:
         types["sums_ptr"] = "*i32"
     else:
@@ -98,7 +103,8 @@ def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymme
     for name in ("num_warps", "num_stages"):
         del constants[name]
     single = "asymmetric" if asymmetric else "fp8_per_token" if weight == "fp8" else "per_token"
-    plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else single
+    plain = replace(tiles, swapped=False)
+    operation = ("per_token_dual" if dual else single) + ("_add" if added else "")
     known = FP8 if weight == "fp8" else ALL
     targets = (t for t in known if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
     return Case(linear_per_token_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
@@ -197,6 +203,11 @@ def linears() -> dict[str, Case]:
         if i in (1, 2, len(TABLE) - 1):
             cases[f"linear-asymmetric-w8-single-{size}"] = linear_per_token(tiles, dual=False, asymmetric=True)
             cases[f"linear-asymmetric-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False, asymmetric=True)
+            cases[f"linear-per-token-w8-single-add-{size}"] = linear_per_token(tiles, dual=False, added=True)
+            cases[f"linear-per-token-w4-single-add-{size}"] = linear_per_token(swapped, "w4", dual=False, added=True)
+        if i == 1:
+            cases[f"linear-asymmetric-w8-single-add-{size}"] = linear_per_token(tiles, "w8", False, True, added=True)
+            cases[f"linear-asymmetric-w4-single-add-{size}"] = linear_per_token(swapped, "w4", False, True, added=True)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
             cases[f"linear-fp8-per-token-single-{size}"] = linear_per_token(tiles, "fp8", dual=False)
@@ -217,6 +228,12 @@ def linears() -> dict[str, Case]:
     for tiles in TWO_SUMS[:2]:
         swapped = replace(tiles, swapped=True)
         cases[f"linear-asymmetric-w8-dual-{label(tiles)}"] = linear_per_token(tiles, asymmetric=True)
+        cases[f"linear-asymmetric-w8-dual-add-{label(tiles)}"] = linear_per_token(tiles, asymmetric=True, added=True)
+        cases[f"linear-asymmetric-w4-dual-add-{label(tiles)}"] = linear_per_token(
+            swapped, "w4", asymmetric=True, added=True
+        )
+        cases[f"linear-per-token-w8-dual-add-{label(tiles)}"] = linear_per_token(tiles, added=True)
+        cases[f"linear-per-token-w4-dual-add-{label(tiles)}"] = linear_per_token(swapped, "w4", added=True)
         cases[f"linear-asymmetric-w4-dual-{label(tiles)}"] = linear_per_token(swapped, "w4", asymmetric=True)
     return cases
 

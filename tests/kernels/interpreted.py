@@ -45,7 +45,11 @@ from fxq.kernels.gemm import (
     triton_per_token as per_token_triton,
 )
 from fxq.kernels.gemm.activations import Activation, add
-from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.epilogues import (
+    dual_scale_linear_add,
+    dual_scale_linear_per_token_add,
+    dual_scale_linear_quantize,
+)
 from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 from fxq.kernels.gemm.tiles import Tiles
 from fxq.kernels.jit import Block, jit, tl
@@ -208,6 +212,13 @@ def linear_add(
     gemm_triton.launch(operands, out, tiles=tiles, epilogue=gemm_triton.adding(arguments))
     rounding = 0.5 * float((operands.input_scale[0] * operands.weight_scale[0]).max()) * 9
     close(out, want, (2**-7 if dtype == BF16 else 2**-20) * want.abs().double() + rounding)
+    for asymmetric in (False, True):
+        sample = per_token.sample_arguments(shape, n, split, bits, F32, generator(), asymmetric=asymmetric)
+        measured = DualScaleLinearAdd(sample.operands, residual, gate)
+        out = torch.full(want.shape, float("nan"), dtype=dtype)
+        per_token_triton.linear(sample.operands, out, tiles=tiles, epilogue=gemm_triton.adding(measured))
+        sums = dual_scale_linear_per_token_add.compute(measured)
+        close(out, sums, (2**-7 if dtype == BF16 else 2**-19) * float(sums.abs().max()))
 
 
 def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, bits: int, gather: bool) -> None:

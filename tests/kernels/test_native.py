@@ -17,6 +17,7 @@ from fxq.kernels import (
     dual_scale_linear,
     dual_scale_linear_add,
     dual_scale_linear_per_token,
+    dual_scale_linear_per_token_add,
     dual_scale_linear_quantize,
     norm_quantize,
     norm_quantize_per_token,
@@ -144,6 +145,13 @@ def test_the_adding_epilogue_equals_the_reference(dtype, gate_dtype, threads):
     gate = None if gate_dtype is None else torch.randn(2, 3, 70, generator=random(6)).to(gate_dtype)
     arguments = (*operands, wide[..., 70:], gate)
     assert torch.equal(dual_scale_linear_add(*arguments), dual_scale_linear_add.reference(*arguments))
+    op = dual_scale_linear_per_token_add
+    for asymmetric in (False, True):
+        sample = per_token.sample_arguments((2, 21, 75), 70, 50, 8, dtype, random(4), True, asymmetric)
+        sample.input_scale[1, 3, 1] = float("nan")
+        got, want = (f(*sample.operands, *arguments[-2:]) for f in (op, op.reference))
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert got.isnan().any(2).nonzero().tolist() == [[1, 3]] and got[1, 3].isnan().all()
 
 
 PERMUTATIONS = {
