@@ -12,6 +12,7 @@ from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.packed import attention_packed
 from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm import fp8
+from fxq.kernels.gemm.activated import activation_quantize_per_token, activation_quantize_per_token_asymmetric
 from fxq.kernels.gemm.epilogues import (
     dual_scale_linear_add,
     dual_scale_linear_per_token_add,
@@ -57,6 +58,8 @@ OPS: tuple[Op, ...] = (
     norm_quantize_per_token,
     norm_quantize_per_token_asymmetric,
     dual_scale_linear_per_token_add,
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
 )
 
 FLOAT8: tuple[Op, ...] = (
@@ -72,6 +75,8 @@ __all__ = [
     "OPS",
     "Op",
     "absorb",
+    "activation_quantize_per_token",
+    "activation_quantize_per_token_asymmetric",
     "attention",
     "attention_int8",
     "attention_packed",

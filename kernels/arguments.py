@@ -82,6 +82,24 @@ class NormQuantize(NamedTuple):
     quantization: Quantization
 
 
+class ActivationQuantizePerToken(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.activated.activation_quantize_per_token` and of its asymmetric twin.
+
+    Attributes:
+        x: as in :class:`QuantizePerToken`.
+        activation: name in :data:`fxq.kernels.gemm.activations.ACTIVATIONS`, computed in float32.
+        perm: as in :class:`QuantizePerToken`, of the activation's result, as all that follows.
+        split: as there.
+        bits: as there.
+    """
+
+    x: Tensor
+    activation: str
+    perm: Tensor | None
+    split: int
+    bits: int
+
+
 class NormQuantizePerToken(NamedTuple):
     """Arguments of :func:`fxq.kernels.norm.per_token.norm_quantize_per_token` and of its asymmetric twin.
 

@@ -101,9 +101,12 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
     residual, gate = (torch.randn(1, each, q.outputs, device=device).bfloat16() for each in (rows, 3))
     added = [(residual, None), (residual, gate)]
     normed: list[Sequence[Any]] = [(x, None, None, frames, frames, 1e-6, p, q.split, 8) for p in (None, perm)]
+    activated: list[Sequence[Any]] = [(x, "gelu_tanh", order, q.split, 8) for order in (None, perm)]
     found: dict[str, list[Sequence[Any]]] = {
         "quantize_act": [(x, order, scale, zero, q.split, 8) for order in (None, perm)],
         "norm_quantize": [(x, None, None, frames, frames, 1e-6, p, scale, zero, q.split, 8) for p in (None, perm)],
+        "activation_quantize_per_token": activated,
+        "activation_quantize_per_token_asymmetric": activated,
         "norm_quantize_per_token": normed,
         "norm_quantize_per_token_asymmetric": normed,
         "dual_scale_linear": [(*each, torch.bfloat16) for each in (q, layer.integers(False), layer.integers(bits=4))],

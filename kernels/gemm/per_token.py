@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
-from fxq.kernels.arguments import DualScaleLinearPerToken, NormQuantizePerToken, Operands, QuantizePerToken
+from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
+    DualScaleLinearPerToken,
+    NormQuantizePerToken,
+    Operands,
+    QuantizePerToken,
+)
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.gemm import triton_per_token as per_token_triton
 from fxq.kernels.jit import HAS_TRITON
@@ -32,6 +38,10 @@ def _unfit_quantize(a: QuantizePerToken) -> str:
     return unfit_tokens(x.shape[-1], a.perm, a.split, a.bits)
 
 
+Measured = QuantizePerToken | NormQuantizePerToken | ActivationQuantizePerToken
+"""Arguments of what gives integers and the scales it measures."""
+
+
 def unfit_tokens(width: int, perm: Tensor | None, split: int, bits: int) -> str:
     """Why tokens of ``width`` channels cannot be quantized so, or ""."""
     if not 2 <= bits <= 8:
@@ -47,13 +57,13 @@ def _groups(width: int, split: int) -> int:
     return 1 if split == width else 2
 
 
-def empty(a: QuantizePerToken | NormQuantizePerToken, columns: int = 1) -> tuple[Tensor, Tensor]:
+def empty(a: Measured, columns: int = 1) -> tuple[Tensor, Tensor]:
     """Unfilled integers int8 [..., K], and float32 [..., ``columns`` * G] of what is measured."""
     shape = (*a.x.shape[:-1], columns * _groups(a.x.shape[-1], a.split))
     return a.x.new_empty(a.x.shape, dtype=torch.int8), a.x.new_empty(shape, dtype=torch.float32)
 
 
-def empty_asymmetric(a: QuantizePerToken | NormQuantizePerToken) -> tuple[Tensor, Tensor]:
+def empty_asymmetric(a: Measured) -> tuple[Tensor, Tensor]:
     """As :func:`empty`, with zero points."""
     return empty(a, 2)
 

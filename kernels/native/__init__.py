@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
     Attention,
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
@@ -115,7 +116,7 @@ _Linear = _struct(
     " gate_rows:l gate_is_bfloat16:i per_token:i asymmetric:i packed:i",
 )
 _Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
-_Tokens = _struct("Tokens", "scale:p least:f asymmetric:i")
+_Tokens = _struct("Tokens", "scale:p least:f asymmetric:i activation:i")
 _Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
 _Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
 _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
@@ -247,16 +248,16 @@ def quantize_act(a: QuantizeAct | NormQuantize, out: Tensor) -> Tensor:
 
 
 def quantize_per_token(
-    a: QuantizePerToken | NormQuantizePerToken, least: float, out: Tensor, scale: Tensor
+    a: QuantizePerToken | NormQuantizePerToken | ActivationQuantizePerToken, least: float, out: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_act`, and ``scale`` [..., G or 2 G], with zero points where it has room for them."""
     norm, _held = _norm(a)
     asymmetric = scale.shape[-1] > (2 if a.split < a.x.shape[-1] else 1)
     rows, perm = _rows(a.x), None if a.perm is None else a.perm.contiguous()
     quantization = _Quantization(_address(perm), None, None, rows.shape[1], a.split, a.bits)
-    _call(
-        "fxq_quantize_tokens", _rows_call(rows, out), norm, quantization, _Tokens(scale.data_ptr(), least, asymmetric)
-    )
+    activation = activation_code(a.activation) if isinstance(a, ActivationQuantizePerToken) else 0
+    tokens = _Tokens(scale.data_ptr(), least, asymmetric, activation)
+    _call("fxq_quantize_tokens", _rows_call(rows, out), norm, quantization, tokens)
     return out, scale
 
 

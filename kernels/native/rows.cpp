@@ -1,4 +1,5 @@
 // Row-wise kernels: quantization with static scales or one per token, after LayerNorm + modulation or alone, RMSNorm + rotary embedding.
+#include "activations.h"
 #include "calls.h"
 #include "quantizer.h"
 #include "vectors.h"
@@ -73,6 +74,16 @@ const float* normed(const Rows& r, const Norm& norm, long index) {
   return row;
 }
 
+// A row in float32 after its activation, in memory of this thread.
+template <typename T>
+const float* activated(const Rows& r, int32_t activation, long index) {
+  static thread_local Scratch scratch;
+  float* row = scratch.get<float>(r.width + 16);
+  const T* from = static_cast<const T*>(r.x) + index * r.x_stride;
+  for (long k = 0; k < r.width; k += LANES) store(row + k, activate(activation, load(from + k, lanes(r.width - k))));
+  return row;
+}
+
 template <typename T>
 int quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
@@ -134,7 +145,9 @@ int quantize_tokens(const Rows& r, const Norm* norm, const Quantization& q, cons
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
-    if (norm == nullptr) {
+    if (tokens.activation != none_code) {
+      quantize_token(quantizer, q, tokens, activated<T>(r, tokens.activation, i), i, to);
+    } else if (norm == nullptr) {
       quantize_token(quantizer, q, tokens, static_cast<const T*>(r.x) + i * r.x_stride, i, to);
     } else {
       quantize_token(quantizer, q, tokens, normed<T>(r, *norm, i), i, to);

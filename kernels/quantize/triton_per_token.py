@@ -197,10 +197,12 @@ def quantize_per_token_kernel(
     WHOLE: constexpr,
     BLOCK: constexpr,
     ASYMMETRIC: constexpr,
+    ACTIVATION: constexpr,
 ) -> None:
-    """One row; WHOLE says that it is not wider than a block, else it is read twice in blocks.
+    """One row, after ACTIVATION if it is not None.
 
-    LOW is ``-HIGH``, but for ASYMMETRIC, which stores zero points behind the scales.
+    WHOLE says that it is not wider than a block, else it is read twice in blocks. LOW is ``-HIGH``, but for ASYMMETRIC,
+    which stores zero points behind the scales.
     """
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * x_stride
@@ -209,6 +211,8 @@ def quantize_per_token_kernel(
     # The scales of all groups are known before the first integer is: one pass for what a row spans, then the integers.
     if WHOLE:
         x = whole_row(x_row, perm_ptr, columns, K, GATHER)
+        if ACTIVATION is not None:
+            x = tl.where(columns < K, ACTIVATION(x), 0.0)
         quantize_whole(x, columns, q_row, scale_ptr, row, K, split, least, LOW, HIGH, DUAL, ASYMMETRIC)
     else:
         # ``below`` is the magnitude of its least value, for ASYMMETRIC alone.
@@ -218,6 +222,8 @@ def quantize_per_token_kernel(
         outlier_below = 0
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            if ACTIVATION is not None:
+                x = tl.where(start + columns < K, ACTIVATION(x), 0.0)
             found, under, outlier_found, outlier_under = _measured(x, start + columns, split, DUAL, ASYMMETRIC)
             top = tl.maximum(top, found)
             outlier_top = tl.maximum(outlier_top, outlier_found)
@@ -229,14 +235,18 @@ def quantize_per_token_kernel(
         )
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            if ACTIVATION is not None:
+                x = ACTIVATION(x)
             normal = start + columns < split
             factor = tl.where(normal, inverse, outlier_inverse)
             q = _integers(x, factor, tl.where(normal, zero, outlier_zero), LOW, HIGH)
             tl.store(q_row + start + columns, q, mask=start + columns < K)
 
 
-def quantize(a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = MAX_BLOCK) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel on the current device; see :mod:`fxq.kernels.gemm.per_token`."""
+def quantize(
+    a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = MAX_BLOCK, activation: object = None
+) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel on the current device, after an activation; see :mod:`fxq.kernels.gemm.per_token`."""
     x, perm, split, bits = a
     width, (low, high) = x.shape[-1], numerics.integer_range(bits)
     rows, dual = flat_rows(x), split < width
@@ -261,6 +271,7 @@ def quantize(a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = 
             WHOLE=width <= block,
             BLOCK=block,
             ASYMMETRIC=asymmetric,
+            ACTIVATION=activation,
             num_warps=warps_of(block),
         )
     return q, scale

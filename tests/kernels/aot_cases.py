@@ -116,13 +116,14 @@ def weight_sums(packed: bool) -> Case:
     return Case(weight_sums_kernel, {"w_ptr": "*u8" if packed else "*i8", "sums_ptr": "*i32"}, constants, 4, 3)
 
 
-def quantize_per_token(width: int, gather: bool, asymmetric: bool = False) -> Case:
+def quantize_per_token(width: int, gather: bool, asymmetric: bool = False, activation: str = "none") -> Case:
     """A case of quantize_per_token, or of quantize_per_token_asymmetric."""
     block = block_of(width)
     types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "q_ptr": "*i8", "scale_ptr": "*fp32", "least": "fp32"}
     constants: dict[str, object] = {"GATHER": gather, "DUAL": True, "WHOLE": width <= block, "BLOCK": block}
     constants |= {"LOW": -128 if asymmetric else -127, "HIGH": 127, "ASYMMETRIC": asymmetric}
     constants |= {} if gather else {"perm_ptr": None}
+    constants |= {"ACTIVATION": None if activation == "none" else ACTIVATIONS[activation].triton}
     return Case(quantize_per_token_kernel, types, constants, warps_of(block), 3)
 
 
@@ -258,6 +259,8 @@ CASES = linears() | {
     "quantize-per-token-gather-1536": quantize_per_token(1536, gather=True),
     "quantize-per-token-gather-8960": quantize_per_token(8960, gather=True),
     "quantize-per-token-gather-20480": quantize_per_token(20480, gather=True),
+    "quantize-per-token-gelu_tanh-8960": quantize_per_token(8960, gather=False, activation="gelu_tanh"),
+    "quantize-asymmetric-gelu-gather-8960": quantize_per_token(8960, gather=True, asymmetric=True, activation="gelu"),
     "quantize-asymmetric-1536": quantize_per_token(1536, gather=False, asymmetric=True),
     "quantize-asymmetric-gather-8960": quantize_per_token(8960, gather=True, asymmetric=True),
     "quantize-asymmetric-gather-20480": quantize_per_token(20480, gather=True, asymmetric=True),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
     NormQuantize,
@@ -44,7 +45,8 @@ from fxq.kernels.gemm import (
 from fxq.kernels.gemm import (
     triton_per_token as per_token_triton,
 )
-from fxq.kernels.gemm.activations import Activation, add
+from fxq.kernels.gemm.activated import activation_quantize_per_token, activation_quantize_per_token_asymmetric
+from fxq.kernels.gemm.activations import ACTIVATIONS, Activation, add
 from fxq.kernels.gemm.epilogues import (
     dual_scale_linear_add,
     dual_scale_linear_per_token_add,
@@ -362,6 +364,19 @@ def quantize_per_token(
     assert scale.shape == scales.shape and torch.equal(scale, scales)
 
 
+def activated_per_token(x: Tensor, name: str, split: int, gather: bool, max_block: int = 4096) -> None:
+    """An activation before the scales, symmetric ones and with zero points."""
+    perm = torch.randperm(x.shape[-1], generator=generator()).to(torch.int32) if gather else None
+    a = ActivationQuantizePerToken(x, name, perm, split, 8)
+    function = ACTIVATIONS[name].triton
+    for asymmetric, op in ((False, activation_quantize_per_token), (True, activation_quantize_per_token_asymmetric)):
+        tokens = QuantizePerToken(x, perm, split, 8)
+        q, scale = per_token_rows.quantize(tokens, asymmetric=asymmetric, max_block=max_block, activation=function)
+        want, scales = op.compute(a)
+        same_integers(q, want)
+        close(scale, scales, 2**-16 * scales.abs().double())
+
+
 def linear_per_token(
     m: int,
     n: int,
@@ -464,6 +479,10 @@ CASES: dict[str, Callable[[], None]] = (
         ),
         "per-token-quantize-columns-with-stride": lambda: quantize_per_token(noise(64, 9).T, 33, 6, gather=False),
         "per-token-quantize-no-rows": lambda: quantize_per_token(torch.empty(0, 64), 32, 8, gather=False),
+        "per-token-gelu-dual-gather": lambda: activated_per_token(noise(5, 130), "gelu", 97, gather=True),
+        "per-token-gelu_tanh-in-steps": lambda: activated_per_token(
+            noise(3, 100).bfloat16(), "gelu_tanh", 64, True, 64
+        ),
         "per-token-linear-w8-single": lambda: linear_per_token(37, 45, 200, 200, 8),
         "per-token-linear-w8-dual": lambda: linear_per_token(65, 33, 224, 192, 8),
         "per-token-linear-w8-dual-odd-split-exact": lambda: linear_per_token(33, 31, 131, 101, 8, exact=True),

@@ -12,6 +12,8 @@ from fxq import numerics
 from fxq.kernels import (
     OPS,
     Op,
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
     attention,
     attention_int8,
     native,
@@ -24,8 +26,9 @@ from fxq.kernels import (
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATED = (activation_quantize_per_token, activation_quantize_per_token_asymmetric)
 NORMS = (norm_quantize_per_token, norm_quantize_per_token_asymmetric)
-MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token, *NORMS)
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token, *NORMS, *ACTIVATED)
 READ_BY_ROWS = (
     "quantize_act",
     "norm_quantize",

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from fxq import cpu
 from fxq.kernels import (
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
     attention,
     dual_scale_linear,
     dual_scale_linear_add,
@@ -236,6 +238,22 @@ def test_infinities_saturate():
     x = torch.tensor([[float("inf"), -float("inf"), 3e38, -3e38]])
     q = quantize_act(x, None, torch.tensor([0.5]), torch.tensor([7]).int(), 4, 8)
     assert q.tolist() == [[127, -128, 127, -128]]
+
+
+@needs_native
+@pytest.mark.parametrize("order", PERMUTATIONS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_quantize_per_token_as_the_reference(order, activation, dtype, threads):
+    torch.manual_seed(9)
+    perm = PERMUTATIONS[order](150, 118)
+    x = (torch.randn(2, 12, 300) * 3).to(dtype)[..., 70:220]
+    for op in (activation_quantize_per_token, activation_quantize_per_token_asymmetric):
+        arguments = (x, activation, None if perm is None else perm.int(), 118, 8)
+        (q, scale), (want, scales) = op(*arguments), op.reference(*arguments)
+        difference = (q.int() - want.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.005
+        torch.testing.assert_close(scale, scales, rtol=1e-5, atol=0)
 
 
 @needs_native

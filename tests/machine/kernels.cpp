@@ -293,11 +293,18 @@ void rows(Random& random, const std::string& dtype) {
         for (int bits : {8, 4}) {
           std::vector<float> scales((split < width ? 2 : 1) * (1 + asymmetric) * count);
           const Quantization of_tokens{perm, nullptr, nullptr, width, split, bits};
-          const Tokens tokens{scales.data(), 1.5e-36f, asymmetric};
+          Tokens tokens{scales.data(), 1.5e-36f, asymmetric, 0};
           for (const Norm* norm : {static_cast<const Norm*>(nullptr), norms, norms + 1}) {
             const std::string kind = std::string(norm == nullptr ? "" : norm->gain ? " modulated norm" : " norm") +
                                      (asymmetric ? " zero points " : " ") + std::to_string(bits);
             fxq_quantize_tokens(&r, norm, &of_tokens, &tokens);
+            record("tokens" + what + kind, out);
+            record("scales" + what + kind, scales);
+          }
+          for (int activation : {1, 2}) {
+            const std::string kind = " activation " + std::to_string(activation) + (asymmetric ? " zero points " : " ") + std::to_string(bits);
+            tokens.activation = activation;
+            fxq_quantize_tokens(&r, nullptr, &of_tokens, &tokens);
             record("tokens" + what + kind, out);
             record("scales" + what + kind, scales);
           }
