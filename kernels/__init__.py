@@ -15,7 +15,12 @@ from fxq.kernels.attention.encoded.packed import attention_packed
 from fxq.kernels.attention.op import attention
 from fxq.kernels.attention.weighted import attention_weighted
 from fxq.kernels.gemm import fp8
-from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.activated import activation_quantize_per_token, activation_quantize_per_token_asymmetric
+from fxq.kernels.gemm.epilogues import (
+    dual_scale_linear_add,
+    dual_scale_linear_per_token_add,
+    dual_scale_linear_quantize,
+)
 from fxq.kernels.gemm.fp8 import (
     dual_scale_linear_fp8,
     dual_scale_linear_fp8_per_token,
@@ -29,6 +34,7 @@ from fxq.kernels.gemm.per_token import (
     quantize_per_token_asymmetric,
 )
 from fxq.kernels.norm.op import norm_quantize
+from fxq.kernels.norm.per_token import norm_quantize_per_token, norm_quantize_per_token_asymmetric
 from fxq.kernels.op import Op
 from fxq.kernels.quantize.op import quantize_act
 from fxq.kernels.rope.op import rms_norm_rope
@@ -53,6 +59,11 @@ OPS: tuple[Op, ...] = (
     quantize_per_token,
     quantize_per_token_asymmetric,
     dual_scale_linear_per_token,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
+    dual_scale_linear_per_token_add,
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
 )
 
 ATTENTIONS: Mapping[str, Op] = {"int8": attention_int8, "int8_fp8": attention_int8_fp8}
@@ -72,6 +83,8 @@ __all__ = [
     "OPS",
     "Op",
     "absorb",
+    "activation_quantize_per_token",
+    "activation_quantize_per_token_asymmetric",
     "attention",
     "attention_int8",
     "attention_int8_fp8",
@@ -82,8 +95,11 @@ __all__ = [
     "dual_scale_linear_fp8",
     "dual_scale_linear_fp8_per_token",
     "dual_scale_linear_per_token",
+    "dual_scale_linear_per_token_add",
     "dual_scale_linear_quantize",
     "norm_quantize",
+    "norm_quantize_per_token",
+    "norm_quantize_per_token_asymmetric",
     "quantize_act",
     "quantize_fp8",
     "quantize_fp8_per_token",

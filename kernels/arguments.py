@@ -82,6 +82,50 @@ class NormQuantize(NamedTuple):
     quantization: Quantization
 
 
+class ActivationQuantizePerToken(NamedTuple):
+    """Arguments of :func:`fxq.kernels.gemm.activated.activation_quantize_per_token` and of its asymmetric twin.
+
+    Attributes:
+        x: as in :class:`QuantizePerToken`.
+        activation: name in :data:`fxq.kernels.gemm.activations.ACTIVATIONS`, computed in float32.
+        perm: as in :class:`QuantizePerToken`, of the activation's result, as all that follows.
+        split: as there.
+        bits: as there.
+    """
+
+    x: Tensor
+    activation: str
+    perm: Tensor | None
+    split: int
+    bits: int
+
+
+class NormQuantizePerToken(NamedTuple):
+    """Arguments of :func:`fxq.kernels.norm.per_token.norm_quantize_per_token` and of its asymmetric twin.
+
+    Attributes:
+        x: as in :class:`NormQuantize`, up to ``eps``.
+        weight: as there.
+        bias: as there.
+        gain: as there.
+        shift: as there.
+        eps: as there.
+        perm: as in :class:`QuantizePerToken`, of the norm's result.
+        split: as there.
+        bits: as there.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    eps: float
+    perm: Tensor | None
+    split: int
+    bits: int
+
+
 class RmsNormRope(NamedTuple):
     """Arguments of :func:`fxq.kernels.rope.op.rms_norm_rope`.
 
@@ -261,10 +305,11 @@ class DualScaleLinearQuantize(NamedTuple):
 
 
 class DualScaleLinearAdd(NamedTuple):
-    """Arguments of :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_add`.
+    """Arguments of :func:`fxq.kernels.gemm.epilogues.dual_scale_linear_add` and of ``dual_scale_linear_per_token_add``.
 
     Attributes:
-        operands: of the product, q [B, S, K].
+        operands: of the product, q [B, S, K]; scales per token are [B, S, G or 2 G], as in
+            :class:`DualScaleLinearPerToken`.
         residual: float32, bfloat16 or float16 [B, S, N].
         gate: float [B, F, N] or None for 1; row s of S takes frame ``s // (S / F)``.
     """

@@ -197,7 +197,7 @@ TESTED_ELSEWHERE = {
     "kernels/test_launches.py": "kernels.device",
     "kernels/test_native.py": "kernels.gemm.panels",
     "kernels/test_ops.py": "kernels.arguments kernels.arguments_fp8 kernels.op kernels.rows kernels.*.op"
-    " kernels.gemm.per_token",
+    " kernels.*.per_token kernels.gemm.activated",
     "kernels/test_triton_interpret.py": "kernels.jit kernels.*.triton kernels.*.triton_*",
     "models/test_checkpoints.py": "models.loading",
     "models/test_lora.py": "models.lora_config",

@@ -12,7 +12,7 @@ from benchmarks.gpu.graphs import copies
 from benchmarks.gpu.problems import Sizes
 from benchmarks.gpu.session import Entry, Session
 from fxq.bench.contest import Built
-from fxq.kernels import Op, norm_quantize, quantize_act, rms_norm_rope
+from fxq.kernels import Op, norm_quantize, norm_quantize_per_token, quantize_act, rms_norm_rope
 from fxq.models.causal_wan import rope_tables
 
 EAGER = "the same in eager torch"
@@ -28,15 +28,20 @@ def _rotating(run: Run, inputs: Sequence[Tensor]) -> Callable[[], Built]:
     return make
 
 
+def _integers(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """Without the scales that an operator measures."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def _contest(session: Session, step: str, op: Op, x: Tensor, rest: tuple[Any, ...], size: int) -> dict[str, Any]:
     """``size`` bytes are read and written at least for one input."""
     inputs = copies(x)
 
     def ours(x: Tensor) -> Tensor:
-        return op(x, *rest)
+        return _integers(op(x, *rest))
 
     def eager(x: Tensor) -> Tensor:
-        return op.reference(x, *rest)
+        return _integers(op.reference(x, *rest))
 
     entries = [
         Entry(EAGER, _rotating(eager, inputs), "bfloat16", cold=False),
@@ -47,7 +52,7 @@ def _contest(session: Session, step: str, op: Op, x: Tensor, rest: tuple[Any, ..
 
 
 def run_bandwidth(session: Session, sizes: Sizes) -> None:
-    """quantize_act and norm_quantize with and without a gather, and rms_norm_rope."""
+    """quantize_act and norm_quantize, with static scales and with scales per token, and rms_norm_rope."""
     dim, heads, device = sizes.config.dim, sizes.config.num_heads, session.device
     tokens = sizes.grid[0] * sizes.grid[1]
     scale = torch.tensor([0.03, 0.2], device=device)
@@ -65,6 +70,14 @@ def run_bandwidth(session: Session, sizes: Sizes) -> None:
             frames = normal(1, max(1, rows // tokens), dim)
             rest = (None, None, frames, frames, 1e-6, permutation(dim, gather), scale, zero, dim - 32, 8)
             return _contest(session, step, norm_quantize, normal(1, rows, dim), rest, 3 * rows * dim)
+
+        return work
+
+    def norm_per_token(rows: int, gather: bool) -> Callable[[str], dict[str, Any]]:
+        def work(step: str) -> dict[str, Any]:
+            frames = normal(1, max(1, rows // tokens), dim)
+            rest = (None, None, frames, frames, 1e-6, permutation(dim, gather), dim - 32, 8)
+            return _contest(session, step, norm_quantize_per_token, normal(1, rows, dim), rest, 3 * rows * dim)
 
         return work
 
@@ -87,6 +100,8 @@ def run_bandwidth(session: Session, sizes: Sizes) -> None:
         for gather in (False, True):
             suffix = ", gather" if gather else ""
             session.step("bandwidth", f"norm_quantize M{rows} K{dim}{suffix}", norm(rows, gather))
+            name = f"scales per token behind a norm M{rows} K{dim}{suffix}"
+            session.step("bandwidth", name, norm_per_token(rows, gather))
             for width in (dim, sizes.config.ffn_dim):
                 session.step("bandwidth", f"quantize_act M{rows} K{width}{suffix}", quantize(rows, width, gather))
         session.step("bandwidth", f"rms_norm_rope M{rows} K{dim}", rope(rows))

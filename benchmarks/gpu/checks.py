@@ -98,14 +98,24 @@ def _op_arguments(op: Op, sizes: Sizes, device: str) -> Iterator[Sequence[Any]]:
     floats, rows_scale = layer.floats(), _token_scales(rows, len(q.weight_scale), device)[0]
     head = x.unflatten(-1, (heads, -1))
     few = head[:, :16], head[:, 16:32]
+    residual, gate = (torch.randn(1, each, q.outputs, device=device).bfloat16() for each in (rows, 3))
+    added = [(residual, None), (residual, gate)]
+    normed: list[Sequence[Any]] = [(x, None, None, frames, frames, 1e-6, p, q.split, 8) for p in (None, perm)]
+    activated: list[Sequence[Any]] = [(x, "gelu_tanh", order, q.split, 8) for order in (None, perm)]
     found: dict[str, list[Sequence[Any]]] = {
         "quantize_act": [(x, order, scale, zero, q.split, 8) for order in (None, perm)],
         "norm_quantize": [(x, None, None, frames, frames, 1e-6, p, scale, zero, q.split, 8) for p in (None, perm)],
+        "activation_quantize_per_token": activated,
+        "activation_quantize_per_token_asymmetric": activated,
+        "norm_quantize_per_token": normed,
+        "norm_quantize_per_token_asymmetric": normed,
         "dual_scale_linear": [(*each, torch.bfloat16) for each in (q, layer.integers(False), layer.integers(bits=4))],
         "dual_scale_linear_quantize": [(*batched, "gelu_tanh", scale, zero, sizes.config.ffn_dim - 32, 8)],
-        "dual_scale_linear_add": [
-            (*batched, torch.randn(1, rows, q.outputs, device=device).bfloat16(), gate)
-            for gate in (None, torch.randn(1, 3, q.outputs, device=device).bfloat16())
+        "dual_scale_linear_add": [(*batched, *rest) for rest in added],
+        "dual_scale_linear_per_token_add": [
+            (*batched._replace(input_scale=scales.unsqueeze(0)), *rest)
+            for scales in _token_scales(rows, len(q.weight_scale), device)
+            for rest in added
         ],
         "rms_norm_rope": [(x, torch.ones(dim, device=device).bfloat16(), 1e-6, cos, sin, heads)],
         "attention": [(head, [head, head], [head, head])],

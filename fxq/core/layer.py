@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
-from fxq.core.graph import argument_names, arguments, set_arguments
+from fxq.core.graph import arguments, set_arguments
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, stored_names
 from fxq.core.method import Scheme
 from fxq.kernels.gemm.panels import unpack_panels
@@ -46,13 +46,13 @@ FLOAT8 = Operators(kernels.quantize_fp8, kernels.dual_scale_linear_fp8)
 FLOAT8_PER_TOKEN = Operators(kernels.quantize_fp8_per_token, kernels.dual_scale_linear_fp8_per_token)
 MEASURING: tuple[Target, ...] = tuple(each.quantize.definition for each in (PER_TOKEN, ASYMMETRIC, FLOAT8_PER_TOKEN))
 """Operators that give numbers and the scales they measure."""
+_PAIRS = frozenset(o.definition for o in kernels.OPS if o.schema.endswith("(Tensor q, Tensor scale)"))
+"""The same and those of an optimized graph, behind a norm."""
 FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, FLOAT8.quantize.definition, *MEASURING)
 PER_TOKEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (PER_TOKEN, FLOAT8_PER_TOKEN))
 FROZEN_PRODUCTS: tuple[Target, ...] = (STATIC.product.definition, FLOAT8.product.definition, *PER_TOKEN_PRODUCTS)
 """Operators of a layer before fusions."""
-PRODUCTS: tuple[Target, ...] = tuple(
-    o.definition for o in kernels.OPS if "weight_scale" in argument_names(o.definition)
-)
+PRODUCTS: tuple[Target, ...] = tuple(o.definition for o in kernels.OPS if "Tensor weight_scale," in o.schema)
 """Operators that multiply the numbers of a layer, alone or with what follows it."""
 
 _STORED = {"scale": "input_scale", "zero_point": "input_zero_point"}
@@ -67,9 +67,9 @@ def _item(node: object, number: int) -> object:
 
 
 def measured_pair(node: object) -> fx.Node | None:
-    """The node of :data:`MEASURING` whose integers or scales a node takes, or None."""
+    """The node whose integers or measured scales a node takes, or None."""
     pair = node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else None
-    return pair if isinstance(pair, fx.Node) and pair.target in MEASURING else None
+    return pair if isinstance(pair, fx.Node) and pair.target in _PAIRS else None
 
 
 def quantize_of(product: fx.Node) -> fx.Node | None:

@@ -14,9 +14,21 @@ from torch import Tensor
 from fxq import numerics
 from fxq.kernels import native
 from fxq.kernels.arguments import DualScaleLinearAdd, DualScaleLinearQuantize, QuantizeAct
+from fxq.kernels.gemm import per_token
 from fxq.kernels.gemm import triton as gemm_triton
+from fxq.kernels.gemm import triton_per_token as per_token_triton
 from fxq.kernels.gemm.activations import ACTIVATIONS
-from fxq.kernels.gemm.op import CHUNK, ON_CPU, OUTPUTS, cpu_matmul, exact_matmul, in_chunks, sample_operands, unfit
+from fxq.kernels.gemm.op import (
+    CHUNK,
+    ON_CPU,
+    OUTPUTS,
+    Finish,
+    cpu_matmul,
+    exact_matmul,
+    in_chunks,
+    sample_operands,
+    unfit,
+)
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.op import declare
 from fxq.kernels.quantize.op import launch as launch_quantize
@@ -105,10 +117,16 @@ def _native_then_torch(a: DualScaleLinearQuantize) -> Tensor:
 
 
 def _add_supports(a: DualScaleLinearAdd) -> str:
+    return unfit(a.operands) or _unfit_added(a)
+
+
+def _add_per_token_supports(a: DualScaleLinearAdd) -> str:
+    return per_token.unfit(a.operands) or _unfit_added(a)
+
+
+def _unfit_added(a: DualScaleLinearAdd) -> str:
     operands, residual, gate = a
     q = operands.q
-    if reason := unfit(operands):
-        return reason
     if q.ndim != 3:
         return f"q has shape {tuple(q.shape)}: expected [B, S, K]"
     batch, rows, _ = q.shape
@@ -128,7 +146,8 @@ def _add_fake(a: DualScaleLinearAdd) -> Tensor:
     return torch.empty_like(a.residual, memory_format=torch.contiguous_format)
 
 
-def _add_samples() -> Sequence[DualScaleLinearAdd]:
+def _add_samples(measured: bool = False) -> Sequence[DualScaleLinearAdd]:
+    """Arguments; ``measured``: with scales per token, every second time with zero points too."""
     random = torch.Generator().manual_seed(2)
     cases: list[DualScaleLinearAdd] = []
     for shape, outputs, split, bits, dtype, frames, panels in (
@@ -143,8 +162,16 @@ def _add_samples() -> Sequence[DualScaleLinearAdd]:
             torch.randn(shape[0], frames, outputs, generator=random, dtype=torch.float32).to(dtype) if frames else None
         )
         operands = sample_operands(shape, outputs, split, bits, random, panels)
+        if measured:
+            sizes = shape, outputs, split, bits, torch.float32
+            tokens = per_token.sample_arguments(*sizes, random, panels, asymmetric=len(cases) % 2 == 1)
+            operands = tokens.operands
         cases.append(DualScaleLinearAdd(operands, residual, gate))
     return cases
+
+
+def _add_per_token_samples() -> Sequence[DualScaleLinearAdd]:
+    return _add_samples(measured=True)
 
 
 @declare(DualScaleLinearAdd, fake=_add_fake, samples=_add_samples, supports=_add_supports, max_error=2**-7)
@@ -157,7 +184,30 @@ def dual_scale_linear_add(a: DualScaleLinearAdd) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    values = in_chunks(exact_matmul, a.operands, torch.float32)
+    return _added(a, in_chunks(exact_matmul, a.operands, torch.float32))
+
+
+@declare(
+    DualScaleLinearAdd,
+    fake=_add_fake,
+    samples=_add_per_token_samples,
+    supports=_add_per_token_supports,
+    max_error=2**-7,
+)
+def dual_scale_linear_per_token_add(a: DualScaleLinearAdd) -> Tensor:
+    """As :func:`dual_scale_linear_add` with scales per token, and zero points where they lie behind the scales.
+
+    Returns:
+        [B, S, N] in the residual's dtype, contiguous.
+
+    Raises:
+        ValueError: on a wrong dtype or shape.
+    """
+    return _added(a, per_token.in_chunks(exact_matmul, a.operands, torch.float32))
+
+
+def _added(a: DualScaleLinearAdd, values: Tensor) -> Tensor:
+    """The result of a product's float32 [B, S, N]."""
     if a.gate is not None:
         frames = a.gate.shape[1]
         values = values.unflatten(1, (frames, values.shape[1] // frames))
@@ -168,9 +218,26 @@ def dual_scale_linear_add(a: DualScaleLinearAdd) -> Tensor:
 @dual_scale_linear_add.on("cpu", ON_CPU)
 def linear_add_cpu(a: DualScaleLinearAdd) -> Tensor:
     """Native kernel for panels, else chunk by chunk."""
-    operands, residual, gate = a
-    if operands.weight.ndim == 4 and residual.dtype != torch.float16 and native.ready():
+    if _is_native(a):
         return native.linear_add(a, _add_fake(a))
+    return in_chunks(cpu_matmul, a.operands, a.residual.dtype, _adding(a))
+
+
+@dual_scale_linear_per_token_add.on("cpu", ON_CPU)
+def linear_per_token_add_cpu(a: DualScaleLinearAdd) -> Tensor:
+    """As :func:`linear_add_cpu`."""
+    if _is_native(a):
+        return native.linear_add(a, _add_fake(a))
+    return per_token.in_chunks(per_token.cpu_matmul(a.operands), a.operands, a.residual.dtype, _adding(a))
+
+
+def _is_native(a: DualScaleLinearAdd) -> bool:
+    return a.operands.weight.ndim == 4 and a.residual.dtype != torch.float16 and native.ready()
+
+
+def _adding(a: DualScaleLinearAdd) -> Finish:
+    """Gate and residual of a chunk of rows."""
+    operands, residual, gate = a
     rest = residual.reshape(-1, operands.outputs)
     tokens = 1 if gate is None else residual.shape[1] // gate.shape[1]
     gates = None if gate is None else gate.reshape(-1, operands.outputs).float()
@@ -181,7 +248,7 @@ def linear_add_cpu(a: DualScaleLinearAdd) -> Tensor:
             values = values * gates[frame]
         return rest[rows].float() + values
 
-    return in_chunks(cpu_matmul, operands, residual.dtype, finish)
+    return finish
 
 
 if HAS_TRITON:
@@ -200,3 +267,8 @@ if HAS_TRITON:
     def linear_add_cuda(a: DualScaleLinearAdd) -> Tensor:
         """Launch on the device that holds q."""
         return gemm_triton.launch_tiled(a.operands, _add_fake(a), gemm_triton.adding(a))
+
+    @dual_scale_linear_per_token_add.on("cuda", "triton")
+    def linear_per_token_add_cuda(a: DualScaleLinearAdd) -> Tensor:
+        """Launch on the device that holds q."""
+        return per_token_triton.linear_tiled(a.operands, _add_fake(a), gemm_triton.adding(a))

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels import native
-from fxq.kernels.arguments import DualScaleLinearPerToken, Operands, QuantizePerToken
+from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
+    DualScaleLinearPerToken,
+    NormQuantizePerToken,
+    Operands,
+    QuantizePerToken,
+)
 from fxq.kernels.gemm import op as gemm
 from fxq.kernels.gemm import triton_per_token as per_token_triton
 from fxq.kernels.jit import HAS_TRITON
@@ -21,14 +27,25 @@ from fxq.kernels.op import declare
 from fxq.kernels.quantize import triton_per_token as per_token_rows
 from fxq.kernels.quantize.op import CHUNK, FLOATS
 
+LEAST = {False: numerics.LEAST_MAGNITUDE, True: numerics.LEAST_HALF_RANGE}
+"""What a row spans at least, whether it has a zero point or not; less counts as zero."""
+
 
 def _unfit_quantize(a: QuantizePerToken) -> str:
-    x, perm, split, bits = a
+    x = a.x
     if x.ndim < 1 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [..., K]; cast it first"
+    return unfit_tokens(x.shape[-1], a.perm, a.split, a.bits)
+
+
+Measured = QuantizePerToken | NormQuantizePerToken | ActivationQuantizePerToken
+"""Arguments of what gives integers and the scales it measures."""
+
+
+def unfit_tokens(width: int, perm: Tensor | None, split: int, bits: int) -> str:
+    """Why tokens of ``width`` channels cannot be quantized so, or ""."""
     if not 2 <= bits <= 8:
         return f"bits = {bits}: expected 2..8"
-    width = x.shape[-1]
     if not 0 < split <= width:
         return f"split = {split}: expected 1..{width}, the number of normal channels of x"
     if perm is not None and (perm.dtype != torch.int32 or perm.shape != (width,)):
@@ -40,13 +57,15 @@ def _groups(width: int, split: int) -> int:
     return 1 if split == width else 2
 
 
-def _empty(a: QuantizePerToken, columns: int = 1) -> tuple[Tensor, Tensor]:
+def empty(a: Measured, columns: int = 1) -> tuple[Tensor, Tensor]:
+    """Unfilled integers int8 [..., K], and float32 [..., ``columns`` * G] of what is measured."""
     shape = (*a.x.shape[:-1], columns * _groups(a.x.shape[-1], a.split))
     return a.x.new_empty(a.x.shape, dtype=torch.int8), a.x.new_empty(shape, dtype=torch.float32)
 
 
-def _empty_asymmetric(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
-    return _empty(a, 2)
+def empty_asymmetric(a: Measured) -> tuple[Tensor, Tensor]:
+    """As :func:`empty`, with zero points."""
+    return empty(a, 2)
 
 
 def _ordered(a: QuantizePerToken) -> Tensor:
@@ -72,7 +91,7 @@ def _quantize_samples() -> Sequence[QuantizePerToken]:
     return cases
 
 
-@declare(QuantizePerToken, fake=_empty, samples=_quantize_samples, supports=_unfit_quantize, results=("q", "scale"))
+@declare(QuantizePerToken, fake=empty, samples=_quantize_samples, supports=_unfit_quantize, results=("q", "scale"))
 def quantize_per_token(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """Symmetric quantization of activations with one scale per token, or with one per token and channel group.
 
@@ -91,7 +110,7 @@ def quantize_per_token(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
 
 @declare(
     QuantizePerToken,
-    fake=_empty_asymmetric,
+    fake=empty_asymmetric,
     samples=_quantize_samples,
     supports=_unfit_quantize,
     results=("q", "scale"),
@@ -116,20 +135,19 @@ def quantize_per_token_asymmetric(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
 @quantize_per_token.on("cpu", native.or_else("eager"))
 def quantize_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """Native kernel, else the reference's float operations in its order, in place on chunks of rows."""
-    return _quantize_on_cpu(a, *_empty(a), asymmetric=False)
+    return _quantize_on_cpu(a, *empty(a), asymmetric=False)
 
 
 @quantize_per_token_asymmetric.on("cpu", native.or_else("eager"))
 def quantize_asymmetric_chunks(a: QuantizePerToken) -> tuple[Tensor, Tensor]:
     """As :func:`quantize_chunks`."""
-    return _quantize_on_cpu(a, *_empty_asymmetric(a), asymmetric=True)
+    return _quantize_on_cpu(a, *empty_asymmetric(a), asymmetric=True)
 
 
 def _quantize_on_cpu(a: QuantizePerToken, q: Tensor, scale: Tensor, asymmetric: bool) -> tuple[Tensor, Tensor]:
     x, perm, split, bits = a
     if x.dtype != torch.float16 and native.ready():
-        least = numerics.LEAST_HALF_RANGE if asymmetric else numerics.LEAST_MAGNITUDE
-        return native.quantize_per_token(a, least, q, scale)
+        return native.quantize_per_token(a, LEAST[asymmetric], q, scale)
     width, groups = x.shape[-1], numerics.group_slices(x.shape[-1], split)
     rows = x.reshape(-1, width)
     flat_q, flat_scale = q.view(-1, width), scale.view(-1, scale.shape[-1])
@@ -176,9 +194,14 @@ def _round_ranges(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _unfit_linear(a: DualScaleLinearPerToken) -> str:
     if a.dtype not in gemm.OUTPUTS:
         return f"dtype = {a.dtype}: expected float32, bfloat16 or float16"
+    return unfit(a.operands)
+
+
+def unfit(a: Operands) -> str:
+    """Why the operands, with input scales [..., G or 2 G], do not fit each other, or ""."""
     groups = a.weight_scale.shape[0] if a.weight_scale.ndim else 0
     one_row = a.weight_scale.new_empty(groups, dtype=torch.float32)
-    if reason := gemm.unfit(a.operands._replace(input_scale=one_row)):
+    if reason := gemm.unfit(a._replace(input_scale=one_row)):
         return reason
     wanted = (*a.q.shape[:-1], groups)
     zeros = a.input_scale.shape == (*a.q.shape[:-1], 2 * groups)
@@ -230,7 +253,7 @@ def dual_scale_linear_per_token(a: DualScaleLinearPerToken) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
-    return _in_chunks(gemm.exact_matmul, a.operands, a.dtype)
+    return in_chunks(gemm.exact_matmul, a.operands, a.dtype)
 
 
 @dual_scale_linear_per_token.on("cpu", gemm.ON_CPU)
@@ -238,13 +261,23 @@ def linear_chunks(a: DualScaleLinearPerToken) -> Tensor:
     """Native kernel for panels, else the reference on ``cpu_matmul``; packed weights are unpacked on every call."""
     if a.weight.ndim == 4 and a.dtype != torch.float16 and native.ready():
         return native.linear_per_token(a.operands, _fake_linear(a))
-    return _in_chunks(gemm.cpu_integers if a.operands.asymmetric else gemm.cpu_matmul, a.operands, a.dtype)
+    return in_chunks(cpu_matmul(a.operands), a.operands, a.dtype)
 
 
-def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, dtype: torch.dtype) -> Tensor:
+def cpu_matmul(operands: Operands) -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies integers on a CPU; zero points need int32."""
+    return gemm.cpu_integers if operands.asymmetric else gemm.cpu_matmul
+
+
+def in_chunks(
+    matmul: Callable[[Tensor, Tensor], Tensor],
+    operands: Operands,
+    dtype: torch.dtype,
+    finish: gemm.Finish | None = None,
+) -> Tensor:
     """``numerics.per_token_matmul`` over chunks of rows, the same float operations in the same order.
 
-    Zero points need the int32 of a ``matmul``.
+    Zero points need the int32 of a ``matmul``. ``finish`` as in :func:`fxq.kernels.gemm.op.in_chunks`.
     """
     q, width, outputs = operands.q, operands.width, operands.outputs
     rows, scales = q.reshape(-1, width), operands.input_scale.reshape(-1, operands.input_scale.shape[-1])
@@ -254,14 +287,14 @@ def _in_chunks(matmul: Callable[[Tensor, Tensor], Tensor], operands: Operands, d
     y = torch.empty(len(rows), outputs, dtype=dtype, device=q.device)
     step = max(1, gemm.CHUNK // max(1, outputs))
     for start in range(0, len(rows), step):
-        here, total = slice(start, start + step), operands.offset
+        here, total = slice(start, min(start + step, len(rows))), operands.offset
         for g, part in enumerate(parts):
             integers = matmul(rows[here, part], w[:, part])
             if sums:
                 integers.addr_(scales[here, groups + g].to(torch.int32), sums[g], alpha=-1)
             product = integers * operands.weight_scale[g]
             total = product.mul_(scales[here, g, None]).add_(total)
-        y[here] = total
+        y[here] = total if finish is None else finish(total, here)
     return y.reshape(*q.shape[:-1], outputs)
 
 

@@ -76,11 +76,11 @@ def candidates(arch: int, operation: str = "store") -> tuple[Tiles, ...]:
         arch: one of ``PROCESSORS``.
         operation: "store", "add", the activation before the next layer's quantization, or with scales per token
             "per_token" or, with zero points too, "asymmetric", of float8 "fp8_per_token", and for two groups of
-            channels "per_token_dual".
+            channels "per_token_dual"; with "_add" behind it where gate and residual follow.
     """
-    if operation == "per_token_dual":
+    if operation.startswith("per_token_dual"):
         return TWO_SUMS
-    if operation == "asymmetric" or (operation == "fp8_per_token" and arch == 100):
+    if operation == "asymmetric" or operation.endswith("_add") or (operation == "fp8_per_token" and arch == 100):
         return TABLE[1:]
     activation = ACTIVATIONS.get(operation)
     return TABLE[1:] if activation is not None and arch in activation.spills else TABLE

@@ -83,13 +83,7 @@ def launch(a: Operands, out: Tensor, *, tiles: Tiles, epilogue: Epilogue = STORE
     Raises:
         ValueError: when the weight is laid out for the CPU kernel.
     """
-    if a.weight.ndim != 2:
-        raise ValueError(
-            f"weight is {tuple(a.weight.shape)}, panels for the CPU kernel: expected [N, K] on {a.q.device.type};"
-            " lay the weights out on the device that runs them"
-        )
-    rows = flat_rows(a.q)
-    weight = a.weight if a.weight.stride(1) == 1 else a.weight.contiguous()
+    rows, weight = flat_rows(a.q), weight_rows(a)
     if out.numel():
         grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(a.outputs, tiles.block_n),)
         linear_kernel[grid](
@@ -112,6 +106,20 @@ def launch(a: Operands, out: Tensor, *, tiles: Tiles, epilogue: Epilogue = STORE
             **epilogue.arguments,
         )
     return out
+
+
+def weight_rows(a: Operands) -> Tensor:
+    """The weight, with contiguous rows.
+
+    Raises:
+        ValueError: when it is laid out for the CPU kernel.
+    """
+    if a.weight.ndim != 2:
+        raise ValueError(
+            f"weight is {tuple(a.weight.shape)}, panels for the CPU kernel: expected [N, K] on {a.q.device.type};"
+            " lay the weights out on the device that runs them"
+        )
+    return a.weight if a.weight.stride(1) == 1 else a.weight.contiguous()
 
 
 def launch_tiled(a: Operands, out: Tensor, epilogue: Epilogue = STORE) -> Tensor:

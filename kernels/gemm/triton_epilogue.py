@@ -33,7 +33,7 @@ def _store_int8(
 
 
 @jit
-def _gated_sum(
+def gated_sum(
     y: Block,
     mask: Block,
     rows: Block,
@@ -97,7 +97,7 @@ def finish(
         _store_int8(y, pointers, mask, columns, out_scale_ptr, out_zero_ptr, out_split, ACTIVATION, OUT_DUAL, LOW, HIGH)
     else:
         if EPILOGUE == "add":
-            y = _gated_sum(
+            y = gated_sum(
                 y, mask, rows, columns, residual_ptr, gate_ptr, residual_stride, gate_stride, frame_rows, GATED
             )
         tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=mask)

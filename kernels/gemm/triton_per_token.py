@@ -13,12 +13,17 @@ from torch import Tensor
 
 from fxq.kernels.arguments import Operands
 from fxq.kernels.gemm.tiles import Tiles, choose
+from fxq.kernels.gemm.triton import STORE, Epilogue, weight_rows
+from fxq.kernels.gemm.triton_epilogue import gated_sum
 from fxq.kernels.gemm.triton_kernel import accumulate
 from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 from fxq.kernels.rows import flat_rows
 
 SUMS_BLOCK = (8, 256)
 """Outputs, and stored elements of each, that a program adds up at a time."""
+
+ADDS = ("residual_ptr", "gate_ptr", "residual_stride", "gate_stride", "frame_rows", "GATED")
+"""Arguments of an epilogue that the kernel has."""
 
 
 @jit
@@ -72,6 +77,37 @@ def _without_zeros(acc: Block, zero: Block, sums: Block, SWAPPED: constexpr) -> 
 
 
 @jit
+def _in_units(
+    acc: Block,
+    weight_scale_ptr: Pointer,
+    input_scale_ptr: Pointer,
+    sums_ptr: Pointer,
+    rows: Block,
+    columns: Block,
+    M: Scalar,
+    N: Scalar,
+    GROUP: constexpr,
+    GROUPS: constexpr,
+    ASYMMETRIC: constexpr,
+    PACKED: constexpr,
+    SWAPPED: constexpr,
+) -> Block:
+    """Float32 of a tile of sums of one group, without the zero points of its rows, in units of the result."""
+    # input_scale is [M, COLUMNS], weight_scale [G, N]: value of an integer of a row, and of one of a column.
+    COLUMNS: constexpr = 2 * GROUPS if ASYMMETRIC else GROUPS
+    if ASYMMETRIC:
+        STEPS: constexpr = 16 if PACKED else 1
+        zero = tl.load(input_scale_ptr + rows * COLUMNS + GROUPS + GROUP, mask=rows < M, other=0.0)  # [BLOCK_M]
+        sums = tl.load(sums_ptr + GROUP * N + columns, mask=columns < N, other=0) * STEPS  # [BLOCK_N]
+        acc = _without_zeros(acc, zero, sums, SWAPPED)
+    UNIT: constexpr = 0.0625 if PACKED else 1.0  # nibbles enter the product 16 times too large
+    # A row that is not finite has the scale NaN, and so is all of its result: it needs no mark.
+    row_scale = tl.load(input_scale_ptr + rows * COLUMNS + GROUP, mask=rows < M, other=0.0)  # [BLOCK_M]
+    column_scale = tl.load(weight_scale_ptr + GROUP * N + columns, mask=columns < N, other=0.0) * UNIT  # [BLOCK_N]
+    return _scaled(acc, row_scale, column_scale, SWAPPED)
+
+
+@jit
 def linear_per_token_kernel(
     q_ptr: Pointer,
     w_ptr: Pointer,
@@ -80,14 +116,21 @@ def linear_per_token_kernel(
     offset_ptr: Pointer,
     sums_ptr: Pointer,
     y_ptr: Pointer,
+    residual_ptr: Pointer,
+    gate_ptr: Pointer,
     M: Scalar,
     N: Scalar,
     q_stride: Scalar,
     w_stride: Scalar,
     w_width: Scalar,
     w_split: Scalar,
+    residual_stride: Scalar,
+    gate_stride: Scalar,
+    frame_rows: Scalar,
     DUAL: constexpr,
     ASYMMETRIC: constexpr,
+    ADDED: constexpr,
+    GATED: constexpr,
     PACKED: constexpr,
     SWAPPED: constexpr,
     PTX: constexpr,
@@ -100,7 +143,7 @@ def linear_per_token_kernel(
     """One [BLOCK_M, BLOCK_N] tile of y.
 
     Sizes and SWAPPED as in :func:`fxq.kernels.gemm.triton_kernel.linear_kernel`. ``sums_ptr`` is None but for
-    ASYMMETRIC.
+    ASYMMETRIC, residual and gate but for ADDED.
     """
     program = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -113,12 +156,7 @@ def linear_per_token_kernel(
     # [BLOCK_M] and [BLOCK_N] pointers that wrap around, so that the loads of the product need no mask for them.
     q_rows = q_ptr + (rows % M).to(tl.int64) * q_stride
     w_rows = w_ptr + (columns % N).to(tl.int64) * w_stride
-    in_rows = rows < M
-    in_columns = columns < N
     GROUPS: constexpr = 2 if DUAL else 1
-    COLUMNS: constexpr = 2 * GROUPS if ASYMMETRIC else GROUPS
-    STEPS: constexpr = 16 if PACKED else 1
-    UNIT: constexpr = 0.0625 if PACKED else 1.0  # nibbles enter the product 16 times too large
     HEIGHT: constexpr = BLOCK_N if SWAPPED else BLOCK_M
     WIDTH: constexpr = BLOCK_M if SWAPPED else BLOCK_N
 
@@ -126,31 +164,26 @@ def linear_per_token_kernel(
     acc = tl.zeros((HEIGHT, WIDTH), dtype=TOTAL)
     if DUAL:
         acc = accumulate(acc, q_rows, w_rows, w_split, w_width, BLOCK_OUTLIER, PACKED, SWAPPED, PTX)
-        if ASYMMETRIC:
-            zero = tl.load(input_scale_ptr + rows * COLUMNS + 3, mask=in_rows, other=0.0)
-            sums = tl.load(sums_ptr + N + columns, mask=in_columns, other=0) * STEPS
-            acc = _without_zeros(acc, zero, sums, SWAPPED)
-        # input_scale is [M, COLUMNS], weight_scale [2, N]: value of an integer of a row, and of one of a column.
-        row_scale = tl.load(input_scale_ptr + rows * COLUMNS + 1, mask=in_rows, other=0.0)
-        column_scale = tl.load(weight_scale_ptr + N + columns, mask=in_columns, other=0.0) * UNIT
-        outlier = _scaled(acc, row_scale, column_scale, SWAPPED)  # [HEIGHT, WIDTH] float32
+        outlier = _in_units(
+            acc, weight_scale_ptr, input_scale_ptr, sums_ptr, rows, columns, M, N,
+            1, GROUPS, ASYMMETRIC, PACKED, SWAPPED,
+        )  # fmt: skip
         acc = tl.zeros((HEIGHT, WIDTH), dtype=TOTAL)
     acc = accumulate(acc, q_rows, w_rows, 0, w_split, BLOCK_K, PACKED, SWAPPED, PTX)
-    if ASYMMETRIC:
-        zero = tl.load(input_scale_ptr + rows * COLUMNS + GROUPS, mask=in_rows, other=0.0)  # [BLOCK_M]
-        sums = tl.load(sums_ptr + columns, mask=in_columns, other=0) * STEPS  # [BLOCK_N]
-        acc = _without_zeros(acc, zero, sums, SWAPPED)
-    # A row that is not finite has the scale NaN, and so is all of its result: it needs no mark.
-    row_scale = tl.load(input_scale_ptr + rows * COLUMNS, mask=in_rows, other=0.0)  # [BLOCK_M]
-    column_scale = tl.load(weight_scale_ptr + columns, mask=in_columns, other=0.0) * UNIT  # [BLOCK_N]
-    y = _scaled(acc, row_scale, column_scale, SWAPPED)
+    y = _in_units(
+        acc, weight_scale_ptr, input_scale_ptr, sums_ptr, rows, columns, M, N,
+        0, GROUPS, ASYMMETRIC, PACKED, SWAPPED,
+    )  # fmt: skip
     if DUAL:
         y += outlier
     if SWAPPED:
         y = tl.trans(y)  # [BLOCK_M, BLOCK_N]
-    y += tl.load(offset_ptr + columns, mask=in_columns, other=0.0)[None, :]
+    y += tl.load(offset_ptr + columns, mask=columns < N, other=0.0)[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    if ADDED:
+        y = gated_sum(y, mask, rows, columns, residual_ptr, gate_ptr, residual_stride, gate_stride, frame_rows, GATED)
     pointers = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+    tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def weight_sums(weight: Tensor, width: int, split: int) -> Tensor:
@@ -177,16 +210,19 @@ def weight_sums(weight: Tensor, width: int, split: int) -> Tensor:
     return sums
 
 
-def linear(a: Operands, out: Tensor, *, tiles: Tiles) -> Tensor:
+def linear(a: Operands, out: Tensor, *, tiles: Tiles, epilogue: Epilogue = STORE) -> Tensor:
     """Run the Triton kernel on the current device.
 
     Args:
         a: of the product, with the input scales [..., G or 2 G].
         out: contiguous [..., N], filled and returned.
         tiles: of the programs.
+        epilogue: :data:`fxq.kernels.gemm.triton.STORE` or that of :func:`fxq.kernels.gemm.triton.adding`.
+
+    Raises:
+        ValueError: when the weight is laid out for the CPU kernel.
     """
-    rows = flat_rows(a.q)
-    weight = a.weight if a.weight.stride(1) == 1 else a.weight.contiguous()
+    rows, weight = flat_rows(a.q), weight_rows(a)
     if out.numel():
         grid = (triton.cdiv(rows.shape[0], tiles.block_m) * triton.cdiv(a.outputs, tiles.block_n),)
         linear_per_token_kernel[grid](
@@ -207,18 +243,21 @@ def linear(a: Operands, out: Tensor, *, tiles: Tiles) -> Tensor:
             ASYMMETRIC=a.asymmetric,
             PACKED=a.packed,
             PTX=rows.is_cuda,
+            ADDED=epilogue.operation == "add",
+            **{name: epilogue.arguments[name] for name in ADDS},
             **tiles.constants(),
         )
     return out
 
 
-def linear_tiled(a: Operands, out: Tensor) -> Tensor:
+def linear_tiled(a: Operands, out: Tensor, epilogue: Epilogue = STORE) -> Tensor:
     """:func:`linear` on the device that holds q, with the tiles of its architecture."""
     with torch.cuda.device(a.q.device):
         major, minor = torch.cuda.get_device_capability()
         single = "asymmetric" if a.asymmetric else "per_token"
         single = single if a.q.dtype == torch.int8 else "fp8_per_token"
         operation = "per_token_dual" if a.split < a.width else single
+        operation += "_add" if epilogue.operation == "add" else ""
         rows = out.numel() // max(1, a.outputs)
         tiles = choose(rows, a.outputs, a.width, 10 * major + minor, packed=a.packed, operation=operation)
-        return linear(a, out, tiles=tiles)
+        return linear(a, out, tiles=tiles, epilogue=epilogue)

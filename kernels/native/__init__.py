@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
     Attention,
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
     NormQuantize,
+    NormQuantizePerToken,
     Operands,
-    Quantization,
     QuantizeAct,
     QuantizePerToken,
     RmsNormRope,
@@ -44,7 +45,6 @@ __all__ = [
     "linear_per_token",
     "linear_quantize",
     "name",
-    "norm_quantize",
     "or_else",
     "quantize_act",
     "quantize_per_token",
@@ -116,7 +116,7 @@ _Linear = _struct(
     " gate_rows:l gate_is_bfloat16:i per_token:i asymmetric:i packed:i",
 )
 _Quantization = _struct("Quantization", "perm:p scale:p zero_point:p width:l split:l bits:i")
-_Tokens = _struct("Tokens", "scale:p least:f asymmetric:i")
+_Tokens = _struct("Tokens", "scale:p least:f asymmetric:i activation:i")
 _Rows = _struct("Rows", "x:p out:p rows:l width:l x_stride:l is_bfloat16:i threads:i")
 _Norm = _struct("Norm", "weight:p bias:p gain:p shift:p gain_rows:l eps:f")
 _Rotary = _struct("Rotary", "weight:p cos:p sin:p sequence:l heads:l size:l eps:f")
@@ -190,10 +190,7 @@ def linear(operands: Operands, out: Tensor) -> Tensor:
 
 
 def linear_per_token(operands: Operands, out: Tensor) -> Tensor:
-    """``out`` float32 or bfloat16 [..., N] of panels and input scales [..., G or 2 G].
-
-    See :mod:`fxq.kernels.gemm.per_token`.
-    """
+    """As :func:`linear` with input scales [..., G or 2 G]; see :mod:`fxq.kernels.gemm.per_token`."""
     return _run_linear(operands, out, _STORES[out.dtype], per_token=True, asymmetric=operands.asymmetric)
 
 
@@ -230,16 +227,9 @@ def linear_add(a: DualScaleLinearAdd, out: Tensor) -> Tensor:
         gate=_address(gates),
         gate_rows=max(1, tokens),
         gate_is_bfloat16=gates is not None and gates.dtype == torch.bfloat16,
+        per_token=a.operands.input_scale.ndim > 1,
+        asymmetric=a.operands.asymmetric,
     )
-
-
-def _quantize_rows(x: Tensor, norm: ctypes.Structure | None, a: Quantization, out: Tensor) -> Tensor:
-    rows, perm = _rows(x), None if a.perm is None else a.perm.contiguous()
-    scale, zero_point = a.scale.contiguous(), a.zero_point.contiguous()
-    pointers = _address(perm), scale.data_ptr(), zero_point.data_ptr()
-    quantization = _Quantization(*pointers, x.shape[-1], a.split, a.bits)
-    _call("fxq_quantize_rows", _rows_call(rows, out), norm, quantization)
-    return out
 
 
 def _rows_call(rows: Tensor, out: Tensor) -> ctypes.Structure:
@@ -247,31 +237,38 @@ def _rows_call(rows: Tensor, out: Tensor) -> ctypes.Structure:
     return _Rows(rows.data_ptr(), out.data_ptr(), *rows.shape, rows.stride(0), is_bfloat16, torch.get_num_threads())
 
 
-def quantize_act(a: QuantizeAct, out: Tensor) -> Tensor:
-    """``out`` int8 [..., K] of float32 or bfloat16 x; see :func:`fxq.kernels.quantize.op.quantize_act`."""
-    return _quantize_rows(a.x, None, a.quantization, out)
+def quantize_act(a: QuantizeAct | NormQuantize, out: Tensor) -> Tensor:
+    """``out`` int8 [..., K] of x, after its norm where there is one; see :mod:`fxq.kernels.quantize.op`."""
+    (norm, _held), (_, _, _, split, bits) = _norm(a), a.quantization
+    constants = [None if t is None else t.contiguous() for t in a.quantization[:3]]
+    rows = _rows(a.x)
+    quantization = _Quantization(*map(_address, constants), rows.shape[1], split, bits)
+    _call("fxq_quantize_rows", _rows_call(rows, out), norm, quantization)
+    return out
 
 
-def quantize_per_token(a: QuantizePerToken, least: float, out: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``out`` int8 [..., K] and ``scale`` [..., G or 2 G] of float32 or bfloat16 x.
-
-    Zero points where ``scale`` has room for them; see :mod:`fxq.kernels.gemm.per_token`.
-    """
-    x, perm, split, bits = a
-    asymmetric = scale.shape[-1] > (2 if split < x.shape[-1] else 1)
-    rows, order = _rows(x), None if perm is None else perm.contiguous()
-    quantization = _Quantization(_address(order), None, None, x.shape[-1], split, bits)
-    _call("fxq_quantize_tokens", _rows_call(rows, out), quantization, _Tokens(scale.data_ptr(), least, asymmetric))
+def quantize_per_token(
+    a: QuantizePerToken | NormQuantizePerToken | ActivationQuantizePerToken, least: float, out: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`quantize_act`, and ``scale`` [..., G or 2 G], with zero points where it has room for them."""
+    norm, _held = _norm(a)
+    asymmetric = scale.shape[-1] > (2 if a.split < a.x.shape[-1] else 1)
+    rows, perm = _rows(a.x), None if a.perm is None else a.perm.contiguous()
+    quantization = _Quantization(_address(perm), None, None, rows.shape[1], a.split, a.bits)
+    activation = activation_code(a.activation) if isinstance(a, ActivationQuantizePerToken) else 0
+    tokens = _Tokens(scale.data_ptr(), least, asymmetric, activation)
+    _call("fxq_quantize_tokens", _rows_call(rows, out), norm, quantization, tokens)
     return out, scale
 
 
-def norm_quantize(a: NormQuantize, out: Tensor) -> Tensor:
-    """``out`` int8 [B, S, K] of float32 or bfloat16 x; see :func:`fxq.kernels.norm.op.norm_quantize`."""
+def _norm(a: object) -> tuple[ctypes.Structure | None, list[Tensor | None]]:
+    """The norm before a quantization, if there is one, and the tensors it points to."""
+    if not isinstance(a, NormQuantize | NormQuantizePerToken):
+        return None, []
     affine = [None if t is None else t.float().contiguous() for t in (a.weight, a.bias)]
     frames = [None if t is None else t.to(a.x.dtype).contiguous() for t in (a.gain, a.shift)]
     tokens = 1 if a.gain is None else a.x.shape[1] // a.gain.shape[1]
-    norm = _Norm(*map(_address, affine + frames), max(1, tokens), a.eps)
-    return _quantize_rows(a.x, norm, a.quantization, out)
+    return _Norm(*map(_address, affine + frames), max(1, tokens), a.eps), affine + frames
 
 
 def rms_norm_rope(a: RmsNormRope, out: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ struct Linear {
   const void* gate;
   long residual_stride, gate_rows;
   int32_t gate_is_bfloat16;
-  // FLOAT32 and BFLOAT16 only
+  // all but QUANTIZE
   int32_t per_token, asymmetric;
   int32_t packed;
 };
@@ -42,6 +42,7 @@ struct Tokens {
   float* scale;  // [rows, groups], or asymmetric [rows, 2 * groups] with the zero points behind the scales; written
   float least;   // a row whose largest magnitude, or half range, is not above it counts as zero and gets scale 1
   int32_t asymmetric;
+  int32_t activation;  // of what is quantized, as Linear::activation; none behind a norm
 };
 
 struct Rows {

@@ -1,4 +1,5 @@
-// Row-wise kernels: quantization with static scales or one per token, LayerNorm + modulation + quantization, RMSNorm + rotary embedding.
+// Row-wise kernels: quantization with static scales or one per token, after LayerNorm + modulation or alone, RMSNorm + rotary embedding.
+#include "activations.h"
 #include "calls.h"
 #include "quantizer.h"
 #include "vectors.h"
@@ -63,6 +64,26 @@ void layer_norm_row(const Norm& p, long index, long width, float* row) {
   }
 }
 
+// A row in float32 after its norm, in memory of this thread.
+template <typename T>
+const float* normed(const Rows& r, const Norm& norm, long index) {
+  static thread_local Scratch scratch;
+  float* row = scratch.get<float>(r.width + 16);
+  widen(static_cast<const T*>(r.x) + index * r.x_stride, row, r.width);
+  layer_norm_row<T>(norm, index, r.width, row);
+  return row;
+}
+
+// A row in float32 after its activation, in memory of this thread.
+template <typename T>
+const float* activated(const Rows& r, int32_t activation, long index) {
+  static thread_local Scratch scratch;
+  float* row = scratch.get<float>(r.width + 16);
+  const T* from = static_cast<const T*>(r.x) + index * r.x_stride;
+  for (long k = 0; k < r.width; k += LANES) store(row + k, activate(activation, load(from + k, lanes(r.width - k))));
+  return row;
+}
+
 template <typename T>
 int quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const Quantizer quantizer(q);
@@ -72,17 +93,12 @@ int quantize_rows(const Rows& r, const Norm* norm, const Quantization& q) {
   const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
-    const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
     if (norm == nullptr) {
-      quantizer.run_static(normal, outlier, from, to);
-      continue;
+      quantizer.run_static(normal, outlier, static_cast<const T*>(r.x) + i * r.x_stride, to);
+    } else {
+      quantizer.run_static(normal, outlier, normed<T>(r, *norm, i), to);
     }
-    static thread_local Scratch scratch;
-    float* row = scratch.get<float>(r.width + 16);
-    widen(from, row, r.width);
-    layer_norm_row<T>(*norm, i, r.width, row);
-    quantizer.run_static(normal, outlier, row, to);
   }
   return DONE;
 }
@@ -99,33 +115,43 @@ inline Group of_range(float top, float least, const Tokens& tokens, int bits, fl
   return std::isnan(*scale) ? Group(INFINITY, 0.0f) : Group(1.0f / *scale, *zero, low, high);
 }
 
+// Integers of a row, and what it was measured by.
 template <typename T>
-int quantize_tokens(const Rows& r, const Quantization& q, const Tokens& tokens) {
+void quantize_token(const Quantizer& quantizer, const Quantization& q, const Tokens& tokens, const T* from, long index, int8_t* to) {
+  const long groups = q.split < q.width ? 2 : 1;
+  Watch unread;
+  if (tokens.asymmetric) {
+    float top[2], least[2], measured[4];
+    quantizer.range(from, top, least);
+    const Group normal = of_range(top[0], least[0], tokens, q.bits, measured, measured + groups);
+    float* rest = groups == 2 ? measured + 1 : measured + 2;  // of the group that there is not
+    const Group outlier = of_range(top[1], least[1], tokens, q.bits, rest, rest + groups);
+    std::copy(measured, measured + 2 * groups, tokens.scale + 2 * groups * index);
+    return quantizer.run(normal, outlier, from, to, unread);
+  }
+  const float high = static_cast<float>((1 << (q.bits - 1)) - 1);
+  float scale[2];
+  quantizer.largest(from, scale);
+  for (float& s : scale) s = !std::isfinite(s) ? NAN : s > tokens.least ? s / high : 1.0f;
+  std::copy(scale, scale + groups, tokens.scale + index * groups);
+  quantizer.run(of_token(scale[0], high), of_token(scale[1], high), from, to, unread);
+}
+
+template <typename T>
+int quantize_tokens(const Rows& r, const Norm* norm, const Quantization& q, const Tokens& tokens) {
   const Quantizer quantizer(q);
   if (!quantizer.inside()) return OUTSIDE;
-  const float high = static_cast<float>((1 << (q.bits - 1)) - 1);
-  const long groups = q.split < q.width ? 2 : 1;
   const int threads = busy_threads(r.threads, static_cast<double>(r.rows) * r.width, ROWS_WORK);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (long i = 0; i < r.rows; i++) {
-    const T* from = static_cast<const T*>(r.x) + i * r.x_stride;
     int8_t* to = static_cast<int8_t*>(r.out) + i * r.width;
-    Watch unread;
-    if (tokens.asymmetric) {
-      float top[2], least[2], measured[4];
-      quantizer.range(from, top, least);
-      const Group normal = of_range(top[0], least[0], tokens, q.bits, measured, measured + groups);
-      float* rest = groups == 2 ? measured + 1 : measured + 2;  // of the group that there is not
-      const Group outlier = of_range(top[1], least[1], tokens, q.bits, rest, rest + groups);
-      std::copy(measured, measured + 2 * groups, tokens.scale + 2 * groups * i);
-      quantizer.run(normal, outlier, from, to, unread);
-      continue;
+    if (tokens.activation != none_code) {
+      quantize_token(quantizer, q, tokens, activated<T>(r, tokens.activation, i), i, to);
+    } else if (norm == nullptr) {
+      quantize_token(quantizer, q, tokens, static_cast<const T*>(r.x) + i * r.x_stride, i, to);
+    } else {
+      quantize_token(quantizer, q, tokens, normed<T>(r, *norm, i), i, to);
     }
-    float scale[2];
-    quantizer.largest(from, scale);
-    for (float& s : scale) s = !std::isfinite(s) ? NAN : s > tokens.least ? s / high : 1.0f;
-    std::copy(scale, scale + groups, tokens.scale + i * groups);
-    quantizer.run(of_token(scale[0], high), of_token(scale[1], high), from, to, unread);
   }
   return DONE;
 }
@@ -177,11 +203,11 @@ extern "C" int fxq_quantize_rows(const Rows* rows, const Norm* norm, const Quant
   return outcome;
 }
 
-extern "C" int fxq_quantize_tokens(const Rows* rows, const Quantization* quantization, const Tokens* tokens) {
+extern "C" int fxq_quantize_tokens(const Rows* rows, const Norm* norm, const Quantization* quantization, const Tokens* tokens) {
   int outcome = DONE;
   with_threads(rows->threads, [&] {
-    outcome = rows->is_bfloat16 ? quantize_tokens<bfloat16>(*rows, *quantization, *tokens)
-                                : quantize_tokens<float>(*rows, *quantization, *tokens);
+    outcome = rows->is_bfloat16 ? quantize_tokens<bfloat16>(*rows, norm, *quantization, *tokens)
+                                : quantize_tokens<float>(*rows, norm, *quantization, *tokens);
   });
   return outcome;
 }

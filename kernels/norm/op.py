@@ -8,15 +8,19 @@ import torch
 from torch import Tensor
 
 from fxq.kernels import native
-from fxq.kernels.arguments import NormQuantize, Quantization, QuantizeAct
+from fxq.kernels.arguments import NormQuantize, NormQuantizePerToken, Quantization, QuantizeAct
 from fxq.kernels.jit import HAS_TRITON
 from fxq.kernels.norm import triton as norm_triton
 from fxq.kernels.op import declare
 from fxq.kernels.quantize.op import FLOATS, quantize_act, quantize_chunks, unfit_groups
 
+Normed = NormQuantize | NormQuantizePerToken
+"""A norm, its modulation, and how the result is quantized."""
 
-def _supports(a: NormQuantize) -> str:
-    x, weight, bias, gain, shift, _, quantization = a
+
+def unfit_norm(a: Normed) -> str:
+    """Why the tensors of a norm do not fit each other, or ""."""
+    x, weight, bias, gain, shift = a.x, a.weight, a.bias, a.gain, a.shift
     if x.ndim != 3 or x.dtype not in FLOATS:
         return f"x is {x.dtype} {tuple(x.shape)}: expected float32, bfloat16 or float16 [B, S, K]"
     batch, rows, width = x.shape
@@ -34,14 +38,19 @@ def _supports(a: NormQuantize) -> str:
             return f"{name} has {frames.shape[1]} frames: the {rows} rows do not split into them"
     if gain is not None and shift is not None and gain.shape != shift.shape:
         return f"gain is {tuple(gain.shape)}, shift {tuple(shift.shape)}: expected the same shape"
-    return unfit_groups(width, quantization)
+    return ""
+
+
+def _supports(a: NormQuantize) -> str:
+    return unfit_norm(a) or unfit_groups(a.x.shape[-1], a.quantization)
 
 
 def _fake(a: NormQuantize) -> Tensor:
     return a.x.new_empty(a.x.shape, dtype=torch.int8)
 
 
-def _samples() -> Sequence[NormQuantize]:
+def norm_samples() -> Sequence[NormQuantize]:
+    """Arguments of :func:`norm_quantize`."""
     random = torch.Generator().manual_seed(3)
     cases: list[NormQuantize] = []
     for shape, frames, affine, split, bits, dtype, gather in (
@@ -77,7 +86,7 @@ def _samples() -> Sequence[NormQuantize]:
     return cases
 
 
-@declare(NormQuantize, fake=_fake, samples=_samples, supports=_supports, max_error=2**-6)
+@declare(NormQuantize, fake=_fake, samples=norm_samples, supports=_supports, max_error=2**-6)
 def norm_quantize(a: NormQuantize) -> Tensor:
     """``quantize_act(layer_norm(x) * (1 + gain) + shift)``, in float32 up to the store.
 
@@ -91,15 +100,29 @@ def norm_quantize(a: NormQuantize) -> Tensor:
     Raises:
         ValueError: on a wrong dtype or shape.
     """
+    return quantize_act.compute(QuantizeAct(modulated_norm(a), a.quantization))
+
+
+def modulated_norm(a: Normed) -> Tensor:
+    """Float32 [B, S, K] of the norm and its modulation; NaN in rows whose variance overflows."""
+    values = _layer_norm(a)
+    if a.gain is None or a.shift is None:
+        return values
+    frames = a.gain.shape[1]
+    values = values.unflatten(1, (frames, a.x.shape[1] // frames))
+    return (values * (1 + a.gain.float()).unsqueeze(2) + a.shift.float().unsqueeze(2)).flatten(1, 2)
+
+
+def modulated_norm_in_place(a: Normed) -> Tensor:
+    """As :func:`modulated_norm` with one tensor for all that is in between."""
     values = _layer_norm(a)
     if a.gain is not None and a.shift is not None:
-        frames = a.gain.shape[1]
-        values = values.unflatten(1, (frames, a.x.shape[1] // frames))
-        values = (values * (1 + a.gain.float()).unsqueeze(2) + a.shift.float().unsqueeze(2)).flatten(1, 2)
-    return quantize_act.compute(QuantizeAct(values, a.quantization))
+        framed = values.unflatten(1, (a.gain.shape[1], a.x.shape[1] // a.gain.shape[1]))
+        framed.mul_((1 + a.gain.float()).unsqueeze(2)).add_(a.shift.float().unsqueeze(2))
+    return values
 
 
-def _layer_norm(a: NormQuantize) -> Tensor:
+def _layer_norm(a: Normed) -> Tensor:
     """Float32 norm of x; NaN in rows whose variance overflows, which torch takes for zeros."""
     weight, bias = (None if t is None else t.float() for t in (a.weight, a.bias))
     values, _, inverse = torch.native_layer_norm(a.x.float(), (a.x.shape[-1],), weight, bias, a.eps)
@@ -113,12 +136,8 @@ def _layer_norm(a: NormQuantize) -> Tensor:
 def norm_quantize_cpu(a: NormQuantize) -> Tensor:
     """Native kernel, else the norm in eager and the quantization in chunks."""
     if a.x.dtype != torch.float16 and native.ready():
-        return native.norm_quantize(a, _fake(a))
-    values = _layer_norm(a)
-    if a.gain is not None and a.shift is not None:
-        framed = values.unflatten(1, (a.gain.shape[1], a.x.shape[1] // a.gain.shape[1]))
-        framed.mul_((1 + a.gain.float()).unsqueeze(2)).add_(a.shift.float().unsqueeze(2))
-    return quantize_chunks(QuantizeAct(values, a.quantization))
+        return native.quantize_act(a, _fake(a))
+    return quantize_chunks(QuantizeAct(modulated_norm_in_place(a), a.quantization))
 
 
 if HAS_TRITON:

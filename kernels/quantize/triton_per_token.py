@@ -53,6 +53,19 @@ def largest(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[S
 
 
 @jit
+def _measured(
+    x: Block, columns: Block, split: Scalar, DUAL: constexpr, ASYMMETRIC: constexpr
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """:func:`_range`, or for rows without a zero point :func:`largest` with 0 for what is below."""
+    if ASYMMETRIC:
+        result = _range(x, columns, split, DUAL)
+    else:
+        top, outlier_top = largest(x, columns, split, DUAL)
+        result = top, 0, outlier_top, 0
+    return result
+
+
+@jit
 def _range(x: Block, columns: Block, split: Scalar, DUAL: constexpr) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """Bits of the largest value and of the least one without its sign, of the normal channels and of the outliers."""
     # [BLOCK] -> scalars. Bits of floats whose sign is set are negative: they count as 0 does. NaN is on top.
@@ -109,54 +122,20 @@ def _integers(x: Block, factor: Block, zero: Block, LOW: constexpr, HIGH: conste
 
 
 @jit
-def quantize_per_token_kernel(
-    x_ptr: Pointer,
-    perm_ptr: Pointer,
-    q_ptr: Pointer,
+def _store_scales(
     scale_ptr: Pointer,
-    K: Scalar,
-    split: Scalar,
-    x_stride: Scalar,
+    row: Scalar,
+    top: Scalar,
+    below: Scalar,
+    outlier_top: Scalar,
+    outlier_below: Scalar,
     least: Scalar,
     LOW: constexpr,
     HIGH: constexpr,
-    GATHER: constexpr,
     DUAL: constexpr,
-    WHOLE: constexpr,
-    BLOCK: constexpr,
     ASYMMETRIC: constexpr,
-) -> None:
-    """One row; WHOLE says that it is not wider than a block, else it is read twice in blocks.
-
-    LOW is ``-HIGH``, but for ASYMMETRIC, which stores zero points behind the scales.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * x_stride
-    q_row = q_ptr + row * K
-    columns = tl.arange(0, BLOCK)
-    # The scales of all groups are known before the first integer is: one pass for what a row spans, then the integers.
-    # ``below`` is the magnitude of its least value, for ASYMMETRIC alone.
-    below = 0
-    outlier_below = 0
-    if WHOLE:
-        x = whole_row(x_row, perm_ptr, columns, K, GATHER)
-        if ASYMMETRIC:
-            top, below, outlier_top, outlier_below = _range(x, columns, split, DUAL)
-        else:
-            top, outlier_top = largest(x, columns, split, DUAL)
-    else:
-        top = 0
-        outlier_top = 0
-        for start in range(0, K, BLOCK):
-            x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
-            if ASYMMETRIC:
-                found, under, outlier_found, outlier_under = _range(x, start + columns, split, DUAL)
-                below = tl.maximum(below, under)
-                outlier_below = tl.maximum(outlier_below, outlier_under)
-            else:
-                found, outlier_found = largest(x, start + columns, split, DUAL)
-            top = tl.maximum(top, found)
-            outlier_top = tl.maximum(outlier_top, outlier_found)
+) -> tuple[Scalar, Scalar, Scalar, Scalar]:
+    """Store what :func:`_measured` gave as scales; returns reciprocal and zero point of the normal and outlier ones."""
     GROUPS: constexpr = 2 if DUAL else 1
     scale_row = scale_ptr + row * (2 * GROUPS if ASYMMETRIC else GROUPS)
     zero = tl.full((), 0, tl.int32)
@@ -173,21 +152,101 @@ def quantize_per_token_kernel(
             )
         else:
             outlier_inverse = store_scale(scale_row + 1, outlier_top, least, HIGH)
+    return inverse, zero, outlier_inverse, outlier_zero
+
+
+@jit
+def quantize_whole(
+    x: Block,
+    columns: Block,
+    q_row: Pointer,
+    scale_ptr: Pointer,
+    row: Scalar,
+    K: Scalar,
+    split: Scalar,
+    least: Scalar,
+    LOW: constexpr,
+    HIGH: constexpr,
+    DUAL: constexpr,
+    ASYMMETRIC: constexpr,
+) -> None:
+    """Store integers and scales of a row in registers, float32 [BLOCK], 0 beyond K; ``row`` is its number."""
+    top, below, outlier_top, outlier_below = _measured(x, columns, split, DUAL, ASYMMETRIC)
+    inverse, zero, outlier_inverse, outlier_zero = _store_scales(
+        scale_ptr, row, top, below, outlier_top, outlier_below, least, LOW, HIGH, DUAL, ASYMMETRIC
+    )
+    factor = tl.where(columns < split, inverse, outlier_inverse)  # [BLOCK], integers per unit of x
+    q = _integers(x, factor, tl.where(columns < split, zero, outlier_zero), LOW, HIGH)
+    tl.store(q_row + columns, q, mask=columns < K)
+
+
+@jit
+def quantize_per_token_kernel(
+    x_ptr: Pointer,
+    perm_ptr: Pointer,
+    q_ptr: Pointer,
+    scale_ptr: Pointer,
+    K: Scalar,
+    split: Scalar,
+    x_stride: Scalar,
+    least: Scalar,
+    LOW: constexpr,
+    HIGH: constexpr,
+    GATHER: constexpr,
+    DUAL: constexpr,
+    WHOLE: constexpr,
+    BLOCK: constexpr,
+    ASYMMETRIC: constexpr,
+    ACTIVATION: constexpr,
+) -> None:
+    """One row, after ACTIVATION if it is not None.
+
+    WHOLE says that it is not wider than a block, else it is read twice in blocks. LOW is ``-HIGH``, but for ASYMMETRIC,
+    which stores zero points behind the scales.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * x_stride
+    q_row = q_ptr + row * K
+    columns = tl.arange(0, BLOCK)
+    # The scales of all groups are known before the first integer is: one pass for what a row spans, then the integers.
     if WHOLE:
-        factor = tl.where(columns < split, inverse, outlier_inverse)  # [BLOCK], integers per unit of x
-        q = _integers(x, factor, tl.where(columns < split, zero, outlier_zero), LOW, HIGH)
-        tl.store(q_row + columns, q, mask=columns < K)
+        x = whole_row(x_row, perm_ptr, columns, K, GATHER)
+        if ACTIVATION is not None:
+            x = tl.where(columns < K, ACTIVATION(x), 0.0)
+        quantize_whole(x, columns, q_row, scale_ptr, row, K, split, least, LOW, HIGH, DUAL, ASYMMETRIC)
     else:
+        # ``below`` is the magnitude of its least value, for ASYMMETRIC alone.
+        top = 0
+        below = 0
+        outlier_top = 0
+        outlier_below = 0
         for start in range(0, K, BLOCK):
             x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            if ACTIVATION is not None:
+                x = tl.where(start + columns < K, ACTIVATION(x), 0.0)
+            found, under, outlier_found, outlier_under = _measured(x, start + columns, split, DUAL, ASYMMETRIC)
+            top = tl.maximum(top, found)
+            outlier_top = tl.maximum(outlier_top, outlier_found)
+            if ASYMMETRIC:
+                below = tl.maximum(below, under)
+                outlier_below = tl.maximum(outlier_below, outlier_under)
+        inverse, zero, outlier_inverse, outlier_zero = _store_scales(
+            scale_ptr, row, top, below, outlier_top, outlier_below, least, LOW, HIGH, DUAL, ASYMMETRIC
+        )
+        for start in range(0, K, BLOCK):
+            x = _part_of_row(x_row, perm_ptr, start + columns, K, GATHER)
+            if ACTIVATION is not None:
+                x = ACTIVATION(x)
             normal = start + columns < split
             factor = tl.where(normal, inverse, outlier_inverse)
             q = _integers(x, factor, tl.where(normal, zero, outlier_zero), LOW, HIGH)
             tl.store(q_row + start + columns, q, mask=start + columns < K)
 
 
-def quantize(a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = MAX_BLOCK) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel on the current device; see :mod:`fxq.kernels.gemm.per_token`."""
+def quantize(
+    a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = MAX_BLOCK, activation: object = None
+) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel on the current device, after an activation; see :mod:`fxq.kernels.gemm.per_token`."""
     x, perm, split, bits = a
     width, (low, high) = x.shape[-1], numerics.integer_range(bits)
     rows, dual = flat_rows(x), split < width
@@ -212,6 +271,7 @@ def quantize(a: QuantizePerToken, *, asymmetric: bool = False, max_block: int = 
             WHOLE=width <= block,
             BLOCK=block,
             ASYMMETRIC=asymmetric,
+            ACTIVATION=activation,
             num_warps=warps_of(block),
         )
     return q, scale

@@ -13,12 +13,25 @@ from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Fusion
 from fxq.kernels.gemm.activations import ACTIVATIONS
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.patterns import LINEAR, QUANTIZE, Unfit, is_call, same, shape_of
+from fxq.passes.match.patterns import (
+    FREE,
+    LINEAR,
+    QUANTIZE,
+    QUANTIZE_PER_TOKEN,
+    QUANTIZE_PER_TOKEN_ASYMMETRIC,
+    Unfit,
+    is_call,
+    same,
+    shape_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseActivationQuantize(Fusion):
     """A linear, an activation or none, and its result's ``quantize_act`` become ``fxq::dual_scale_linear_quantize``.
+
+    With scales per token, which need whole rows, an activation and the quantize of its result become
+    ``fxq::activation_quantize_per_token`` or its asymmetric twin, where the kernels of the device have the activation.
 
     The activations are those of :data:`fxq.kernels.gemm.activations.ACTIVATIONS`. The quantization must be the only
     reader and must keep the channel order: folded permutations do. The value stays in float32 up to the integers, so a
@@ -26,7 +39,7 @@ class FuseActivationQuantize(Fusion):
     """
 
     def run(self, graph: QuantGraph) -> int:
-        """Returns the number of linears fused."""
+        """Returns the number of linears, and of quantizes with scales per token, that were fused."""
         edits.tidy(graph)
         count = 0
         for linear in patterns.calls(graph, LINEAR):
@@ -44,16 +57,61 @@ class FuseActivationQuantize(Fusion):
             eager = ACTIVATIONS[activation].eager_on(example_value(linear).device.type)
             graph.remark(plan.layer, f"{what} in its epilogue{eager and '; '}{eager}")
             count += 1
-        return count
+        return count + sum(_fuse_per_token(graph, node) for node in patterns.calls(graph, *_ACTIVATED))
+
+
+_ACTIVATED: dict[object, kernels.Op] = {
+    QUANTIZE_PER_TOKEN: kernels.activation_quantize_per_token,
+    QUANTIZE_PER_TOKEN_ASYMMETRIC: kernels.activation_quantize_per_token_asymmetric,
+}
+"""Quantization -> the operator that is it behind an activation."""
+
+
+def _fuse_per_token(graph: QuantGraph, quantize: fx.Node) -> bool:
+    """Whether the activation before a quantize was fused with it."""
+    read, op, layers = arguments(quantize)["x"], _ACTIVATED[quantize.target], layers_reading(quantize)
+    result = patterns.source(read, FREE)
+    name = _name(result)
+    if name is None:
+        return False
+    before = arguments(result)["self"]
+    try:
+        if eager := ACTIVATIONS[name].eager_on(example_value(result).device.type):
+            raise Unfit(eager)
+        if not same(shape_of(read), shape_of(before)):
+            raise Unfit(
+                f"what is quantized is {patterns.shown(shape_of(read))}, not {patterns.shown(shape_of(before))}"
+            )
+        x = patterns.exact_source(before)
+        edits.check_private(edits.between([quantize], [x]), [quantize], [x])
+        args = in_order(op.definition, arguments(quantize) | {"x": x, "activation": name})
+        edits.check_fits(graph, op, args)
+    except Unfit as reason:
+        for layer in layers:
+            graph.remark(layer, f"{_shown(result)} not fused into its quantize: {reason}")
+        return False
+    fused = edits.insert(quantize, quantize, op.definition, args, example_value(quantize))
+    quantize.replace_all_uses_with(fused)
+    edits.erase_unread(quantize)
+    for layer in layers:
+        graph.remark(layer, f"{_shown(result)} fused into its quantize")
+    return True
+
+
+def _name(call: fx.Node) -> str | None:
+    """Of the activation that a node calls."""
+    for name, activation in ACTIVATIONS.items():
+        values = activation.calls.get(call.target)
+        if values is not None and values.items() <= arguments(call).items():
+            return name
+    return None
 
 
 def _activation(linear: fx.Node) -> tuple[str, fx.Node]:
     """Name of the activation after a linear, and the node that holds its result."""
     for reader, _ in patterns.readers(linear):
-        for name, activation in ACTIVATIONS.items():
-            values = activation.calls.get(reader.target)
-            if values is not None and values.items() <= arguments(reader).items():
-                return name, reader
+        if (name := _name(reader)) is not None:
+            return name, reader
     return "none", linear
 
 

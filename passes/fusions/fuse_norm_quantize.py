@@ -12,14 +12,22 @@ from fxq.core.ir import QuantGraph, example_value
 from fxq.core.layer import layers_reading
 from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.patterns import ATEN, FREE, QUANTIZE, Unfit, exact_source, is_call, same, shape_of
+from fxq.passes.match.patterns import ATEN, FREE, Unfit, exact_source, is_call, same, shape_of
 
+_NORMED: dict[object, kernels.Op] = {
+    kernels.quantize_act.definition: kernels.norm_quantize,
+    kernels.quantize_per_token.definition: kernels.norm_quantize_per_token,
+    kernels.quantize_per_token_asymmetric.definition: kernels.norm_quantize_per_token_asymmetric,
+}
+"""Quantization -> the operator that is it behind a norm."""
 _ELEMENTWISE = FREE | {ATEN.mul.Tensor, ATEN.add.Tensor}
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseNormQuantize(Fusion):
     """``layer_norm`` and the ``quantize_act`` of its result become ``fxq::norm_quantize``.
+
+    Quantizations with scales per token become ``fxq::norm_quantize_per_token`` or its asymmetric twin.
 
     Cases: 1. a norm with or without weight and bias; 2. followed by ``* (1 + gain) + shift``, where gain and shift are
     one vector for all tokens, one per frame or one per token; 3. views and casts anywhere between. Each of several
@@ -49,12 +57,12 @@ class FuseNormQuantize(Fusion):
 
 
 def _quantizations(norm: fx.Node) -> list[fx.Node]:
-    """The ``quantize_act`` nodes that a norm feeds through sums, products, views and casts."""
+    """The quantize nodes that a norm feeds through sums, products, views and casts."""
     found: dict[fx.Node, None] = {}
     queue, seen = [norm], {norm}
     while queue:
         for user in queue.pop(0).users:
-            if is_call(user, QUANTIZE):
+            if is_call(user, *_NORMED):
                 found[user] = None
             elif is_call(user, *_ELEMENTWISE) and user not in seen:
                 seen.add(user)
@@ -100,10 +108,10 @@ def _fuse(graph: QuantGraph, norm: fx.Node) -> None:
 
 
 def _replace(graph: QuantGraph, quantize: fx.Node, normed: dict[str, object]) -> None:
-    target = kernels.norm_quantize.definition
-    args = in_order(target, arguments(quantize) | normed)
-    edits.check_fits(graph, kernels.norm_quantize, args)
-    fused = edits.insert(quantize, quantize, target, args, example_value(quantize))
+    op = _NORMED[quantize.target]
+    args = in_order(op.definition, arguments(quantize) | normed)
+    edits.check_fits(graph, op, args)
+    fused = edits.insert(quantize, quantize, op.definition, args, example_value(quantize))
     quantize.replace_all_uses_with(fused)
     edits.erase_unread(quantize)
 
@@ -140,7 +148,7 @@ def _readers(result: fx.Node, rows: tuple[int, ...]) -> list[fx.Node]:
     """The quantizations that read a result, when nothing else does."""
     quantizes = []
     for reader, read in patterns.readers(result):
-        if not is_call(reader, QUANTIZE):
+        if not is_call(reader, *_NORMED):
             raise Unfit(f"{result.name} is also read by {reader.name}")
         batch, *inner, width = shape_of(read)
         if len(inner) != 1 or not same((batch, width), (rows[0], rows[-1])):

@@ -11,23 +11,40 @@ from fxq.core.graph import arguments, in_order
 from fxq.core.ir import QuantGraph, plan_of
 from fxq.core.pipeline import Fusion
 from fxq.passes.match import edits, patterns
-from fxq.passes.match.patterns import ATEN, CASTS, LINEAR, Unfit, exact_source, is_call, same, shape_of, value_of
+from fxq.passes.match.patterns import (
+    ATEN,
+    CASTS,
+    LINEAR,
+    LINEAR_PER_TOKEN,
+    Unfit,
+    exact_source,
+    is_call,
+    same,
+    shape_of,
+    value_of,
+)
+
+_ADDING: dict[object, kernels.Op] = {
+    LINEAR: kernels.dual_scale_linear_add,
+    LINEAR_PER_TOKEN: kernels.dual_scale_linear_per_token_add,
+}
+"""Product -> the operator that has gate and residual as its epilogue."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FuseResidual(Fusion):
     """``residual + linear`` and ``residual + gate * linear`` become ``fxq::dual_scale_linear_add``.
 
-    The gate is one vector for all tokens, one per frame or one per token. Casts between are looked through: the
-    operator sums in float32 and stores the residual's dtype, which must be the dtype of the sum or of the cast after
-    it. The plan moves to the fused node.
+    With scales per token they become ``fxq::dual_scale_linear_per_token_add``. The gate is one vector for all tokens,
+    one per frame or one per token. Casts between are looked through: the operator sums in float32 and stores the
+    residual's dtype, which must be the dtype of the sum or of the cast after it. The plan moves to the fused node.
     """
 
     def run(self, graph: QuantGraph) -> int:
         """Returns the number of linears fused."""
         edits.tidy(graph)
         count = 0
-        for linear in patterns.calls(graph, LINEAR):
+        for linear in patterns.calls(graph, *_ADDING):
             plan, found = plan_of(linear), _sum(linear)
             if plan is None or found is None:
                 continue
@@ -74,10 +91,11 @@ def _fuse(graph: QuantGraph, linear: fx.Node, found: _Sum) -> None:
     inputs = [*linear.all_input_nodes, residual, *([] if found.factor is None else [found.factor])]
     edits.check_private(edits.between([result], inputs), [result], inputs)
     gate = _gate(found, rows, result)
-    target = kernels.dual_scale_linear_add.definition
+    op = _ADDING[linear.target]
+    target = op.definition
     args = in_order(target, arguments(linear) | {"residual": residual, "gate": gate})
     try:
-        edits.check_fits(graph, kernels.dual_scale_linear_add, args)
+        edits.check_fits(graph, op, args)
     except Unfit:
         edits.erase_unread(*([] if gate is None else [gate]))
         raise

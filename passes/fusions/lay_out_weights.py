@@ -9,13 +9,15 @@ import torch
 from torch import fx
 
 from fxq.core.ir import QuantGraph, Stage, example_value, get_tensor, put_tensor
-from fxq.core.layer import QuantizedLayer, quantized_layers
+from fxq.core.layer import ASYMMETRIC, PER_TOKEN, QuantizedLayer, quantize_of, quantized_layers
 from fxq.core.pipeline import Rewrite
 from fxq.kernels import native
 from fxq.kernels.gemm.panels import pack_panels
+from fxq.passes.match.patterns import is_call
 
 _FLOAT8 = "float8 has no CPU kernel and no fused operators: quantize and product stay apart, as they are"
-_PER_TOKEN = "input scales are measured per token: quantize and product stay apart"
+_PER_TOKEN = "input scales are measured per token: quantize stays apart from what gives its input"
+_APART = (PER_TOKEN.quantize.definition, ASYMMETRIC.quantize.definition)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +36,10 @@ class LayOutWeights(Rewrite):
         for name, plan in graph.quantized_plans.items():
             if plan.quantization.is_float8:
                 graph.remark(name, _FLOAT8)
-            elif plan.quantization.per_token:
-                graph.remark(name, _PER_TOKEN)
         for product, layers in _by_product(module).items():
+            if is_call(quantize_of(product), *_APART):
+                for layer in layers:
+                    graph.remark(layer.name, _PER_TOKEN)
             name = str(layers[0].weight.target)
             if get_tensor(module, name).device.type != "cpu" or name in done or layers[0].scheme.is_float8:
                 continue

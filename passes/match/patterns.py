@@ -42,7 +42,10 @@ FREE = CASTS | RESHAPES
 """What a fused operator does on the way."""
 
 LINEAR = kernels.dual_scale_linear.definition
+LINEAR_PER_TOKEN = kernels.dual_scale_linear_per_token.definition
 QUANTIZE = kernels.quantize_act.definition
+QUANTIZE_PER_TOKEN = kernels.quantize_per_token.definition
+QUANTIZE_PER_TOKEN_ASYMMETRIC = kernels.quantize_per_token_asymmetric.definition
 
 
 class Unfit(Exception):

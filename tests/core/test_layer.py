@@ -76,6 +76,7 @@ def test_every_operator_says_by_its_schema_whether_it_multiplies_for_a_layer():
         "dual_scale_linear_add",
         "dual_scale_linear_quantize",
         "dual_scale_linear_per_token",
+        "dual_scale_linear_per_token_add",
         "dual_scale_linear_fp8",
         "dual_scale_linear_fp8_per_token",
     }

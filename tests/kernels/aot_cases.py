@@ -11,8 +11,9 @@ from fxq.kernels.gemm.tiles import TABLE, TWO_SUMS, Tiles, candidates
 from fxq.kernels.gemm.triton import STORE
 from fxq.kernels.gemm.triton_fp8 import quantize_fp8_kernel, quantize_fp8_per_token_kernel
 from fxq.kernels.gemm.triton_kernel import linear_kernel
-from fxq.kernels.gemm.triton_per_token import SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
+from fxq.kernels.gemm.triton_per_token import ADDS, SUMS_BLOCK, linear_per_token_kernel, weight_sums_kernel
 from fxq.kernels.norm.triton import norm_quantize_kernel
+from fxq.kernels.norm.triton_per_token import norm_quantize_per_token_kernel
 from fxq.kernels.quantize.op import BLOCKS, quantize_kernel
 from fxq.kernels.quantize.triton_per_token import block_of, quantize_per_token_kernel
 from fxq.kernels.rope.triton import rms_norm_rope_kernel
@@ -85,11 +86,16 @@ def linear(tiles: Tiles, weight: str = "w8", epilogue: str = "store", dual: bool
     return Case(linear_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
 
 
-def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymmetric: bool = False) -> Case:
+def linear_per_token(
+    tiles: Tiles, weight: str = "w8", dual: bool = True, asymmetric: bool = False, added: bool = False
+) -> Case:
     """A case of the GEMM with scales per token, compiled where a launch may choose these tiles."""
     own = ("q_ptr", "w_ptr", "weight_scale_ptr", "input_scale_ptr", "offset_ptr", "y_ptr")
+    own += ("residual_ptr", "gate_ptr") if added else ()
     types = {name: kind for name, kind in (LINEAR_TYPES | STORED[weight]).items() if name in own}
     constants = tiles.constants() | {"DUAL": dual, "PACKED": weight == "w4", "ASYMMETRIC": asymmetric}
+    constants |= {"ADDED": added, "GATED": added}
+    constants |= {} if added else {name: STORE.arguments[name] for name in ADDS}
     if asymmetric:
         types["sums_ptr"] = "*i32"
     else:
@@ -97,7 +103,8 @@ def linear_per_token(tiles: Tiles, weight: str = "w8", dual: bool = True, asymme
     for name in ("num_warps", "num_stages"):
         del constants[name]
     single = "asymmetric" if asymmetric else "fp8_per_token" if weight == "fp8" else "per_token"
-    plain, operation = replace(tiles, swapped=False), "per_token_dual" if dual else single
+    plain = replace(tiles, swapped=False)
+    operation = ("per_token_dual" if dual else single) + ("_add" if added else "")
     known = FP8 if weight == "fp8" else ALL
     targets = (t for t in known if plain in candidates(90 if t == "gfx942" else int(t[3:]), operation))
     return Case(linear_per_token_kernel, types, constants, tiles.warps, tiles.stages, tuple(targets))
@@ -109,13 +116,14 @@ def weight_sums(packed: bool) -> Case:
     return Case(weight_sums_kernel, {"w_ptr": "*u8" if packed else "*i8", "sums_ptr": "*i32"}, constants, 4, 3)
 
 
-def quantize_per_token(width: int, gather: bool, asymmetric: bool = False) -> Case:
+def quantize_per_token(width: int, gather: bool, asymmetric: bool = False, activation: str = "none") -> Case:
     """A case of quantize_per_token, or of quantize_per_token_asymmetric."""
     block = block_of(width)
     types = {"x_ptr": "*bf16", "perm_ptr": "*i32", "q_ptr": "*i8", "scale_ptr": "*fp32", "least": "fp32"}
     constants: dict[str, object] = {"GATHER": gather, "DUAL": True, "WHOLE": width <= block, "BLOCK": block}
     constants |= {"LOW": -128 if asymmetric else -127, "HIGH": 127, "ASYMMETRIC": asymmetric}
     constants |= {} if gather else {"perm_ptr": None}
+    constants |= {"ACTIVATION": None if activation == "none" else ACTIVATIONS[activation].triton}
     return Case(quantize_per_token_kernel, types, constants, warps_of(block), 3)
 
 
@@ -128,6 +136,14 @@ def norm(width: int, gather: bool, affine: bool = False) -> Case:
     constants |= {"BLOCK": block, **INT8}
     unused = ([] if affine else ["weight_ptr", "bias_ptr"]) + ([] if gather else ["perm_ptr"])
     return Case(norm_quantize_kernel, types, constants | dict.fromkeys(unused), warps_of(block), 3)
+
+
+def norm_per_token(width: int, gather: bool, affine: bool = False, asymmetric: bool = False) -> Case:
+    """A case of norm_quantize_per_token, or of norm_quantize_per_token_asymmetric, with modulation."""
+    static, own = norm(width, gather, affine), quantize_per_token(width, gather, asymmetric)
+    types = static.types | {"least": "fp32"}
+    constants = static.constants | {name: own.constants[name] for name in ("LOW", "HIGH", "ASYMMETRIC")}
+    return replace(static, kernel=norm_quantize_per_token_kernel, types=types, constants=constants)
 
 
 def rope(width: int, head_dim: int) -> Case:
@@ -188,6 +204,11 @@ def linears() -> dict[str, Case]:
         if i in (1, 2, len(TABLE) - 1):
             cases[f"linear-asymmetric-w8-single-{size}"] = linear_per_token(tiles, dual=False, asymmetric=True)
             cases[f"linear-asymmetric-w4-single-{size}"] = linear_per_token(swapped, "w4", dual=False, asymmetric=True)
+            cases[f"linear-per-token-w8-single-add-{size}"] = linear_per_token(tiles, dual=False, added=True)
+            cases[f"linear-per-token-w4-single-add-{size}"] = linear_per_token(swapped, "w4", dual=False, added=True)
+        if i == 1:
+            cases[f"linear-asymmetric-w8-single-add-{size}"] = linear_per_token(tiles, "w8", False, True, added=True)
+            cases[f"linear-asymmetric-w4-single-add-{size}"] = linear_per_token(swapped, "w4", False, True, added=True)
         if i in (0, 1, len(TABLE) - 1):
             cases[f"linear-fp8-store-{size}"] = linear(tiles, "fp8")
             cases[f"linear-fp8-per-token-single-{size}"] = linear_per_token(tiles, "fp8", dual=False)
@@ -208,6 +229,12 @@ def linears() -> dict[str, Case]:
     for tiles in TWO_SUMS[:2]:
         swapped = replace(tiles, swapped=True)
         cases[f"linear-asymmetric-w8-dual-{label(tiles)}"] = linear_per_token(tiles, asymmetric=True)
+        cases[f"linear-asymmetric-w8-dual-add-{label(tiles)}"] = linear_per_token(tiles, asymmetric=True, added=True)
+        cases[f"linear-asymmetric-w4-dual-add-{label(tiles)}"] = linear_per_token(
+            swapped, "w4", asymmetric=True, added=True
+        )
+        cases[f"linear-per-token-w8-dual-add-{label(tiles)}"] = linear_per_token(tiles, added=True)
+        cases[f"linear-per-token-w4-dual-add-{label(tiles)}"] = linear_per_token(swapped, "w4", added=True)
         cases[f"linear-asymmetric-w4-dual-{label(tiles)}"] = linear_per_token(swapped, "w4", asymmetric=True)
     return cases
 
@@ -217,6 +244,11 @@ CASES = linears() | {
     "norm-1536": norm(1536, gather=False),
     "norm-gather-1536": norm(1536, gather=True),
     "norm-gather-affine-5120": norm(5120, gather=True, affine=True),
+    "norm-per-token-1536": norm_per_token(1536, gather=False),
+    "norm-per-token-gather-1536": norm_per_token(1536, gather=True),
+    "norm-per-token-gather-affine-5120": norm_per_token(5120, gather=True, affine=True),
+    "norm-asymmetric-gather-1536": norm_per_token(1536, gather=True, asymmetric=True),
+    "norm-asymmetric-gather-affine-5120": norm_per_token(5120, gather=True, affine=True, asymmetric=True),
     "rope-1536": rope(1536, 128),
     "rope-5120": rope(5120, 128),
     "quantize": quantize(gather=False),
@@ -227,6 +259,8 @@ CASES = linears() | {
     "quantize-per-token-gather-1536": quantize_per_token(1536, gather=True),
     "quantize-per-token-gather-8960": quantize_per_token(8960, gather=True),
     "quantize-per-token-gather-20480": quantize_per_token(20480, gather=True),
+    "quantize-per-token-gelu_tanh-8960": quantize_per_token(8960, gather=False, activation="gelu_tanh"),
+    "quantize-asymmetric-gelu-gather-8960": quantize_per_token(8960, gather=True, asymmetric=True, activation="gelu"),
     "quantize-asymmetric-1536": quantize_per_token(1536, gather=False, asymmetric=True),
     "quantize-asymmetric-gather-8960": quantize_per_token(8960, gather=True, asymmetric=True),
     "quantize-asymmetric-gather-20480": quantize_per_token(20480, gather=True, asymmetric=True),

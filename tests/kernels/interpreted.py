@@ -15,9 +15,11 @@ from torch import Tensor
 
 from fxq import numerics
 from fxq.kernels.arguments import (
+    ActivationQuantizePerToken,
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
     NormQuantize,
+    NormQuantizePerToken,
     Operands,
     Quantization,
     QuantizeAct,
@@ -43,13 +45,20 @@ from fxq.kernels.gemm import (
 from fxq.kernels.gemm import (
     triton_per_token as per_token_triton,
 )
-from fxq.kernels.gemm.activations import Activation, add
-from fxq.kernels.gemm.epilogues import dual_scale_linear_add, dual_scale_linear_quantize
+from fxq.kernels.gemm.activated import activation_quantize_per_token, activation_quantize_per_token_asymmetric
+from fxq.kernels.gemm.activations import ACTIVATIONS, Activation, add
+from fxq.kernels.gemm.epilogues import (
+    dual_scale_linear_add,
+    dual_scale_linear_per_token_add,
+    dual_scale_linear_quantize,
+)
 from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 from fxq.kernels.gemm.tiles import Tiles
 from fxq.kernels.jit import Block, jit, tl
 from fxq.kernels.norm import triton as norm_triton
+from fxq.kernels.norm import triton_per_token as norm_per_token_triton
 from fxq.kernels.norm.op import norm_quantize
+from fxq.kernels.norm.per_token import norm_quantize_per_token, norm_quantize_per_token_asymmetric
 from fxq.kernels.quantize import triton_per_token as per_token_rows
 from fxq.kernels.quantize.op import launch as launch_quantize
 from fxq.kernels.rope import triton as rope_triton
@@ -206,6 +215,13 @@ def linear_add(
     gemm_triton.launch(operands, out, tiles=tiles, epilogue=gemm_triton.adding(arguments))
     rounding = 0.5 * float((operands.input_scale[0] * operands.weight_scale[0]).max()) * 9
     close(out, want, (2**-7 if dtype == BF16 else 2**-20) * want.abs().double() + rounding)
+    for asymmetric in (False, True):
+        sample = per_token.sample_arguments(shape, n, split, bits, F32, generator(), asymmetric=asymmetric)
+        measured = DualScaleLinearAdd(sample.operands, residual, gate)
+        out = torch.full(want.shape, float("nan"), dtype=dtype)
+        per_token_triton.linear(sample.operands, out, tiles=tiles, epilogue=gemm_triton.adding(measured))
+        sums = dual_scale_linear_per_token_add.compute(measured)
+        close(out, sums, (2**-7 if dtype == BF16 else 2**-19) * float(sums.abs().max()))
 
 
 def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, bits: int, gather: bool) -> None:
@@ -224,7 +240,10 @@ def quantize(x: Tensor, scale: list[float], zero_point: list[int], split: int, b
 def norm(
     shape: tuple[int, int, int], split: int, bits: int, dtype: torch.dtype, frames: int, affine: str, gather: bool
 ) -> None:
-    """LayerNorm, modulation, gather and integers; gain and shift are slices of a modulation of six."""
+    """LayerNorm, modulation, gather and integers, with static scales and with scales per token.
+
+    Gain and shift are slices of a modulation of six.
+    """
     batch, _, width = shape
     modulation = torch.randn(batch, max(1, frames), 6, width, generator=generator()).to(dtype)
     gain, shift = (modulation[:, :, 1], modulation[:, :, 0]) if frames else (None, None)
@@ -246,6 +265,14 @@ def norm(
     )
     out = torch.full(shape, 99, dtype=torch.int8)
     same_integers(norm_triton.launch(arguments, out=out), norm_quantize.compute(arguments))
+    measured = NormQuantizePerToken(*arguments[:6], arguments.quantization.perm, split, bits)
+    for asymmetric, op in ((False, norm_quantize_per_token), (True, norm_quantize_per_token_asymmetric)):
+        want, scales = op.compute(measured)
+        unwritten = torch.full(shape, 99, dtype=torch.int8), torch.full(scales.shape, float("nan"))
+        q, scale = norm_per_token_triton.launch(measured, unwritten, asymmetric=asymmetric)
+        same_integers(q, want)
+        close(scale[..., :groups], scales[..., :groups], 2**-20 * scales[..., :groups].double())
+        assert torch.equal(scale[..., groups:], scales[..., groups:])
 
 
 def rope(shape: tuple[int, int, int], heads: int, dtype: torch.dtype, norm: bool, rotate: bool, merged: bool) -> None:
@@ -336,6 +363,19 @@ def quantize_per_token(
     expected, scales = numerics.quantize_per_token(x if perm is None else x[..., perm], split, bits, asymmetric)
     assert q.shape == x.shape and torch.equal(q, expected), f"{int((q != expected).sum())} integers differ"
     assert scale.shape == scales.shape and torch.equal(scale, scales)
+
+
+def activated_per_token(x: Tensor, name: str, split: int, gather: bool, max_block: int = 4096) -> None:
+    """An activation before the scales, symmetric ones and with zero points."""
+    perm = torch.randperm(x.shape[-1], generator=generator()).to(torch.int32) if gather else None
+    a = ActivationQuantizePerToken(x, name, perm, split, 8)
+    function = ACTIVATIONS[name].triton
+    for asymmetric, op in ((False, activation_quantize_per_token), (True, activation_quantize_per_token_asymmetric)):
+        tokens = QuantizePerToken(x, perm, split, 8)
+        q, scale = per_token_rows.quantize(tokens, asymmetric=asymmetric, max_block=max_block, activation=function)
+        want, scales = op.compute(a)
+        same_integers(q, want)
+        close(scale, scales, 2**-16 * scales.abs().double())
 
 
 def linear_per_token(
@@ -441,6 +481,10 @@ CASES: dict[str, Callable[[], None]] = (
         ),
         "per-token-quantize-columns-with-stride": lambda: quantize_per_token(noise(64, 9).T, 33, 6, gather=False),
         "per-token-quantize-no-rows": lambda: quantize_per_token(torch.empty(0, 64), 32, 8, gather=False),
+        "per-token-gelu-dual-gather": lambda: activated_per_token(noise(5, 130), "gelu", 97, gather=True),
+        "per-token-gelu_tanh-in-steps": lambda: activated_per_token(
+            noise(3, 100).bfloat16(), "gelu_tanh", 64, True, 64
+        ),
         "per-token-linear-w8-single": lambda: linear_per_token(37, 45, 200, 200, 8),
         "per-token-linear-w8-dual": lambda: linear_per_token(65, 33, 224, 192, 8),
         "per-token-linear-w8-dual-odd-split-exact": lambda: linear_per_token(33, 31, 131, 101, 8, exact=True),

@@ -13,6 +13,7 @@ from fxq.kernels.arguments import (
     DualScaleLinearAdd,
     DualScaleLinearQuantize,
     NormQuantize,
+    NormQuantizePerToken,
     Operands,
     Quantization,
     QuantizeAct,
@@ -28,6 +29,7 @@ from fxq.kernels.gemm.epilogues import dual_scale_linear_quantize
 from fxq.kernels.gemm.op import dual_scale_linear, sample_operands
 from fxq.kernels.gemm.tiles import Tiles
 from fxq.kernels.norm import triton as norm_triton
+from fxq.kernels.norm import triton_per_token as norm_per_token_triton
 from fxq.kernels.norm.op import norm_quantize
 from fxq.kernels.quantize import triton_per_token as per_token_rows
 from fxq.kernels.quantize.op import launch as launch_quantize
@@ -111,6 +113,13 @@ def norm(gather: bool, modulated: bool) -> None:
     got = norm_triton.launch(arguments, out=torch.full((3, 3, 70), 99, dtype=torch.int8))
     assert torch.equal(numerics.poisoned(got).flatten(), marked)
     assert torch.equal(numerics.poisoned(norm_quantize.compute(arguments)).flatten(), marked)
+    measured = NormQuantizePerToken(*arguments[:6], perm, 50, 8)
+    for asymmetric, columns in ((False, 2), (True, 4)):
+        out = torch.full((3, 3, 70), 99, dtype=torch.int8), torch.zeros(3, 3, columns)
+        q, scale = norm_per_token_triton.launch(measured, out, asymmetric=asymmetric)
+        assert torch.equal(scale[..., :2].isnan().any(2).flatten(), marked) and not scale[..., 2:].isnan().any()
+        for g, part in enumerate((q[..., :50], q[..., 50:])):
+            assert not part[scale[..., g].isnan()].any() and bool(part.any())
 
 
 def rope() -> None:

@@ -12,10 +12,14 @@ from fxq import numerics
 from fxq.kernels import (
     OPS,
     Op,
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
     attention,
     attention_int8,
     attention_int8_fp8,
     native,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
     quantize_fp8_per_token,
     quantize_per_token,
     quantize_per_token_asymmetric,
@@ -23,7 +27,9 @@ from fxq.kernels import (
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token)
+ACTIVATED = (activation_quantize_per_token, activation_quantize_per_token_asymmetric)
+NORMS = (norm_quantize_per_token, norm_quantize_per_token_asymmetric)
+MEASURING = (quantize_per_token, quantize_per_token_asymmetric, quantize_fp8_per_token, *NORMS, *ACTIVATED)
 READ_BY_ROWS = (
     "quantize_act",
     "norm_quantize",

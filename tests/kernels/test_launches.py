@@ -111,8 +111,10 @@ def packed_launches(a: AttentionPacked) -> list[str]:
 
 
 def has_zero_points(op: Op, sample: tuple) -> bool:
-    """Whether the second argument of a product per token has zero points behind the scales of its groups."""
-    return op.name == "dual_scale_linear_per_token" and sample[1].shape[-1] == 2 * len(sample[3])
+    """Whether the input scales of a product per token have zero points behind those of its groups."""
+    if op.name not in ("dual_scale_linear_per_token", "dual_scale_linear_per_token_add"):
+        return False
+    return op.take(sample).operands.asymmetric
 
 
 @pytest.mark.parametrize("launched", [90], indirect=True)

@@ -13,12 +13,17 @@ import torch.nn.functional as F
 
 from fxq import cpu
 from fxq.kernels import (
+    activation_quantize_per_token,
+    activation_quantize_per_token_asymmetric,
     attention,
     dual_scale_linear,
     dual_scale_linear_add,
     dual_scale_linear_per_token,
+    dual_scale_linear_per_token_add,
     dual_scale_linear_quantize,
     norm_quantize,
+    norm_quantize_per_token,
+    norm_quantize_per_token_asymmetric,
     quantize_act,
     quantize_per_token,
     quantize_per_token_asymmetric,
@@ -142,6 +147,13 @@ def test_the_adding_epilogue_equals_the_reference(dtype, gate_dtype, threads):
     gate = None if gate_dtype is None else torch.randn(2, 3, 70, generator=random(6)).to(gate_dtype)
     arguments = (*operands, wide[..., 70:], gate)
     assert torch.equal(dual_scale_linear_add(*arguments), dual_scale_linear_add.reference(*arguments))
+    op = dual_scale_linear_per_token_add
+    for asymmetric in (False, True):
+        sample = per_token.sample_arguments((2, 21, 75), 70, 50, 8, dtype, random(4), True, asymmetric)
+        sample.input_scale[1, 3, 1] = float("nan")
+        got, want = (f(*sample.operands, *arguments[-2:]) for f in (op, op.reference))
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        assert got.isnan().any(2).nonzero().tolist() == [[1, 3]] and got[1, 3].isnan().all()
 
 
 PERMUTATIONS = {
@@ -230,6 +242,22 @@ def test_infinities_saturate():
 
 @needs_native
 @pytest.mark.parametrize("order", PERMUTATIONS)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_quantize_per_token_as_the_reference(order, activation, dtype, threads):
+    torch.manual_seed(9)
+    perm = PERMUTATIONS[order](150, 118)
+    x = (torch.randn(2, 12, 300) * 3).to(dtype)[..., 70:220]
+    for op in (activation_quantize_per_token, activation_quantize_per_token_asymmetric):
+        arguments = (x, activation, None if perm is None else perm.int(), 118, 8)
+        (q, scale), (want, scales) = op(*arguments), op.reference(*arguments)
+        difference = (q.int() - want.int()).abs()
+        assert difference.max() <= 1 and difference.float().mean() < 0.005
+        torch.testing.assert_close(scale, scales, rtol=1e-5, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("order", PERMUTATIONS)
 @pytest.mark.parametrize(("affine", "frames"), [(False, 3), (True, 0), (True, 1), (False, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norm_and_modulation_quantize_as_the_reference(order, affine, frames, dtype, threads):
@@ -243,6 +271,13 @@ def test_norm_and_modulation_quantize_as_the_reference(order, affine, frames, dt
     arguments = (x, weight, bias, gain, shift, 1e-6, None if perm is None else perm.int(), scale, zero, split, 8)
     got, want = (f(*arguments).int() for f in (norm_quantize, norm_quantize.reference))
     assert (got - want).abs().max() <= 1 and (got != want).float().mean() < 0.005
+    for op in (norm_quantize_per_token, norm_quantize_per_token_asymmetric):
+        for bits in (8, 4):
+            measured = (*arguments[:7], split, bits)
+            (q, scale), (want, scales) = op(*measured), op.reference(*measured)
+            difference = (q.int() - want.int()).abs()
+            assert difference.max() <= 1 and difference.float().mean() < 0.005
+            torch.testing.assert_close(scale, scales, rtol=1e-5, atol=0)
 
 
 @needs_native

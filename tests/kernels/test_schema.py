@@ -36,6 +36,17 @@ SCHEMAS = {
     "quantize_per_token_asymmetric(Tensor x, Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)",
     "dual_scale_linear_per_token(Tensor q, Tensor input_scale, Tensor weight, Tensor weight_scale, Tensor offset,"
     " int split, int bits, ScalarType dtype) -> Tensor",
+    f"dual_scale_linear_per_token_add({OPERANDS}, int bits, Tensor residual, Tensor? gate) -> Tensor",
+    *(
+        f"activation_quantize_per_token{kind}(Tensor x, str activation, Tensor? perm, int split, int bits)"
+        " -> (Tensor q, Tensor scale)"
+        for kind in ("", "_asymmetric")
+    ),
+    *(
+        f"norm_quantize_per_token{kind}(Tensor x, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, float eps,"
+        " Tensor? perm, int split, int bits) -> (Tensor q, Tensor scale)"
+        for kind in ("", "_asymmetric")
+    ),
 }
 
 

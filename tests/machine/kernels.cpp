@@ -19,7 +19,7 @@
 extern "C" {
 int fxq_linear(const Linear*);
 int fxq_quantize_rows(const Rows*, const Norm*, const Quantization*);
-int fxq_quantize_tokens(const Rows*, const Quantization*, const Tokens*);
+int fxq_quantize_tokens(const Rows*, const Norm*, const Quantization*, const Tokens*);
 int fxq_rotate_rows(const Rows*, const Rotary*);
 int fxq_attention(const Attention*);
 int fxq_attention_int8(const Attention*);
@@ -196,6 +196,10 @@ void linears(Random& random) {
       for (float& x : scale) x = 0.005f + 0.05f * random.uniform();
       offset[3] = INFINITY, offset[4] = NAN;
       const long groups = s.split < s.width ? 2 : 1;
+      auto zeros = scale;
+      for (long m = 0; m < s.rows; m++) {
+        for (long g = 0; g < groups; g++) zeros[(2 * m + 1) * groups + g] = static_cast<float>(static_cast<int>(random.next() % 256) - 128);
+      }
       Linear p{};
       p.q = q.data(), p.panels = panels.data(), p.weight_scale = weight_scale.data(), p.input_scale = scale.data();
       p.offset = offset.data(), p.rows = s.rows, p.outputs = s.outputs, p.width = s.width, p.split = s.split;
@@ -213,10 +217,6 @@ void linears(Random& random) {
         p.per_token = 1;
         each("per token");
         p.asymmetric = 1;
-        auto zeros = scale;
-        for (long m = 0; m < s.rows; m++) {
-          for (long g = 0; g < groups; g++) zeros[(2 * m + 1) * groups + g] = static_cast<float>(static_cast<int>(random.next() % 256) - 128);
-        }
         p.input_scale = zeros.data();
         each("zero points");
         p.input_scale = scale.data(), p.per_token = p.asymmetric = 0;
@@ -235,10 +235,15 @@ void linears(Random& random) {
       for (int gated : {0, 1, 2}) {
         p.gate = gated == 0 ? nullptr : gated == 1 ? static_cast<const void*>(gate.data()) : gate_half.data();
         p.gate_is_bfloat16 = gated == 2;
-        p.store = 3, p.residual = residual.data();
-        run("added float32 " + std::to_string(gated), float{});
-        p.store = 4, p.residual = residual_half.data();
-        run("added bfloat16 " + std::to_string(gated), bfloat16{});
+        for (int scales : {0, 1, 2}) {
+          p.per_token = scales > 0, p.asymmetric = scales > 1;
+          const std::string what = std::to_string(gated) + (scales > 1 ? " zero points" : scales ? " per token" : "");
+          p.input_scale = scales > 1 ? zeros.data() : scale.data();
+          p.store = 3, p.residual = residual.data();
+          run("added float32 " + what, float{});
+          p.store = 4, p.residual = residual_half.data();
+          run("added bfloat16 " + what, bfloat16{});
+        }
       }
     }
   }
@@ -288,10 +293,21 @@ void rows(Random& random, const std::string& dtype) {
         for (int bits : {8, 4}) {
           std::vector<float> scales((split < width ? 2 : 1) * (1 + asymmetric) * count);
           const Quantization of_tokens{perm, nullptr, nullptr, width, split, bits};
-          const Tokens tokens{scales.data(), 1.5e-36f, asymmetric};
-          fxq_quantize_tokens(&r, &of_tokens, &tokens);
-          record("tokens" + what + (asymmetric ? " zero points " : " ") + std::to_string(bits), out);
-          record("scales" + what + (asymmetric ? " zero points " : " ") + std::to_string(bits), scales);
+          Tokens tokens{scales.data(), 1.5e-36f, asymmetric, 0};
+          for (const Norm* norm : {static_cast<const Norm*>(nullptr), norms, norms + 1}) {
+            const std::string kind = std::string(norm == nullptr ? "" : norm->gain ? " modulated norm" : " norm") +
+                                     (asymmetric ? " zero points " : " ") + std::to_string(bits);
+            fxq_quantize_tokens(&r, norm, &of_tokens, &tokens);
+            record("tokens" + what + kind, out);
+            record("scales" + what + kind, scales);
+          }
+          for (int activation : {1, 2}) {
+            const std::string kind = " activation " + std::to_string(activation) + (asymmetric ? " zero points " : " ") + std::to_string(bits);
+            tokens.activation = activation;
+            fxq_quantize_tokens(&r, nullptr, &of_tokens, &tokens);
+            record("tokens" + what + kind, out);
+            record("scales" + what + kind, scales);
+          }
         }
       }
     }

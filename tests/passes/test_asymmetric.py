@@ -175,7 +175,9 @@ def test_an_optimized_denoiser_computes_the_same(bits):
     fast = fxq.optimize(q)
     for want, got in zip(*(pytree.tree_leaves(m(*args)) for m in (q, fast)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert len(calls(fast, QUANTIZE)) == 9 < len(calls(q, QUANTIZE)) == 12
+    fused = [getattr(torch.ops.fxq, f"{kind}_quantize_per_token_asymmetric").default for kind in ("norm", "activation")]
+    assert [len(calls(fast, op)) for op in (QUANTIZE, *fused)] == [4, 3, 2] and len(calls(q, QUANTIZE)) == 12
+    assert len(calls(fast, torch.ops.fxq.dual_scale_linear_per_token_add.default)) == 3
 
 
 def test_methods_see_the_zero_points():

@@ -26,7 +26,7 @@ from tests.toys import LEARN, recipe, relative_error, rows, toy, wan_rollout
 UP = "blocks.0.up"
 QUANTIZE, LINEAR = torch.ops.fxq.quantize_per_token.default, torch.ops.fxq.dual_scale_linear_per_token.default
 X = rows(2, 21, 96)
-REMARK = "input scales are measured per token: quantize and product stay apart"
+REMARK = "input scales are measured per token: quantize stays apart from what gives its input"
 
 
 def dynamic(bits=8, **options):
@@ -191,9 +191,13 @@ def test_an_optimized_denoiser_computes_the_same(bits):
     fast = fxq.optimize(q)
     for want, got in zip(*(pytree.tree_leaves(m(*args)) for m in (q, fast)), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert len(calls(fast, QUANTIZE)) == 9 < len(calls(q, QUANTIZE)) == 12
+    fused = (torch.ops.fxq.norm_quantize_per_token.default, torch.ops.fxq.activation_quantize_per_token.default)
+    assert [len(calls(fast, op)) for op in (QUANTIZE, *fused)] == [4, 3, 2] and len(calls(q, QUANTIZE)) == 12
+    assert len(calls(fast, torch.ops.fxq.dual_scale_linear_per_token_add.default)) == 3
     kernel = native.name() if native.ready() else ON_CPU
-    assert all(REMARK in row.remarks and row.kernel == kernel for row in fxq.summary(fast).quantized)
+    said = (REMARK, "quantize fused into its norm", "gelu fused into its quantize")
+    for row in fxq.summary(fast).quantized:
+        assert sum(text in row.remarks for text in said) == 1 and row.kernel == kernel
 
 
 def test_static_and_per_token_layers_live_in_one_model():
@@ -207,7 +211,7 @@ def test_static_and_per_token_layers_live_in_one_model():
     fast = fxq.optimize(q)
     assert relative_error(q, fast, X) < 1e-5
     remarks = {row.layer: row.remarks for row in fxq.summary(fast).quantized}
-    assert REMARK in remarks["blocks.0.down"] and REMARK not in remarks[UP]
+    assert "gelu fused into its quantize" in remarks["blocks.0.down"] and REMARK not in remarks[UP]
 
 
 def lowered(module):

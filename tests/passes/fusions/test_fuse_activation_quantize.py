@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxq.core.graph import arguments
 from fxq.core.ir import planned
+from fxq.core.layer import layers_reading
 from fxq.kernels import native
 from fxq.kernels.gemm.activations import ACTIVATIONS, Activation, add
 from fxq.passes.fusions.fuse_activation_quantize import FuseActivationQuantize
+from fxq.passes.fusions.lay_out_weights import LayOutWeights
 from tests.passes.fusions.fusing import count, error, frozen, fused
 from tests.toys import rows
 
@@ -62,6 +65,41 @@ def test_activation_and_quantize_become_the_epilogue_of_the_linear_before(how, a
     assert graph.remarks == {"up": [f"{what} in its epilogue"]}
     plans = planned(graph.module)
     assert list(plans) == ["up", "down"] and plans["up"][1] == [node]
+
+
+MEASURED = {"activation_quantize_per_token": {}, "activation_quantize_per_token_asymmetric": {"asymmetric": True}}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("how", "activation"), [("gelu", "gelu"), ("tanh", "gelu_tanh"), ("cast", "gelu")])
+def test_scales_per_token_are_measured_behind_the_activation(how, activation, dtype, name):
+    x = rows(2, 15, 48).to(dtype)
+    q = frozen(Feed(how).to(dtype), (x,), per_token=True, **MEASURED[name])
+    graph = fused(q, FuseActivationQuantize(), LayOutWeights())
+    (node,) = (n for n in graph.module.graph.nodes if str(n.target) == f"fxq.{name}.default")
+    assert arguments(node)["activation"] == activation and layers_reading(node) == ["down"]
+    assert count(graph, "aten.gelu") == 0 and count(graph, name.replace("activation_", "fxq.")) == 1
+    assert error(graph, q, x) < 1e-2
+    assert graph.remarks["down"][0] == "gelu fused into its quantize" and graph.log[0][1] == 1
+    assert not any("stays apart" in text for text in graph.remarks["down"])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("two readers", r"gelu not fused into its quantize: gelu is also read by"),
+        ("flattened", r"what is quantized is \[15\*s\d+, 96\], not \[s\d+, 15, 96\]"),
+        ("silu", "input scales are measured per token: quantize stays apart from what gives its input"),
+    ],
+)
+def test_an_activation_before_scales_per_token_stays_with_the_reason(how, reason):
+    x = rows(2, 15, 48)
+    q = frozen(Feed(how), (x,), per_token=True)
+    graph = fused(q, FuseActivationQuantize(), LayOutWeights())
+    assert count(graph, "fxq.activation_quantize_per_token") == 0 and count(graph, "fxq.quantize_per_token") == 2
+    assert error(graph, q, x) < 1e-6
+    assert re.search(reason, graph.remarks["down"][0]), graph.remarks
 
 
 @pytest.mark.parametrize(

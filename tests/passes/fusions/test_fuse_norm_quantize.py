@@ -6,7 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxq
+from fxq.core.graph import arguments
+from fxq.core.layer import layers_reading, quantize_of, quantized_layers
 from fxq.passes.fusions.fuse_norm_quantize import FuseNormQuantize
+from fxq.passes.fusions.lay_out_weights import LayOutWeights
+from fxq.passes.fusions.merge_linears import MergeLinears
 from tests.passes.fusions.fusing import count, error, frozen, fused, recipe_of
 from tests.toys import rows
 
@@ -59,6 +63,14 @@ class ReadTwice(Modulated):
         return self.linears[0](value) + value.mean()
 
 
+class Shared(Modulated):
+    """All linears read one modulated value."""
+
+    def forward(self, x, gain, shift):
+        value = self.modulate(x, gain, shift)
+        return sum(linear(value) for linear in self.linears)
+
+
 class Overwritten(Modulated):
     """The norm's input changes before the quantize reads the norm."""
 
@@ -107,6 +119,55 @@ def test_a_norm_its_modulation_and_the_quantize_become_one_operator(how, affine)
     assert error(graph, q, *args) < (1e-5 if dtype == torch.float32 else 2e-2)
     assert graph.remarks == {"linears.0": ["quantize fused into its norm"]}
     assert graph.log[0][:2] == ("FuseNormQuantize", 1)
+
+
+MEASURED = {"norm_quantize_per_token": {}, "norm_quantize_per_token_asymmetric": {"asymmetric": True}}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("how", FORMS)
+def test_scales_per_token_are_measured_behind_the_norm(how, name):
+    gain, dtype = FORMS[how]
+    args = inputs(gain, dtype=dtype)
+    q = frozen(Modulated(how, linears=2, affine=True).to(dtype), args, per_token=True, **MEASURED[name])
+    graph = fused(q, FuseNormQuantize())
+    assert count(graph, f"fxq.{name}") == 2 and count(graph, "fxq.dual_scale_linear_per_token") == 2
+    assert (
+        count(graph, name.replace("norm_", "fxq.")) == count(graph, "aten.layer_norm") == count(graph, "aten.mul") == 0
+    )
+    assert error(graph, q, *args) < (1e-2 if dtype == torch.float32 else 2e-2)
+    assert graph.remarks == {f"linears.{i}": ["quantize fused into its norm"] for i in range(2)}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_merged_linears_share_one_norm_and_its_scales_per_token(name):
+    model, args = Shared("per frame", linears=3), inputs((2, 3, 1, WIDTH))
+    with torch.no_grad():
+        for linear in model.linears:
+            linear.weight[:, 3:35:4] *= 6
+    q = frozen(Blocks(model), args, dual_scale=True, per_token=True, **MEASURED[name])
+    graph = fused(q, MergeLinears(), FuseNormQuantize(), LayOutWeights())
+    (node,) = (n for n in graph.module.graph.nodes if name in str(n.target))
+    named = arguments(node)
+    assert str(named["perm"].target).endswith("perm") and named["split"] == 64
+    layers = [f"blocks.0.linears.{i}" for i in range(3)]
+    assert layers_reading(node) == layers and quantize_of(next(quantized_layers(graph.module)).product) is node
+    assert error(graph, q, *args) < 1e-2
+    assert all(graph.remarks[layer][1] == "quantize fused into its norm" for layer in layers)
+    assert not any("per token" in text for layer in layers for text in graph.remarks[layer])
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_scales_per_token_behind_another_form_stay_with_the_reason(name):
+    args = inputs()
+    q = frozen(Modulated("no shift"), args, per_token=True, **MEASURED[name])
+    graph = fused(q, FuseNormQuantize(), LayOutWeights())
+    assert count(graph, f"fxq.{name}") == 0 and count(graph, name.replace("norm_", "fxq.")) == 1
+    assert error(graph, q, *args) < 1e-6
+    assert graph.remarks["linears.0"][:2] == [
+        "quantize not fused into its norm: no shift is added to the product with its gain",
+        "input scales are measured per token: quantize stays apart from what gives its input",
+    ]
 
 
 def test_a_perm_and_two_scales_go_with_the_quantize():

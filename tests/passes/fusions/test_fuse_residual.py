@@ -6,6 +6,7 @@ from torch import nn
 
 from fxq.core.ir import plan_of
 from fxq.passes.fusions.fuse_residual import FuseResidual
+from fxq.passes.fusions.lay_out_weights import LayOutWeights
 from tests.passes.fusions.fusing import count, error, frozen, fused
 from tests.toys import rows
 
@@ -68,6 +69,21 @@ def test_gate_and_residual_become_the_epilogue_of_their_linear(how, gate, dtype)
     assert error(graph, q, *args) < (1e-6 if dtype == torch.float32 else 1e-2)
     what = "residual" if how == "bare" else "gate and residual"
     assert graph.remarks == {"o": [f"{what} in its epilogue"]}
+
+
+@pytest.mark.parametrize("scheme", [{}, {"asymmetric": True}], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("how", "gate"), [("bare", (2, 1, WIDTH)), ("per frame", (2, 3, 1, WIDTH))])
+def test_products_with_scales_per_token_have_the_same_epilogue(how, gate, dtype, scheme):
+    args = inputs(gate, dtype)
+    q = frozen(Residual(how).to(dtype), args, per_token=True, **scheme)
+    graph = fused(q, FuseResidual(), LayOutWeights())
+    (node,) = (n for n in graph.module.graph.nodes if plan_of(n) is not None)
+    assert str(node.target) == "fxq.dual_scale_linear_per_token_add.default" and plan_of(node).layer == "o"
+    assert count(graph, "fxq.dual_scale_linear_per_token") == count(graph, "aten.add") == count(graph, "aten.mul") == 0
+    assert error(graph, q, *args) < (1e-6 if dtype == torch.float32 else 1e-2)
+    what = "residual" if how == "bare" else "gate and residual"
+    assert graph.remarks["o"][0] == f"{what} in its epilogue"
 
 
 def test_a_cast_of_the_residual_stays_for_its_other_readers():

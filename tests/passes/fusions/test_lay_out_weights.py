@@ -71,7 +71,8 @@ def test_one_weight_of_merged_layers_is_laid_out_once_and_refused_by_every_layer
 def test_layers_with_scales_per_token_say_why_they_are_not_fused(cpu):
     graph = laid_out(frozen(chosen=recipe(8, per_token=True)))
     for layer in ("blocks.0.up", "blocks.0.down"):
-        said = ["input scales are measured per token: quantize and product stay apart", *([cpu] if cpu else [])]
+        apart = "input scales are measured per token: quantize stays apart from what gives its input"
+        said = [apart, *([cpu] if cpu else [])]
         assert graph.remarks[layer] == said
 
 
