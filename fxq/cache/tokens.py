@@ -66,8 +66,13 @@ class Tokens:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory behind the tokens, what waits for more included."""
-        return self.buffer.memory.numel() * self.buffer.memory.element_size()
+        """Bytes of the memory behind the tokens, what waits for more included; of memory taken for all, what is used.
+
+        What a CPU has not written to yet takes no memory there.
+        """
+        memory = self.buffer.memory
+        count = self.buffer.used if memory.shape[1] == self.buffer.most else memory.shape[1]
+        return memory[:, :count].numel() * memory.element_size()
 
     def fork(self) -> Tokens:
         """The same, which stays readable whatever becomes of others that share the memory."""

@@ -88,12 +88,12 @@ def test_tokens_that_are_appended_are_no_change_of_those_before():
     assert before._version > version
 
 
-def test_memory_for_a_known_number_is_taken_and_counted_at_once():
+def test_memory_for_a_known_number_is_taken_once_and_what_has_come_is_counted():
     tokens = Tokens.of(torch.zeros(2, 0, 1, 2), most=12)
     for i in range(4):
         tokens = tokens.appended(chunk(i))
         assert tokens.buffer.memory.shape[1] == 12 and tokens.buffer.moved == 0
-        assert tokens.nbytes == 2 * 12 * 2 * 4
+        assert tokens.nbytes == 2 * 3 * (i + 1) * 2 * 4
     assert torch.equal(tokens.tensor, torch.cat([chunk(i) for i in range(4)], dim=1))
     longer = tokens.appended(chunk(4))  # more than were announced
     assert torch.equal(longer.tensor[:, -3:], chunk(4)) and len(tokens) == 12

@@ -5,6 +5,7 @@ import torch
 from safetensors import safe_open
 
 import fxq
+from fxq import kernels
 from fxq.core.config import Scheme
 from fxq.core.ir import LayerPlan
 from fxq.export import bundle
@@ -114,8 +115,12 @@ def test_a_bundle_comes_back_bit_for_bit_and_is_as_small_as_its_bits(quantized, 
 
 
 def test_optimized_it_computes_the_same(quantized):
-    x = rows(9, 96, seed=1)
-    assert torch.equal(fxq.optimize(quantized)(x), quantized(x))
+    x, fast = rows(9, 96, seed=1), fxq.optimize(quantized)
+    if fast.graph.find_nodes(op="call_function", target=kernels.activation_quantize_per_token.definition):
+        # The activation is that of the kernel: scales of tokens differ in the last bits, and an integer may by one.
+        assert (fast(x) - quantized(x)).norm() < 2e-3 * quantized(x).norm()
+    else:
+        assert torch.equal(fast(x), quantized(x))
 
 
 def test_loading_holds_the_file_form_of_one_layer_at_a_time(quantized, tmp_path, monkeypatch):
