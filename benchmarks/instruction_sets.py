@@ -52,7 +52,6 @@ def contestants(rows: int, width: int, outputs: int, bits: int = 8) -> dict[str,
     operands = sample_operands((rows, width), outputs, width - OUTLIERS, bits, random, panels=True)
     x = torch.randn(rows, width, generator=random).bfloat16()
     weight = torch.randn(outputs, width, generator=random).bfloat16()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     bias = torch.zeros(outputs, dtype=torch.bfloat16)
 
     def integers(library: ctypes.CDLL) -> Callable[[], Tensor]:
@@ -67,7 +66,9 @@ def contestants(rows: int, width: int, outputs: int, bits: int = 8) -> dict[str,
     if not all(torch.equal(first, other) for other in others):
         raise RuntimeError(f"the instruction sets differ for {rows} x {width} -> {outputs}")
     found["bf16 eager"] = lambda: F.linear(x, weight, bias)
-    found["bf16 oneDNN, packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        found["bf16 oneDNN, packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return found
 
 

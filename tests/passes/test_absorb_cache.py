@@ -27,6 +27,7 @@ from fxq.models.tiny import load_tiny
 from fxq.passes import AbsorbCache, PackCache, absorb_cache, pack_cache
 from fxq.passes.absorb_cache import observed
 from fxq.passes.match.cache_inputs import FEW, MAPS, TABLES, packed_inputs
+from tests.features import assert_same
 
 PLAIN = CachePolicy(sink=3)
 POLICY = dataclasses.replace(PLAIN, absorb=Absorb())
@@ -110,7 +111,7 @@ def test_half_the_layers_forget_with_little_loss(tiny, absorbing, positions, wit
 
 def test_few_videos_absorb_as_well(tiny, absorbing):
     whole, found = made(tiny, tiny, PLAIN, 7, 3), made(tiny, absorbing, POLICY, 7, 3)
-    assert torch.equal(found.latents[:, :WARM], whole.latents[:, :WARM])
+    assert_same(found.latents[:, :WARM], whole.latents[:, :WARM])
     assert found.absorption.converted == (0, 3) and psnr(found.latents, whole.latents, (5, 7)) >= 40
 
 
@@ -141,7 +142,7 @@ def test_tokens_may_stand_for_a_history(tiny, traced):
     graph = run_passes(traced.fork(), (AbsorbCache(policy),))
     assert convention(graph.module)[0][-1] == FEW
     whole, found = made(tiny, tiny, PLAIN, 7, 3), made(tiny, graph.module, policy, 7, 3)
-    assert torch.equal(found.latents[:, :WARM], whole.latents[:, :WARM])
+    assert_same(found.latents[:, :WARM], whole.latents[:, :WARM])
     assert found.absorption.converted == (0, 3) and psnr(found.latents, whole.latents, (5, 7)) >= 45
     assert [few.keys.shape[1] for few in found.absorption.few] == [48, 0, 0, 48]
 

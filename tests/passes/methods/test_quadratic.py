@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.live_bytes import LiveBytes
-from fxq import numerics
+from fxq import cpu, numerics
 from fxq.passes import methods
 from fxq.passes.methods import Units, descent, gptq, moments, output_sqnr, quadratic, simulated_input
 from fxq.passes.methods.descent import CoordinateDescent
@@ -254,7 +254,9 @@ def test_strips_change_nothing_but_memory(strip, monkeypatch):
     monkeypatch.setattr(moments, "_STRIP", strip)
     got = solved(dataclasses.replace(p, seed=1))
     assert torch.equal(got.weight, want.weight)
-    torch.testing.assert_close(got.weight_scale, want.weight_scale, rtol=1e-6, atol=0)
+    # Without AVX512 the sums of MKL follow the sizes of what is multiplied.
+    rtol = 1e-6 if cpu.above_avx2() else 1e-5
+    torch.testing.assert_close(got.weight_scale, want.weight_scale, rtol=rtol, atol=0)
 
 
 def test_a_factor_in_another_order_is_that_of_the_reordered_matrix():
