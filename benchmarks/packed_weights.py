@@ -13,12 +13,12 @@ import argparse
 import itertools
 import pathlib
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from benchmarks.instruction_sets import LAYERS, OUTLIERS, kernels_of
+from benchmarks.instruction_sets import LAYERS, OUTLIERS, kernels_of, seconds
 from benchmarks.record import write
 from fxq import cpu
 from fxq.kernels import dual_scale_linear
@@ -32,8 +32,8 @@ COLD_ROWS, COLD_BYTES = 64, 512 << 20
 BITS = 4
 
 
-def layouts(rows: int, width: int, outputs: int) -> dict[str, Callable[[], int]]:
-    """Calls that compute linears on weights in either layout, and say how many they were."""
+def layouts(rows: int, width: int, outputs: int) -> dict[str, Callable[[], Tensor]]:
+    """Calls that compute as many linears on weights in either layout."""
     random = torch.Generator().manual_seed(0)
     packed = sample_operands((rows, width), outputs, width - OUTLIERS, BITS, random, panels=True)
     wide = packed._replace(weight=pack_panels(plain_weight(packed), packed.split), bits=8)
@@ -44,25 +44,12 @@ def layouts(rows: int, width: int, outputs: int) -> dict[str, Callable[[], int]]
     for name, operands in (("packed", packed), ("int8", wide)):
         copies = [operands._replace(weight=operands.weight.clone()) for _ in range(count)]
 
-        def call(copies: list[Operands] = copies) -> int:
-            for each in copies:
-                dual_scale_linear(*each, torch.bfloat16)
-            return len(copies)
+        def call(copies: list[Operands] = copies) -> Tensor:
+            *_, last = (dual_scale_linear(*each, torch.bfloat16) for each in copies)
+            return last
 
         found[name] = call
     return found
-
-
-def seconds(calls: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """CPU time of a linear by layout and round; a first round is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.process_time()
-            count = call()
-            if turn:
-                taken[name].append((time.process_time() - start) / count)
-    return taken
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxq import kernels, numerics
-from fxq.core.graph import arguments, set_arguments
+from fxq.core.graph import argument_names, arguments, set_arguments
 from fxq.core.ir import LayerPlan, get_tensor, plan_of, stored_names
 from fxq.core.method import Scheme
 from fxq.kernels.gemm.panels import unpack_panels
@@ -52,7 +52,9 @@ FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, FLOAT8.quant
 PER_TOKEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (PER_TOKEN, FLOAT8_PER_TOKEN))
 FROZEN_PRODUCTS: tuple[Target, ...] = (STATIC.product.definition, FLOAT8.product.definition, *PER_TOKEN_PRODUCTS)
 """Operators of a layer before fusions."""
-PRODUCTS: tuple[Target, ...] = tuple(o.definition for o in kernels.OPS if "Tensor weight_scale," in o.schema)
+PRODUCTS: tuple[Target, ...] = tuple(
+    o.definition for o in kernels.OPS if "weight_scale" in argument_names(o.definition)
+)
 """Operators that multiply the numbers of a layer, alone or with what follows it."""
 
 _STORED = {"scale": "input_scale", "zero_point": "input_zero_point"}

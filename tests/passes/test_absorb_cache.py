@@ -142,7 +142,7 @@ def test_tokens_may_stand_for_a_history(tiny, traced):
     graph = run_passes(traced.fork(), (AbsorbCache(policy),))
     assert convention(graph.module)[0][-1] == FEW
     whole, found = made(tiny, tiny, PLAIN, 7, 3), made(tiny, graph.module, policy, 7, 3)
-    assert_same(found.latents[:, :WARM], whole.latents[:, :WARM])
+    assert torch.equal(found.latents[:, :WARM], whole.latents[:, :WARM])
     assert found.absorption.converted == (0, 3) and psnr(found.latents, whole.latents, (5, 7)) >= 45
     assert [few.keys.shape[1] for few in found.absorption.few] == [48, 0, 0, 48]
 

@@ -118,8 +118,8 @@ def test_optimized_it_computes_the_same(quantized):
     x, fast = rows(9, 96, seed=1), fxq.optimize(quantized)
     fused = kernels.activation_quantize_per_token, kernels.activation_quantize_per_token_asymmetric
     if any(fast.graph.find_nodes(op="call_function", target=op.definition) for op in fused):
-        # The activation is that of the kernel: scales of tokens differ in the last bits, and an integer may by one.
-        assert (fast(x) - quantized(x)).norm() < 2e-3 * quantized(x).norm()
+        # The activation is that of the kernel, in whose last bits the scales of tokens differ from those of torch's.
+        torch.testing.assert_close(fast(x), quantized(x), rtol=0, atol=1e-5)
     else:
         assert torch.equal(fast(x), quantized(x))
 
