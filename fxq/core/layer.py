@@ -52,9 +52,7 @@ FROZEN_QUANTIZES: tuple[Target, ...] = (STATIC.quantize.definition, FLOAT8.quant
 PER_TOKEN_PRODUCTS: tuple[Target, ...] = tuple(pair.product.definition for pair in (PER_TOKEN, FLOAT8_PER_TOKEN))
 FROZEN_PRODUCTS: tuple[Target, ...] = (STATIC.product.definition, FLOAT8.product.definition, *PER_TOKEN_PRODUCTS)
 """Operators of a layer before fusions."""
-PRODUCTS: tuple[Target, ...] = tuple(
-    o.definition for o in kernels.OPS if "weight_scale" in argument_names(o.definition)
-)
+PRODUCTS: tuple[Target, ...] = tuple(d for o in kernels.OPS if "weight_scale" in argument_names(d := o.definition))
 """Operators that multiply the numbers of a layer, alone or with what follows it."""
 
 _STORED = {"scale": "input_scale", "zero_point": "input_zero_point"}

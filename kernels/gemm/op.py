@@ -40,12 +40,13 @@ def unfit(operands: Operands) -> str:
         return f"offset is {offset.dtype} {tuple(offset.shape)}: expected float32 [N]"
     outputs = offset.shape[0]
     packed = bits <= MOST_PACKED_BITS
-    stored, shape = torch.uint8 if packed else torch.int8, (outputs, width // 2 if packed else width)
-    wanted: tuple[int, ...] = shape if weight.ndim == 2 else panel_shape(outputs, width, split, packed)
-    if packed and weight.ndim == 2 and (width % numerics.PACK_BLOCK or split % numerics.PACK_BLOCK):
+    stored, shape = torch.uint8 if packed else torch.int8, [outputs, width // 2 if packed else width]
+    if weight.ndim == 4:
+        shape = [*panel_shape(outputs, width, split, packed)]
+    elif packed and (width % numerics.PACK_BLOCK or split % numerics.PACK_BLOCK):
         return f"K = {width}, split = {split}: packed weights need multiples of {numerics.PACK_BLOCK}"
-    if weight.dtype != stored or tuple(weight.shape) != wanted:
-        form = f"{stored} {shape} for bits = {bits}, K = {width} and an offset of {outputs}"
+    if weight.dtype != stored or list(weight.shape) != shape:
+        form = f"{stored} {tuple(shape)} for bits = {bits}, K = {width} and an offset of {outputs}"
         return f"weight is {weight.dtype} {tuple(weight.shape)}: expected {form}"
     groups = 1 if split == width else 2
     for name, tensor, wanted in (

@@ -65,6 +65,13 @@ def test_panels_hold_the_weight_and_its_sums(outputs, width, split, bits):
     assert torch.equal(sums, 128 * torch.stack([w[:, :split].sum(1), w[:, split:].sum(1)]).int())
 
 
+def test_panels_of_another_form_are_refused_with_theirs():
+    operands = sample_operands((3, 96), 40, 64, 4, random(), panels=True)
+    for bad in (operands.weight.view(torch.int8), operands.weight[:, :-1]):
+        with pytest.raises(ValueError, match=r"expected torch.uint8 \(1, 14, 64, 4\) for bits = 4"):
+            dual_scale_linear(*operands._replace(weight=bad), torch.float32)
+
+
 SHAPES = [
     ((500, 320), 300, 288),
     ((1, 1), 1, 1),

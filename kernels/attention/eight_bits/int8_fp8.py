@@ -25,9 +25,6 @@ KEY_BLOCK = triton_int8_fp8.KEYS
 """Tokens of a piece, at most, whose weights are relative to the largest of them, and are summed in one product: 64."""
 
 
-LEAST_SCALE = triton_int8_fp8.LEAST_SCALE
-
-
 def quantized_values(v: Tensor) -> tuple[Tensor, Tensor]:
     """Float8 [B, heads, L, head_dim] and scales float32 [B, heads, 1, head_dim] of values [B, L, heads, head_dim].
 
@@ -83,7 +80,7 @@ def attention_int8_fp8(a: Attention) -> Tensor:
 
     Scores and the means of keys are those of ``fxq::attention_int8``. In every block of KEY_BLOCK tokens of a piece the
     weights are ``P = e4m3(448 exp(score - largest))``, with the largest score of the block; values of a piece are
-    ``e4m3(v / s_v)`` with ``s_v = max |v| / 448`` by channel, at least LEAST_SCALE. Rounding is half to even. ``sum(
+    ``e4m3(v / s_v)`` with ``s_v = max |v| / 448`` by channel, at least 2**-80. Rounding is half to even. ``sum(
     exp(largest) s_v (P . V)) / sum(exp(largest) sum(P))`` over the blocks is the result: what is not a product of
     integers or an e4m3 is float32.
 

@@ -22,6 +22,9 @@ from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 LEAST_SIZE = 32
 """Channels that a product of int8 takes at least."""
 
+LEAST_SCALE = 2.0**-80
+"""Least scale of a channel's values where sums count in it: those of other tokens must fit float32 beside it."""
+
 CODE_ROWS = 32
 """Tokens of a program that makes codes."""
 

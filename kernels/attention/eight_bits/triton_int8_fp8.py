@@ -12,6 +12,7 @@ from torch import Tensor
 from fxq.kernels import float8
 from fxq.kernels.arguments import Attention
 from fxq.kernels.attention.eight_bits.triton_int8 import (
+    LEAST_SCALE,
     LEAST_SIZE,
     Queries,
     begun,
@@ -24,9 +25,6 @@ from fxq.kernels.jit import Block, Pointer, Scalar, constexpr, jit, tl, triton
 
 KEYS = 64
 """Tokens of a tile of keys and values, those of one product, and of a program that makes codes of values."""
-
-LEAST_SCALE = 2.0**-80
-"""Least scale of a channel's values: sums count in it, and those of other pieces must fit float32 beside it."""
 
 
 def tile_of(arch: int) -> Tile:

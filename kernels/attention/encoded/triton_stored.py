@@ -15,15 +15,14 @@ from torch import Tensor
 from fxq.kernels.arguments import AttentionPacked
 from fxq.kernels.attention.codecs import codecs_of
 from fxq.kernels.attention.eight_bits.int8 import VALUE_BLOCK, key_mean
-from fxq.kernels.attention.eight_bits.triton_int8 import LEAST_SIZE, Queries, begun, result, weights_of
+from fxq.kernels.attention.eight_bits.triton_int8 import LEAST_SCALE, LEAST_SIZE, Queries, begun, result, weights_of
 from fxq.kernels.attention.eight_bits.triton_int8 import launch as launch_piece
 from fxq.kernels.attention.spans import tokens_held
 from fxq.kernels.attention.triton import State, Tile
 from fxq.kernels.attention.triton_numbers import as_it_lies
 from fxq.kernels.jit import Block, Pointer, Scalar, constant, constexpr, jit, tl, triton
 
-LEAST_UNIT = constant(2.0**-80)
-"""Least scale of a channel's values: sums count in it, and those of other blocks must fit float32 beside it."""
+LEAST_UNIT = constant(LEAST_SCALE)
 
 TO_BFLOAT16 = constant("""{
     .reg .b32 codes, a, b, c, d;

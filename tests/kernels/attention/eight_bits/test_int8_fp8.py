@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fxq.kernels import attention, attention_int8, attention_int8_fp8, float8, used
-from fxq.kernels.attention.eight_bits import int8_fp8
+from fxq.kernels.attention.eight_bits import int8_fp8, triton_int8
 from tests.kernels.attention.eight_bits.test_int8 import error, exact, normal
 
 
@@ -59,7 +59,7 @@ def test_scales_of_values_have_a_least_one_and_zeros_have_one_too():
     v = torch.zeros(1, 5, 1, 3)
     v[..., 1], v[0, 2, 0, 2] = 1e-30, 896.0
     codes, scale = int8_fp8.quantized_values(v)
-    assert scale.flatten().tolist() == [1.0, int8_fp8.LEAST_SCALE, 2.0] and codes.dtype == float8.E4M3
+    assert scale.flatten().tolist() == [1.0, triton_int8.LEAST_SCALE, 2.0] and codes.dtype == float8.E4M3
     assert codes.float()[0, 0, :, 2].tolist() == [0.0, 0.0, 448.0, 0.0, 0.0] and not codes.float()[..., 0].any()
 
 
